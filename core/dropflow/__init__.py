@@ -1,0 +1,38 @@
+"""Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
+
+from dropflow import errors
+from dropflow.backbone import Backbone, VisionEncoder
+from dropflow.flow import Flow, attach
+from dropflow.hooks import hookimpl
+from dropflow.payloads import BoundaryEvent, CacheCall, CacheKeep, CacheView, Encode, EncodeCall, Keep, PruneCall, WindowCall
+from dropflow.policy import Policy
+from dropflow.policy_file import load_policy
+from dropflow.record import LayerReport, Report
+from dropflow.stage import Forecast, Stage, StageContext, StageOptions, Window
+
+__all__ = [
+    "Backbone",
+    "BoundaryEvent",
+    "CacheCall",
+    "CacheKeep",
+    "CacheView",
+    "Encode",
+    "EncodeCall",
+    "Flow",
+    "Forecast",
+    "Keep",
+    "LayerReport",
+    "Policy",
+    "PruneCall",
+    "Report",
+    "Stage",
+    "StageContext",
+    "StageOptions",
+    "VisionEncoder",
+    "Window",
+    "WindowCall",
+    "attach",
+    "errors",
+    "hookimpl",
+    "load_policy",
+]

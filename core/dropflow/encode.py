@@ -1,0 +1,184 @@
+"""One pass through the vision encoder under a policy: which rows are left, and which placeholder each one fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dropflow.attention import QueryKey, row_attention
+from dropflow.errors import DecisionError
+from dropflow.payloads import Encode, EncodeCall
+from dropflow.tap import tap
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
+    from dropflow.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The patch rows of one image that are left at some point of the encoder."""
+
+    places: Int[Tensor, "rows"]
+    """Placeholder each row fills, counted inside the image."""
+    protected: Bool[Tensor, "rows"]
+
+
+class EncodeRun:
+    """State of one call of `get_image_features`."""
+
+    def __init__(self, plan: Plan, backbone: Backbone) -> None:
+        self._plan, self._backbone = plan, backbone
+        self._taps = {layer for _, stage in plan.stages for layer in stage.vision_taps}
+        self._tapped: dict[int, QueryKey] = {}
+        self._at: list[list[Rows]] = []
+        """Rows behind each layer that has run."""
+        self._rows: list[Rows] = []
+        self._sizes: list[int] = []
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run vision layer `number` on the rows the stages left."""
+        encoder = self._backbone.vision
+        assert encoder is not None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            self._begin([hidden.shape[1] - encoder.prefix] * hidden.shape[0], hidden)
+        implementation = encoder.owner.config._attn_implementation
+        stages = self._plan.encode_at.get(number, ())
+        if stages:
+            counts = [len(rows.places) for rows in self._rows]
+            features = [hidden[i, encoder.prefix : encoder.prefix + n] for i, n in enumerate(counts)]
+            decided = self._decide(number, features, stages, encoder.prefix)
+            hidden = torch.cat((hidden[:, : encoder.prefix], pad_sequence(decided, batch_first=True)), 1)
+        mask = self._mask(hidden, encoder.prefix, implementation)
+        if mask is not None:
+            if len(args) > 1:
+                args = (args[0], mask, *args[2:])
+            else:
+                kwargs = kwargs | {"attention_mask": mask}
+        args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        if number in self._taps:
+            with tap(implementation, lambda seen: self._tapped.setdefault(number, seen) and None):
+                output = layer._call_impl(*args, **kwargs)
+        else:
+            output = layer(*args, **kwargs)
+        self._at.append(list(self._rows))
+        return output
+
+    def finish(self, pooled: Any) -> tuple[Any, Float[Tensor, "rows 3"]]:
+        """Ask the output stages; returns features with one row per placeholder, and the flags of all rows."""
+        features = [rows for rows in pooled]
+        encoder = self._backbone.vision
+        extra = 0
+        if not self._at:
+            self._begin([len(rows) for rows in features], features[0])
+        else:
+            assert encoder is not None
+            extra = encoder.select_prefix
+            self._rows = [self._shifted(rows, extra) for rows in self._at[encoder.feature_layer - 1]]
+            self._sizes = [size + extra for size in self._sizes]
+            features = [f[: len(r.places)] for f, r in zip(features, self._rows, strict=True)]
+        stages = self._plan.encode_at.get(None, ())
+        if stages:
+            features = self._decide(None, features, stages, 0 if encoder is None else encoder.prefix - extra)
+        full, flags = [], []
+        for image, (own, rows, size) in enumerate(zip(features, self._rows, self._sizes, strict=True)):
+            kept = torch.zeros(size, 3, device=own.device)
+            kept[:, 2] = image
+            kept[rows.places, 0] = 1.0
+            kept[rows.places, 1] = rows.protected.float()
+            flags.append(kept)
+            # dropped placeholders hold zeros; they are never live
+            full.append(own if len(own) == size else own.new_zeros(size, own.shape[1]).index_copy(0, rows.places, own))
+        return (torch.stack(full) if isinstance(pooled, Tensor) else full), torch.cat(flags)
+
+    def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
+        self._sizes = list(sizes)
+        self._rows = [
+            Rows(torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.bool, device=like.device)) for n in sizes
+        ]
+
+    @staticmethod
+    def _shifted(rows: Rows, extra: int) -> Rows:
+        """Rows of a tower whose prefix tokens reach the LLM too: they fill the first placeholders."""
+        if not extra:
+            return rows
+        first = torch.arange(extra, device=rows.places.device)
+        return Rows(torch.cat((first, rows.places + extra)), torch.cat((torch.zeros_like(first).bool(), rows.protected)))
+
+    def _mask(self, hidden: Tensor, prefix: int, implementation: str) -> Tensor | None:
+        """Hides the padding of images that have fewer rows than others; `None` where all have the same number."""
+        counts = [len(rows.places) for rows in self._rows]
+        if len(set(counts)) == 1:
+            return None
+        keys = torch.arange(hidden.shape[1], device=hidden.device)
+        seen = keys < prefix + torch.tensor(counts, device=hidden.device)[:, None]
+        if "flash" in implementation:
+            return seen
+        wide = seen[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+        if implementation != "eager":
+            return wide
+        return torch.zeros_like(wide, dtype=hidden.dtype).masked_fill(~wide, torch.finfo(hidden.dtype).min)
+
+    def _decide(
+        self, boundary: int | None, features: list[Tensor], stages: Sequence[tuple[str, Any]], prefix: int
+    ) -> list[Tensor]:
+        """Ask the stages one after the other, each seeing the rows that the one before has left."""
+        for name, stage in stages:
+            call = EncodeCall(
+                boundary=boundary,
+                features=tuple(features),
+                places=tuple(rows.places for rows in self._rows),
+                grids=tuple(self._backbone.grid(size) for size in self._sizes),
+                prefix=prefix,
+                attention=self._attention,
+            )
+            answer = self._plan.hooks.encode(call, stage)
+            if answer is not None:
+                where = f"stages.{name}"
+                applied = [_apply(answer, i, f, r, where) for i, (f, r) in enumerate(zip(features, self._rows, strict=True))]
+                features, self._rows = [f for f, _ in applied], [r for _, r in applied]
+        return features
+
+    def _attention(self, layer: int, rows: Tensor) -> Tensor:
+        if layer not in self._tapped:
+            raise DecisionError(f"attention_rows({layer}): list the vision layer in the stage's `vision_taps`")
+        return row_attention(replace(self._tapped[layer], causal=False), rows)
+
+
+def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str) -> tuple[Tensor, Rows]:
+    """One image's part of a decision."""
+    if answer.rows is not None:
+        if answer.places is None or answer.keep is not None:
+            raise DecisionError(f"{where}: `encode` returned rows; they go with `places`, and not with `keep`")
+        features, places = answer.rows[image], answer.places[image]
+        held = rows.protected.new_zeros(int(rows.places.max()) + 1).index_copy(0, rows.places, rows.protected)
+        if len(features) != len(places) or not bool(torch.isin(places, rows.places).all()) or bool((places.diff() <= 0).any()):
+            raise DecisionError(
+                f"{where}: `encode` returned {len(features)} rows and places {tuple(places.shape)} for image {image}; "
+                "expected one place per row, ascending, out of the payload's places"
+            )
+        rows = Rows(places, held[places])
+    elif answer.keep is not None:
+        keep = _fits(answer.keep[image], rows, image, where) | rows.protected
+        features, rows = features[keep], Rows(rows.places[keep], rows.protected[keep])
+    if answer.protect is not None:
+        rows = replace(rows, protected=rows.protected | _fits(answer.protect[image], rows, image, where))
+    return features, rows
+
+
+def _fits(mask: Tensor, rows: Rows, image: int, where: str) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != rows.places.shape:
+        raise DecisionError(
+            f"{where}: `encode` returned a mask of {mask.dtype} {tuple(mask.shape)} for image {image}, "
+            f"expected torch.bool {tuple(rows.places.shape)}"
+        )
+    return mask
+
+

@@ -1,0 +1,48 @@
+"""Closed formulas for the work of a decoder layer. One multiply-add counts as one, as the pruning papers count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Widths of a text decoder."""
+
+    hidden: int
+    """d, the hidden size."""
+    intermediate: int
+    """m, the width of the gated MLP (three matrices)."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+LLAVA_7B = TextShape(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32064)
+"""LLaVA-1.5-7B, the shape that published numbers of average tokens and FLOPs refer to."""
+
+
+def vision_only(tokens: float, shape: TextShape) -> float:
+    """Multiply-adds of one layer for `tokens` visual tokens alone: 4 n d^2 + 2 n^2 d + 3 n d m.
+
+    The papers' formula (PyramidDrop, HiDrop section 4.2): it leaves out text tokens, cross attention to text and
+    the work of ranking, and counts all heads as KV heads.
+    """
+    n, d, m = tokens, shape.hidden, shape.intermediate
+    return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+
+
+def layer(queries: int, keys: int, shape: TextShape) -> int:
+    """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries.
+
+    Counts q, k, v and output projections (GQA-aware), q.k and attention.v over the full queries x keys rectangle (as
+    fused kernels are counted, not the causal half), and the gated MLP.
+    """
+    d, m, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return queries * (2 * d * q + 2 * d * kv + 3 * d * m) + 2 * queries * keys * q
+
+
+def kv_bytes(entries: int, shape: TextShape, bytes_per_number: int) -> int:
+    """Bytes of keys and values of one layer that holds `entries` tokens."""
+    return 2 * entries * shape.kv_heads * shape.head_dim * bytes_per_number

@@ -1,0 +1,88 @@
+"""The live set: which logical tokens are present in front of a layer, and in which slot each one lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LiveSet:
+    """Tokens of one call that are live in front of a run of layers, compacted to the right end of each sample.
+
+    Slots of one sample hold its live tokens in their original order; samples with fewer live tokens than the longest
+    one have padding slots on the left, so that the last token of every sample stays last.
+    """
+
+    index: Int[Tensor, "batch slots"]
+    """Logical index of the token in each slot; padding slots repeat some index."""
+    valid: Bool[Tensor, "batch slots"] | None
+    """False in padding slots; `None` where there are none."""
+    total: int
+    """T, the logical tokens of the call."""
+    everything: bool = False
+    """True when every logical token, padding included, is in its own slot: nothing was dropped yet."""
+
+    @classmethod
+    def whole(cls, batch: int, total: int, device: torch.device) -> LiveSet:
+        """All T tokens of the call, in place."""
+        return cls(torch.arange(total, device=device).expand(batch, -1), None, total, everything=True)
+
+    @classmethod
+    def of(cls, live: Bool[Tensor, "batch tokens"]) -> LiveSet:
+        """Compact the tokens where `live` is true (one host synchronisation, for the number of slots)."""
+        counts = live.sum(1)
+        low, high = torch.stack((counts.min(), counts.max())).tolist()
+        slots = max(high, 1)
+        # a stable sort of booleans puts the live tokens last, in order
+        index = torch.argsort(live.to(torch.uint8), dim=1, stable=True)[:, live.shape[1] - slots :]
+        valid = None if low == slots else live.gather(1, index)
+        return cls(index, valid, live.shape[1])
+
+    @property
+    def slots(self) -> int:
+        """M, slots per sample."""
+        return self.index.shape[1]
+
+    @cached_property
+    def slot(self) -> Int[Tensor, "batch tokens"]:
+        """Slot of the last live token at or before each logical token; -1 where there is none."""
+        batch, slots = self.index.shape
+        if self.everything:
+            return self.index
+        here = torch.zeros(batch, self.total, dtype=torch.long, device=self.index.device)
+        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        here.scatter_add_(1, self.index, valid.long())
+        seen = here.cumsum(1)
+        return torch.where(seen > 0, seen - 1 + slots - seen[:, -1:], -1)
+
+    def take(self, per_token: Tensor) -> Tensor:
+        """Values (batch, tokens, ...) of the tokens in each slot."""
+        index = self.index.view(*self.index.shape, *[1] * (per_token.dim() - 2))
+        return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
+
+    def restrict(self, previous: LiveSet, states: Float[Tensor, "batch slots dim"], raw: Tensor | None) -> Tensor:
+        """Move states from the slots of `previous` to the slots of this set.
+
+        With `raw` (batch, tokens, dim), tokens that were not live before enter with their row of it, untransformed;
+        without it, this set must be part of `previous`.
+        """
+        source = previous.slot.gather(1, self.index)
+        if raw is not None:
+            held = previous.index if previous.valid is None else torch.where(previous.valid, previous.index, -1)
+            present = (held.gather(1, source.clamp(min=0)) == self.index) & (source >= 0)
+            source = torch.where(present, source, self.index + previous.slots)
+            states = torch.cat((states, raw.to(states.dtype)), dim=1)
+        return states.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
+
+    def expand(self, states: Float[Tensor, "batch slots dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Back to T tokens: each reads the last live token at or before it, zeros where there is none."""
+        if self.everything:
+            return states
+        slot = self.slot
+        rows = states.gather(1, slot.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
+        return rows.masked_fill((slot < 0)[:, :, None], 0)

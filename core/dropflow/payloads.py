@@ -1,0 +1,170 @@
+"""The frozen payloads that lifecycle hooks receive, and the decisions they return.
+
+Letters in shapes: B samples, T logical tokens, M slots (live tokens of the longest sample; shorter ones are padded on
+the left), H query heads, R query rows, K keys, D hidden size, n_i rows of image i, C width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
+    from dropflow.stage import Window
+
+RowAttention = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WindowCall:
+    """Payload of `inject` and `exit`: what is known before the first decoder layer runs."""
+
+    backbone: Backbone
+    visual_tokens: Int[Tensor, "batch"]
+    """Visual tokens of each sample that reach the LLM."""
+    text_tokens: Int[Tensor, "batch"]
+    """Text tokens of each sample in this call, padding excluded."""
+
+
+@dataclass(frozen=True)
+class PruneCall:
+    """Payload of `prune`: the live tokens in front of one decoder layer, one slot each."""
+
+    boundary: int
+    hidden: Float[Tensor, "batch slots dim"]
+    index: Int[Tensor, "batch slots"]
+    """Logical index of the token in each slot."""
+    valid: Bool[Tensor, "batch slots"]
+    """False in padding slots, which a keep mask may hold anything for."""
+    image: Int[Tensor, "batch slots"]
+    """Number of the image a visual token belongs to; -1 for text and padding."""
+    protected: Bool[Tensor, "batch slots"]
+    """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
+    image_sizes: tuple[int, ...]
+    """Tokens each image had at entry to the LLM, by image number."""
+    queries: Int[Tensor, "batch rows"]
+    """Slots of the instruction tokens: the last one of the prompt, or with labels the last one of every round."""
+    query_valid: Bool[Tensor, "batch rows"]
+    """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
+    window: Window
+    """Where vision enters and exits in this call."""
+    attention: RowAttention
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention probabilities of a few query rows of one layer, as the eager model would show them.
+
+        `layer` is the boundary itself (its norm, q, k and RoPE are applied to the live tokens, nothing is written to
+        the cache), or an earlier layer the stage lists in `taps`. `rows` are slots. Softmax runs in float32 over all
+        keys the row may see, so values over the visual tokens do not sum to 1. The last M keys are the slots; keys of
+        earlier turns, if any, come first. Only R rows are computed, never a K x K map.
+        """
+        return self.attention(layer, rows)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Decision of `prune`."""
+
+    mask: Bool[Tensor, "batch slots"]
+    """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
+    scores: Float[Tensor, "batch slots"] | None = None
+    """What the stage ranked by, for observers."""
+
+
+@dataclass(frozen=True)
+class EncodeCall:
+    """Payload of `encode`: the rows of each image, at a boundary of the vision encoder or on its output."""
+
+    boundary: int | None
+    """Vision encoder boundary, or `None` for the projected output in front of the LLM."""
+    features: tuple[Float[Tensor, "rows dim"], ...]
+    """Patch rows of each image, without a CLS row."""
+    places: tuple[Int[Tensor, "rows"], ...]
+    """For each row, which of the image's placeholders in the prompt it fills (0-based, ascending)."""
+    grids: tuple[tuple[int, int] | None, ...]
+    """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
+    prefix: int
+    """Rows (such as CLS) that the vision encoder holds in front of the patches."""
+    attention: RowAttention
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "images rows"]) -> Float[Tensor, "images heads rows keys"]:
+        """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
+
+        Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0.
+        """
+        return self.attention(layer, rows)
+
+    def cls_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
+        """Attention from the CLS row of a tapped vision layer to each patch of each image, averaged over heads."""
+        first = self.features[0]
+        rows = first.new_zeros((len(self.features), 1)).long()
+        weights = self.attention(layer, rows).mean(1)[:, 0, self.prefix :]  # (images, keys)
+        return tuple(weights[i, : len(rows)] for i, rows in enumerate(self.features))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Decision of `encode`; one entry per image in each tuple, `None` for what it leaves alone."""
+
+    keep: tuple[Bool[Tensor, "rows"], ...] | None = None
+    """Rows that stay."""
+    rows: tuple[Float[Tensor, "merged dim"], ...] | None = None
+    """New rows that replace the present ones, such as merged tokens; goes with `places`, not with `keep`."""
+    places: tuple[Int[Tensor, "merged"], ...] | None = None
+    """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
+    protect: tuple[Bool[Tensor, "rows"], ...] | None = None
+    """Rows, among those present after this decision, that no later stage may drop."""
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What one decoder layer's KV cache holds."""
+
+    layer: int
+    index: Int[Tensor, "batch keys"]
+    """Logical index of each entry."""
+    valid: Bool[Tensor, "batch keys"]
+    image: Int[Tensor, "batch keys"]
+    """Image number of visual entries; -1 for text, generated tokens and padding."""
+
+
+@dataclass(frozen=True)
+class CacheCall:
+    """Payload of `decode_cache`: every layer's cache, after prefill (`step` 0) or at a decode step."""
+
+    step: int
+    """Tokens generated since the prefill."""
+    layers: tuple[CacheView, ...]
+    attention: RowAttention
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention probabilities of query rows of this call, for a layer the stage lists in `taps`."""
+        return self.attention(layer, rows)
+
+
+@dataclass(frozen=True)
+class CacheKeep:
+    """Decision of `decode_cache`."""
+
+    keep: Mapping[int, Bool[Tensor, "batch keys"]]
+    """Layer -> entries that stay; layers left out are untouched, text entries stay in any case."""
+
+
+@dataclass(frozen=True)
+class BoundaryEvent:
+    """What was applied at one LLM boundary, for observers."""
+
+    boundary: int
+    stages: tuple[str, ...]
+    """Names, in the policy, of the stages that had a say."""
+    live: Bool[Tensor, "batch tokens"]
+    """Tokens of this call that are live in front of this layer."""
+    image: Int[Tensor, "batch tokens"]
+    """Image number of visual tokens; -1 for text and padding."""
+    scores: Mapping[str, Float[Tensor, "batch slots"]]
+    """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""

@@ -1,0 +1,133 @@
+"""Resolves a policy for one backbone shape: stages made, boundaries known, rules across stages checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dropflow.errors import PolicyError
+from dropflow.hooks import Hooks
+from dropflow.policy import Policy
+from dropflow.schedule import Schedule, schedule
+from dropflow.stage import Forecast, Stage, StageContext, Window
+from dropflow.units import Budget, Scale, Shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy whose every number is absolute for one backbone."""
+
+    policy: Policy
+    shape: Shape
+    stages: tuple[tuple[str, Stage[Any]], ...]
+    hooks: Hooks
+    window: Window
+    """Where vision enters and exits, by the stages' forecasts."""
+
+    @cached_property
+    def forecasts(self) -> dict[str, Forecast]:
+        """What each stage says it will do."""
+        return {name: stage.forecast() for name, stage in self.stages}
+
+    @cached_property
+    def prune_at(self) -> dict[int, tuple[tuple[str, Stage[Any]], ...]]:
+        """Boundary -> stages asked to prune there, in policy order."""
+        asked: dict[int, tuple[tuple[str, Stage[Any]], ...]] = {}
+        for name, stage in self.hooks.implementers("prune"):
+            for boundary in stage.prune_at:
+                asked[boundary] = (*asked.get(boundary, ()), (name, stage))
+        return asked
+
+    @cached_property
+    def encode_at(self) -> dict[int | None, tuple[tuple[str, Stage[Any]], ...]]:
+        """Vision boundary (`None`: the output) -> stages asked to encode there, in policy order."""
+        asked: dict[int | None, tuple[tuple[str, Stage[Any]], ...]] = {}
+        for name, stage in self.hooks.implementers("encode"):
+            for boundary in stage.encode_at:
+                asked[boundary] = (*asked.get(boundary, ()), (name, stage))
+        return asked
+
+    @property
+    def idle(self) -> bool:
+        """True when no stage can change anything, so that nothing needs to be installed."""
+        return not any(self.hooks.implementers(h) for h in ("encode", "inject", "prune", "exit", "decode_cache", "observe"))
+
+    def schedule(self, visual_tokens: int | None = None) -> Schedule:
+        """Visual tokens per layer for one image (by default of the shape's size), as forecast."""
+        tokens = visual_tokens or self.shape.visual_tokens
+        if tokens is None:
+            raise PolicyError("schedule: this backbone has no fixed number of visual tokens; say how many")
+        keeps: dict[int, list[Budget | None]] = {}
+        encoded: Budget | None = None
+        for forecast in self.forecasts.values():
+            encoded = forecast.encoded or encoded
+            for boundary, budget in forecast.keeps.items():
+                keeps.setdefault(boundary, []).append(budget)
+        return schedule(self.shape.layers, tokens, self.window, keeps, encoded)
+
+
+def resolve(policy: Policy, shape: Shape) -> Plan:
+    """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
+
+    Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
+    and pruning outside the layers in which vision takes part. No weights are touched.
+    """
+    tuned = policy.tuned_for
+    scale = Scale(shape, Shape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
+    whole = Window(0, shape.layers)
+    made: dict[str, Stage[Any]] = {}
+    for name, use in policy.stages.items():
+        if _sets_window(use.stage):
+            made[name] = use.stage(use.options, StageContext(name, scale, whole))
+    window = _window({name: stage.forecast() for name, stage in made.items()}, whole)
+    for name, use in policy.stages.items():
+        if name not in made:
+            made[name] = use.stage(use.options, StageContext(name, scale, window))
+    stages = tuple((name, made[name]) for name in policy.stages)
+    plan = Plan(policy, shape, stages, Hooks(stages), window)
+    _check_order(plan)
+    return plan
+
+
+def _sets_window(stage: type[Stage[Any]]) -> bool:
+    return any(name in vars(base) for base in stage.__mro__ for name in ("inject", "exit"))
+
+
+def _window(forecasts: Mapping[str, Forecast], whole: Window) -> Window:
+    entries = {n: f.entry for n, f in forecasts.items() if f.entry is not None}
+    exits = {n: f.exit for n, f in forecasts.items() if f.exit is not None}
+    window = Window(max(entries.values(), default=whole.entry), min(exits.values(), default=whole.exit))
+    if entries and window.entry >= window.exit:
+        name = max(entries, key=lambda n: entries[n])
+        raise PolicyError(
+            f"stages.{name}: vision would enter at boundary {window.entry} but is gone from {window.exit} on; "
+            "inject before the exit"
+        )
+    return window
+
+
+def _check_order(plan: Plan) -> None:
+    """Prunes lie inside the window, each layer in range, and budgets never grow from one boundary to the next."""
+    faults: list[str] = []
+    window, tokens = plan.window, plan.shape.visual_tokens
+    smallest: tuple[int, str] | None = None
+    steps = [(b, n, f.keeps[b]) for n, f in plan.forecasts.items() for b in f.keeps]
+    for boundary, name, budget in sorted(steps, key=lambda step: step[0]):
+        path = f"stages.{name}.keep.{boundary}"
+        if not window.entry <= boundary < window.exit:
+            faults.append(
+                f"{path}: prunes at boundary {boundary}, but vision is live only from {window.entry} to before "
+                f"{window.exit}; prune inside that window"
+            )
+        if budget is None or tokens is None:
+            continue
+        count = budget.tokens if budget.tokens is not None else budget.of(tokens)
+        limit = smallest or (tokens, "the image at entry")
+        if count > limit[0]:
+            faults.append(f"{path}: keeps {count} visual tokens, more than the {limit[0]} left by {limit[1]}; keeps cannot grow")
+        else:
+            smallest = (count, path)
+    if faults:
+        raise PolicyError("\n".join(faults))

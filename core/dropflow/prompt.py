@@ -1,0 +1,107 @@
+"""What is known of a prompt before the decoder runs: which tokens are visual, of which image, and who asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The tokens of one call, by logical index."""
+
+    image: Int[Tensor, "batch tokens"]
+    """Number of the image a visual token belongs to; -1 for text and padding."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False for padding."""
+    present: Bool[Tensor, "batch tokens"]
+    """Valid tokens less the visual ones that an encode stage dropped."""
+    protected: Bool[Tensor, "batch tokens"]
+    """Visual tokens that no stage may drop."""
+    queries: Int[Tensor, "batch rows"]
+    """Logical index of the instruction tokens."""
+    query_valid: Bool[Tensor, "batch rows"]
+    image_sizes: tuple[int, ...]
+    """Present tokens of each image."""
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch tokens"]:
+        """Visual tokens, dropped ones included."""
+        return self.image >= 0
+
+    @property
+    def text(self) -> Bool[Tensor, "batch tokens"]:
+        """Text tokens, padding excluded."""
+        return self.valid & ~self.visual
+
+
+def make_prompt(
+    visual: Bool[Tensor, "batch tokens"],
+    flags: Float[Tensor, "rows 3"] | None,
+    valid: Bool[Tensor, "batch tokens"],
+    instruction: tuple[Tensor, Tensor],
+    tokens_per_image: int | None,
+) -> Prompt:
+    """Put together what adapter, encode stages and caller say.
+
+    `flags` has one row per visual token in (batch, token) order: kept, protected, image number (see `vision.py`).
+    Without it images are told apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
+    """
+    image = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
+    present, protected = valid.clone(), torch.zeros_like(visual)
+    if flags is not None:
+        flags = flags.to(visual.device)
+        image[visual] = flags[:, 2].long()
+        present[visual] &= flags[:, 0] > 0
+        protected[visual] = flags[:, 1] > 0
+    else:
+        image[visual] = _number_images(visual, tokens_per_image)[visual]
+    return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
+
+
+def _number_images(visual: Tensor, tokens_per_image: int | None) -> Tensor:
+    """Images numbered from 0 inside each sample."""
+    if tokens_per_image is not None:
+        return (visual.long().cumsum(1) - 1) // tokens_per_image
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    return starts.long().cumsum(1) - 1
+
+
+def _sizes(image: Tensor, present: Tensor) -> tuple[int, ...]:
+    counts = torch.zeros(image.shape[0], int(image.max()) + 2, dtype=torch.long, device=image.device)
+    counts.scatter_add_(1, image + 1, present.long())
+    return tuple(counts.amax(0).tolist()[1:])
+
+
+def valid_tokens(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "b t"]:
+    """Which of the last `tokens` tokens are no padding, from a (batch, all) or (batch, heads, tokens, all) mask."""
+    if attention_mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if attention_mask.dim() == 4:  # a token that may not see itself is padding
+        diagonal = attention_mask[:, 0].diagonal(attention_mask.shape[3] - tokens, dim1=1, dim2=2)
+        seen = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return seen.expand(batch, -1).to(device)
+    return attention_mask[:, -tokens:].to(device).bool()
+
+
+def instruction_tokens(
+    valid: Bool[Tensor, "batch tokens"], labels: Tensor | None, logits_to_keep: int
+) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
+    """Logical index of the tokens that ask, and which entries count.
+
+    With labels: the last token in front of every labelled span, so one per round (HiDrop, section 3.2), none for a
+    sample without labels. Otherwise the last token of the prompt; where `generate` has put draft tokens behind it
+    (prompt lookup), that is the first position whose logits it asks for.
+    """
+    if labels is not None:
+        asks = torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid
+        rows = max(int(asks.sum(1).max()), 1)
+        index = torch.argsort(asks.to(torch.uint8), dim=1, stable=True)[:, -rows:]
+        return index, asks.gather(1, index)
+    last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
+    if logits_to_keep > 1:
+        last = last - (logits_to_keep - 1)
+    return last.clamp(min=0)[:, None], valid.any(1)[:, None]

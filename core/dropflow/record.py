@@ -1,0 +1,106 @@
+"""What happened in a call, kept as tensors until somebody asks for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from dropflow import flops
+from dropflow.flops import TextShape
+from dropflow.prompt import Prompt
+
+if TYPE_CHECKING:
+    from dropflow.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer in the last prefill; means over the samples of the batch."""
+
+    layer: int
+    visual_tokens: float
+    kv_entries: float
+    """Tokens this layer's cache held behind the prefill, those of earlier turns included."""
+    flops: float
+    """Multiply-adds of this layer, text included (`dropflow.flops.layer`)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tokens, work and memory of the last prefill that brought images; means over the samples of the batch.
+
+    FLOPs are multiply-adds of the decoder layers by closed formula, text included, the work of ranking and the LM
+    head left out. KV bytes are those behind the prefill.
+    """
+
+    policy: str
+    layers: tuple[LayerReport, ...]
+    average_visual_tokens: float
+    """Visual tokens per layer, averaged over all L layers."""
+    entry_visual_tokens: float
+    """Visual tokens handed to the LLM, behind the encode stages."""
+    flops: float
+    flops_dense: float
+    kv_bytes: float
+    kv_bytes_dense: float
+
+
+@dataclass
+class CallRecord:
+    """Live tokens from each boundary on."""
+
+    plan: Plan
+    shape: TextShape
+    prompt: Prompt
+    bytes_per_number: int
+    past: tuple[int, ...] = ()
+    """Entries that each layer's cache held before the call."""
+    seen: int = 0
+    """Logical tokens of earlier calls."""
+    segments: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def add(self, boundary: int, live: Tensor) -> None:
+        """Note that `live` (batch, tokens) holds from `boundary` on."""
+        self.segments.append((boundary, live))
+
+    def live(self) -> Bool[Tensor, "layers batch tokens"]:
+        """Tokens that were live in front of each layer."""
+        return torch.stack([self._live(layer) for layer in range(self.plan.shape.layers)])
+
+    def report(self) -> Report:
+        """Sum the call up."""
+        prompt, depth = self.prompt, self.plan.shape.layers
+        text = prompt.text.sum(1).tolist()
+        present = (prompt.present & prompt.visual).sum(1).tolist()
+        dense = prompt.visual.sum(1).tolist()
+        past = self.past or (0,) * depth
+        rows = [self._layer(layer, text, past[layer]) for layer in range(depth)]
+        seen = self.seen
+        dense_flops = _mean([flops.layer(n + t, seen + n + t, self.shape) for n, t in zip(dense, text, strict=True)])
+        dense_kv = _mean([seen + n + t for n, t in zip(dense, text, strict=True)]) * depth
+        return Report(
+            policy=self.plan.policy.name,
+            layers=tuple(rows),
+            average_visual_tokens=_mean([row.visual_tokens for row in rows]),
+            entry_visual_tokens=_mean(present),
+            flops=sum(row.flops for row in rows),
+            flops_dense=dense_flops * depth,
+            kv_bytes=sum(row.kv_entries for row in rows) * flops.kv_bytes(1, self.shape, self.bytes_per_number),
+            kv_bytes_dense=dense_kv * flops.kv_bytes(1, self.shape, self.bytes_per_number),
+        )
+
+    def _live(self, layer: int) -> Tensor:
+        return [live for boundary, live in self.segments if boundary <= layer][-1]
+
+    def _layer(self, layer: int, text: list[int], past: int) -> LayerReport:
+        visual = (self._live(layer) & self.prompt.visual).sum(1).tolist()
+        work = [flops.layer(n + t, past + n + t, self.shape) for n, t in zip(visual, text, strict=True)]
+        return LayerReport(layer, _mean(visual), past + _mean(visual) + _mean(text), _mean(work))
+
+
+def _mean(values: list[int] | list[float]) -> float:
+    return sum(values) / len(values)

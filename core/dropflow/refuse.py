@@ -1,0 +1,70 @@
+"""What cannot be served correctly is refused here, before anything runs, with what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from dropflow.cache import check_cache
+from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
+    from dropflow.plan import Plan
+
+
+def check_model(backbone: Backbone, plan: Plan) -> None:
+    """Refuse a policy whose stages need facts the backbone cannot give, or name layers it has not."""
+    facts = backbone.facts()
+    faults = [
+        f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
+        f"{type(backbone).__name__} cannot give for this model; leave the stage out or extend the adapter"
+        for name, stage in plan.stages
+        if not stage.needs <= facts
+    ]
+    depth = plan.shape.layers
+    for name, stage in plan.stages:
+        wrong = [layer for layer in (*stage.prune_at, *stage.taps) if not 0 <= layer < depth]
+        faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
+    inside = [name for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
+    if inside and backbone.vision is None:
+        faults.append(f"stages.{inside[0]}: works inside the vision encoder, which this adapter cannot reach")
+    if faults:
+        raise PolicyError("\n".join(faults))
+
+
+def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings_images: bool) -> None:
+    """Refuse a call with images whose cache, attention or outputs cannot be right under a policy."""
+    if not brings_images:
+        return
+    config: Any = backbone.text.config
+    if config._attn_implementation == "flex_attention":
+        raise UnsupportedModel(
+            "attn_implementation: flex_attention masks cannot be gathered; load the model with 'sdpa', 'eager' or a "
+            "flash_attention implementation"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModel(
+            f"text decoder: {config.num_kv_shared_layers} layers share the keys of others, so that layers cannot hold "
+            "different tokens; no policy can be attached to this model"
+        )
+    check_cache(arguments.get("past_key_values"), plan.shape.layers)
+    for name, instead in (
+        ("output_hidden_states", "layers hold different tokens; watch them with an `observe` stage"),
+        ("output_attentions", "it needs eager attention and full maps; use `attention_rows` in a stage"),
+        ("output_router_logits", "router logits of dropped tokens do not exist"),
+    ):
+        asked = arguments.get(name)
+        if asked if asked is not None else getattr(config, name, False):
+            raise UnsupportedCall(f"{name}: not available under a policy: {instead}, or detach the policy")
+
+
+def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"], cache: Any) -> None:
+    """Refuse a new prompt that has image placeholders but brings no image."""
+    if input_ids.shape[1] > 1 and (cache is None or not cache.get_seq_length()) and bool(backbone.placeholders(input_ids).any()):
+        raise MissingImage(
+            "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
+            "or leave the placeholders out"
+        )

@@ -1,0 +1,216 @@
+"""One pass through the text decoder under a policy: boundaries, restricted arguments, and the cache of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dropflow.attention import QueryKey, row_attention
+from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
+from dropflow.decide import decide_cache, decide_keeps, decide_window
+from dropflow.errors import DecisionError
+from dropflow.keys import KeyIndex
+from dropflow.live import LiveSet
+from dropflow.masks import gather_mask, restrict_argument
+from dropflow.payloads import BoundaryEvent
+from dropflow.prompt import Prompt
+from dropflow.record import CallRecord
+from dropflow.stage import Stage
+from dropflow.tap import probe, tap
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
+    from dropflow.plan import Plan
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Run:
+    """State of one forward of the text decoder; lives from its pre-hook to its post-hook.
+
+    With a `prompt` (this call brings visual tokens) the policy acts at its boundaries. Without one (decoding, or a
+    further turn of text) every token of the call is live, and only masks are fitted to what each layer's cache holds.
+    """
+
+    def __init__(self, plan: Plan, backbone: Backbone, prompt: Prompt | None, embeds: Tensor, step: int) -> None:
+        batch, tokens = embeds.shape[:2]
+        self.plan, self.prompt = plan, prompt
+        self.embeds = embeds
+        """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
+        self.step = step
+        """Tokens generated since the last prompt; 0 while a prompt is read."""
+        self.implementation: str = backbone.text.config._attn_implementation
+        self.cache: Any = None
+        self.live = LiveSet.whole(batch, tokens, embeds.device)
+        self.cache_stages = [s for _, s in plan.hooks.implementers("decode_cache") if _asks(s, step)]
+        self._tapped: dict[int, tuple[LiveSet, QueryKey]] = {}
+        self._memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._taps = {layer for stage in self.cache_stages for layer in stage.taps}
+        self.record: CallRecord | None = None
+        if prompt is not None:
+            self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
+            self.window = decide_window(plan, backbone, prompt)
+            self.want = prompt.valid
+            self.image = prompt.image
+            self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
+        else:
+            self.image = torch.full((batch, tokens), -1, device=embeds.device)
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run decoder layer `number` on what is live in front of it."""
+        if number == 0:
+            self._open_cache(kwargs.get("past_key_values"))
+        if self.prompt is not None:
+            args, kwargs = self._cross(number, layer, args, kwargs)
+        keys = self._keys(number)
+        args, kwargs = self._restricted(args, kwargs, keys)
+        if number in self._taps:
+            with tap(self.implementation, lambda seen: self._tapped.setdefault(number, (self.live, seen)) and None):
+                output = layer._call_impl(*args, **kwargs)  # a compiled layer has no attention left to look up
+        else:
+            output = layer(*args, **kwargs)
+        held = self._held(number)
+        if self.prompt is not None and held is not None and held.is_initialized:
+            held.settle(keys)
+        return output
+
+    def attention_rows(self, layer: int, rows: Tensor, ask: Callable[[], QueryKey] | None = None) -> Tensor:
+        """Attention rows of a tapped layer, or by `ask` of the layer in front of which the run stands."""
+        if layer in self._tapped:
+            live, seen = self._tapped[layer]
+            if live is not self.live:
+                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
+            return row_attention(seen, rows)
+        if ask is None:
+            raise DecisionError(f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran")
+        return row_attention(ask(), rows)
+
+    def finish(self) -> None:
+        """Ask the cache stages, now that every layer has written its entries."""
+        if self.cache_stages and is_flow_cache(self.cache):
+            decide_cache(self, self.cache, self.cache_stages)
+
+    def _open_cache(self, cache: Any) -> None:
+        if cache is not None and self.prompt is not None and not is_flow_cache(cache):
+            convert_cache(cache, self.plan.shape.layers)
+        self.cache = cache
+        if self.record is not None and cache is not None:
+            self.record.past = tuple(0 if held.keys is None else held.keys.shape[-2] for held in cache.layers)
+            self.record.seen = cache.get_seq_length()
+
+    def _held(self, number: int) -> FlowLayer | None:
+        held: FlowLayer | None = None if self.cache is None else self.cache.layers[number]
+        return held
+
+    def _keys(self, number: int) -> KeyIndex:
+        """What the layer's cache will hold after this call; shared by layers that hold the same."""
+        batch, device, held = self.embeds.shape[0], self.embeds.device, self._held(number)
+        index = None if held is None else held.index
+        length = 0 if held is None else held.length
+        past = self._shared(("past", id(index), length), index, lambda: _past(held, batch, device))
+        keys: KeyIndex = self._shared(("keys", id(past)), past, lambda: past.followed_by(self.live, self.image))
+        return keys
+
+    def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Apply what the policy says at the boundary in front of layer `number` to the hidden states."""
+        prompt, window = self.prompt, self.window
+        stages = self.plan.prune_at.get(number, ()) if window.entry <= number < window.exit else ()
+        turns = number in (0, window.entry, window.exit)
+        if prompt is None or not (turns or stages):
+            return args, kwargs
+        hidden = _hidden(args, kwargs)
+        if turns:
+            want = prompt.present if window.entry <= number < window.exit else prompt.text
+            hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
+        scores: dict[str, Tensor] = {}
+        if stages:
+            before = hidden
+            want, scores = decide_keeps(self, number, hidden, stages, lambda: self._probe(number, layer, before, args, kwargs))
+            hidden = self._move(want, hidden, None)
+        if self.record is not None:
+            self.record.add(number, self.want)
+        if self.plan.hooks.implementers("observe"):
+            names = tuple(name for name, _ in stages)
+            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, self.image, scores))
+        return _with_hidden(hidden, args, kwargs)
+
+    def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
+        """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""
+        if torch.equal(want, self.want):
+            return hidden  # padding, too, stays where it is until a token really goes
+        live = LiveSet.of(want)
+        hidden = live.restrict(self.live, hidden, raw)
+        self.live, self.want = live, want
+        self._memo.clear()
+        return hidden
+
+    def _restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
+        """Everything but hidden states and cache, as the live tokens and the held keys need it."""
+        mask = kwargs.get("attention_mask")
+        if not keys.complete:
+            flash = "flash" in self.implementation
+            make = lambda: gather_mask(mask, self.live, keys, flash=flash)  # noqa: E731
+            kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
+        if self.live.everything:
+            return args, kwargs
+        passed = ("attention_mask", "past_key_values", "hidden_states")
+        kwargs = {k: v if k in passed else self._restrict(v) for k, v in kwargs.items()}
+        return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
+
+    def _restrict(self, value: Any) -> Any:
+        if not isinstance(value, Tensor | tuple | list):
+            return value
+        return self._shared(("value", id(value)), value, lambda: restrict_argument(value, self.live))
+
+    def _shared(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
+        """Compute once per run of layers with one live set; `source` is kept alive, as its id is part of the key."""
+        if key not in self._memo:
+            self._memo[key] = (source, make())
+        return self._memo[key][1]
+
+    def _probe(
+        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> QueryKey:
+        """q and k of the coming layer for all live tokens, past keys in front; nothing is written to the cache."""
+        keys, held = self._keys(number), self._held(number)
+        args, kwargs = self._restricted(args, kwargs, keys)
+        args, kwargs = _with_hidden(hidden, args, kwargs | {"past_key_values": None, "use_cache": False})
+        with torch.no_grad(), _without_checkpointing(layer):
+            found = probe(self.implementation, lambda: layer._call_impl(*args, **kwargs))
+        if held is not None and held.length:
+            found = replace(found, key=torch.cat((held.keys, found.key), 2))
+        return found
+
+
+def _asks(stage: Stage[Any], step: int) -> bool:
+    return step == 0 or (stage.decode_every > 0 and step % stage.decode_every == 0)
+
+
+def _past(held: FlowLayer | None, batch: int, device: torch.device) -> KeyIndex:
+    return KeyIndex.plain(batch, 0, device) if held is None else held.known(batch, device)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
+
+
+def _with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs
+
+
+@contextmanager
+def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
+    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
+    training, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = training

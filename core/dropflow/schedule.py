@@ -1,0 +1,64 @@
+"""Visual tokens per decoder layer, as far as a policy's forecast can tell, and what they average to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dropflow.stage import Window
+from dropflow.units import Budget
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Visual tokens of one image in front of every decoder layer; `None` where the data decides."""
+
+    per_layer: tuple[int | None, ...]
+    entry: int | None
+    """Visual tokens handed to the LLM, after the encode stages and before any layer."""
+
+    @property
+    def average(self) -> float | None:
+        """Mean over all L layers, text-only layers included; `None` if any layer is left to the data."""
+        known = [count for count in self.per_layer if count is not None]
+        return sum(known) / len(known) if len(known) == len(self.per_layer) else None
+
+
+def schedule(
+    layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, Sequence[Budget | None]], encoded: Budget | None
+) -> Schedule:
+    """Follow one image of `visual_tokens` tokens through the layers.
+
+    `keeps[i]` are the budgets applied at boundary i. A budget that is a share counts against the tokens at entry.
+    """
+    entry = visual_tokens if encoded is None else encoded.of(visual_tokens)
+    current: int | None = entry
+    counts: list[int | None] = []
+    for layer in range(layers):
+        for budget in keeps.get(layer, ()) if window.entry <= layer < window.exit else ():
+            current = None if budget is None or current is None else min(current, budget.of(entry))
+        counts.append(current if window.entry <= layer < window.exit else 0)
+    return Schedule(tuple(counts), entry)
+
+
+def first_keep(average: float, layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, int | None]) -> int:
+    """Solve the first keep of a pyramid from a budget of average visual tokens over all layers (rounded up).
+
+    `keeps` maps boundaries to counts, the first one being the unknown (HiDrop, arXiv:2602.23699, section 3.2: the tail
+    is fixed and the first keep follows from the budget). Raises `ValueError` when no count from the second keep to
+    `visual_tokens` reaches the average.
+    """
+    boundaries = [*sorted(keeps), window.exit]
+    before = visual_tokens * (boundaries[0] - window.entry)
+    tail = sum((keeps[b] or 0) * (end - b) for b, end in zip(boundaries[1:-1], boundaries[2:], strict=True))
+    span = boundaries[1] - boundaries[0]
+    exact = (average * layers - before - tail) / span
+    solved = -int(-(exact - 1e-9) // 1)
+    floor = (keeps[boundaries[1]] or 0) if len(keeps) > 1 else 0
+    if not floor <= solved <= visual_tokens:
+        low, high = ((before + tail + k * span) / layers for k in (floor, visual_tokens))
+        raise ValueError(
+            f"an average of {average:g} visual tokens needs a first keep of {solved}, outside {floor}..{visual_tokens}; "
+            f"with these boundaries the average can be {low:.2f} to {high:.2f}"
+        )
+    return solved

@@ -1,0 +1,42 @@
+"""Pure functions that choose tokens: top-k per image, with a stated rule for ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def keep_top(
+    scores: Float[Tensor, "batch slots"],
+    image: Int[Tensor, "batch slots"],
+    counts: Sequence[int],
+    *,
+    keep_ties: bool = False,
+) -> Bool[Tensor, "batch slots"]:
+    """Keep the `counts[g]` highest-scored tokens of every image g, in every sample apart from the others.
+
+    `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border go to the
+    lowest slot, so that exactly min(count, size) tokens stay; with `keep_ties` the whole tie group stays, as rank
+    operators such as DMS do (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more may.
+    """
+    batch, slots = scores.shape
+    images = len(counts)
+    group = torch.where(image < 0, images, image)  # text goes to a last group that keeps nothing
+    group = (group + torch.arange(batch, device=group.device)[:, None] * (images + 1)).flatten()
+    by_score = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    order = by_score[torch.sort(group[by_score], stable=True).indices]  # grouped, best first inside a group
+    sizes = torch.bincount(group, minlength=batch * (images + 1))
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(batch * slots, device=order.device) - starts[group[order]]
+    allowed = torch.tensor([*counts, 0], device=scores.device).repeat(batch)[group]
+    keep = rank < allowed
+    if keep_ties:
+        lowest = scores.new_full((batch * (images + 1),), torch.inf)
+        kept = torch.where(keep, scores.flatten(), torch.inf)
+        lowest = lowest.scatter_reduce(0, group, kept, "amin")
+        keep = (scores.flatten() >= lowest[group]) & (allowed > 0)
+    return keep.view(batch, slots)

@@ -1,0 +1,108 @@
+"""What a stage is: options, the boundaries it names, a forecast that needs no weights, and lifecycle hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dropflow.units import Budget, Scale
+
+
+class StageOptions(BaseModel):
+    """Base of every stage's options: unknown keys are errors, values are frozen, defaults are validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The layers in which vision takes part: `entry <= layer < exit`."""
+
+    entry: int
+    exit: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will do, as far as it can be said from its options alone; `None` where the data decides."""
+
+    entry: int | None = None
+    """Boundary from which vision is live (an `inject` stage)."""
+    exit: int | None = None
+    """Boundary from which no vision is live (an `exit` stage)."""
+    encoded: Budget | None = None
+    """Visual tokens of one image that reach the LLM (an `encode` stage)."""
+    keeps: Mapping[int, Budget | None] = field(default_factory=dict)
+    """Visual tokens of one image left behind each boundary (a `prune` stage)."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is told when a policy is resolved for a backbone."""
+
+    name: str
+    """The stage's name in the policy, such as `pyramid`."""
+    scale: Scale
+    """Turns `Depth` and `Tokens` options into boundaries and budgets of this backbone."""
+    window: Window
+    """Where vision enters and exits; a stage that sets it itself is given the whole depth."""
+
+    def path(self, option: str) -> str:
+        """Path of one of this stage's options in the policy file, for error messages."""
+        return f"stages.{self.name}.{option}"
+
+
+O_co = TypeVar("O_co", bound=StageOptions, covariant=True)
+
+
+class Stage(Generic[O_co]):
+    """One step of a method: subclass it, set `Options`, and implement lifecycle hooks marked with `hookimpl`.
+
+    A stage holds no state between calls. Hooks receive one frozen payload and return a decision or `None`;
+    the engine applies it. Properties below are read once, when the policy is attached.
+    """
+
+    Options: ClassVar[type[StageOptions]] = StageOptions
+    """Pydantic model of the options a policy may set."""
+    summary: ClassVar[str] = ""
+    """One line for `dropflow list stages`."""
+    paper: ClassVar[str] = ""
+    """Where the method is published, such as `arXiv:2602.23699`."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Backbone facts it cannot do without: any of `cls`, `grid`, `vision_layers`."""
+
+    def __init__(self, options: O_co, context: StageContext) -> None:
+        self.options = options
+        self.context = context
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """LLM boundaries at which `prune` is asked."""
+        return ()
+
+    @property
+    def encode_at(self) -> tuple[int | None, ...]:
+        """Vision encoder boundaries at which `encode` is asked; `None` is the encoder's output before the LLM."""
+        return (None,)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Decoder layers whose own attention rows `prune` reads *after* they ran (layer < boundary)."""
+        return ()
+
+    @property
+    def vision_taps(self) -> tuple[int, ...]:
+        """Vision encoder layers whose attention rows `encode` reads."""
+        return ()
+
+    @property
+    def decode_every(self) -> int:
+        """Ask `decode_cache` again every so many generated tokens; 0 asks only after prefill."""
+        return 0
+
+    def forecast(self) -> Forecast:
+        """What this stage will do, from its options alone; used by checks and by `dropflow explain`."""
+        return Forecast()

@@ -1,0 +1,98 @@
+"""The masked oracle: the same drops as masks on a full-length run, with nothing removed and no cache.
+
+It shares no code with the engine: ordinary hooks on the layers hide dropped keys, and what they see of the engine is
+one boolean per layer and token.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dropflow.backbone import Backbone, backbone_for
+
+
+class MaskedOracle:
+    """While open, every forward of `model` masks what `live` says is dropped; calls must not use a cache.
+
+    `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens behind the prompt
+    take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
+    A position whose token is not live at the end reads the last live token at or before it.
+    """
+
+    def __init__(self, model: Any, live: Bool[Tensor, "layers batch tokens"], adapter: str | type[Backbone] | None = None):
+        self._backbone = backbone_for(model, adapter)
+        self._live = live
+        self._handles: list[Any] = []
+        self.hidden: list[Tensor] = []
+        """Input of every layer in the last forward, each (batch, tokens, dim)."""
+        self._raw = torch.empty(0)
+
+    def __enter__(self) -> MaskedOracle:
+        text = self._backbone.text
+        layers: Any = text.layers
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in enumerate(layers)
+        ]
+        self._handles.append(text.register_forward_hook(self._read))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, number: int) -> Any:
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = args[0]
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length(number):
+                raise ValueError("the masked oracle runs without a cache; pass use_cache=False")
+            if number == 0:
+                self._raw, self.hidden = hidden, []
+            live = self._of(number, hidden)
+            if number:
+                entering = live & ~self._of(number - 1, hidden)
+                hidden = torch.where(entering[:, :, None], self._raw, hidden)
+            self.hidden.append(hidden)
+            mask = self._mask(kwargs["attention_mask"], live, hidden)
+            return (hidden, *args[1:]), kwargs | {"attention_mask": mask, "past_key_values": None, "use_cache": False}
+
+        return before
+
+    def _of(self, number: int, hidden: Tensor) -> Bool[Tensor, "batch tokens"]:
+        """The live set of a layer for this forward: expanded over beams, all true behind the prompt."""
+        live = self._live[number].to(hidden.device)
+        live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
+        return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)
+
+    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor) -> Tensor:
+        tokens = hidden.shape[1]
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]
+        if mask.dim() == 2:
+            raise ValueError("the masked oracle needs 'sdpa' or 'eager' attention")
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        own = torch.eye(tokens, dtype=torch.bool, device=hidden.device)
+        seen = (seen & live[:, None, None, :]) | own
+        if mask.dtype == torch.bool:
+            return seen
+        return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+    def _read(self, _: Any, __: Any, output: Any) -> Any:
+        hidden = output[0]
+        source = last_live(self._of(len(self._live) - 1, hidden))
+        rows = hidden.gather(1, source.clamp(min=0)[:, :, None].expand_as(hidden))
+        output["last_hidden_state"] = torch.where((source < 0)[:, :, None], 0.0, rows)
+        return output
+
+
+def last_live(live: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Index of the last live token at or before each token; -1 where there is none."""
+    index = torch.arange(live.shape[1], device=live.device).expand_as(live)
+    return torch.where(live, index, -1).cummax(1).values

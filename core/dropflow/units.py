@@ -1,0 +1,98 @@
+"""Numbers in a policy: layers as boundaries or shares of depth, tokens as counts or shares of an image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from dropflow.errors import PolicyError
+
+
+
+def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
+    """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors."""
+    expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
+
+    def check(value: object) -> int | float:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        if isinstance(value, float) and 0 < value <= 1:
+            return value
+        raise ValueError(expected)
+
+    one_of = [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]
+    return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "description": expected})
+
+
+Depth = Annotated[int | float, *_number("a boundary, the layer in front of which it lies", "a share of depth")]
+"""Boundary `i` lies in front of decoder layer `i` (0-based); a float is a share of the model's depth."""
+
+Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
+"""Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The two numbers of a backbone that a policy is tuned for."""
+
+    layers: int
+    """Decoder layers, L."""
+    visual_tokens: int | None
+    """Visual tokens of one image at entry to the LLM; `None` where it differs between images."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens of one image stay: an absolute count, or a share of the image's tokens at entry."""
+
+    tokens: int | None = None
+    share: float | None = None
+
+    def of(self, visual_tokens: int) -> int:
+        """Tokens that stay of an image with `visual_tokens` tokens at entry (a share rounds half up, at least 1)."""
+        if self.share is not None:
+            return min(max(1, math.floor(self.share * visual_tokens + 0.5)), visual_tokens)
+        return min(self.tokens or 0, visual_tokens)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Turns the numbers of a policy into those of one backbone, refusing absolute ones tuned for another shape."""
+
+    target: Shape
+    tuned_for: Shape | None = None
+    rescale: bool = False
+
+    def boundary(self, value: int | float, path: str) -> int:
+        """Boundary 0..L that `value` means on the target; raises `PolicyError` naming `path`."""
+        depth = self.target.layers
+        if isinstance(value, float):
+            return math.floor(value * depth + 0.5)
+        if self.tuned_for is not None and self.tuned_for.layers != depth:
+            self._refuse_unless_rescaled(path, value, f"{self.tuned_for.layers} layers", f"{depth}")
+            value = math.floor(value * depth / self.tuned_for.layers + 0.5)
+        if value > depth:
+            raise PolicyError(f"{path}: expected a boundary from 0 to {depth} (the model has {depth} layers), got {value}")
+        return value
+
+    def tokens(self, value: int | float, path: str) -> Budget:
+        """Budget per image that `value` means on the target; raises `PolicyError` naming `path`."""
+        if isinstance(value, float):
+            return Budget(share=value)
+        tuned, target = self.tuned_for, self.target.visual_tokens
+        if tuned is not None and tuned.visual_tokens is not None and tuned.visual_tokens != target:
+            self._refuse_unless_rescaled(
+                path, value, f"{tuned.visual_tokens} visual tokens", "a varying number" if target is None else f"{target}"
+            )
+            return Budget(share=value / tuned.visual_tokens) if value else Budget(tokens=0)
+        return Budget(tokens=value)
+
+    def _refuse_unless_rescaled(self, path: str, value: int, tuned: str, got: str) -> None:
+        if not self.rescale:
+            raise PolicyError(
+                f"{path}: the absolute number {value} was tuned for {tuned}, but the model has {got}; "
+                "set `rescale: true` to scale it in proportion, or write a share (a float up to 1.0)"
+            )

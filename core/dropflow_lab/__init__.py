@@ -1,0 +1,1 @@
+"""The instruments of Dropflow: command line, measurement and the embedded demo model."""

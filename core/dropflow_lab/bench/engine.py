@@ -1,0 +1,135 @@
+"""The engine benchmark: what an attached policy costs when it drops nothing, and what it saves when it drops much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import dropflow
+from dropflow_lab.bench.flop_count import count_flops
+from dropflow_lab.bench.keep_all import KeepAll
+from dropflow_lab.bench.machine import Machine, this_machine
+from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, twin
+from dropflow_lab.bench.timing import Spread, interleaved, ratio
+
+EMPTY: dict[str, Any] = {"name": "no-stages", "stages": {}}
+KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": KeepAll}}}
+REDUCED: dict[str, Any] = {
+    "name": "bench-reduced",
+    "description": "88.9 % fewer visual tokens on average, in the proportions of HiDrop on 32 layers",
+    "tuned_for": {"layers": 16, "visual_tokens": 576},
+    "rescale": True,
+    "stages": {
+        "inject": {"use": "hidrop/late-injection", "at": 4},
+        "pyramid": {"use": "hidrop/concave-pyramid", "keep": {5: 140, 8: 9}},
+        "exit": {"use": "hidrop/early-exit", "at": 11},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Time under a policy that drops nothing, over time without a policy."""
+
+    prefill_ratio: Spread
+    decode_ratio: Spread
+    """Of one decode step over a cache that holds the whole prompt."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What `REDUCED` saves of a prefill, vision tower and LM head included on both sides."""
+
+    prefill_speedup: Spread
+    flops_ratio: float
+    """FLOPs without the policy over FLOPs with it, ranking included."""
+    efficiency: Spread
+    """Speed-up over FLOPs ratio: 1 where every dropped FLOP saves its time."""
+    kv_entries: tuple[int, ...]
+    """Entries that each layer's cache really holds after the prefill."""
+
+
+@dataclass(frozen=True)
+class EngineBench:
+    """All ratios, each a median with quartiles over rounds."""
+
+    noop: Overhead
+    """Under a stage that is asked in front of every layer and keeps everything."""
+    empty: Overhead
+    """Under a policy without stages."""
+    reduced: Reduction
+    rounds: int
+    subject: SubjectShape
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with the reduced policy."""
+        return asdict(self) | {"policy": REDUCED}
+
+
+def bench_engine(
+    shape: SubjectShape | None = None, *, rounds: int = 15, decode_steps: int = 8, threads: int = 1
+) -> EngineBench:
+    """Measure in this process, every variant in turn, on shared random weights; takes some seconds per round.
+
+    Torch's number of threads is set for the time of the measurement.
+    """
+    shape = shape or SubjectShape()
+    with _threads(threads), torch.no_grad(), _variants(shape) as models:
+        inputs = build_prompt(shape)
+        prefills = {name: _prefill(model, inputs) for name, model in models.items()}
+        caches = {name: prefill() for name, prefill in prefills.items()}
+        entries = tuple(int(layer.keys.shape[-2]) for layer in caches["reduced"].layers)
+        flops_ratio = count_flops(prefills["plain"]) / count_flops(prefills["reduced"])
+        prefill = interleaved(prefills, rounds)
+        steps = {name: _decode(models[name], caches[name]) for name in ("plain", "keep-all", "empty")}
+        decode = interleaved(steps, rounds, decode_steps)
+        speedup = ratio(prefill["plain"], prefill["reduced"])
+        return EngineBench(
+            noop=_overhead(prefill, decode, "keep-all"),
+            empty=_overhead(prefill, decode, "empty"),
+            reduced=Reduction(speedup, flops_ratio, speedup.over(flops_ratio), entries),
+            rounds=rounds,
+            subject=shape,
+            machine=this_machine(),
+        )
+
+
+@contextmanager
+def _variants(shape: SubjectShape) -> Iterator[dict[str, Any]]:
+    plain = build_model(shape)
+    models = {"plain": plain}
+    with ExitStack() as attached:
+        for name, policy in (("keep-all", KEEP_ALL), ("empty", EMPTY), ("reduced", REDUCED)):
+            models[name] = twin(plain)
+            attached.enter_context(dropflow.attach(models[name], policy))
+        yield models
+
+
+def _prefill(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    """One prefill as `generate` runs it: a fresh cache, logits of the last token only."""
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _decode(model: Any, cache: Any) -> Callable[[], Any]:
+    """One decode step, which leaves the cache a token longer."""
+    token = torch.tensor([[2]])
+    return lambda: model(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def _overhead(prefill: Mapping[str, list[float]], decode: Mapping[str, list[float]], name: str) -> Overhead:
+    return Overhead(ratio(prefill[name], prefill["plain"]), ratio(decode[name], decode["plain"]))
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,28 @@
+"""A stage that is asked in front of every layer and drops nothing: what is left is the engine's own cost."""
+
+from __future__ import annotations
+
+import torch
+
+from dropflow import Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
+from dropflow.units import Budget
+
+
+class KeepAll(Stage[StageOptions]):
+    """Every visual token stays at every boundary."""
+
+    summary = "asked in front of every layer, drops nothing"
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """Every boundary in front of a layer."""
+        return tuple(range(self.context.scale.target.layers))
+
+    def forecast(self) -> Forecast:
+        """All of an image's tokens, everywhere."""
+        return Forecast(keeps=dict.fromkeys(self.prune_at, Budget(share=1.0)))
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Keep everything."""
+        return Keep(torch.ones_like(call.valid))

@@ -1,0 +1,37 @@
+"""What a measurement was taken on."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processor and the versions that decide about speed."""
+
+    cpu: str
+    threads: int
+    """Threads torch works with."""
+    python: str
+    torch: str
+    transformers: str
+
+
+def this_machine() -> Machine:
+    """Describe the machine this process runs on."""
+    versions = (platform.python_version(), torch.__version__, transformers.__version__)
+    return Machine(_cpu(), torch.get_num_threads(), *versions)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,70 @@
+"""Times several things in turn, in one process, so that a slow moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of a set of samples, with its lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Summarise two samples or more."""
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def over(self, divisor: float) -> Spread:
+        """Return the spread of every sample divided by one number."""
+        return Spread(self.median / divisor, self.low / divisor, self.high / divisor)
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls.
+
+    Every other round goes backwards, so that no run always follows the same one. One round of warm-up is thrown away.
+    Garbage collection is off while samples are taken.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    with _no_garbage_collection():
+        for index in range(rounds + 1):
+            for name in order if index % 2 else order[::-1]:
+                seconds = _seconds(runs[name], repeats)
+                if index:
+                    samples[name].append(seconds)
+            gc.collect()
+    return samples
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Return the spread of the ratios of samples taken in the same round."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,64 @@
+"""`dropflow list`: the names that policies and commands accept."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dropflow_lab.commands.options import AsJson
+from dropflow_lab.output import chatter_to_stderr, emit
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    STAGES = "stages"
+    POLICIES = "policies"
+    ADAPTERS = "adapters"
+
+
+_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    Kind.STAGES: ("summary", "options", "paper"),
+    Kind.POLICIES: ("description", "tuned_for"),
+    Kind.ADAPTERS: ("summary",),
+}
+
+
+def list_names(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the installed stages, policies or adapters, those of third-party packages too."""
+    from dropflow_lab import listing
+
+    with chatter_to_stderr():
+        find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}
+        rows = find[kind]()
+    emit({kind.value: rows}, as_json, _table(kind, rows))
+
+
+def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("name", no_wrap=True)
+    for column in _COLUMNS[kind]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        known = [row["error"]] if "error" in row else [_cell(row[column]) for column in _COLUMNS[kind]]
+        table.add_row(escape(row["name"]), *(escape(cell) for cell in known))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "any shape"
+    if isinstance(value, dict) and "layers" in value:
+        return f"{value['layers']} layers, {value['visual_tokens']} visual tokens"
+    return ", ".join(value) if isinstance(value, dict) else str(value)

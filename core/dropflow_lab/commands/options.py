@@ -1,0 +1,16 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="Registered name, or path of a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override one entry of the policy; may be given several times."),
+]
+Layers = Annotated[int | None, typer.Option(min=1, help="Decoder layers of the backbone.")]
+VisualTokens = Annotated[int | None, typer.Option(min=1, help="Visual tokens of one image at entry to the LLM.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]

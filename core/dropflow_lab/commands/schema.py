@@ -1,0 +1,32 @@
+"""`dropflow schema`: the JSON Schema of policy files, for editors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dropflow_lab.commands.options import AsJson
+from dropflow_lab.output import chatter_to_stderr, emit, write_text
+
+
+def schema(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the schema there, not to stdout.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the JSON Schema of a policy file, with the options of every installed stage.
+
+    With `# yaml-language-server: $schema=FILE` on top of a policy, editors complete and check it.
+    """
+    from dropflow.policy import schema as policy_schema
+
+    with chatter_to_stderr():
+        described = policy_schema()
+        if out is not None:
+            write_text(out, json.dumps(described, indent=2) + "\n")
+    if out is None:
+        emit(described, True)
+    else:
+        emit({"out": str(out)}, as_json, f"wrote {out}")

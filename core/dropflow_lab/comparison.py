@@ -1,0 +1,68 @@
+"""One question asked twice: without and with a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import dropflow
+from dropflow import Policy
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+UNIT = "multiply-adds of the decoder's prefill, text included"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers, and what the policy left to do."""
+
+    question: str
+    answer_dense: str
+    """Without a policy."""
+    answer: str
+    report: dropflow.Report
+    """Of the run with the policy."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with the unit of all FLOPs."""
+        answers = {"question": self.question, "answer_dense": self.answer_dense, "answer": self.answer}
+        return answers | asdict(self.report) | {"unit": UNIT}
+
+
+def compare(
+    model: Any, processor: Any, images: Sequence[Image], question: str, policy: Policy, max_new_tokens: int
+) -> Comparison:
+    """Ask one question about all `images` without and with `policy`, decoding greedily."""
+    inputs = prompt(processor, images, question).to(model.device, model.dtype)
+    with dropflow.attach(model, policy) as flow:
+        answer = _generate(model, processor, inputs, max_new_tokens)
+        report = flow.report()
+    return Comparison(question, _generate(model, processor, inputs, max_new_tokens), answer, report)
+
+
+def prompt(processor: Any, images: Sequence[Image], question: str) -> Any:
+    """Return the model's inputs: by the processor's chat template, or the images and then the question without one."""
+    if getattr(processor, "chat_template", None) is None:
+        text = f"{processor.image_token}\n" * len(images) + question
+        return processor(images=list(images), text=text, return_tensors="pt")
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    answers: list[str] = processor.batch_decode(new, skip_special_tokens=True)
+    return answers[0].strip()

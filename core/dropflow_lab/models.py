@@ -1,0 +1,44 @@
+"""Loads a multimodal model with its processor, from the package or from a local folder, never from a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dropflow_lab.errors import InputError
+
+
+def load_model(folder: Path | None = None) -> tuple[Any, Any]:
+    """Return model and processor of `folder`, or the embedded demo model; on the GPU where there is one.
+
+    Weights keep the dtype they are stored in (the demo model runs in float32). Raises `InputError` where the folder is
+    missing or transformers cannot load it.
+    """
+    model, processor = _embedded() if folder is None else _from_folder(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def _embedded() -> tuple[Any, Any]:
+    from dropflow_lab.digits.model import load
+
+    try:
+        return load()
+    except (OSError, LookupError) as error:
+        raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}") from None
+
+
+def _from_folder(folder: Path) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: expected a model folder with a config.json, found none")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
+        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

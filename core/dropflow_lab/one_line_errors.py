@@ -1,0 +1,57 @@
+"""Bad input ends a command with exit code 2 and a line on stderr; a traceback always means a bug."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+# typer took click's classes over under private names in 0.29; the base of BadParameter is UsageError before and after
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class OneLineErrors(TyperGroup):
+    """The root command; prints one line per fault and exits with 2 where the input is to blame."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line and exit the process; with `standalone_mode` off, raise and return instead."""
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except _UsageError as error:
+            command = error.ctx.command_path if error.ctx else "dropflow"
+            _complain(f"{error.format_message().rstrip('.')} (see {command} --help)")
+            code = 2
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            if not _is_bad_input(error):
+                raise
+            _complain(str(error))
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from dropflow.errors import DropflowError  # imports torch, which the command that raised has done already
+
+    return isinstance(error, DropflowError)

@@ -1,0 +1,115 @@
+"""Concave pyramid pruning: a few boundaries keep fast-shrinking numbers of visual tokens (HiDrop, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow.errors import PolicyError
+from dropflow.schedule import first_keep
+from dropflow.selection import keep_top
+from dropflow.units import Budget, Depth, Tokens
+
+
+class AverageBudget(StageOptions):
+    """A target from which the first keep is solved."""
+
+    average_tokens: float = Field(gt=0, description="visual tokens per layer, averaged over all layers of the LLM")
+
+
+class ConcavePyramidOptions(StageOptions):
+    """Options of `hidrop/concave-pyramid`."""
+
+    keep: dict[Depth, Tokens | Literal["solve"]] = Field(
+        min_length=1,
+        description="boundary -> visual tokens per image that stay from there on; `solve` at the first one with `budget`",
+    )
+    budget: AverageBudget | None = Field(
+        default=None, description="solve the first keep so that the average over all layers meets this target"
+    )
+    select: Literal["exact", "reference"] = Field(
+        default="exact",
+        description="`exact` keeps exactly k (ties to the lowest index); `reference` keeps whole tie groups, as published",
+    )
+
+
+class ConcavePyramid(Stage[ConcavePyramidOptions]):
+    """At each boundary, the visual tokens of each image that the instruction attends to most stay.
+
+    Score of a token: attention probability from the last instruction token (with labels, the mean over the last
+    instruction token of every round), by the norm, q and k of the layer behind the boundary, averaged over heads; the
+    softmax runs over all keys (HiDrop, section 3.2, after PyramidDrop). A sample without an instruction token, such as
+    one whose labels are all -100, is not pruned.
+    """
+
+    Options = ConcavePyramidOptions
+    summary = "attention-ranked pruning at a few boundaries, fast first and then slowly"
+    paper = "arXiv:2602.23699, section 3.2"
+
+    def __init__(self, options: ConcavePyramidOptions, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._keeps = _budgets(options, context)
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """The boundaries of `keep`."""
+        return tuple(self._keeps)
+
+    def forecast(self) -> Forecast:
+        """The keeps, the solved one included."""
+        return Forecast(keeps=self._keeps)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Keep the best-ranked visual tokens of each image."""
+        scores = instruction_scores(call)
+        budget = self._keeps[call.boundary]
+        counts = [budget.of(size) for size in call.image_sizes]
+        keep = keep_top(scores, call.image, counts, keep_ties=self.options.select == "reference")
+        unranked = ~call.query_valid.any(1, keepdim=True)
+        return Keep(keep | unranked, scores)
+
+
+def instruction_scores(call: PruneCall) -> Float[Tensor, "batch slots"]:
+    """Mean over heads and instruction tokens of the attention each live token receives at the boundary's layer."""
+    rows = call.attention_rows(call.boundary, call.queries).mean(1)  # (batch, rows, keys)
+    weight = call.query_valid.to(rows.dtype)[:, :, None]
+    scores = (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return scores[:, -call.index.shape[1] :]  # keys of earlier turns come first
+
+
+def _budgets(options: ConcavePyramidOptions, context: StageContext) -> Mapping[int, Budget]:
+    scale = context.scale
+    keeps: dict[int, Budget | None] = {}
+    for depth, tokens in options.keep.items():
+        path = context.path(f"keep.{depth}")
+        boundary = scale.boundary(depth, path)
+        if boundary in keeps:
+            raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {scale.target.layers} layers")
+        keeps[boundary] = None if tokens == "solve" else scale.tokens(tokens, path)
+    first = min(keeps)
+    if [b for b, budget in keeps.items() if budget is None] not in ([], [first]):
+        raise PolicyError(f"{context.path('keep')}: only the first boundary ({first}) can be `solve`")
+    if options.budget is not None:
+        keeps[first] = _solve(options.budget.average_tokens, keeps, context)
+    solved = {b: budget for b, budget in sorted(keeps.items()) if budget is not None}
+    if len(solved) < len(keeps):
+        raise PolicyError(f"{context.path('budget')}: missing; `solve` needs `budget: {{average_tokens: ...}}`")
+    return solved
+
+
+def _solve(average: float, keeps: Mapping[int, Budget | None], context: StageContext) -> Budget:
+    shape, path = context.scale.target, context.path("budget.average_tokens")
+    if shape.visual_tokens is None:
+        raise PolicyError(f"{path}: this backbone's images differ in size; give the first keep as a share instead")
+    counts = {b: None if budget is None else budget.of(shape.visual_tokens) for b, budget in keeps.items()}
+    try:
+        solved = first_keep(average, shape.layers, shape.visual_tokens, context.window, counts)
+    except ValueError as error:
+        raise PolicyError(f"{path}: {error}") from None
+    return Budget(tokens=solved)

@@ -1,0 +1,53 @@
+"""`dropflow list`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dropflow import registry
+from dropflow.errors import BrokenPlugin
+
+GROUPS = {"stages": registry.STAGES, "adapters": registry.ADAPTERS}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_registered_name_is_listed_with_a_line_about_it(cli, kind) -> None:
+    rows = json.loads(cli("list", kind, "--json").stdout)[kind]
+    assert [row["name"] for row in rows] == registry.names(GROUPS[kind])
+    assert all(row["summary"] for row in rows)
+
+
+def test_stages_are_listed_with_their_options(cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
+    assert set(rows["hidrop/concave-pyramid"]["options"]) == {"keep", "budget", "select"}
+    assert rows["hidrop/early-exit"]["paper"].startswith("arXiv:2602.23699")
+
+
+def test_policies_are_listed_with_what_they_are_tuned_for(cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("list", "policies", "--json").stdout)["policies"]}
+    assert list(rows) == list(registry.policy_files())
+    assert rows["hidrop-64"]["tuned_for"] == {"layers": 32, "visual_tokens": 576}
+
+
+@pytest.mark.parametrize("kind", ["stages", "policies", "adapters"])
+def test_tables_show_whole_names(cli, kind) -> None:
+    names = list(registry.policy_files()) if kind == "policies" else registry.names(GROUPS[kind])
+    shown = cli("list", kind).stdout
+    assert all(f" {name} " in shown for name in names)
+
+
+def test_a_broken_package_hides_no_other(cli, monkeypatch) -> None:
+    load = registry.load
+
+    def load_or_break(group: str, name: str) -> object:
+        if name == "hidrop/early-exit":
+            raise BrokenPlugin("hidrop/early-exit cannot be imported")
+        return load(group, name)
+
+    monkeypatch.setattr(registry, "load", load_or_break)
+    rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
+    assert rows["hidrop/early-exit"]["error"] == "hidrop/early-exit cannot be imported"
+    assert "summary" in rows["hidrop/late-injection"]
+    assert "cannot be imported" in " ".join(cli("list", "stages").stdout.split())
