@@ -170,11 +170,14 @@ class Flow:
     def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._lock.mine()
         try:
-            if call is None or call.loss is None or call.live_rows is None or output is None:
+            if call is None or call.loss is None or output is None:
                 return output
             logits = output[0]
-            loss = loss_of(model, logits, call.live_rows, call.loss)
-            logits = logits if model.training else full_logits(logits, call.live_rows)
+            if call.live_rows is None:  # nothing was dropped: the loss as the model itself computes it
+                loss = model.loss_function(logits=logits, vocab_size=logits.shape[-1], **call.loss)
+            else:
+                loss = loss_of(model, logits, call.live_rows, call.loss)
+                logits = logits if model.training else full_logits(logits, call.live_rows)
             if isinstance(output, tuple):
                 return (loss, logits, *output[1:])
             output["logits"] = logits
@@ -251,7 +254,7 @@ class Flow:
         self._record = run.record or self._record
         run.finish()
         hidden = output[0]
-        if call.loss is not None and run.prompt is not None:
+        if call.loss is not None and not run.live.everything:
             wanted = shifted(call.loss["labels"]) != -100 if self._backbone.model.training else torch.ones_like(run.want)
             hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
         else:

@@ -181,7 +181,8 @@ class Run:
         args, kwargs = self._restricted(args, kwargs, keys)
         args, kwargs = _with_hidden(hidden, args, kwargs | {"past_key_values": None, "use_cache": False})
         with torch.no_grad(), _without_checkpointing(layer):
-            found = probe(self.implementation, lambda: layer._call_impl(*args, **kwargs))
+            # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
+            found = probe(self.implementation, lambda: layer.forward(*args, **kwargs))
         if held is not None and held.length:
             found = replace(found, key=torch.cat((held.keys, found.key), 2))
         return found

@@ -33,8 +33,8 @@ def test_published_averages_and_flops(policy, average, flops) -> None:
     explanation = _explain(policy)
     assert explanation.average_visual_tokens == average
     assert explanation.entry_visual_tokens == 576
-    assert explanation.flops == pytest.approx(flops, rel=1e-4)
-    assert explanation.flops_dense == pytest.approx(3.8172e12, rel=1e-4)
+    assert explanation.flops == pytest.approx(flops, abs=0.5e8)  # four digits are published
+    assert explanation.flops_dense == pytest.approx(3.8172e12, abs=0.5e8)
 
 
 def test_layers_of_hidrop_64() -> None:

@@ -33,7 +33,7 @@ REDUCED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Overhead:
-    """Time under a policy that drops nothing, over time without a policy."""
+    """Time of a variant that drops nothing, over time without a policy."""
 
     prefill_ratio: Spread
     decode_ratio: Spread
@@ -61,6 +61,8 @@ class EngineBench:
     """Under a stage that is asked in front of every layer and keeps everything."""
     empty: Overhead
     """Under a policy without stages."""
+    control: Overhead
+    """A second model without a policy: how far from 1 chance alone goes on this machine."""
     reduced: Reduction
     rounds: int
     subject: SubjectShape
@@ -86,12 +88,13 @@ def bench_engine(
         entries = tuple(int(layer.keys.shape[-2]) for layer in caches["reduced"].layers)
         flops_ratio = count_flops(prefills["plain"]) / count_flops(prefills["reduced"])
         prefill = interleaved(prefills, rounds)
-        steps = {name: _decode(models[name], caches[name]) for name in ("plain", "keep-all", "empty")}
+        steps = {name: _decode(models[name], caches[name]) for name in models if name != "reduced"}
         decode = interleaved(steps, rounds, decode_steps)
         speedup = ratio(prefill["plain"], prefill["reduced"])
         return EngineBench(
             noop=_overhead(prefill, decode, "keep-all"),
             empty=_overhead(prefill, decode, "empty"),
+            control=_overhead(prefill, decode, "control"),
             reduced=Reduction(speedup, flops_ratio, speedup.over(flops_ratio), entries),
             rounds=rounds,
             subject=shape,
@@ -102,7 +105,7 @@ def bench_engine(
 @contextmanager
 def _variants(shape: SubjectShape) -> Iterator[dict[str, Any]]:
     plain = build_model(shape)
-    models = {"plain": plain}
+    models = {"plain": plain, "control": twin(plain)}
     with ExitStack() as attached:
         for name, policy in (("keep-all", KEEP_ALL), ("empty", EMPTY), ("reduced", REDUCED)):
             models[name] = twin(plain)

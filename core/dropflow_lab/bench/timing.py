@@ -33,17 +33,17 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, repeats: 
     """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls.
 
     Every other round goes backwards, so that no run always follows the same one. One round of warm-up is thrown away.
-    Garbage collection is off while samples are taken.
+    Garbage is collected before each sample and never during one.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     with _no_garbage_collection():
         for index in range(rounds + 1):
             for name in order if index % 2 else order[::-1]:
+                gc.collect()
                 seconds = _seconds(runs[name], repeats)
                 if index:
                     samples[name].append(seconds)
-            gc.collect()
     return samples
 
 
@@ -63,8 +63,11 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
 def _no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what is alive now need not be looked at before every sample
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()

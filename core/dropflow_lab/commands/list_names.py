@@ -39,7 +39,8 @@ def list_names(
     with chatter_to_stderr():
         find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}
         rows = find[kind]()
-    emit({kind.value: rows}, as_json, _table(kind, rows))
+    unusable = [f"{row['name']}: {row['error']}" for row in rows if "error" in row]
+    emit({kind.value: rows}, as_json, _table(kind, rows), *unusable)
 
 
 def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
@@ -51,8 +52,8 @@ def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
     for column in _COLUMNS[kind]:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        known = [row["error"]] if "error" in row else [_cell(row[column]) for column in _COLUMNS[kind]]
-        table.add_row(escape(row["name"]), *(escape(cell) for cell in known))
+        if "error" not in row:
+            table.add_row(escape(row["name"]), *(escape(_cell(row[column])) for column in _COLUMNS[kind]))
     return table
 
 

@@ -1,0 +1,103 @@
+"""Drop = mask: a pruned run equals a full-length run in which the dropped tokens are masked out per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDROP, MIXED, RAGGED, prompt, relative_error, tiny_llava
+
+import dropflow
+from dropflow.testing import MaskedOracle
+
+MODELS = {
+    "llama": {},
+    "llama without GQA": {"kv_heads": 4},
+    "mistral": {"text": "mistral", "sliding_window": None},
+    "mistral with a sliding window": {"text": "mistral", "sliding_window": 9},
+    "qwen2": {"text": "qwen2"},
+    "siglip": {"tower": "siglip"},
+    "eager": {"attention": "eager"},
+}
+
+
+@contextmanager
+def layer_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collects the hidden states that each decoder layer really gets."""
+    seen: list[torch.Tensor] = []
+    layers = model.get_decoder()._modules["layers"]
+    handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("policy", [HIDROP, RAGGED], ids=["hidrop", "ragged"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_survivors_in_every_layer_and_logits_equal_the_masked_run(kind: str, side: str, policy: dict[str, Any]) -> None:
+    model, inputs = tiny_llava(**MODELS[kind]), prompt(side=side)
+    with dropflow.attach(model, policy) as flow, layer_inputs(model) as got:
+        logits = model(**inputs).logits
+        live = flow.live()
+    with MaskedOracle(model, live) as oracle:
+        expected = model(**inputs, use_cache=False).logits
+    assert not live.all(), "the policy dropped nothing, so the comparison would prove nothing"
+    real = inputs["attention_mask"].bool()
+    assert relative_error(logits[real], expected[real]) < 1e-5
+    assert len(got) == len(oracle.hidden)
+    compacted = False  # padding stays in place until the first token goes
+    for layer, states in enumerate(got):
+        compacted |= not torch.equal(live[layer], real)
+        for sample in range(len(MIXED)):
+            own = live[layer, sample]
+            slots = states[sample][-int(own.sum()) :] if compacted else states[sample][own]
+            reference = oracle.hidden[layer][sample][own]
+            assert relative_error(slots, reference) < 1e-5, f"layer {layer}, sample {sample}"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama without GQA", "mistral", "mistral with a sliding window", "eager"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+        {"do_sample": False, "num_beams": 3},
+    ],
+    ids=["greedy", "sampling", "beams"],
+)
+@torch.no_grad()
+def test_generated_tokens_equal_the_masked_run_without_cache(kind: str, mode: dict[str, Any]) -> None:
+    model, inputs = tiny_llava(**MODELS[kind]), prompt()
+    budget = {"max_new_tokens": 5, "min_new_tokens": 5}
+    for policy in (HIDROP, RAGGED):
+        with dropflow.attach(model, policy) as flow:
+            torch.manual_seed(5)
+            tokens = model.generate(**inputs, **mode, **budget)
+            live = flow.live()[:, :: mode.get("num_return_sequences", mode.get("num_beams", 1))]
+        with MaskedOracle(model, live):
+            torch.manual_seed(5)
+            expected = model.generate(**inputs, **mode, **budget, use_cache=False)
+        torch.manual_seed(5)
+        assert torch.equal(tokens, expected)
+        assert not torch.equal(tokens, model.generate(**inputs, **mode, **budget)), "pruning changed no token"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_low_precision_follows_the_masked_run(dtype: torch.dtype) -> None:
+    model = tiny_llava().to(dtype)
+    inputs = prompt()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with dropflow.attach(model, HIDROP) as flow:
+        logits = model(**inputs).logits
+        live = flow.live()
+    with MaskedOracle(model, live):
+        expected = model(**inputs, use_cache=False).logits
+    assert logits.dtype == dtype
+    real = inputs["attention_mask"].bool()
+    assert relative_error(logits[real].float(), expected[real].float()) < (0.05 if dtype == torch.bfloat16 else 0.01)
