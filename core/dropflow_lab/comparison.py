@@ -10,6 +10,7 @@ import torch
 
 import dropflow
 from dropflow import Policy
+from dropflow.backbone import backbone_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +23,8 @@ class Comparison:
     """Both answers, and what the policy left to do."""
 
     question: str
+    visual_tokens: int
+    """Visual tokens of the prompt, before anything is dropped."""
     answer_dense: str
     """Without a policy."""
     answer: str
@@ -30,8 +33,9 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, with the unit of all FLOPs."""
-        answers = {"question": self.question, "answer_dense": self.answer_dense, "answer": self.answer}
-        return answers | asdict(self.report) | {"unit": UNIT}
+        said = asdict(self)
+        report: dict[str, Any] = said.pop("report")
+        return said | report | {"unit": UNIT}
 
 
 def compare(
@@ -42,7 +46,8 @@ def compare(
     with dropflow.attach(model, policy) as flow:
         answer = _generate(model, processor, inputs, max_new_tokens)
         report = flow.report()
-    return Comparison(question, _generate(model, processor, inputs, max_new_tokens), answer, report)
+    visual_tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
+    return Comparison(question, visual_tokens, _generate(model, processor, inputs, max_new_tokens), answer, report)
 
 
 def prompt(processor: Any, images: Sequence[Image], question: str) -> Any:

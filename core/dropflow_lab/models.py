@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from dropflow_lab.errors import InputError
 
@@ -17,12 +20,13 @@ def load_model(folder: Path | None = None) -> tuple[Any, Any]:
     Weights keep the dtype they are stored in (the demo model runs in float32). Raises `InputError` where the folder is
     missing or transformers cannot load it.
     """
-    model, processor = _embedded() if folder is None else _from_folder(folder)
+    with _no_progress_bar():
+        model, processor = _embedded() if folder is None else _from_folder(folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 def _embedded() -> tuple[Any, Any]:
-    from dropflow_lab.digits.model import load
+    from dropflow_lab.digits import load
 
     try:
         return load()
@@ -38,6 +42,17 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
         return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

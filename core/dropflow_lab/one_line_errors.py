@@ -41,7 +41,7 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             if not _is_bad_input(error):
                 raise
-            _complain(str(error))
+            _complain(_text(error))
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -51,7 +51,15 @@ def _complain(message: str) -> None:
         print(f"error: {line}", file=sys.stderr)
 
 
+def _text(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def _is_bad_input(error: Exception) -> bool:
+    if isinstance(
+        error, FileExistsError | FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError
+    ):
+        return True
     from dropflow.errors import DropflowError  # imports torch, which the command that raised has done already
 
     return isinstance(error, DropflowError)

@@ -27,20 +27,15 @@ def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> No
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for item in shown:
-        console.print(item)
+        console.print(item, soft_wrap=isinstance(item, str))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, making its folder; raises `InputError` where that cannot be done."""
-    from dropflow_lab.errors import InputError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    """Write a file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def si(value: float, unit: str = "") -> str:

@@ -38,7 +38,7 @@ def refused(cli: Cli) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained LLaVA of four decoder layers and 144 visual tokens, and its processor."""
-    from dropflow_lab.digits.model import build_model, export
+    from dropflow_lab.digits import build_model, export
 
     folder = tmp_path_factory.mktemp("model")
     export(build_model(decoder_layers=4), folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dropflow import Forecast, Stage, StageOptions, hookimpl, load_policy
+from dropflow import Forecast, Keep, Stage, StageOptions, hookimpl, load_policy
 from dropflow.flops import LLAVA_7B
 from dropflow.units import Shape
 from dropflow_lab.explain import Explanation, explain
@@ -55,8 +55,8 @@ class UntilTheDataSaysSo(Stage[StageOptions]):
         return Forecast(keeps={2: None})
 
     @hookimpl
-    def prune(self, call) -> None:
-        return None
+    def prune(self, call) -> Keep:
+        return Keep(call.hidden.norm(dim=-1) > 1)
 
 
 def test_what_the_data_decides_is_none() -> None:

@@ -37,8 +37,9 @@ def engine(
     """Time a random model of 16 layers on 576 visual and 64 text tokens, plain and under policies, in turn.
 
     `noop`: a stage that is asked in front of every layer and keeps everything. `empty`: a policy without stages.
-    `control`: no policy either, which shows how far from 1 chance goes on this machine. `reduced`: vision enters at layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on
-    average). Efficiency is the speed-up over the FLOPs ratio. All are medians with quartiles over the rounds.
+    `control`: no policy either, which shows how far from 1 chance goes on this machine. `reduced`: vision enters at
+    layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average). Efficiency is the
+    speed-up over the FLOPs ratio. All are medians with quartiles over the rounds.
     """
     from dropflow_lab.bench.engine import bench_engine
 

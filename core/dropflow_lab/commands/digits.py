@@ -39,13 +39,13 @@ def train(
 ) -> None:
     """Train the model from nothing to a checkpoint, on the CPU."""
     _require_scikit_learn()
-    from dropflow_lab.digits.train import train as run_training
+    from dropflow_lab.digits import train as run_training
     from dropflow_lab.errors import InputError
 
     with chatter_to_stderr():
         try:
             folder = run_training(out, seed=seed, threads=threads, resume=resume)
-        except (FileExistsError, ValueError) as error:  # a run with other settings is there
+        except ValueError as error:  # the run that is there has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")
 
@@ -64,7 +64,7 @@ def evaluate(
     """Measure exact-match accuracy on fresh questions of the test split, overall and per kind."""
     _require_scikit_learn()
     import dropflow
-    from dropflow_lab.digits.evaluate import evaluate as measure
+    from dropflow_lab.digits import evaluate as measure
     from dropflow_lab.models import load_model
 
     with chatter_to_stderr():
@@ -72,8 +72,9 @@ def evaluate(
         loaded, processor = load_model(model)
         with nullcontext() if chosen is None else dropflow.attach(loaded, chosen):
             measured = measure(loaded, processor, "test", questions, seed)
-    facts = {"policy": policy, "questions": questions, "seed": seed} | json.loads(measured.to_json())
-    emit(facts, as_json, measured.table())
+    kinds = json.loads(measured.to_json())
+    asked = {"policy": chosen and chosen.name, "questions": questions, "seed": seed, "overall": kinds.pop("overall")}
+    emit(asked | {"kinds": kinds}, as_json, measured.table())
 
 
 @app.command("sample")
@@ -86,7 +87,7 @@ def sample(
 ) -> None:
     """Write pictures with questions and answers, for other commands to read."""
     _require_scikit_learn()
-    from dropflow_lab.digits.dataset import write_folder
+    from dropflow_lab.digits import write_folder
 
     with chatter_to_stderr():
         table = write_folder(out, split.value, questions, seed)

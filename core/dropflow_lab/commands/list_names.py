@@ -44,7 +44,6 @@ def list_names(
 
 
 def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -53,7 +52,7 @@ def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         if "error" not in row:
-            table.add_row(escape(row["name"]), *(escape(_cell(row[column])) for column in _COLUMNS[kind]))
+            table.add_row(row["name"], *(_cell(row[column]) for column in _COLUMNS[kind]))
     return table
 
 

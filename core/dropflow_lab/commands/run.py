@@ -39,7 +39,7 @@ def run(
     """
     from dropflow import load_policy
     from dropflow_lab.comparison import compare
-    from dropflow_lab.digits.model import sample_image
+    from dropflow_lab.digits import sample_image
     from dropflow_lab.errors import InputError
     from dropflow_lab.images import read_image
     from dropflow_lab.models import load_model
@@ -66,13 +66,13 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _summary(comparison: Comparison) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
-    report = comparison.report
-    table = Table("", "without", "with policy", title=escape(comparison.question))
-    table.add_row("answer", escape(comparison.answer_dense), escape(comparison.answer))
-    table.add_row("visual tokens a layer", f"{report.entry_visual_tokens:g}", f"{report.average_visual_tokens:.2f}")
+    report, whole = comparison.report, str(comparison.visual_tokens)
+    table = Table("", "without", "with policy", title=comparison.question)
+    table.add_row("answer", comparison.answer_dense, comparison.answer)
+    table.add_row("visual tokens at entry to the LLM", whole, f"{report.entry_visual_tokens:g}")
+    table.add_row("visual tokens, average over layers", whole, f"{report.average_visual_tokens:.2f}")
     table.add_row("FLOPs of the prefill", si(report.flops_dense), si(report.flops))
     table.add_row("KV cache", si(report.kv_bytes_dense, "B"), si(report.kv_bytes, "B"))
     return table

@@ -49,4 +49,4 @@ def test_written_to_a_file(cli, tmp_path) -> None:
 
 def test_a_file_that_cannot_be_written(refused, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused("schema", "--out", tmp_path / "file" / "schema.json")
+    assert "file: " in refused("schema", "--out", tmp_path / "file" / "schema.json")

@@ -1,0 +1,67 @@
+"""The engine benchmark on a model of toy size: its variants, its counts, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dropflow import load_policy
+from dropflow.plan import resolve
+from dropflow.units import Shape
+from dropflow_lab.bench.engine import REDUCED, EngineBench, bench_engine
+from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, twin
+
+TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24, text_tokens=64, vocabulary=32)
+
+
+@pytest.fixture(scope="module")
+def measured() -> EngineBench:
+    return bench_engine(TOY, rounds=2, decode_steps=2)
+
+
+def test_the_reduced_policy_removes_89_percent() -> None:
+    schedule = resolve(load_policy(REDUCED), Shape(16, 576)).schedule()
+    assert schedule.per_layer == (0,) * 4 + (576,) + (140,) * 3 + (9,) * 3 + (0,) * 5
+    assert schedule.average is not None
+    assert 1 - schedule.average / 576 == pytest.approx(0.889, abs=5e-4)
+
+
+def test_kv_entries_are_those_of_the_schedule(measured) -> None:
+    schedule = resolve(load_policy(REDUCED), Shape(16, 576)).schedule()
+    assert list(measured.reduced.kv_entries) == [count + 64 for count in schedule.per_layer if count is not None]
+
+
+def test_efficiency_is_speed_up_over_flops_ratio(measured) -> None:
+    reduced = measured.reduced
+    assert reduced.flops_ratio > 2
+    assert reduced.efficiency.median == pytest.approx(reduced.prefill_speedup.median / reduced.flops_ratio)
+
+
+def test_every_ratio_is_a_median_between_its_quartiles(measured) -> None:
+    for overhead in (measured.noop, measured.empty, measured.control):
+        for spread in (overhead.prefill_ratio, overhead.decode_ratio):
+            assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_the_number_of_threads_is_set_for_the_measurement_alone(measured) -> None:
+    assert measured.machine.threads == 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        bench_engine(dataclasses.replace(TOY, image_side=6, text_tokens=4), rounds=2, decode_steps=1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_twin_shares_the_weights_and_gives_the_same_logits() -> None:
+    small = dataclasses.replace(TOY, layers=2, image_side=6, text_tokens=4)
+    model = build_model(small)
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        first, second = (each(**build_prompt(small)).logits for each in (model, other))
+    assert first.shape == (1, 40, 32)
+    assert torch.equal(first, second)
