@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dropflow.attention import QueryKey
 from dropflow.errors import DecisionError
+from dropflow.keys import PADDING, KeyIndex
 from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
@@ -114,6 +115,8 @@ def decide_cache(run: Run, cache: Cache, stages: Sequence[Stage[Any]]) -> None:
             cache.layers[number].evict((keep | (view.image < 0)) & view.valid)
 
 
-def _view(number: int, index: Any) -> CacheView:
-    valid = torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
-    return CacheView(number, index.logical, valid, index.image)
+def _view(number: int, index: KeyIndex) -> CacheView:
+    valid = index.image != PADDING
+    if index.valid is not None:
+        valid &= index.valid
+    return CacheView(number, index.logical, valid, torch.where(valid, index.image, -1))

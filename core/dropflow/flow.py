@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dropflow import refuse
 from dropflow.backbone import Backbone, backbone_for
 from dropflow.cache import is_flow_cache, serving
-from dropflow.call import CallLock
+from dropflow.call import Call, CallLock
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.head import full_logits, live_states, loss_of, shifted
 from dropflow.plan import resolve
@@ -105,7 +105,7 @@ class Flow:
         """Take every hook off the model; harmless when done before."""
         while self._undo:
             self._undo.pop()()
-        self._layers.remove()
+        self._close()
         if _attached.get(self._backbone.core) is self:
             del _attached[self._backbone.core]
 
@@ -156,7 +156,7 @@ class Flow:
     def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_owner(model, self._backbone.model)
         args, kwargs = _named(model, args, kwargs)
-        call = self._lock.open(model)
+        call = self._open(model)
         keep = kwargs.get("logits_to_keep", 0)
         call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
         brings = self._visual is not None or self._backbone.has_images(kwargs)
@@ -192,7 +192,7 @@ class Flow:
         args, kwargs = _named(core, args, kwargs)
         call = self._lock.mine()
         if call is None or call.owner is core:
-            call = self._lock.open(core)
+            call = self._open(core)
             refuse.check_call(self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs))
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
@@ -240,7 +240,7 @@ class Flow:
             prompt = make_prompt(call.visual.to(embeds.device), call.flags, valid, instruction, fixed)
         step = 0 if prompt is not None else _generated(cache)
         self._run = Run(self._plan, self._backbone, prompt, embeds, step)
-        self._serving = serving.set(True)
+        serving.set(True)
         self._layers.install(self._run.layer)
         return args, kwargs
 
@@ -264,10 +264,15 @@ class Flow:
         output["last_hidden_state"] = hidden
         return output
 
+    def _open(self, module: Any) -> Call:
+        call = self._lock.open(module)
+        self._stop()  # what a call that no hook saw the end of (a keyboard interrupt) has left
+        return call
+
     def _stop(self) -> None:
         if self._run is not None:
             self._run = None
-            serving.reset(self._serving)
+            serving.set(False)
             self._layers.remove()
 
     def _close(self) -> None:

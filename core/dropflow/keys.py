@@ -12,6 +12,10 @@ from torch import Tensor
 from dropflow.live import LiveSet
 
 
+PADDING = -2
+"""Image number of entries that hold padding of the prompt."""
+
+
 class KeyIndex:
     """The tokens behind the first entries of a layer's cache; immutable, and shared by a run of layers.
 
@@ -31,7 +35,7 @@ class KeyIndex:
         self.valid = valid
         """False for padding entries; `None` where there are none."""
         self.image = image
-        """Image number of visual tokens; -1 for others."""
+        """Image number of visual tokens; -1 for text, `PADDING` for padding of the prompt."""
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
         self._last: tuple[Any, KeyIndex] | None = None

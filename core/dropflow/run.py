@@ -14,7 +14,7 @@ from dropflow.attention import QueryKey, row_attention
 from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
 from dropflow.decide import decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
-from dropflow.keys import KeyIndex
+from dropflow.keys import PADDING, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
@@ -56,7 +56,7 @@ class Run:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
             self.window = decide_window(plan, backbone, prompt)
             self.want = prompt.valid
-            self.image = prompt.image
+            self.image = torch.where(prompt.valid, prompt.image, PADDING)
             self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
         else:
             self.image = torch.full((batch, tokens), -1, device=embeds.device)
@@ -136,7 +136,7 @@ class Run:
             self.record.add(number, self.want)
         if self.plan.hooks.implementers("observe"):
             names = tuple(name for name, _ in stages)
-            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, self.image, scores))
+            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
         return _with_hidden(hidden, args, kwargs)
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:

@@ -1,0 +1,141 @@
+"""What cannot be right is refused with the path and the remedy, and the model gives its plain output afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDROP, policy, prompt, tiny_llava
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import QuantizedLayer
+
+import dropflow
+from dropflow import Stage, hookimpl
+from dropflow.errors import DropflowError, MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
+
+
+def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
+    return {"name": "test", **more, "stages": {"pyramid": {"use": "hidrop/concave-pyramid", "keep": keep}}}
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (policy(a={"use": "hidrop/early-exti", "at": 3}), r"stages\.a\.use: no stage is called 'hidrop/early-exti'; did you mean 'hidrop/early-exit'"),
+        (policy(a={"use": "hidrop/early-exit", "ta": 3}), r"(?s)stages\.a\.at: field required.*stages\.a\.ta: unknown option; did you mean 'at'"),
+        (pyramid({9: 3}), r"stages\.pyramid\.keep\.9: expected a boundary from 0 to 6 \(the model has 6 layers\), got 9"),
+        (pyramid({6: 3}), r"stages\.pyramid\.keep\.6: prunes at boundary 6, but vision is live only from 0 to before 6"),
+        (pyramid({2: 3, 4: 5}), r"stages\.pyramid\.keep\.4: keeps 5 visual tokens, more than the 3 left by stages\.pyramid\.keep\.2"),
+        (pyramid({2: 17}), r"stages\.pyramid\.keep\.2: keeps 17 visual tokens, more than the 16 left by the image at entry"),
+        (pyramid({2: 3}, tuned_for={"layers": 32, "visual_tokens": 16}), r"stages\.pyramid\.keep\.2: the absolute number 2 was tuned for 32 layers.*set `rescale: true`"),
+        (pyramid({0.5: 3}, tuned_for={"layers": 6, "visual_tokens": 576}), r"keep\.0\.5: the absolute number 3 was tuned for 576 visual tokens, but the model has 16"),
+        ("hidrop-46", r"hidrop-46: no policy is called so; did you mean 'hidrop-"),
+        (policy(i={"use": "hidrop/late-injection", "at": 4}, e={"use": "hidrop/early-exit", "at": 4}), r"stages\.i: vision would enter at boundary 4 but is gone from 4 on"),
+        ({"stages": {}, "postions": "persistent", "name": "x"}, r"postions: unknown option; did you mean 'positions'"),
+    ],
+)
+def test_a_policy_that_cannot_run_is_refused_on_attach(llava: Any, which: Any, message: str) -> None:
+    inputs = prompt()
+    with torch.no_grad():
+        plain = llava(**inputs).logits
+        with pytest.raises(PolicyError, match=message):
+            dropflow.attach(llava, which)
+        assert torch.equal(llava(**inputs).logits, plain)
+
+
+def test_a_file_that_builds_python_objects_is_refused(llava: Any, tmp_path: Path) -> None:
+    trap = tmp_path / "trap.yaml"
+    made = tmp_path / "made"
+    trap.write_text(f"name: x\nstages: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{made}]]\n")
+    with pytest.raises(PolicyError, match=r"trap\.yaml: not plain YAML"):
+        dropflow.attach(llava, trap)
+    assert not made.exists()
+
+
+def static_cache(model: Any) -> dict[str, Any]:
+    return {"past_key_values": StaticCache(model.config.text_config, max_cache_len=64)}
+
+
+def quantized_cache(_: Any) -> dict[str, Any]:
+    class Quantized(QuantizedLayer):
+        def __init__(self) -> None: ...
+        def _quantize(self, tensor: Any, axis: int) -> Any: ...
+        def _dequantize(self, tensor: Any) -> Any: ...
+
+    cache = DynamicCache()
+    cache.layers.append(Quantized())
+    return {"past_key_values": cache}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (static_cache, UnsupportedModel, r"past_key_values\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache"),
+        (quantized_cache, UnsupportedModel, r"past_key_values\.layers\[0\]: a cache layer of type Quantized"),
+        (lambda _: {"past_key_values": ((1, 2),)}, UnsupportedModel, "expected a transformers DynamicCache, got tuple"),
+        (lambda _: {"output_hidden_states": True}, UnsupportedCall, "output_hidden_states: not available under a policy"),
+        (lambda _: {"output_attentions": True}, UnsupportedCall, "output_attentions: .* `attention_rows`"),
+        (lambda _: {"pixel_values": None}, MissingImage, "pixel_values: missing, but the prompt has image placeholders"),
+    ],
+    ids=["static", "quantized", "legacy", "hidden states", "attentions", "no image"],
+)
+def test_a_call_that_cannot_be_right_is_refused_before_the_forward(
+    llava: Any, arguments: Callable[[Any], dict[str, Any]], error: type[DropflowError], message: str
+) -> None:
+    inputs, ran = prompt(), []
+    with torch.no_grad():
+        plain = llava(**inputs).logits
+        handle = llava.model.vision_tower.register_forward_pre_hook(lambda *_: ran.append(1))
+        with dropflow.attach(llava, HIDROP):
+            expected = llava(**inputs).logits
+            ran.clear()
+            with pytest.raises(error, match=message):
+                llava(**(inputs | arguments(llava)))
+            assert not ran, "something ran before the refusal"
+            assert torch.equal(llava(**inputs).logits, expected)
+        handle.remove()
+        assert torch.equal(llava(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_flex_attention_is_refused() -> None:
+    model = tiny_llava()
+    model.get_decoder().config._attn_implementation = "flex_attention"
+    with dropflow.attach(model, HIDROP), pytest.raises(UnsupportedModel, match="flex_attention masks cannot be gathered"):
+        model(**prompt())
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    with pytest.raises(UnsupportedModel, match=r"no adapter for a model of type 'llama'; did you mean 'llava'"):
+        dropflow.attach(model, HIDROP)
+
+
+def test_a_misspelt_hook_is_an_error(llava: Any) -> None:
+    class Misspelt(Stage[Any]):
+        @hookimpl
+        def prun(self, call: Any) -> None: ...
+
+    with pytest.raises(Exception, match="unknown hook 'prun'"):
+        dropflow.attach(llava, policy(a={"use": Misspelt}))
+
+
+def test_report_before_any_image(llava: Any) -> None:
+    with dropflow.attach(llava, HIDROP) as flow, pytest.raises(UnsupportedCall, match="no prompt with images"):
+        flow.report()
+
+
+@torch.no_grad()
+def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
+    class Reads(Stage[Any]):
+        prune_at = (3,)
+
+        @hookimpl
+        def prune(self, call: dropflow.PruneCall) -> None:
+            call.attention_rows(1, call.queries)
+
+    with dropflow.attach(llava, policy(a={"use": Reads})), pytest.raises(DropflowError, match="list the layer in the stage's `taps`"):
+        llava(**prompt())
