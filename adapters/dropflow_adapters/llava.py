@@ -20,7 +20,9 @@ class Llava(Backbone):
         super().__init__(model)
         kind = model.config.vision_config.model_type
         if kind not in {"clip_vision_model", "siglip_vision_model"}:
-            raise UnsupportedModel(f"llava: expected a CLIP or SigLIP vision tower, got {kind!r}; write an adapter for it")
+            raise UnsupportedModel(
+                f"llava: expected a CLIP or SigLIP vision tower, got {kind!r}; write an adapter for it"
+            )
 
     @property
     def vision(self) -> VisionEncoder | None:
@@ -37,7 +39,7 @@ class Llava(Backbone):
 
     @property
     def tokens_per_image(self) -> int:
-        """Patches of one image, plus the CLS token where the `full` strategy keeps it, less one where a tower without CLS is cut."""
+        """Patches of one image, and the CLS token where there is one, less the first row where `default` cuts it."""
         config = self.model.config
         vision = config.vision_config
         patches = int((vision.image_size // vision.patch_size) ** 2)
@@ -46,13 +48,15 @@ class Llava(Backbone):
 
     def placeholders(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """Tokens with the config's `image_token_id`."""
-        return input_ids == self.model.config.image_token_id
+        token: int = self.model.config.image_token_id
+        return input_ids == token
 
     def embedded_placeholders(self, inputs_embeds: Tensor) -> Bool[Tensor, "batch tokens"]:
         """Tokens whose embedding is that of `image_token_id`, as LLaVA itself finds them."""
         table = self.model.get_input_embeddings()
         token = torch.tensor(self.model.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == table(token)).all(-1)
+        embedded: Tensor = table(token)
+        return (inputs_embeds == embedded).all(-1)
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches; `None` for a number that is no square, such as patches plus CLS."""

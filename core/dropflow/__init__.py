@@ -4,7 +4,17 @@ from dropflow import errors
 from dropflow.backbone import Backbone, VisionEncoder
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
-from dropflow.payloads import BoundaryEvent, CacheCall, CacheKeep, CacheView, Encode, EncodeCall, Keep, PruneCall, WindowCall
+from dropflow.payloads import (
+    BoundaryEvent,
+    CacheCall,
+    CacheKeep,
+    CacheView,
+    Encode,
+    EncodeCall,
+    Keep,
+    PruneCall,
+    WindowCall,
+)
 from dropflow.policy import Policy
 from dropflow.policy_file import load_policy
 from dropflow.record import LayerReport, Report

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.flops import TextShape
@@ -20,7 +20,7 @@ from dropflow.units import Shape
 class VisionEncoder:
     """The part of the vision tower that `encode` stages may work inside of."""
 
-    owner: nn.Module
+    owner: Any
     """Module whose `layers` attribute is iterated once per forward."""
     prefix: int
     """Tokens in front of the patches, such as 1 for a CLS token; they are never dropped."""
@@ -43,16 +43,14 @@ class Backbone(ABC):
         self.model = model
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The module that merges image features into the prompt and calls the text decoder."""
-        core: nn.Module = self.model.base_model
-        return core
+        return self.model.base_model
 
     @property
-    def text(self) -> nn.Module:
+    def text(self) -> Any:
         """The text decoder whose `layers` attribute is iterated once per forward."""
-        text: nn.Module = self.model.get_decoder()
-        return text
+        return self.model.get_decoder()
 
     @property
     def vision(self) -> VisionEncoder | None:
@@ -72,14 +70,13 @@ class Backbone(ABC):
     @property
     def text_shape(self) -> TextShape:
         """Widths of the text decoder, for FLOPs and KV bytes."""
-        config: Any = self.text.config
-        return text_shape(config)
+        return text_shape(self.text.config)
 
     @abstractmethod
     def placeholders(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """Which tokens of the prompt stand for image features."""
 
-    def embedded_placeholders(self, inputs_embeds: Tensor) -> Bool[Tensor, "batch tokens"] | None:
+    def embedded_placeholders(self, inputs_embeds: Tensor) -> Bool[Tensor, "batch tokens"] | None:  # noqa: ARG002
         """The same for a prompt given as embeddings (batch, tokens, dim); `None` where it cannot be told."""
         return None
 
@@ -90,7 +87,7 @@ class Backbone(ABC):
             value is not None for key, value in arguments.items() if key.startswith("pixel_values")
         )
 
-    def grid(self, tokens: int) -> tuple[int, int] | None:
+    def grid(self, tokens: int) -> tuple[int, int] | None:  # noqa: ARG002
         """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where there is none."""
         return None
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.keys import KeyIndex
 from dropflow.live import LiveSet
-
 
 serving: ContextVar[bool] = ContextVar("dropflow_serving", default=False)
 """True while a text decoder runs under a policy, in this thread."""
@@ -33,7 +32,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         self.index: KeyIndex | None = None
 
     @classmethod
-    def adopt(cls, layer: CacheLayerMixin, where: str) -> FlowLayer:
+    def adopt(cls, layer: Any, where: str) -> FlowLayer:
         """Take over an ordinary dynamic layer, with what it holds; raises `UnsupportedModel` for other kinds."""
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModel(
@@ -43,14 +42,16 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         seen = layer.get_seq_length()
         adopted = cls(layer.is_sliding)
         if seen:
-            if layer.keys.shape[-2] != seen:
+            keys: Tensor = layer.keys
+            values: Tensor = layer.values
+            if keys.shape[-2] != seen:
                 raise UnsupportedModel(
-                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {layer.keys.shape[-2]} kept); "
+                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
                     "attach the policy before the first turn"
                 )
-            adopted.lazy_initialization(layer.keys, layer.values)
-            adopted.keys, adopted.values = layer.keys, layer.values
-            adopted.settle(KeyIndex.plain(layer.keys.shape[0], seen, layer.keys.device))
+            adopted.lazy_initialization(keys, values)
+            adopted.keys, adopted.values = keys, values
+            adopted.settle(KeyIndex.plain(keys.shape[0], seen, keys.device))
         return adopted
 
     @property
@@ -101,7 +102,9 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         """Take back the last tokens, given as a negative number: generated or text ones only."""
         count = -tokens_to_remove
         if count < 0:
-            raise UnsupportedCall(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer")
+            raise UnsupportedCall(
+                f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer"
+            )
         if count == 0 or self.index is None:
             return
         explicit = count - (self.length - self.index.length)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dropflow.attention import QueryKey, row_attention
 from dropflow.errors import DecisionError
 from dropflow.payloads import Encode, EncodeCall
-from dropflow.tap import tap
+from dropflow.tap import tap, uncompiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -64,8 +64,8 @@ class EncodeRun:
                 kwargs = kwargs | {"attention_mask": mask}
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
         if number in self._taps:
-            with tap(implementation, lambda seen: self._tapped.setdefault(number, seen) and None):
-                output = layer._call_impl(*args, **kwargs)
+            with tap(implementation, lambda seen: self._keep_tapped(number, seen)):
+                output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
         self._at.append(list(self._rows))
@@ -73,7 +73,7 @@ class EncodeRun:
 
     def finish(self, pooled: Any) -> tuple[Any, Float[Tensor, "rows 3"]]:
         """Ask the output stages; returns features with one row per placeholder, and the flags of all rows."""
-        features = [rows for rows in pooled]
+        features = list(pooled)
         encoder = self._backbone.vision
         extra = 0
         if not self._at:
@@ -98,10 +98,14 @@ class EncodeRun:
             full.append(own if len(own) == size else own.new_zeros(size, own.shape[1]).index_copy(0, rows.places, own))
         return (torch.stack(full) if isinstance(pooled, Tensor) else full), torch.cat(flags)
 
+    def _keep_tapped(self, number: int, seen: QueryKey) -> None:
+        self._tapped[number] = seen
+
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
         self._rows = [
-            Rows(torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.bool, device=like.device)) for n in sizes
+            Rows(torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.bool, device=like.device))
+            for n in sizes
         ]
 
     @staticmethod
@@ -110,7 +114,9 @@ class EncodeRun:
         if not extra:
             return rows
         first = torch.arange(extra, device=rows.places.device)
-        return Rows(torch.cat((first, rows.places + extra)), torch.cat((torch.zeros_like(first).bool(), rows.protected)))
+        return Rows(
+            torch.cat((first, rows.places + extra)), torch.cat((torch.zeros_like(first).bool(), rows.protected))
+        )
 
     def _mask(self, hidden: Tensor, prefix: int, implementation: str) -> Tensor | None:
         """Hides the padding of images that have fewer rows than others; `None` where all have the same number."""
@@ -142,7 +148,9 @@ class EncodeRun:
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
                 where = f"stages.{name}"
-                applied = [_apply(answer, i, f, r, where) for i, (f, r) in enumerate(zip(features, self._rows, strict=True))]
+                applied = [
+                    _apply(answer, i, f, r, where) for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
+                ]
                 features, self._rows = [f for f, _ in applied], [r for _, r in applied]
         return features
 
@@ -159,7 +167,11 @@ def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str)
             raise DecisionError(f"{where}: `encode` returned rows; they go with `places`, and not with `keep`")
         features, places = answer.rows[image], answer.places[image]
         held = rows.protected.new_zeros(int(rows.places.max()) + 1).index_copy(0, rows.places, rows.protected)
-        if len(features) != len(places) or not bool(torch.isin(places, rows.places).all()) or bool((places.diff() <= 0).any()):
+        if (
+            len(features) != len(places)
+            or not bool(torch.isin(places, rows.places).all())
+            or bool((places.diff() <= 0).any())
+        ):
             raise DecisionError(
                 f"{where}: `encode` returned {len(features)} rows and places {tuple(places.shape)} for image {image}; "
                 "expected one place per row, ascending, out of the payload's places"
@@ -180,5 +192,3 @@ def _fits(mask: Tensor, rows: Rows, image: int, where: str) -> Tensor:
             f"expected torch.bool {tuple(rows.places.shape)}"
         )
     return mask
-
-

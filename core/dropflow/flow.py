@@ -140,7 +140,9 @@ class Flow:
         @wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             if not kwargs.get("return_dict", True):
-                raise UnsupportedCall("get_image_features: return_dict=False is not supported under a policy that encodes")
+                raise UnsupportedCall(
+                    "get_image_features: return_dict=False is not supported under a policy that encodes"
+                )
             output, flags = self._vision.encode(lambda: original(*args, **(kwargs | {"return_dict": True})))
             call = self._lock.mine()
             if call is None:
@@ -193,7 +195,9 @@ class Flow:
         call = self._lock.mine()
         if call is None or call.owner is core:
             call = self._open(core)
-            refuse.check_call(self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs))
+            refuse.check_call(
+                self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs)
+            )
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
@@ -204,9 +208,10 @@ class Flow:
     def _visual_tokens(self, kwargs: dict[str, Any]) -> Tensor | None:
         if self._visual is not None:
             return self._visual
-        backbone, ids, embeds = self._backbone, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        backbone, ids = self._backbone, kwargs.get("input_ids")
+        embeds: Any = kwargs.get("inputs_embeds")
         if backbone.has_images(kwargs):
-            visual = backbone.placeholders(ids) if ids is not None else backbone.embedded_placeholders(embeds)
+            visual = backbone.embedded_placeholders(embeds) if ids is None else backbone.placeholders(ids)
             return visual if visual is not None and bool(visual.any()) else None
         if ids is not None:
             refuse.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
@@ -255,7 +260,9 @@ class Flow:
         run.finish()
         hidden = output[0]
         if call.loss is not None and not run.live.everything:
-            wanted = shifted(call.loss["labels"]) != -100 if self._backbone.model.training else torch.ones_like(run.want)
+            wanted = (
+                shifted(call.loss["labels"]) != -100 if self._backbone.model.training else torch.ones_like(run.want)
+            )
             hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
         else:
             hidden = run.live.expand(hidden)
@@ -282,8 +289,8 @@ class Flow:
     def _check_owner(self, module: Any, own: Any) -> None:
         if module is not own:
             raise UnsupportedModel(
-                f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes some); attach a "
-                "policy to each copy, or use DistributedDataParallel"
+                f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes some); "
+                "attach a policy to each copy, or use DistributedDataParallel"
             )
 
 
@@ -300,4 +307,3 @@ def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = [p.name for p in parameters[: len(args)]]
     return (), dict(zip(names, args, strict=True)) | kwargs
-

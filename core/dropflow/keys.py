@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dropflow.live import LiveSet
 
-
 PADDING = -2
 """Image number of entries that hold padding of the prompt."""
 

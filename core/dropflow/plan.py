@@ -52,7 +52,9 @@ class Plan:
     @property
     def idle(self) -> bool:
         """True when no stage can change anything, so that nothing needs to be installed."""
-        return not any(self.hooks.implementers(h) for h in ("encode", "inject", "prune", "exit", "decode_cache", "observe"))
+        return not any(
+            self.hooks.implementers(h) for h in ("encode", "inject", "prune", "exit", "decode_cache", "observe")
+        )
 
     def schedule(self, visual_tokens: int | None = None) -> Schedule:
         """Visual tokens per layer for one image (by default of the shape's size), as forecast."""
@@ -126,7 +128,9 @@ def _check_order(plan: Plan) -> None:
         count = budget.tokens if budget.tokens is not None else budget.of(tokens)
         limit = smallest or (tokens, "the image at entry")
         if count > limit[0]:
-            faults.append(f"{path}: keeps {count} visual tokens, more than the {limit[0]} left by {limit[1]}; keeps cannot grow")
+            faults.append(
+                f"{path}: keeps {count} visual tokens, more than the {limit[0]} left by {limit[1]}; keeps cannot grow"
+            )
         else:
             smallest = (count, path)
     if faults:

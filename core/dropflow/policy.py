@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
@@ -43,7 +45,12 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as plain data, as a YAML file would say it."""
-        head = {"name": self.name, "description": self.description, "rescale": self.rescale, "positions": self.positions}
+        head = {
+            "name": self.name,
+            "description": self.description,
+            "rescale": self.rescale,
+            "positions": self.positions,
+        }
         tuned = {"tuned_for": self.tuned_for.model_dump()} if self.tuned_for else {}
         stages = {n: {"use": s.use, **s.options.model_dump(exclude_none=True)} for n, s in self.stages.items()}
         return head | tuned | {"stages": stages}
@@ -136,21 +143,17 @@ def _is_marker(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"int", "float"})
 
 
+def _use_model(name: str, stage: type[Stage[Any]]) -> Any:
+    use: Any = (Literal[name], Field(description=stage.summary))
+    return create_model(name.title().replace("/", "").replace("-", ""), __base__=stage.Options, use=use)
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema (Draft 2020-12) of a policy file, with the options of every registered stage."""
-    uses = [
-        create_model(
-            name.title().replace("/", "").replace("-", ""),
-            __base__=registry.load(registry.STAGES, name).Options,
-            use=(Literal[name], Field(description=registry.load(registry.STAGES, name).summary)),
-        )
-        for name in registry.names(registry.STAGES)
-    ]
-    union: Any = uses[0]
-    for use in uses[1:]:
-        union |= use
-    one = Annotated[union, Field(discriminator="use")] if len(uses) > 1 else union
-    stages: Any = dict[str, one | None]
+    uses = [_use_model(name, registry.load(registry.STAGES, name)) for name in registry.names(registry.STAGES)]
+    union: Any = functools.reduce(operator.or_, uses)
+    one: Any = Annotated[union, Field(discriminator="use")] if len(uses) > 1 else union
+    stages: Any = dict[str, Union[one, None]]  # noqa: UP007  # made at run time
     model = create_model(
         "PolicyFile",
         __base__=_Head,

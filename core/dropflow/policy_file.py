@@ -39,7 +39,7 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
         raise PolicyError(f"{error.full_key or 'policy'}: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise PolicyError(f"policy: expected a mapping, got {data!r}")
-    return policy_from_dict(data)
+    return policy_from_dict({str(key): value for key, value in data.items()})
 
 
 def _read(source: str | Path | Mapping[str, Any], base: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -78,7 +78,9 @@ def _find(source: str | Path, base: Path) -> Path:
         return path
     files = registry.policy_files()
     if text not in files:
-        raise PolicyError(f"{text}: no policy is called so; {nearest(text, files)} (a file is named by its path, ending in .yaml)")
+        raise PolicyError(
+            f"{text}: no policy is called so; {nearest(text, files)} (a file is named by its path, ending in .yaml)"
+        )
     return files[text]
 
 
@@ -87,7 +89,9 @@ def _parse(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise PolicyError(f"{path}: not plain YAML: {reason}; a policy holds only mappings, lists, numbers and strings") from None
+        raise PolicyError(
+            f"{path}: not plain YAML: {reason}; a policy holds only mappings, lists, numbers and strings"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path}: cannot be read: {error}") from None
 

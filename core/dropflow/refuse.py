@@ -63,7 +63,11 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
 
 def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"], cache: Any) -> None:
     """Refuse a new prompt that has image placeholders but brings no image."""
-    if input_ids.shape[1] > 1 and (cache is None or not cache.get_seq_length()) and bool(backbone.placeholders(input_ids).any()):
+    if (
+        input_ids.shape[1] > 1
+        and (cache is None or not cache.get_seq_length())
+        and bool(backbone.placeholders(input_ids).any())
+    ):
         raise MissingImage(
             "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
             "or leave the placeholders out"

@@ -54,7 +54,9 @@ def policy_files() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, path in _policy_files_of_packages():
         if name in found and found[name] != path:
-            raise DuplicateName(f"{POLICIES}: the policy {name!r} is in {found[name]} and in {path}; rename one of them")
+            raise DuplicateName(
+                f"{POLICIES}: the policy {name!r} is in {found[name]} and in {path}; rename one of them"
+            )
         found[name] = path
     return dict(sorted(found.items()))
 

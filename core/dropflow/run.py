@@ -21,7 +21,7 @@ from dropflow.payloads import BoundaryEvent
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
 from dropflow.stage import Stage
-from dropflow.tap import probe, tap
+from dropflow.tap import probe, tap, uncompiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -70,8 +70,8 @@ class Run:
         keys = self._keys(number)
         args, kwargs = self._restricted(args, kwargs, keys)
         if number in self._taps:
-            with tap(self.implementation, lambda seen: self._tapped.setdefault(number, (self.live, seen)) and None):
-                output = layer._call_impl(*args, **kwargs)  # a compiled layer has no attention left to look up
+            with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
+                output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
         held = self._held(number)
@@ -87,13 +87,18 @@ class Run:
                 raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
             return row_attention(seen, rows)
         if ask is None:
-            raise DecisionError(f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran")
+            raise DecisionError(
+                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
+            )
         return row_attention(ask(), rows)
 
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
             decide_cache(self, self.cache, self.cache_stages)
+
+    def _keep_tapped(self, number: int, seen: QueryKey) -> None:
+        self._tapped[number] = (self.live, seen)
 
     def _open_cache(self, cache: Any) -> None:
         if cache is not None and self.prompt is not None and not is_flow_cache(cache):
@@ -130,7 +135,9 @@ class Run:
         scores: dict[str, Tensor] = {}
         if stages:
             before = hidden
-            want, scores = decide_keeps(self, number, hidden, stages, lambda: self._probe(number, layer, before, args, kwargs))
+            want, scores = decide_keeps(
+                self, number, hidden, stages, lambda: self._probe(number, layer, before, args, kwargs)
+            )
             hidden = self._move(want, hidden, None)
         if self.record is not None:
             self.record.add(number, self.want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dropflow.stage import Window
 from dropflow.units import Budget
@@ -25,7 +26,11 @@ class Schedule:
 
 
 def schedule(
-    layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, Sequence[Budget | None]], encoded: Budget | None
+    layers: int,
+    visual_tokens: int,
+    window: Window,
+    keeps: Mapping[int, Sequence[Budget | None]],
+    encoded: Budget | None,
 ) -> Schedule:
     """Follow one image of `visual_tokens` tokens through the layers.
 
@@ -50,7 +55,7 @@ def first_keep(average: float, layers: int, visual_tokens: int, window: Window, 
     """
     boundaries = [*sorted(keeps), window.exit]
     before = visual_tokens * (boundaries[0] - window.entry)
-    tail = sum((keeps[b] or 0) * (end - b) for b, end in zip(boundaries[1:-1], boundaries[2:], strict=True))
+    tail = sum((keeps[b] or 0) * (end - b) for b, end in pairwise(boundaries[1:]))
     span = boundaries[1] - boundaries[0]
     exact = (average * layers - before - tail) / span
     solved = -int(-(exact - 1e-9) // 1)
@@ -58,7 +63,7 @@ def first_keep(average: float, layers: int, visual_tokens: int, window: Window, 
     if not floor <= solved <= visual_tokens:
         low, high = ((before + tail + k * span) / layers for k in (floor, visual_tokens))
         raise ValueError(
-            f"an average of {average:g} visual tokens needs a first keep of {solved}, outside {floor}..{visual_tokens}; "
+            f"an average of {average:g} visual tokens needs a first keep of {solved}, not in {floor}..{visual_tokens}; "
             f"with these boundaries the average can be {low:.2f} to {high:.2f}"
         )
     return solved

@@ -64,6 +64,12 @@ def probe(implementation: str, layer: Callable[[], Any]) -> QueryKey:
     raise RuntimeError("the layer ran without looking its attention up in ALL_ATTENTION_FUNCTIONS")
 
 
+def uncompiled(layer: nn.Module) -> Callable[..., Any]:
+    """The layer's call with its hooks but without `layer.compile()`, whose graphs have no attention left to look up."""
+    call: Callable[..., Any] = layer._call_impl
+    return call
+
+
 def _install(implementation: str) -> None:
     with _lock:
         _open[implementation] = _open.get(implementation, 0) + 1
@@ -103,7 +109,9 @@ class _Dispatcher:
                     scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
                     causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
                     softcap=kwargs.get("softcap"),
-                    sliding_window=kwargs.get("sliding_window") if attention_mask is None or attention_mask.dim() == 2 else None,
+                    sliding_window=kwargs.get("sliding_window")
+                    if attention_mask is None or attention_mask.dim() == 2
+                    else None,
                 )
             )
         if self.original is not _absent:

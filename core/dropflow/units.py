@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, WithJsonSchema
 from dropflow.errors import PolicyError
 
 
-
 def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
     """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors."""
     expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
@@ -75,7 +74,9 @@ class Scale:
             self._refuse_unless_rescaled(path, value, f"{self.tuned_for.layers} layers", f"{depth}")
             value = math.floor(value * depth / self.tuned_for.layers + 0.5)
         if value > depth:
-            raise PolicyError(f"{path}: expected a boundary from 0 to {depth} (the model has {depth} layers), got {value}")
+            raise PolicyError(
+                f"{path}: expected a boundary from 0 to {depth} (the model has {depth} layers), got {value}"
+            )
         return value
 
     def tokens(self, value: int | float, path: str) -> Budget:
@@ -85,7 +86,10 @@ class Scale:
         tuned, target = self.tuned_for, self.target.visual_tokens
         if tuned is not None and tuned.visual_tokens is not None and tuned.visual_tokens != target:
             self._refuse_unless_rescaled(
-                path, value, f"{tuned.visual_tokens} visual tokens", "a varying number" if target is None else f"{target}"
+                path,
+                value,
+                f"{tuned.visual_tokens} visual tokens",
+                "a varying number" if target is None else f"{target}",
             )
             return Budget(share=value / tuned.visual_tokens) if value else Budget(tokens=0)
         return Budget(tokens=value)

@@ -57,7 +57,7 @@ class Vision:
 def with_flags(output: Any, flags: Float[Tensor, "rows 3"]) -> FlowFeatures:
     """The output with its flags attached, split by image as the features are."""
     sizes = [len(rows) for rows in output.pooler_output]
-    deepstack = [*(output.get("deepstack_features") or ()), list(flags.split(sizes))]
+    deepstack = [*(output.get("deepstack_features") or ()), list(torch.split(flags, sizes))]
     return FlowFeatures(
         last_hidden_state=output.get("last_hidden_state"),
         pooler_output=output.pooler_output,

@@ -27,14 +27,14 @@ class ConcavePyramidOptions(StageOptions):
 
     keep: dict[Depth, Tokens | Literal["solve"]] = Field(
         min_length=1,
-        description="boundary -> visual tokens per image that stay from there on; `solve` at the first one with `budget`",
+        description="boundary -> visual tokens per image that stay from there on; the first may be `solve`, with `budget`",
     )
     budget: AverageBudget | None = Field(
         default=None, description="solve the first keep so that the average over all layers meets this target"
     )
     select: Literal["exact", "reference"] = Field(
         default="exact",
-        description="`exact` keeps exactly k (ties to the lowest index); `reference` keeps whole tie groups, as published",
+        description="`exact` keeps exactly k, ties to the lowest index; `reference` keeps tie groups, as published",
     )
 
 

@@ -127,5 +127,8 @@ def test_a_wrong_answer_is_refused(llava: Any) -> None:
         def decode_cache(self, call: CacheCall) -> CacheKeep:
             return CacheKeep({99: call.layers[0].valid})
 
-    with dropflow.attach(llava, policy(bad={"use": Wrong})), pytest.raises(DecisionError, match=r"layer 99, expected a layer from 0 to 5"):
+    with (
+        dropflow.attach(llava, policy(bad={"use": Wrong})),
+        pytest.raises(DecisionError, match=r"layer 99, expected a layer from 0 to 5"),
+    ):
         llava(**prompt(), past_key_values=DynamicCache())

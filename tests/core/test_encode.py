@@ -168,13 +168,17 @@ def test_a_wrong_decision_is_refused_and_the_model_still_works(llava: Any) -> No
     class Wrong(Stage[Any]):
         @hookimpl
         def encode(self, call: EncodeCall) -> Encode:
-            return Encode(keep=tuple(f[:, 0] > 0 for f in call.features[:1]) + tuple(p[:3] > 0 for p in call.places[1:]))
+            return Encode(
+                keep=tuple(f[:, 0] > 0 for f in call.features[:1]) + tuple(p[:3] > 0 for p in call.places[1:])
+            )
 
     inputs = prompt()
     with torch.no_grad():
         plain = llava(**inputs).logits
         with dropflow.attach(llava, policy(bad={"use": Wrong})):
-            with pytest.raises(DecisionError, match=r"stages\.bad: `encode` returned a mask of torch\.bool \(3,\) for image 1"):
+            with pytest.raises(
+                DecisionError, match=r"stages\.bad: `encode` returned a mask of torch\.bool \(3,\) for image 1"
+            ):
                 llava(**inputs)
             assert torch.equal(llava(**prompt(((4,),))).logits, llava(**prompt(((4,),))).logits)
         assert torch.equal(llava(**inputs).logits, plain)

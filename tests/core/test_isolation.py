@@ -100,7 +100,10 @@ def test_two_models_with_two_policies_in_two_threads() -> None:
         with dropflow.attach(model, which):
             expected.append(forward(model, inputs))
     with dropflow.attach(models[0], policies[0]), dropflow.attach(models[1], policies[1]):
-        threads = [threading.Thread(target=lambda n=n: got.setdefault(n, [forward(models[n], inputs) for _ in range(5)])) for n in (0, 1)]
+        threads = [
+            threading.Thread(target=lambda n=n: got.setdefault(n, [forward(models[n], inputs) for _ in range(5)]))
+            for n in (0, 1)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -144,6 +147,7 @@ def test_a_failing_stage_gives_its_own_error_and_the_model_still_works(llava: An
 
         @hookimpl
         def prune(self, call: PruneCall) -> Keep:
+            del call
             raise ZeroDivisionError("in the plug-in")
 
     inputs = prompt()

@@ -24,16 +24,43 @@ def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        (policy(a={"use": "hidrop/early-exti", "at": 3}), r"stages\.a\.use: no stage is called 'hidrop/early-exti'; did you mean 'hidrop/early-exit'"),
-        (policy(a={"use": "hidrop/early-exit", "ta": 3}), r"(?s)stages\.a\.at: field required.*stages\.a\.ta: unknown option; did you mean 'at'"),
-        (pyramid({9: 3}), r"stages\.pyramid\.keep\.9: expected a boundary from 0 to 6 \(the model has 6 layers\), got 9"),
-        (pyramid({6: 3}), r"stages\.pyramid\.keep\.6: prunes at boundary 6, but vision is live only from 0 to before 6"),
-        (pyramid({2: 3, 4: 5}), r"stages\.pyramid\.keep\.4: keeps 5 visual tokens, more than the 3 left by stages\.pyramid\.keep\.2"),
-        (pyramid({2: 17}), r"stages\.pyramid\.keep\.2: keeps 17 visual tokens, more than the 16 left by the image at entry"),
-        (pyramid({2: 3}, tuned_for={"layers": 32, "visual_tokens": 16}), r"stages\.pyramid\.keep\.2: the absolute number 2 was tuned for 32 layers.*set `rescale: true`"),
-        (pyramid({0.5: 3}, tuned_for={"layers": 6, "visual_tokens": 576}), r"keep\.0\.5: the absolute number 3 was tuned for 576 visual tokens, but the model has 16"),
+        (
+            policy(a={"use": "hidrop/early-exti", "at": 3}),
+            r"stages\.a\.use: no stage is called 'hidrop/early-exti'; did you mean 'hidrop/early-exit'",
+        ),
+        (
+            policy(a={"use": "hidrop/early-exit", "ta": 3}),
+            r"(?s)stages\.a\.at: field required.*stages\.a\.ta: unknown option; did you mean 'at'",
+        ),
+        (
+            pyramid({9: 3}),
+            r"stages\.pyramid\.keep\.9: expected a boundary from 0 to 6 \(the model has 6 layers\), got 9",
+        ),
+        (
+            pyramid({6: 3}),
+            r"stages\.pyramid\.keep\.6: prunes at boundary 6, but vision is live only from 0 to before 6",
+        ),
+        (
+            pyramid({2: 3, 4: 5}),
+            r"stages\.pyramid\.keep\.4: keeps 5 visual tokens, more than the 3 left by stages\.pyramid\.keep\.2",
+        ),
+        (
+            pyramid({2: 17}),
+            r"stages\.pyramid\.keep\.2: keeps 17 visual tokens, more than the 16 left by the image at entry",
+        ),
+        (
+            pyramid({2: 3}, tuned_for={"layers": 32, "visual_tokens": 16}),
+            r"stages\.pyramid\.keep\.2: the absolute number 2 was tuned for 32 layers.*set `rescale: true`",
+        ),
+        (
+            pyramid({0.5: 3}, tuned_for={"layers": 6, "visual_tokens": 576}),
+            r"keep\.0\.5: the absolute number 3 was tuned for 576 visual tokens, but the model has 16",
+        ),
         ("hidrop-46", r"hidrop-46: no policy is called so; did you mean 'hidrop-"),
-        (policy(i={"use": "hidrop/late-injection", "at": 4}, e={"use": "hidrop/early-exit", "at": 4}), r"stages\.i: vision would enter at boundary 4 but is gone from 4 on"),
+        (
+            policy(i={"use": "hidrop/late-injection", "at": 4}, e={"use": "hidrop/early-exit", "at": 4}),
+            r"stages\.i: vision would enter at boundary 4 but is gone from 4 on",
+        ),
         ({"stages": {}, "postions": "persistent", "name": "x"}, r"postions: unknown option; did you mean 'positions'"),
     ],
 )
@@ -49,7 +76,9 @@ def test_a_policy_that_cannot_run_is_refused_on_attach(llava: Any, which: Any, m
 def test_a_file_that_builds_python_objects_is_refused(llava: Any, tmp_path: Path) -> None:
     trap = tmp_path / "trap.yaml"
     made = tmp_path / "made"
-    trap.write_text(f"name: x\nstages: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{made}]]\n")
+    trap.write_text(
+        f"name: x\nstages: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{made}]]\n"
+    )
     with pytest.raises(PolicyError, match=r"trap\.yaml: not plain YAML"):
         dropflow.attach(llava, trap)
     assert not made.exists()
@@ -73,12 +102,24 @@ def quantized_cache(_: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (static_cache, UnsupportedModel, r"past_key_values\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache"),
+        (
+            static_cache,
+            UnsupportedModel,
+            r"past_key_values\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache",
+        ),
         (quantized_cache, UnsupportedModel, r"past_key_values\.layers\[0\]: a cache layer of type Quantized"),
         (lambda _: {"past_key_values": ((1, 2),)}, UnsupportedModel, "expected a transformers DynamicCache, got tuple"),
-        (lambda _: {"output_hidden_states": True}, UnsupportedCall, "output_hidden_states: not available under a policy"),
+        (
+            lambda _: {"output_hidden_states": True},
+            UnsupportedCall,
+            "output_hidden_states: not available under a policy",
+        ),
         (lambda _: {"output_attentions": True}, UnsupportedCall, "output_attentions: .* `attention_rows`"),
-        (lambda _: {"pixel_values": None}, MissingImage, "pixel_values: missing, but the prompt has image placeholders"),
+        (
+            lambda _: {"pixel_values": None},
+            MissingImage,
+            "pixel_values: missing, but the prompt has image placeholders",
+        ),
     ],
     ids=["static", "quantized", "legacy", "hidden states", "attentions", "no image"],
 )
@@ -104,12 +145,17 @@ def test_a_call_that_cannot_be_right_is_refused_before_the_forward(
 def test_flex_attention_is_refused() -> None:
     model = tiny_llava()
     model.get_decoder().config._attn_implementation = "flex_attention"
-    with dropflow.attach(model, HIDROP), pytest.raises(UnsupportedModel, match="flex_attention masks cannot be gathered"):
+    with (
+        dropflow.attach(model, HIDROP),
+        pytest.raises(UnsupportedModel, match="flex_attention masks cannot be gathered"),
+    ):
         model(**prompt())
 
 
 def test_a_model_without_an_adapter_is_refused() -> None:
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    )
     with pytest.raises(UnsupportedModel, match=r"no adapter for a model of type 'llama'; did you mean 'llava'"):
         dropflow.attach(model, HIDROP)
 
@@ -137,5 +183,8 @@ def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
         def prune(self, call: dropflow.PruneCall) -> None:
             call.attention_rows(1, call.queries)
 
-    with dropflow.attach(llava, policy(a={"use": Reads})), pytest.raises(DropflowError, match="list the layer in the stage's `taps`"):
+    with (
+        dropflow.attach(llava, policy(a={"use": Reads})),
+        pytest.raises(DropflowError, match="list the layer in the stage's `taps`"),
+    ):
         llava(**prompt())

@@ -111,7 +111,10 @@ def test_instruction_tokens_are_the_last_of_every_round() -> None:
     valid = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]] * 3, dtype=torch.bool)
     labels = torch.tensor([[-100, -100, -100, 5, 6, -100, 7, 8], [-100] * 8, [-100] * 7 + [4]])
     index, counts = instruction_tokens(valid, labels, 0)
-    asked = [sorted(i for i, c in zip(row, real, strict=True) if c) for row, real in zip(index.tolist(), counts.tolist(), strict=True)]
+    asked = [
+        sorted(i for i, c in zip(row, real, strict=True) if c)
+        for row, real in zip(index.tolist(), counts.tolist(), strict=True)
+    ]
     assert asked == [[2, 5], [], [6]]
     last, real = instruction_tokens(valid, None, 0)
     assert last.tolist() == [[7], [7], [7]]

@@ -24,7 +24,9 @@ class MaskedOracle:
     A position whose token is not live at the end reads the last live token at or before it.
     """
 
-    def __init__(self, model: Any, live: Bool[Tensor, "layers batch tokens"], adapter: str | type[Backbone] | None = None):
+    def __init__(
+        self, model: Any, live: Bool[Tensor, "layers batch tokens"], adapter: str | type[Backbone] | None = None
+    ):
         self._backbone = backbone_for(model, adapter)
         self._live = live
         self._handles: list[Any] = []
@@ -82,7 +84,9 @@ class MaskedOracle:
         seen = (seen & live[:, None, None, :]) | own
         if mask.dtype == torch.bool:
             return seen
-        return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, torch.finfo(mask.dtype).min)
+        return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~seen, torch.finfo(mask.dtype).min
+        )
 
     def _read(self, _: Any, __: Any, output: Any) -> Any:
         hidden = output[0]
