@@ -26,6 +26,9 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
     the memory that a sliding cache would save.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, is_sliding: bool = False) -> None:
         super().__init__()
         self.is_sliding = is_sliding

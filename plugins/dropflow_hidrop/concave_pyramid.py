@@ -27,7 +27,7 @@ class ConcavePyramidOptions(StageOptions):
 
     keep: dict[Depth, Tokens | Literal["solve"]] = Field(
         min_length=1,
-        description="boundary -> visual tokens per image that stay from there on; the first may be `solve`, with `budget`",
+        description="boundary -> visual tokens per image that stay behind it; the first may be `solve`, with `budget`",
     )
     budget: AverageBudget | None = Field(
         default=None, description="solve the first keep so that the average over all layers meets this target"

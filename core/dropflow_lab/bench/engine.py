@@ -30,6 +30,8 @@ REDUCED: dict[str, Any] = {
     },
 }
 
+_REDUCED_PREFILLS = 4  # calls per sample, so that it takes about as long as one prefill of the others
+
 
 @dataclass(frozen=True)
 class Overhead:
@@ -87,9 +89,9 @@ def bench_engine(
         caches = {name: prefill() for name, prefill in prefills.items()}
         entries = tuple(int(layer.keys.shape[-2]) for layer in caches["reduced"].layers)
         flops_ratio = count_flops(prefills["plain"]) / count_flops(prefills["reduced"])
-        prefill = interleaved(prefills, rounds)
+        prefill = interleaved(prefills, rounds, {"reduced": _REDUCED_PREFILLS})
         steps = {name: _decode(models[name], caches[name]) for name in models if name != "reduced"}
-        decode = interleaved(steps, rounds, decode_steps)
+        decode = interleaved(steps, rounds, dict.fromkeys(steps, decode_steps))
         speedup = ratio(prefill["plain"], prefill["reduced"])
         return EngineBench(
             noop=_overhead(prefill, decode, "keep-all"),

@@ -29,8 +29,10 @@ class Spread:
         return Spread(self.median / divisor, self.low / divisor, self.high / divisor)
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls.
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int, repeats: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls (or of one).
 
     Every other round goes backwards, so that no run always follows the same one. One round of warm-up is thrown away.
     Garbage is collected before each sample and never during one.
@@ -41,7 +43,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, repeats: 
         for index in range(rounds + 1):
             for name in order if index % 2 else order[::-1]:
                 gc.collect()
-                seconds = _seconds(runs[name], repeats)
+                seconds = _seconds(runs[name], (repeats or {}).get(name, 1))
                 if index:
                     samples[name].append(seconds)
     return samples

@@ -65,9 +65,12 @@ def evaluate(
     _require_scikit_learn()
     import dropflow
     from dropflow_lab.digits import evaluate as measure
+    from dropflow_lab.errors import InputError
     from dropflow_lab.models import load_model
 
     with chatter_to_stderr():
+        if overrides and policy is None:
+            raise InputError("--set: there is no policy to override; give --policy")
         chosen = None if policy is None else dropflow.load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
         with nullcontext() if chosen is None else dropflow.attach(loaded, chosen):

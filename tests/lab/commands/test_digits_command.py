@@ -58,6 +58,10 @@ def test_evaluate_checks_the_policy_against_the_model(refused, model_folder) -> 
     assert "rescale" in refused("digits", "evaluate", "--model", model_folder, "--policy", "hidrop-64")
 
 
+def test_an_override_needs_a_policy(refused) -> None:
+    assert "--policy" in refused("digits", "evaluate", "--set", "stages.exit.at=3")
+
+
 def test_sample_writes_pictures_with_questions(cli, tmp_path) -> None:
     told = json.loads(cli("digits", "sample", "--out", tmp_path, "--questions", 3, "--json").stdout)
     rows = [json.loads(line) for line in Path(told["table"]).read_text().splitlines()]
