@@ -31,6 +31,11 @@ class VisionEncoder:
     select_prefix: int
     """Prefix tokens still present in the features handed to the projector."""
 
+    @property
+    def depth(self) -> int:
+        """Layers of the encoder."""
+        return len(self.owner._modules["layers"])
+
 
 class Backbone(ABC):
     """One model, as the engine sees it. Subclass it per family and register it under the config's `model_type`.

@@ -28,6 +28,8 @@ class Rows:
     places: Int[Tensor, "rows"]
     """Placeholder each row fills, counted inside the image."""
     protected: Bool[Tensor, "rows"]
+    rewritten: int = 0
+    """How often a stage has put new rows, such as merged ones, in the place of old ones."""
 
 
 class EncodeRun:
@@ -35,7 +37,10 @@ class EncodeRun:
 
     def __init__(self, plan: Plan, backbone: Backbone) -> None:
         self._plan, self._backbone = plan, backbone
-        self._taps = {layer for _, stage in plan.stages for layer in stage.vision_taps}
+        self._depth = 0 if backbone.vision is None else backbone.vision.depth
+        self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
+        self._extra = 0
+        """Prefix tokens that have become rows: those still present in the encoder's output."""
         self._tapped: dict[int, QueryKey] = {}
         self._at: list[list[Rows]] = []
         """Rows behind each layer that has run."""
@@ -81,6 +86,7 @@ class EncodeRun:
         else:
             assert encoder is not None
             extra = encoder.select_prefix
+            self._extra = extra
             self._rows = [self._shifted(rows, extra) for rows in self._at[encoder.feature_layer - 1]]
             self._sizes = [size + extra for size in self._sizes]
             features = [f[: len(r.places)] for f, r in zip(features, self._rows, strict=True)]
@@ -115,7 +121,9 @@ class EncodeRun:
             return rows
         first = torch.arange(extra, device=rows.places.device)
         return Rows(
-            torch.cat((first, rows.places + extra)), torch.cat((torch.zeros_like(first).bool(), rows.protected))
+            torch.cat((first, rows.places + extra)),
+            torch.cat((torch.zeros_like(first).bool(), rows.protected)),
+            rows.rewritten,
         )
 
     def _mask(self, hidden: Tensor, prefix: int, implementation: str) -> Tensor | None:
@@ -136,6 +144,7 @@ class EncodeRun:
         self, boundary: int | None, features: list[Tensor], stages: Sequence[tuple[str, Any]], prefix: int
     ) -> list[Tensor]:
         """Ask the stages one after the other, each seeing the rows that the one before has left."""
+        encoder = self._backbone.vision
         for name, stage in stages:
             call = EncodeCall(
                 boundary=boundary,
@@ -143,7 +152,9 @@ class EncodeRun:
                 places=tuple(rows.places for rows in self._rows),
                 grids=tuple(self._backbone.grid(size) for size in self._sizes),
                 prefix=prefix,
+                has_cls=encoder is not None and encoder.has_cls,
                 attention=self._attention,
+                columns=self._columns,
             )
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
@@ -154,10 +165,32 @@ class EncodeRun:
                 features, self._rows = [f for f, _ in applied], [r for _, r in applied]
         return features
 
+    def _absolute(self, layer: int) -> int:
+        return layer if layer >= 0 else layer + self._depth
+
     def _attention(self, layer: int, rows: Tensor) -> Tensor:
-        if layer not in self._tapped:
-            raise DecisionError(f"attention_rows({layer}): list the vision layer in the stage's `vision_taps`")
-        return row_attention(replace(self._tapped[layer], causal=False), rows)
+        number = self._absolute(layer)
+        if number not in self._tapped:
+            raise DecisionError(
+                f"attention of vision layer {layer}: list the layer in the stage's `vision_taps`, and ask for it at a "
+                "boundary behind it"
+            )
+        return row_attention(replace(self._tapped[number], causal=False), rows)
+
+    def _columns(self, layer: int) -> tuple[Tensor, ...]:
+        """Keys of vision layer `layer` that the present rows were when it ran."""
+        encoder, number = self._backbone.vision, self._absolute(layer)
+        assert encoder is not None  # a policy with vision taps is refused without one
+        found = []
+        for now, then in zip(self._rows, self._at[number], strict=True):
+            if now.rewritten != then.rewritten:
+                raise DecisionError(
+                    f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
+                    "them; read a layer behind the merging, or ask before it"
+                )
+            places = self._shifted(then, self._extra).places
+            found.append(torch.searchsorted(places, now.places) + encoder.prefix - self._extra)
+        return tuple(found)
 
 
 def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str) -> tuple[Tensor, Rows]:
@@ -176,10 +209,10 @@ def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str)
                 f"{where}: `encode` returned {len(features)} rows and places {tuple(places.shape)} for image {image}; "
                 "expected one place per row, ascending, out of the payload's places"
             )
-        rows = Rows(places, held[places])
+        rows = Rows(places, held[places], rows.rewritten + 1)
     elif answer.keep is not None:
         keep = _fits(answer.keep[image], rows, image, where) | rows.protected
-        features, rows = features[keep], Rows(rows.places[keep], rows.protected[keep])
+        features, rows = features[keep], replace(rows, places=rows.places[keep], protected=rows.protected[keep])
     if answer.protect is not None:
         rows = replace(rows, protected=rows.protected | _fits(answer.protect[image], rows, image, where))
     return features, rows

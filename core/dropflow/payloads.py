@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dropflow.stage import Window
 
 RowAttention = Callable[[int, Tensor], Tensor]
+Columns = Callable[[int], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,51 @@ class EncodeCall:
     """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
     prefix: int
     """Rows (such as CLS) that the vision encoder holds in front of the patches."""
+    has_cls: bool
+    """Whether the encoder's first row is a CLS row, whose attention ranks patches."""
     attention: RowAttention
+    columns: Columns
+    """Which keys of a tapped layer the present rows of each image were."""
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "images rows"]) -> Float[Tensor, "images heads rows keys"]:
         """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
 
-        Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0.
+        Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0. A
+        negative `layer` counts from the encoder's end.
         """
         return self.attention(layer, rows)
 
     def cls_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
-        """Attention from the CLS row of a tapped vision layer to each patch of each image, averaged over heads."""
-        first = self.features[0]
-        rows = first.new_zeros((len(self.features), 1)).long()
-        weights = self.attention(layer, rows).mean(1)[:, 0, self.prefix :]  # (images, keys)
-        return tuple(weights[i, : len(rows)] for i, rows in enumerate(self.features))
+        """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.
+
+        One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
+        `DecisionError` where rows were merged since that layer ran.
+        """
+        rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
+        weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
+        return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))
+
+    def received_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
+        """Attention that each present row gets from all of them in a tapped vision layer, mean over rows and heads.
+
+        For encoders without a CLS row. It costs the work of one attention map, in slices much smaller than the map;
+        errors as `cls_attention`.
+        """
+        columns = self.columns(layer)
+        longest = max(len(own) for own in columns)
+        asks = torch.stack([torch.nn.functional.pad(own, (0, longest - len(own)), value=-1) for own in columns])
+        total: Tensor | None = None
+        heads = 1
+        start = 0
+        while start < longest:  # the number of heads is known from the first, single row on
+            part = asks[:, start : start + max(1, longest // (4 * heads))] if start else asks[:, :1]
+            weights = self.attention(layer, part.clamp(min=0))
+            heads, start = weights.shape[1], start + part.shape[1]
+            seen = (weights.mean(1) * (part >= 0)[:, :, None]).sum(1)  # (images, keys)
+            total = seen if total is None else total + seen
+        if total is None:
+            raise ValueError("received_attention: no image has any row")
+        return tuple(total[i, own] / max(len(own), 1) for i, own in enumerate(columns))
 
 
 @dataclass(frozen=True)

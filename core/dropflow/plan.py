@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from dropflow.errors import PolicyError
 from dropflow.hooks import Hooks
@@ -62,7 +62,7 @@ class Plan:
         if tokens is None:
             raise PolicyError("schedule: this backbone has no fixed number of visual tokens; say how many")
         keeps: dict[int, list[Budget | None]] = {}
-        encoded: Budget | None = None
+        encoded: Budget | Literal["data"] | None = None
         for forecast in self.forecasts.values():
             encoded = forecast.encoded or encoded
             for boundary, budget in forecast.keeps.items():

@@ -28,11 +28,29 @@ def check_model(backbone: Backbone, plan: Plan) -> None:
     for name, stage in plan.stages:
         wrong = [layer for layer in (*stage.prune_at, *stage.taps) if not 0 <= layer < depth]
         faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
-    inside = [name for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
-    if inside and backbone.vision is None:
-        faults.append(f"stages.{inside[0]}: works inside the vision encoder, which this adapter cannot reach")
+    faults += _vision_faults(backbone, plan)
     if faults:
         raise PolicyError("\n".join(faults))
+
+
+def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
+    """Stages that work where the vision encoder has no layer, or behind the layer whose output the LLM gets."""
+    boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
+    taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
+    vision = backbone.vision
+    if vision is None:
+        names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
+        return [f"stages.{name}: works inside the vision encoder, which this adapter cannot reach" for name in names]
+    return [
+        f"stages.{name}: works at boundary {b} of the vision encoder, expected 0 to {vision.feature_layer - 1}, in "
+        f"front of the layers that the features for the LLM pass through"
+        for name, b in boundaries
+        if not 0 <= b < vision.feature_layer
+    ] + [
+        f"stages.{name}: reads vision layer {layer}, but the encoder has layers 0 to {vision.depth - 1}"
+        for name, layer in taps
+        if not -vision.depth <= layer < vision.depth
+    ]
 
 
 def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings_images: bool) -> None:

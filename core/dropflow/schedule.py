@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from dropflow.stage import Window
 from dropflow.units import Budget
@@ -30,18 +31,23 @@ def schedule(
     visual_tokens: int,
     window: Window,
     keeps: Mapping[int, Sequence[Budget | None]],
-    encoded: Budget | None,
+    encoded: Budget | Literal["data"] | None,
 ) -> Schedule:
     """Follow one image of `visual_tokens` tokens through the layers.
 
     `keeps[i]` are the budgets applied at boundary i. A budget that is a share counts against the tokens at entry.
     """
-    entry = visual_tokens if encoded is None else encoded.of(visual_tokens)
-    current: int | None = entry
+    entry: int | None = visual_tokens
+    if encoded is not None:
+        entry = None if encoded == "data" else encoded.of(visual_tokens)
+    current = entry
     counts: list[int | None] = []
     for layer in range(layers):
         for budget in keeps.get(layer, ()) if window.entry <= layer < window.exit else ():
-            current = None if budget is None or current is None else min(current, budget.of(entry))
+            if budget is None or current is None or entry is None:
+                current = None
+            else:
+                current = min(current, budget.of(entry))
         counts.append(current if window.entry <= layer < window.exit else 0)
     return Schedule(tuple(counts), entry)
 

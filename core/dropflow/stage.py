@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,8 +33,8 @@ class Forecast:
     """Boundary from which vision is live (an `inject` stage)."""
     exit: int | None = None
     """Boundary from which no vision is live (an `exit` stage)."""
-    encoded: Budget | None = None
-    """Visual tokens of one image that reach the LLM (an `encode` stage)."""
+    encoded: Budget | Literal["data"] | None = None
+    """Visual tokens of one image that reach the LLM (an `encode` stage); `data` where each image differs."""
     keeps: Mapping[int, Budget | None] = field(default_factory=dict)
     """Visual tokens of one image left behind each boundary (a `prune` stage)."""
 
@@ -95,7 +95,7 @@ class Stage(Generic[O_co]):
 
     @property
     def vision_taps(self) -> tuple[int, ...]:
-        """Vision encoder layers whose attention rows `encode` reads."""
+        """Vision encoder layers whose attention rows `encode` reads; negative ones count from its end."""
         return ()
 
     @property

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ["dropflow", "dropflow_lab", "dropflow_hidrop", "dropflow_adapters", "dropflow_policies"]
+PACKAGES = [
+    "dropflow",
+    "dropflow_lab",
+    "dropflow_hidrop",
+    "dropflow_mustdrop",
+    "dropflow_adapters",
+    "dropflow_policies",
+]
 
 
 def modules(package: str) -> Iterator[Path]:

@@ -1,0 +1,46 @@
+"""Pure functions that merge the patches of one image: windows of its grid, how alike they are, and their means."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def window_members(grid: tuple[int, int], window: tuple[int, int]) -> Int[Tensor, "windows members"]:
+    """Raster indices of the patches in each window of a tiling of `grid` (rows, columns), both in raster order.
+
+    Windows do not overlap. Rows and columns behind the last whole window belong to none; there may be no window at all.
+    """
+    (rows, columns), (high, wide) = grid, window
+    down, across = rows // high, columns // wide
+    index = torch.arange(rows * columns).view(rows, columns)[: down * high, : across * wide]
+    return index.reshape(down, high, across, wide).permute(0, 2, 1, 3).reshape(down * across, high * wide)
+
+
+def window_similarity(
+    features: Float[Tensor, "patches dim"], members: Int[Tensor, "windows members"]
+) -> Float[Tensor, "windows"]:
+    """Mean cosine similarity over the ordered pairs of different members of each window, in float32 at least.
+
+    Cosines are taken in the dtype of `features`; a zero vector has cosine 0 with everything.
+    """
+    count = members.shape[1]
+    others = 1 - torch.eye(count, device=features.device)
+    step = max(1, len(features) // count**2)  # so that no product is larger than the features themselves
+    found = []
+    for some in members.split(step):
+        patches = features[some].transpose(1, 2).contiguous()  # (windows, dim, members)
+        cosines = torch.nn.functional.cosine_similarity(patches[..., None], patches[..., None, :], dim=1)
+        found.append((cosines * others).sum(-1).sum(-1) / max(count * (count - 1), 1))
+    return torch.cat(found) if found else features.new_zeros(0, dtype=torch.float32)
+
+
+def merge_windows(
+    features: Float[Tensor, "patches dim"], members: Int[Tensor, "windows members"], taken: Int[Tensor, "merged"]
+) -> tuple[Float[Tensor, "merged dim"], Int[Tensor, "left"]]:
+    """The mean of each window in `taken`, in that order, and the ascending indices of the patches in none of them."""
+    inside = members[taken]
+    left = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    left[inside.flatten()] = False
+    return features[inside].mean(1), left.nonzero()[:, 0]

@@ -1,0 +1,150 @@
+"""The dual-attention filter: visual tokens that neither the text as a whole nor any one word attends to go (stage 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow.errors import PolicyError
+from dropflow.selection import keep_top
+from dropflow.units import Budget, Depth, Tokens
+from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
+
+
+class DualAttentionOptions(StageOptions):
+    """Options of `mustdrop/dual-attention`."""
+
+    at: list[Depth] | None = Field(
+        default=None,
+        min_length=1,
+        description="boundaries to filter at, by the thresholds; each is ranked by the layer in front of it, so these "
+        "are the published pruning layers plus one",
+    )
+    keep: dict[Depth, Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="instead of `at`: boundary -> visual tokens per image that stay behind it, protected ones "
+        "included, ranked by the same scores",
+    )
+    global_threshold: float = Field(
+        default=0.001,
+        ge=0,
+        description="share of the attention from all text to its picture below which a token may go; with `keep` only "
+        "the ratio of both thresholds counts",
+    )
+    individual_threshold: float = Field(
+        default=0.001,
+        ge=0,
+        description="attention probability from the text token that looks at it most below which a token may go",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.at is None) == (self.keep is None):
+            raise ValueError("expected either `at` (filter by thresholds) or `keep` (filter to a fixed budget)")
+        if self.keep is not None and not (self.global_threshold and self.individual_threshold):
+            raise ValueError("with `keep` both thresholds weigh the scores, so that they must be above 0")
+        return self
+
+
+class DualAttention(Stage[DualAttentionOptions]):
+    """At each boundary a token goes if both its scores are below their thresholds; reaching one of them keeps it.
+
+    Scores come from the attention of the layer in front of the boundary, averaged over heads, from the text tokens
+    behind the first image up to the last instruction token: their sum, as a share of what all tokens of the same
+    picture get (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample
+    without text behind its image is not pruned. Raises `PolicyError` for a boundary in front of which no layer with
+    vision lies.
+    """
+
+    Options = DualAttentionOptions
+    summary = "drops visual tokens that neither the text as a whole nor any one text token attends to"
+    paper = "arXiv:2411.10803, prefilling stage"
+
+    def __init__(self, options: DualAttentionOptions, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._keeps = _boundaries(options, context)
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """The boundaries of `at` or `keep`."""
+        return tuple(self._keeps)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers in front of the boundaries."""
+        return tuple(boundary - 1 for boundary in self._keeps)
+
+    def forecast(self) -> Forecast:
+        """The budgets; with thresholds the data decides."""
+        return Forecast(keeps=self._keeps)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep | None:
+        """Keep what the text attends to."""
+        rows, asks = text_rows(call)
+        if not bool(asks.any()):
+            return None
+        with torch.no_grad():
+            sums, peaks = attention_scores(_weights(call, rows, asks))
+        totals = block_totals(sums, call.image >= 0)
+        thresholds = (self.options.global_threshold, self.options.individual_threshold)
+        unranked = ~asks.any(1, keepdim=True)
+        budget = self._keeps[call.boundary]
+        if budget is None:
+            return Keep(dual_keep(sums, peaks, totals, *thresholds) | unranked, sums)
+        ranking = dual_ranking(sums, peaks, totals, *thresholds)
+        counts = [budget.of(size) for size in call.image_sizes]
+        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image, counts)
+        return Keep(best | unranked, ranking)
+
+
+def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
+    """Slots of the text tokens behind each sample's first visual token, up to its last instruction token.
+
+    The second tensor is false where a sample has fewer of them than the longest. With labels the answer of the last
+    round is left out, and a sample without an instruction token has no rows.
+    """
+    slots = torch.arange(call.index.shape[1], device=call.index.device)
+    behind = (call.image >= 0).cumsum(1) > 0
+    last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
+    text = behind & (call.image < 0) & call.valid & (slots <= last)
+    count = int(text.sum(1).max())
+    rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, len(slots) - count :]
+    return rows, text.gather(1, rows)
+
+
+def _weights(call: PruneCall, rows: Tensor, asks: Tensor) -> Iterator[Float[Tensor, "batch heads rows slots"]]:
+    """Attention of `rows` to the slots, in parts far smaller than a map of all slots; zero where `asks` is false."""
+    slots, start, heads = call.index.shape[1], 0, 0
+    while start < rows.shape[1]:
+        step = max(1, slots // (4 * heads)) if heads else 1  # the first, single row tells the number of heads
+        own, real = rows[:, start : start + step], asks[:, start : start + step]
+        weights = call.attention_rows(call.boundary - 1, own)
+        heads, start = weights.shape[1], start + step
+        yield weights[..., -slots:] * real[:, None, :, None]
+
+
+def _boundaries(options: DualAttentionOptions, context: StageContext) -> Mapping[int, Budget | None]:
+    scale, window = context.scale, context.window
+    found: dict[int, Budget | None] = {}
+    entries = options.keep.items() if options.keep is not None else ((depth, None) for depth in options.at or ())
+    for depth, tokens in entries:
+        path = context.path("at" if tokens is None else f"keep.{depth}")
+        boundary = scale.boundary(depth, path)
+        if boundary in found:
+            raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {scale.target.layers} layers")
+        if not window.entry < boundary < window.exit:
+            raise PolicyError(
+                f"{path}: boundary {boundary} is filtered by the attention of layer {boundary - 1}, but vision takes "
+                f"part in layers {window.entry} to {window.exit - 1}; expected a boundary from {window.entry + 1} to "
+                f"{window.exit - 1}"
+            )
+        found[boundary] = None if tokens is None else scale.tokens(tokens, path)
+    return dict(sorted(found.items()))
