@@ -29,7 +29,7 @@ def window_similarity(
     others = 1 - torch.eye(count, device=features.device)
     step = max(1, len(features) // count**2)  # so that no product is larger than the features themselves
     found = []
-    for some in members.split(step):
+    for some in torch.split(members, step):
         patches = features[some].transpose(1, 2).contiguous()  # (windows, dim, members)
         cosines = torch.nn.functional.cosine_similarity(patches[..., None], patches[..., None, :], dim=1)
         found.append((cosines * others).sum(-1).sum(-1) / max(count * (count - 1), 1))

@@ -44,10 +44,7 @@ def schedule(
     counts: list[int | None] = []
     for layer in range(layers):
         for budget in keeps.get(layer, ()) if window.entry <= layer < window.exit else ():
-            if budget is None or current is None or entry is None:
-                current = None
-            else:
-                current = min(current, budget.of(entry))
+            current = None if budget is None or current is None or entry is None else min(current, budget.of(entry))
         counts.append(current if window.entry <= layer < window.exit else 0)
     return Schedule(tuple(counts), entry)
 

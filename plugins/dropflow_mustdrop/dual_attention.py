@@ -1,4 +1,4 @@
-"""The dual-attention filter: visual tokens that neither the text as a whole nor any one word attends to go (stage 2)."""
+"""The dual-attention filter: a visual token goes if neither the text as a whole nor any word looks at it (stage 2)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class OutputAwareCacheOptions(StageOptions):
 
 
 class OutputAwareCache(Stage[OutputAwareCacheOptions]):
-    """Behind the prefill, the layers from `at` on keep the visual tokens only that are live in the last one with vision.
+    """Behind the prefill, the layers from `at` on keep only the visual tokens that the last layer with vision has.
 
     Layers in front of `at` keep theirs. Keys and values are gathered, never recomputed or rotated again.
     """
