@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dropflow.attention import QueryKey
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, KeyIndex
 from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, WindowCall
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
+    from dropflow.probe import LayerProbe
     from dropflow.run import Run
 
 
@@ -39,7 +39,7 @@ def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> I
 
 
 def decide_keeps(
-    run: Run, boundary: int, hidden: Tensor, stages: Sequence[tuple[str, Stage[Any]]], ask: Callable[[], QueryKey]
+    run: Run, boundary: int, hidden: Tensor, stages: Sequence[tuple[str, Stage[Any]]], probe: LayerProbe
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Ask every stage of a boundary; returns the tokens that stay live (batch, tokens) and the scores by stage.
 
@@ -51,15 +51,9 @@ def decide_keeps(
     image = torch.where(valid, live.take(prompt.image), -1)
     protected = live.take(prompt.protected) & valid
     slots = live.slot.gather(1, prompt.queries)
-    seen: list[QueryKey] = []
 
     def rows(layer: int, wanted: Tensor) -> Tensor:
-        def once() -> QueryKey:
-            if not seen:
-                seen.append(ask())
-            return seen[0]
-
-        return run.attention_rows(layer, wanted, once if layer == boundary else None)
+        return run.attention_rows(layer, wanted, probe if layer == boundary else None)
 
     call = PruneCall(
         boundary=boundary,

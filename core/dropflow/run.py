@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +16,18 @@ from dropflow.keys import PADDING, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
+from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
 from dropflow.stage import Stage
-from dropflow.tap import probe, tap, uncompiled
+from dropflow.tap import tap, uncompiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_OWN_WAY = ("attention_mask", "past_key_values", "hidden_states")
+"""Arguments of a layer that are not restricted by their token dimension."""
 
 
 class Run:
@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, plan: Plan, backbone: Backbone, prompt: Prompt | None, embeds: Tensor, step: int) -> None:
         batch, tokens = embeds.shape[:2]
-        self.plan, self.prompt = plan, prompt
+        self.plan, self.backbone, self.prompt = plan, backbone, prompt
         self.embeds = embeds
         """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
         self.step = step
@@ -67,30 +67,30 @@ class Run:
             self._open_cache(kwargs.get("past_key_values"))
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
-        keys = self._keys(number)
-        args, kwargs = self._restricted(args, kwargs, keys)
+        keys = self.keys(number)
+        args, kwargs = self.restricted(args, kwargs, keys)
         if number in self._taps:
             with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
                 output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
-        held = self._held(number)
+        held = self.held(number)
         if self.prompt is not None and held is not None and held.is_initialized:
             held.settle(keys)
         return output
 
-    def attention_rows(self, layer: int, rows: Tensor, ask: Callable[[], QueryKey] | None = None) -> Tensor:
-        """Attention rows of a tapped layer, or by `ask` of the layer in front of which the run stands."""
+    def attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
+        """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
         if layer in self._tapped:
             live, seen = self._tapped[layer]
             if live is not self.live:
                 raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
             return row_attention(seen, rows)
-        if ask is None:
+        if probe is None:
             raise DecisionError(
                 f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
             )
-        return row_attention(ask(), rows)
+        return probe.rows(rows)
 
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
@@ -108,13 +108,13 @@ class Run:
             self.record.past = tuple(0 if held.keys is None else held.keys.shape[-2] for held in cache.layers)
             self.record.seen = cache.get_seq_length()
 
-    def _held(self, number: int) -> FlowLayer | None:
+    def held(self, number: int) -> FlowLayer | None:
         held: FlowLayer | None = None if self.cache is None else self.cache.layers[number]
         return held
 
-    def _keys(self, number: int) -> KeyIndex:
+    def keys(self, number: int) -> KeyIndex:
         """What the layer's cache will hold after this call; shared by layers that hold the same."""
-        batch, device, held = self.embeds.shape[0], self.embeds.device, self._held(number)
+        batch, device, held = self.embeds.shape[0], self.embeds.device, self.held(number)
         index = None if held is None else held.index
         length = 0 if held is None else held.length
         past = self._shared(("past", id(index), length), index, lambda: _past(held, batch, device))
@@ -134,17 +134,15 @@ class Run:
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         scores: dict[str, Tensor] = {}
         if stages:
-            before = hidden
-            want, scores = decide_keeps(
-                self, number, hidden, stages, lambda: self._probe(number, layer, before, args, kwargs)
-            )
+            probe = LayerProbe(self, number, layer, hidden, (args, kwargs))
+            want, scores = decide_keeps(self, number, hidden, stages, probe)
             hidden = self._move(want, hidden, None)
         if self.record is not None:
             self.record.add(number, self.want)
         if self.plan.hooks.implementers("observe"):
             names = tuple(name for name, _ in stages)
             self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
-        return _with_hidden(hidden, args, kwargs)
+        return with_hidden(hidden, args, kwargs)
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""
@@ -156,7 +154,13 @@ class Run:
         self._memo.clear()
         return hidden
 
-    def _restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
+    def rows_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Arguments:
+        """Arguments already restricted to the live tokens, further restricted to the tokens in some slots."""
+        some = LiveSet(rows, None, self.live.slots)
+        kwargs = {k: v if k in _OWN_WAY else restrict_argument(v, some) for k, v in kwargs.items()}
+        return (*args[:1], *(restrict_argument(value, some) for value in args[1:])), kwargs
+
+    def restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
         """Everything but hidden states and cache, as the live tokens and the held keys need it."""
         mask = kwargs.get("attention_mask")
         if not keys.complete:
@@ -165,8 +169,7 @@ class Run:
             kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
         if self.live.everything:
             return args, kwargs
-        passed = ("attention_mask", "past_key_values", "hidden_states")
-        kwargs = {k: v if k in passed else self._restrict(v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in _OWN_WAY else self._restrict(v) for k, v in kwargs.items()}
         return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
 
     def _restrict(self, value: Any) -> Any:
@@ -180,20 +183,6 @@ class Run:
             self._memo[key] = (source, make())
         return self._memo[key][1]
 
-    def _probe(
-        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> QueryKey:
-        """q and k of the coming layer for all live tokens, past keys in front; nothing is written to the cache."""
-        keys, held = self._keys(number), self._held(number)
-        args, kwargs = self._restricted(args, kwargs, keys)
-        args, kwargs = _with_hidden(hidden, args, kwargs | {"past_key_values": None, "use_cache": False})
-        with torch.no_grad(), _without_checkpointing(layer):
-            # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
-            found = probe(self.implementation, lambda: layer.forward(*args, **kwargs))
-        if held is not None and held.length:
-            found = replace(found, key=torch.cat((held.keys, found.key), 2))
-        return found
-
 
 def _asks(stage: Stage[Any], step: int) -> bool:
     return step == 0 or (stage.decode_every > 0 and step % stage.decode_every == 0)
@@ -206,19 +195,3 @@ def _past(held: FlowLayer | None, batch: int, device: torch.device) -> KeyIndex:
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return hidden
-
-
-def _with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    if "hidden_states" in kwargs:
-        return args, kwargs | {"hidden_states": hidden}
-    return (hidden, *args[1:]), kwargs
-
-
-@contextmanager
-def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
-    training, layer.training = layer.training, False
-    try:
-        yield
-    finally:
-        layer.training = training

@@ -1,0 +1,45 @@
+"""The code in the documents runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import prompt
+
+import dropflow
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside the tests")
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@torch.no_grad()
+def test_the_stage_of_the_contributors_page_prunes(llava: Any) -> None:
+    code = blocks("CONTRIBUTING.md", "python")[0]
+    names: dict[str, Any] = {}
+    exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
+    which = {"name": "stride", "stages": {"s": {"use": names["Stride"], "at": 2, "step": 4}}}
+    with dropflow.attach(llava, which) as flow:
+        llava(**prompt([(3, "I", 5)]))
+        visual = [layer.visual_tokens for layer in flow.report().layers]
+    assert visual == [16, 16, 4, 4, 4, 4]
+
+
+def test_the_makefile_has_the_readmes_two_commands() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not beside the tests")
+    text = readme.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("demo", "test"):
+        assert f"make {command}" in text
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
