@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 @torch.no_grad()
-def test_the_stage_of_the_contributors_page_prunes(llava: Any) -> None:
-    code = blocks("CONTRIBUTING.md", "python")[0]
-    names: dict[str, Any] = {}
-    exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
-    which = {"name": "stride", "stages": {"s": {"use": names["Stride"], "at": 2, "step": 4}}}
+def test_the_stage_of_the_contributors_page_prunes(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "contributed.py"
+    file.write_text(blocks("CONTRIBUTING.md", "python")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stride = importlib.import_module("contributed").Stride
+    which = {"name": "stride", "stages": {"s": {"use": stride, "at": 2, "step": 4}}}
     with dropflow.attach(llava, which) as flow:
         llava(**prompt([(3, "I", 5)]))
         visual = [layer.visual_tokens for layer in flow.report().layers]

@@ -75,7 +75,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
     def evict(self, keep: Bool[Tensor, "batch entries"]) -> None:
         """Drop the entries where `keep` is false; ragged remainders are padded on the left."""
         kept = LiveSet.of(keep)
-        order = kept.index[:, None, :, None]
+        order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self.index = self.known(keep.shape[0], keep.device).compacted(kept)
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)

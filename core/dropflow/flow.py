@@ -119,13 +119,13 @@ class Flow:
 
     def _install(self) -> None:
         model, core, text = self._backbone.model, self._backbone.core, self._backbone.text
-        for module, before, after in (
-            (model, self._before_model, self._after_model),
+        hooked = [
             (core, self._before_core, self._after_core),
             (text, self._before_text, self._after_text),
-        ):
-            if module is core and model is core:
-                continue
+        ]
+        if model is not core:  # a core may be attached without its head
+            hooked.append((model, self._before_model, self._after_model))
+        for module, before, after in hooked:
             handles = (
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -242,6 +242,7 @@ class Flow:
             valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device)
             instruction = instruction_tokens(valid, call.labels, call.logits_to_keep)
             fixed = self._backbone.tokens_per_image
+            refuse.check_encoded(self._plan, call.flags)
             prompt = make_prompt(call.visual.to(embeds.device), call.flags, valid, instruction, fixed)
         step = 0 if prompt is not None else _generated(cache)
         self._run = Run(self._plan, self._backbone, prompt, embeds, step)
