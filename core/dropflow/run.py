@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dropflow.attention import QueryKey, row_attention
 from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
-from dropflow.decide import decide_cache, decide_keeps, decide_window
+from dropflow.decide import Standing, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.masks import gather_mask, restrict_argument
+from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
 from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
@@ -25,9 +25,6 @@ from dropflow.tap import tap, uncompiled
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
-
-_OWN_WAY = ("attention_mask", "past_key_values", "hidden_states")
-"""Arguments of a layer that are not restricted by their token dimension."""
 
 
 class Run:
@@ -67,35 +64,22 @@ class Run:
             self._open_cache(kwargs.get("past_key_values"))
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
-        keys = self.keys(number)
-        args, kwargs = self.restricted(args, kwargs, keys)
+        keys = self._keys(number)
+        args, kwargs = self._restricted(args, kwargs, keys)
         if number in self._taps:
             with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
                 output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
-        held = self.held(number)
+        held = self._held(number)
         if self.prompt is not None and held is not None and held.is_initialized:
             held.settle(keys)
         return output
 
-    def attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
-        """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
-        if layer in self._tapped:
-            live, seen = self._tapped[layer]
-            if live is not self.live:
-                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
-            return row_attention(seen, rows)
-        if probe is None:
-            raise DecisionError(
-                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
-            )
-        return probe.rows(rows)
-
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
-            decide_cache(self, self.cache, self.cache_stages)
+            decide_cache(self.plan, self.cache_stages, self.cache, self.step, self._attention_rows)
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = (self.live, seen)
@@ -108,13 +92,13 @@ class Run:
             self.record.past = tuple(0 if held.keys is None else held.keys.shape[-2] for held in cache.layers)
             self.record.seen = cache.get_seq_length()
 
-    def held(self, number: int) -> FlowLayer | None:
+    def _held(self, number: int) -> FlowLayer | None:
         held: FlowLayer | None = None if self.cache is None else self.cache.layers[number]
         return held
 
-    def keys(self, number: int) -> KeyIndex:
+    def _keys(self, number: int) -> KeyIndex:
         """What the layer's cache will hold after this call; shared by layers that hold the same."""
-        batch, device, held = self.embeds.shape[0], self.embeds.device, self.held(number)
+        batch, device, held = self.embeds.shape[0], self.embeds.device, self._held(number)
         index = None if held is None else held.index
         length = 0 if held is None else held.length
         past = self._shared(("past", id(index), length), index, lambda: _past(held, batch, device))
@@ -134,8 +118,11 @@ class Run:
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         scores: dict[str, Tensor] = {}
         if stages:
-            probe = LayerProbe(self, number, layer, hidden, (args, kwargs))
-            want, scores = decide_keeps(self, number, hidden, stages, probe)
+            probe = self._probe(number, layer, hidden, args, kwargs)
+            standing = Standing(number, window, self.live, self.want, hidden)
+            want, scores = decide_keeps(
+                self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
+            )
             hidden = self._move(want, hidden, None)
         if self.record is not None:
             self.record.add(number, self.want)
@@ -143,6 +130,33 @@ class Run:
             names = tuple(name for name, _ in stages)
             self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
         return with_hidden(hidden, args, kwargs)
+
+    def _probe(
+        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerProbe:
+        held = self._held(number)
+        return LayerProbe(
+            number,
+            layer,
+            hidden,
+            self._restricted(args, kwargs, self._keys(number)),
+            implementation=self.implementation,
+            projections=self.backbone.projections(layer),
+            past=held.keys if held is not None and held.length else None,
+        )
+
+    def _attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
+        """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
+        if layer in self._tapped:
+            live, seen = self._tapped[layer]
+            if live is not self.live:
+                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
+            return row_attention(seen, rows)
+        if probe is None or layer != probe.number:
+            raise DecisionError(
+                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
+            )
+        return probe.rows(rows)
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""
@@ -154,13 +168,7 @@ class Run:
         self._memo.clear()
         return hidden
 
-    def rows_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Arguments:
-        """Arguments already restricted to the live tokens, further restricted to the tokens in some slots."""
-        some = LiveSet(rows, None, self.live.slots)
-        kwargs = {k: v if k in _OWN_WAY else restrict_argument(v, some) for k, v in kwargs.items()}
-        return (*args[:1], *(restrict_argument(value, some) for value in args[1:])), kwargs
-
-    def restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
+    def _restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
         """Everything but hidden states and cache, as the live tokens and the held keys need it."""
         mask = kwargs.get("attention_mask")
         if not keys.complete:
@@ -169,7 +177,7 @@ class Run:
             kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
         if self.live.everything:
             return args, kwargs
-        kwargs = {k: v if k in _OWN_WAY else self._restrict(v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in OWN_WAY else self._restrict(v) for k, v in kwargs.items()}
         return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
 
     def _restrict(self, value: Any) -> Any:
@@ -189,7 +197,7 @@ def _asks(stage: Stage[Any], step: int) -> bool:
 
 
 def _past(held: FlowLayer | None, batch: int, device: torch.device) -> KeyIndex:
-    return KeyIndex.plain(batch, 0, device) if held is None else held.known(batch, device)
+    return held.known() if held is not None and held.length else KeyIndex.plain(batch, 0, device)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

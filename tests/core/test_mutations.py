@@ -107,8 +107,8 @@ def score_one_layer_early(patch: Patch) -> None:
         attached.append(model)
         return attach(model, *args, **kwargs)
 
-    def early(self: LayerProbe, run: Any, number: int, _: Any, *rest: Any) -> None:
-        original(self, run, number, attached[-1].get_decoder()._modules["layers"][number - 1], *rest)
+    def early(self: LayerProbe, number: int, _: Any, *rest: Any, **more: Any) -> None:
+        original(self, number, attached[-1].get_decoder()._modules["layers"][number - 1], *rest, **more)
 
     patch.setattr(dropflow, "attach", remembering)
     patch.setattr(LayerProbe, "__init__", early)
