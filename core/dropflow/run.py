@@ -64,6 +64,8 @@ class Run:
             self._open_cache(kwargs.get("past_key_values"))
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
+        elif self._fits(number, kwargs) and number not in self._taps:
+            return layer(*args, **kwargs)
         keys = self._keys(number)
         args, kwargs = self._restricted(args, kwargs, keys)
         if number in self._taps:
@@ -80,6 +82,14 @@ class Run:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
             decide_cache(self.plan, self.cache_stages, self.cache, self.step, self._attention_rows)
+
+    def _fits(self, number: int, kwargs: dict[str, Any]) -> bool:
+        """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""
+        held = self._held(number)
+        index = None if held is None else held.index
+        return index is None or (
+            index.valid is None and (len(index) == index.length or kwargs["attention_mask"] is None)
+        )
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = (self.live, seen)
