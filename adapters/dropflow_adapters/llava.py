@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dropflow import Backbone, VisionEncoder
+from dropflow import Backbone, Projections, VisionEncoder
 from dropflow.errors import UnsupportedModel
 
 
@@ -36,6 +36,11 @@ class Llava(Backbone):
         layer = layer if layer >= 0 else layer + config.vision_config.num_hidden_layers + 1
         keeps_prefix = has_cls and config.vision_feature_select_strategy == "full"
         return VisionEncoder(self.core.vision_tower.encoder, int(has_cls), has_cls, layer, int(keeps_prefix))
+
+    def projections(self, layer: Any) -> Projections:
+        """Llama, Mistral and Qwen2 share the names of their projections."""
+        attention = layer.self_attn
+        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
 
     @property
     def tokens_per_image(self) -> int:

@@ -29,11 +29,17 @@ def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Ten
 
     Grouped KV heads are shared without repeating keys. Softmax runs in float32; the result has q's dtype.
     """
-    batch, heads, _, dim = layer.query.shape
+    _, heads, _, dim = layer.query.shape
+    return attend(layer, layer.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim)), rows)
+
+
+def attend(
+    layer: QueryKey, query: Float[Tensor, "batch heads rows dim"], rows: Int[Tensor, "batch rows"]
+) -> Float[Tensor, "batch heads rows keys"]:
+    """The same for q of the rows given apart; of `layer.query` only the shape is read."""
+    batch, heads, count, dim = query.shape
     kv_heads = layer.key.shape[1]
-    count = rows.shape[1]
-    picked = layer.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    picked = picked.view(batch, kv_heads, heads // kv_heads * count, dim)  # query heads of one KV head are adjacent
+    picked = query.reshape(batch, kv_heads, heads // kv_heads * count, dim)  # query heads of one KV head are adjacent
     scores = picked @ layer.key.transpose(-1, -2) * layer.scaling
     scores = scores.view(batch, heads, count, -1)
     if layer.softcap is not None:
@@ -41,7 +47,7 @@ def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Ten
     bias = row_bias(layer, rows)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    return torch.softmax(scores, -1, dtype=torch.float32).nan_to_num(0.0).to(layer.query.dtype)
+    return torch.softmax(scores, -1, dtype=torch.float32).nan_to_num(0.0).to(query.dtype)
 
 
 def row_bias(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Tensor | None:

@@ -37,6 +37,15 @@ class VisionEncoder:
         return len(self.owner._modules["layers"])
 
 
+@dataclass(frozen=True)
+class Projections:
+    """The modules of one decoder layer that project normed hidden states to q, k and v, each with `out_features`."""
+
+    query: Any
+    key: Any
+    value: Any
+
+
 class Backbone(ABC):
     """One model, as the engine sees it. Subclass it per family and register it under the config's `model_type`.
 
@@ -60,6 +69,13 @@ class Backbone(ABC):
     @property
     def vision(self) -> VisionEncoder | None:
         """Where the vision encoder's layers are; `None` where stages cannot work inside it."""
+        return None
+
+    def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
+        """Where a decoder layer projects q, k and v, so that ranking computes only what it reads.
+
+        `None` (also right for a fused projection) makes the engine compute all three for all live tokens.
+        """
         return None
 
     @property

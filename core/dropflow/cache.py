@@ -67,17 +67,18 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         """State what the entries are, after a call that stored fewer tokens than it saw."""
         self.index = index
 
-    def known(self, batch: int, device: torch.device) -> KeyIndex:
-        """Index of all entries held now, implicit ones included."""
-        index = self.index if self.index is not None else KeyIndex.plain(batch, 0, device)
-        return index.upto(self.length)
+    def known(self) -> KeyIndex:
+        """Index of all entries held now, implicit ones included; the layer must hold some."""
+        if self.index is None:
+            return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
+        return self.index.upto(self.length)
 
     def evict(self, keep: Bool[Tensor, "batch entries"]) -> None:
         """Drop the entries where `keep` is false; ragged remainders are padded on the left."""
         kept = LiveSet.of(keep)
-        order = kept.index[:, None, :, None]
+        order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.index = self.known(keep.shape[0], keep.device).compacted(kept)
+        self.index = self.known().compacted(kept)
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
 
     def get_seq_length(self) -> int:

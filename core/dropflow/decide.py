@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dropflow.attention import QueryKey
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, KeyIndex
-from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, WindowCall
+from dropflow.live import LiveSet
+from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
-    from dropflow.run import Run
 
 
 def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> Window:
@@ -38,32 +39,33 @@ def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> I
         yield boundary
 
 
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Where a run stands: in front of one layer, with these tokens live."""
+
+    boundary: int
+    window: Window
+    live: LiveSet
+    want: Bool[Tensor, "batch tokens"]
+    """Live tokens by logical index, padding excluded."""
+    hidden: Float[Tensor, "batch slots dim"]
+
+
 def decide_keeps(
-    run: Run, boundary: int, hidden: Tensor, stages: Sequence[tuple[str, Stage[Any]]], ask: Callable[[], QueryKey]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ask every stage of a boundary; returns the tokens that stay live (batch, tokens) and the scores by stage.
+    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention
+) -> tuple[Bool[Tensor, "batch tokens"], dict[str, Tensor]]:
+    """Ask every stage of a boundary; returns the tokens that stay live and the scores by stage.
 
     Keeps intersect; text and protected tokens stay in any case.
     """
-    prompt, live = run.prompt, run.live
-    assert prompt is not None
-    valid = live.take(run.want)
+    live, boundary = standing.live, standing.boundary
+    valid = live.take(standing.want)
     image = torch.where(valid, live.take(prompt.image), -1)
     protected = live.take(prompt.protected) & valid
     slots = live.slot.gather(1, prompt.queries)
-    seen: list[QueryKey] = []
-
-    def rows(layer: int, wanted: Tensor) -> Tensor:
-        def once() -> QueryKey:
-            if not seen:
-                seen.append(ask())
-            return seen[0]
-
-        return run.attention_rows(layer, wanted, once if layer == boundary else None)
-
     call = PruneCall(
         boundary=boundary,
-        hidden=hidden,
+        hidden=standing.hidden,
         index=live.index,
         valid=valid,
         image=image,
@@ -71,21 +73,21 @@ def decide_keeps(
         image_sizes=prompt.image_sizes,
         queries=slots.clamp(min=0),
         query_valid=prompt.query_valid & (slots >= 0),
-        window=run.window,
-        attention=rows,
+        window=standing.window,
+        attention=attention,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
-    for name, stage in stages:
-        answer = run.plan.hooks.prune(call, stage)
+    for name, stage in plan.prune_at[boundary]:
+        answer = plan.hooks.prune(call, stage)
         if answer is not None:
             _check_keep(answer, valid, name, boundary)
             drop |= ~answer.mask
             if answer.scores is not None:
                 scores[name] = answer.scores
     drop &= (image >= 0) & ~protected
-    dropped = torch.zeros_like(run.want).scatter_(1, live.index, drop)
-    return run.want & ~dropped, scores
+    dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
+    return standing.want & ~dropped, scores
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
@@ -97,13 +99,12 @@ def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
         )
 
 
-def decide_cache(run: Run, cache: Cache, stages: Sequence[Stage[Any]]) -> None:
+def decide_cache(plan: Plan, stages: Sequence[Stage[Any]], cache: Cache, step: int, attention: RowAttention) -> None:
     """Ask the cache stages one after the other, each seeing what the one before has left."""
-    names = {id(stage): name for name, stage in run.plan.stages}
-    batch, device = run.embeds.shape[0], run.embeds.device
+    names = {id(stage): name for name, stage in plan.stages}
     for stage in stages:
-        views = tuple(_view(number, layer.known(batch, device)) for number, layer in enumerate(cache.layers))
-        answer = run.plan.hooks.decode_cache(CacheCall(run.step, views, run.attention_rows), stage)
+        views = tuple(_view(number, layer.known()) for number, layer in enumerate(cache.layers))
+        answer = plan.hooks.decode_cache(CacheCall(step, views, attention), stage)
         for number, keep in (answer.keep if answer is not None else {}).items():
             view = views[number] if 0 <= number < len(views) else None
             if view is None or keep.dtype != torch.bool or keep.shape != view.valid.shape:

@@ -1,34 +1,27 @@
-"""Attaching a policy to a model: the hooks that carry a call from its first module to its last."""
+"""Attaching a policy to a model."""
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from types import TracebackType
 from typing import Any
 
-import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropflow import refuse
 from dropflow.backbone import Backbone, backbone_for
-from dropflow.cache import is_flow_cache, serving
-from dropflow.call import Call, CallLock
 from dropflow.errors import UnsupportedCall, UnsupportedModel
-from dropflow.head import full_logits, live_states, loss_of, shifted
-from dropflow.plan import resolve
+from dropflow.plan import Plan, resolve
+from dropflow.policy import Policy
 from dropflow.policy_file import Source, load_policy
-from dropflow.prompt import instruction_tokens, make_prompt, valid_tokens
 from dropflow.record import CallRecord, Report
-from dropflow.run import Run
-from dropflow.stand_in import StandIn
-from dropflow.vision import Vision, take_flags, with_flags
+from dropflow.service import Service
 
-_attached: weakref.WeakKeyDictionary[nn.Module, Flow] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[Any, weakref.ref[Flow]] = weakref.WeakKeyDictionary()
+"""Flow of each attached core; weak on both sides, since a flow holds its model."""
 
 
 def attach(
@@ -43,36 +36,34 @@ def attach(
     (or has a flow attached already).
     """
     backbone = backbone_for(model, adapter)
-    if backbone.core in _attached:
-        name = _attached[backbone.core].policy.name
+    present = _flow_of(backbone)
+    if present is not None:
+        name = present.policy.name
         raise UnsupportedModel(f"attach: the policy {name!r} is attached to this model already; detach it first")
     return Flow(backbone, resolve(load_policy(policy, overrides), backbone.shape))
+
+
+def _flow_of(backbone: Backbone) -> Flow | None:
+    reference = _attached.get(backbone.core)
+    return None if reference is None else reference()
 
 
 class Flow:
     """A policy attached to a model; a context manager that detaches at its end."""
 
-    def __init__(self, backbone: Backbone, plan: Any) -> None:
+    def __init__(self, backbone: Backbone, plan: Plan) -> None:
         refuse.check_model(backbone, plan)
         self._backbone, self._plan = backbone, plan
-        self._lock = CallLock()
-        self._layers = StandIn(backbone.text)
-        self._vision = Vision(plan, backbone)
-        self._run: Run | None = None
-        self._record: CallRecord | None = None
-        self._visual: Tensor | None = None
-        self._undo: list[Callable[[], None]] = []
-        if not plan.idle:
-            self._install()
-        _attached[backbone.core] = self
+        self._service = Service(backbone, plan)
+        _attached[backbone.core] = weakref.ref(self)
 
     @property
-    def policy(self) -> Any:
+    def policy(self) -> Policy:
         """The attached policy."""
         return self._plan.policy
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan:
         """The policy as resolved for this model."""
         return self._plan
 
@@ -88,25 +79,23 @@ class Flow:
         return self._last().live()
 
     def _last(self) -> CallRecord:
-        if self._record is None:
+        if self._service.record is None:
             raise UnsupportedCall("report: no prompt with images has been run since this policy was attached")
-        return self._record
+        return self._service.record
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
         """State which tokens are visual, for prompts given as `inputs_embeds` with image features merged in already."""
-        self._visual = tokens
+        self._service.stated.visual = tokens
         try:
             yield
         finally:
-            self._visual = None
+            self._service.stated.visual = None
 
     def detach(self) -> None:
         """Take every hook off the model; harmless when done before."""
-        while self._undo:
-            self._undo.pop()()
-        self._close()
-        if _attached.get(self._backbone.core) is self:
+        self._service.remove()
+        if _flow_of(self._backbone) is self:
             del _attached[self._backbone.core]
 
     def __enter__(self) -> Flow:
@@ -116,194 +105,3 @@ class Flow:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    def _install(self) -> None:
-        model, core, text = self._backbone.model, self._backbone.core, self._backbone.text
-        for module, before, after in (
-            (model, self._before_model, self._after_model),
-            (core, self._before_core, self._after_core),
-            (text, self._before_text, self._after_text),
-        ):
-            if module is core and model is core:
-                continue
-            handles = (
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True, always_call=True),
-            )
-            self._undo += [handle.remove for handle in handles]
-        if self._plan.encode_at:
-            self._wrap_features(core)
-
-    def _wrap_features(self, core: Any) -> None:
-        original = core.get_image_features
-
-        @wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            if not kwargs.get("return_dict", True):
-                raise UnsupportedCall(
-                    "get_image_features: return_dict=False is not supported under a policy that encodes"
-                )
-            output, flags = self._vision.encode(lambda: original(*args, **(kwargs | {"return_dict": True})))
-            call = self._lock.mine()
-            if call is None:
-                return with_flags(output, flags)
-            call.flags = flags
-            return output
-
-        core.get_image_features = get_image_features
-        self._undo.append(lambda: core.__dict__.pop("get_image_features", None))
-
-    # Hooks of the model: labels and loss
-
-    def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(model, self._backbone.model)
-        args, kwargs = _named(model, args, kwargs)
-        call = self._open(model)
-        keep = kwargs.get("logits_to_keep", 0)
-        call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
-        brings = self._visual is not None or self._backbone.has_images(kwargs)
-        refuse.check_call(self._backbone, self._plan, kwargs, brings)
-        if call.labels is not None and brings and isinstance(keep, int) and keep == 0 and "shift_labels" not in kwargs:
-            own = inspect.signature(model.forward).parameters
-            call.loss = {"labels": call.labels, **{k: v for k, v in kwargs.items() if k not in own}}
-            kwargs = kwargs | {"labels": None}
-        return args, kwargs
-
-    def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        call = self._lock.mine()
-        try:
-            if call is None or call.loss is None or output is None:
-                return output
-            logits = output[0]
-            if call.live_rows is None:  # nothing was dropped: the loss as the model itself computes it
-                loss = model.loss_function(logits=logits, vocab_size=logits.shape[-1], **call.loss)
-            else:
-                loss = loss_of(model, logits, call.live_rows, call.loss)
-                logits = logits if model.training else full_logits(logits, call.live_rows)
-            if isinstance(output, tuple):
-                return (loss, logits, *output[1:])
-            output["logits"] = logits
-            return type(output)(**{**output, "loss": loss})
-        finally:
-            self._close()
-
-    # Hooks of the core: images
-
-    def _before_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(core, self._backbone.core)
-        args, kwargs = _named(core, args, kwargs)
-        call = self._lock.mine()
-        if call is None or call.owner is core:
-            call = self._open(core)
-            refuse.check_call(
-                self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs)
-            )
-        call.attention_mask = kwargs.get("attention_mask")
-        call.visual = self._visual_tokens(kwargs)
-        if kwargs.get("mm_encoder_outputs"):
-            plain, call.flags = take_flags(kwargs["mm_encoder_outputs"])
-            kwargs = kwargs | {"mm_encoder_outputs": plain}
-        return args, kwargs
-
-    def _visual_tokens(self, kwargs: dict[str, Any]) -> Tensor | None:
-        if self._visual is not None:
-            return self._visual
-        backbone, ids = self._backbone, kwargs.get("input_ids")
-        embeds: Any = kwargs.get("inputs_embeds")
-        if backbone.has_images(kwargs):
-            visual = backbone.embedded_placeholders(embeds) if ids is None else backbone.placeholders(ids)
-            return visual if visual is not None and bool(visual.any()) else None
-        if ids is not None:
-            refuse.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
-        return None
-
-    def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        call = self._lock.mine()
-        if call is not None and call.owner is core:
-            self._close()
-        return output
-
-    # Hooks of the text decoder: layers
-
-    def _before_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._lock.mine()
-        if call is None:
-            return args, kwargs
-        args, kwargs = _named(text, args, kwargs)
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if call.visual is None and not is_flow_cache(cache):
-            return args, kwargs  # nothing to restrict, nothing to fit: the model runs as it is
-        if embeds is None:
-            embeds = self._backbone.text.get_input_embeddings()(kwargs["input_ids"])
-            kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
-        prompt = None
-        if call.visual is not None:
-            batch, tokens = embeds.shape[:2]
-            valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device)
-            instruction = instruction_tokens(valid, call.labels, call.logits_to_keep)
-            fixed = self._backbone.tokens_per_image
-            prompt = make_prompt(call.visual.to(embeds.device), call.flags, valid, instruction, fixed)
-        step = 0 if prompt is not None else _generated(cache)
-        self._run = Run(self._plan, self._backbone, prompt, embeds, step)
-        serving.set(True)
-        self._layers.install(self._run.layer)
-        return args, kwargs
-
-    def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        run, call = self._run, self._lock.mine()
-        if run is None or call is None:
-            return output
-        self._stop()
-        if output is None:  # the forward has raised
-            return output
-        self._record = run.record or self._record
-        run.finish()
-        hidden = output[0]
-        if call.loss is not None and not run.live.everything:
-            wanted = (
-                shifted(call.loss["labels"]) != -100 if self._backbone.model.training else torch.ones_like(run.want)
-            )
-            hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
-        else:
-            hidden = run.live.expand(hidden)
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output["last_hidden_state"] = hidden
-        return output
-
-    def _open(self, module: Any) -> Call:
-        call = self._lock.open(module)
-        self._stop()  # what a call that no hook saw the end of (a keyboard interrupt) has left
-        return call
-
-    def _stop(self) -> None:
-        if self._run is not None:
-            self._run = None
-            serving.set(False)
-            self._layers.remove()
-
-    def _close(self) -> None:
-        self._stop()
-        self._lock.close()
-
-    def _check_owner(self, module: Any, own: Any) -> None:
-        if module is not own:
-            raise UnsupportedModel(
-                f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes some); "
-                "attach a policy to each copy, or use DistributedDataParallel"
-            )
-
-
-def _generated(cache: Any) -> int:
-    """Tokens appended since the last prompt was settled, this call's one included."""
-    layer = cache.layers[0]
-    return int(layer.length - layer.index.length + 1) if layer.index is not None else 0
-
-
-def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional arguments by their names, so that hooks find them."""
-    if not args:
-        return args, kwargs
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [p.name for p in parameters[: len(args)]]
-    return (), dict(zip(names, args, strict=True)) | kwargs

@@ -71,18 +71,19 @@ class LiveSet:
         With `raw` (batch, tokens, dim), tokens that were not live before enter with their row of it, untransformed;
         without it, this set must be part of `previous`.
         """
-        source = previous.slot.gather(1, self.index)
+        source = previous.slot.gather(1, self.index).to(states.device)
         if raw is not None:
             held = previous.index if previous.valid is None else torch.where(previous.valid, previous.index, -1)
-            present = (held.gather(1, source.clamp(min=0)) == self.index) & (source >= 0)
-            source = torch.where(present, source, self.index + previous.slots)
-            states = torch.cat((states, raw.to(states.dtype)), dim=1)
+            slot = source.to(held.device)
+            present = (held.gather(1, slot.clamp(min=0)) == self.index) & (slot >= 0)
+            source = torch.where(present.to(source.device), source, self.index.to(source.device) + previous.slots)
+            states = torch.cat((states, raw.to(states)), dim=1)
         return states.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
 
     def expand(self, states: Float[Tensor, "batch slots dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Back to T tokens: each reads the last live token at or before it, zeros where there is none."""
         if self.everything:
             return states
-        slot = self.slot
+        slot = self.slot.to(states.device)
         rows = states.gather(1, slot.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
         return rows.masked_fill((slot < 0)[:, :, None], 0)

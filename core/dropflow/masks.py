@@ -11,6 +11,9 @@ from torch import Tensor
 from dropflow.keys import KeyIndex
 from dropflow.live import LiveSet
 
+OWN_WAY = ("attention_mask", "past_key_values", "hidden_states")
+"""Arguments of a decoder layer that are not restricted by their token dimension."""
+
 
 def restrict_argument(value: Any, live: LiveSet) -> Any:
     """Restrict one argument of a decoder layer to the live tokens; what has no token dimension passes unchanged.

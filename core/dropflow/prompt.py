@@ -63,11 +63,14 @@ def make_prompt(
 
 
 def _number_images(visual: Tensor, tokens_per_image: int | None) -> Tensor:
-    """Images numbered from 0 inside each sample."""
+    """Images numbered through the batch, so that images of different samples never share a number."""
     if tokens_per_image is not None:
-        return (visual.long().cumsum(1) - 1) // tokens_per_image
-    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-    return starts.long().cumsum(1) - 1
+        number = (visual.long().cumsum(1) - 1) // tokens_per_image
+    else:
+        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        number = starts.long().cumsum(1) - 1
+    images = number.masked_fill(~visual, -1).amax(1) + 1
+    return number + (images.cumsum(0) - images)[:, None]
 
 
 def _sizes(image: Tensor, present: Tensor) -> tuple[int, ...]:

@@ -90,3 +90,13 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
             "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
             "or leave the placeholders out"
         )
+
+
+def check_encoded(plan: Plan, flags: Tensor | None) -> None:
+    """Refuse image features that the policy's `encode` stages have not seen."""
+    if flags is None and plan.encode_at:
+        name = next(iter(plan.encode_at.values()))[0][0]
+        raise UnsupportedCall(
+            f"stages.{name}: encodes images, but the features of this call were made without it; pass `pixel_values`, "
+            "or encode with the model's `get_image_features` while the policy is attached"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,22 +10,21 @@ from torch import Tensor, nn
 
 from dropflow.attention import QueryKey, row_attention
 from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
-from dropflow.decide import decide_cache, decide_keeps, decide_window
+from dropflow.decide import Standing, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.masks import gather_mask, restrict_argument
+from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
+from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
 from dropflow.stage import Stage
-from dropflow.tap import probe, tap, uncompiled
+from dropflow.tap import tap, uncompiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Run:
@@ -39,7 +36,7 @@ class Run:
 
     def __init__(self, plan: Plan, backbone: Backbone, prompt: Prompt | None, embeds: Tensor, step: int) -> None:
         batch, tokens = embeds.shape[:2]
-        self.plan, self.prompt = plan, prompt
+        self.plan, self.backbone, self.prompt = plan, backbone, prompt
         self.embeds = embeds
         """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
         self.step = step
@@ -67,6 +64,8 @@ class Run:
             self._open_cache(kwargs.get("past_key_values"))
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
+        elif self._fits(number, kwargs) and number not in self._taps:
+            return layer(*args, **kwargs)
         keys = self._keys(number)
         args, kwargs = self._restricted(args, kwargs, keys)
         if number in self._taps:
@@ -79,23 +78,18 @@ class Run:
             held.settle(keys)
         return output
 
-    def attention_rows(self, layer: int, rows: Tensor, ask: Callable[[], QueryKey] | None = None) -> Tensor:
-        """Attention rows of a tapped layer, or by `ask` of the layer in front of which the run stands."""
-        if layer in self._tapped:
-            live, seen = self._tapped[layer]
-            if live is not self.live:
-                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
-            return row_attention(seen, rows)
-        if ask is None:
-            raise DecisionError(
-                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
-            )
-        return row_attention(ask(), rows)
-
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
-            decide_cache(self, self.cache, self.cache_stages)
+            decide_cache(self.plan, self.cache_stages, self.cache, self.step, self._attention_rows)
+
+    def _fits(self, number: int, kwargs: dict[str, Any]) -> bool:
+        """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""
+        held = self._held(number)
+        index = None if held is None else held.index
+        return index is None or (
+            index.valid is None and (len(index) == index.length or kwargs["attention_mask"] is None)
+        )
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = (self.live, seen)
@@ -134,9 +128,10 @@ class Run:
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         scores: dict[str, Tensor] = {}
         if stages:
-            before = hidden
+            probe = self._probe(number, layer, hidden, args, kwargs)
+            standing = Standing(number, window, self.live, self.want, hidden)
             want, scores = decide_keeps(
-                self, number, hidden, stages, lambda: self._probe(number, layer, before, args, kwargs)
+                self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
             )
             hidden = self._move(want, hidden, None)
         if self.record is not None:
@@ -144,7 +139,34 @@ class Run:
         if self.plan.hooks.implementers("observe"):
             names = tuple(name for name, _ in stages)
             self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
-        return _with_hidden(hidden, args, kwargs)
+        return with_hidden(hidden, args, kwargs)
+
+    def _probe(
+        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerProbe:
+        held = self._held(number)
+        return LayerProbe(
+            number,
+            layer,
+            hidden,
+            self._restricted(args, kwargs, self._keys(number)),
+            implementation=self.implementation,
+            projections=self.backbone.projections(layer),
+            past=held.keys if held is not None and held.length else None,
+        )
+
+    def _attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
+        """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
+        if layer in self._tapped:
+            live, seen = self._tapped[layer]
+            if live is not self.live:
+                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
+            return row_attention(seen, rows)
+        if probe is None or layer != probe.number:
+            raise DecisionError(
+                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
+            )
+        return probe.rows(rows)
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""
@@ -165,8 +187,7 @@ class Run:
             kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
         if self.live.everything:
             return args, kwargs
-        passed = ("attention_mask", "past_key_values", "hidden_states")
-        kwargs = {k: v if k in passed else self._restrict(v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in OWN_WAY else self._restrict(v) for k, v in kwargs.items()}
         return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
 
     def _restrict(self, value: Any) -> Any:
@@ -180,45 +201,15 @@ class Run:
             self._memo[key] = (source, make())
         return self._memo[key][1]
 
-    def _probe(
-        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> QueryKey:
-        """q and k of the coming layer for all live tokens, past keys in front; nothing is written to the cache."""
-        keys, held = self._keys(number), self._held(number)
-        args, kwargs = self._restricted(args, kwargs, keys)
-        args, kwargs = _with_hidden(hidden, args, kwargs | {"past_key_values": None, "use_cache": False})
-        with torch.no_grad(), _without_checkpointing(layer):
-            # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
-            found = probe(self.implementation, lambda: layer.forward(*args, **kwargs))
-        if held is not None and held.length:
-            found = replace(found, key=torch.cat((held.keys, found.key), 2))
-        return found
-
 
 def _asks(stage: Stage[Any], step: int) -> bool:
     return step == 0 or (stage.decode_every > 0 and step % stage.decode_every == 0)
 
 
 def _past(held: FlowLayer | None, batch: int, device: torch.device) -> KeyIndex:
-    return KeyIndex.plain(batch, 0, device) if held is None else held.known(batch, device)
+    return held.known() if held is not None and held.length else KeyIndex.plain(batch, 0, device)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return hidden
-
-
-def _with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    if "hidden_states" in kwargs:
-        return args, kwargs | {"hidden_states": hidden}
-    return (hidden, *args[1:]), kwargs
-
-
-@contextmanager
-def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
-    training, layer.training = layer.training, False
-    try:
-        yield
-    finally:
-        layer.training = training

@@ -104,7 +104,7 @@ def test_beams_and_crops_move_the_index_with_the_entries() -> None:
         assert torch.equal(beams, again)
         cache = DynamicCache()
         model(**inputs, past_key_values=cache)
-        before = [layer.known(2, torch.device("cpu")) for layer in cache.layers]
+        before = [layer.known() for layer in cache.layers]
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([2, 3, 0, 1]))
         cache.batch_select_indices(torch.tensor([0, 2]))

@@ -10,7 +10,7 @@ from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, hookimpl
-from dropflow.errors import DecisionError, PolicyError
+from dropflow.errors import DecisionError, PolicyError, UnsupportedCall
 from dropflow.testing import MaskedOracle
 
 BUDGET = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -162,6 +162,19 @@ def test_protected_rows_outlive_every_later_stage() -> None:
         live = flow.live() & (inputs["input_ids"] == IMAGE)
     assert live[0].sum(1).tolist() == [9, 8 + 9, 0]  # places 0..2 stay beside those EveryOther keeps
     assert live[-1].sum(1).tolist() == [3, 6, 0]
+
+
+@torch.no_grad()
+def test_features_made_without_the_stage_are_refused(llava: Any) -> None:
+    inputs = prompt()
+    features = {"image": llava.get_image_features(inputs.pop("pixel_values"))}
+    with dropflow.attach(llava, policy(encode={"use": EveryOther})) as flow:
+        with pytest.raises(UnsupportedCall, match=r"stages\.encode: encodes images, but the features"):
+            llava(**inputs, mm_encoder_outputs=features)
+        own = {"image": llava.get_image_features(prompt()["pixel_values"])}
+        logits = llava(**inputs, mm_encoder_outputs=own).logits
+        assert flow.report().entry_visual_tokens == pytest.approx((8 + 14) / 3)
+        assert torch.equal(llava(**prompt()).logits, logits)
 
 
 def test_a_wrong_decision_is_refused_and_the_model_still_works(llava: Any) -> None:

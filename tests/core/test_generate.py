@@ -39,6 +39,28 @@ def test_a_policy_that_drops_nothing_is_bit_identical(
 
 
 @torch.no_grad()
+def test_an_open_window_is_bit_identical(llava: Any) -> None:
+    inputs = prompt()
+    stages = {"inject": {"use": "hidrop/late-injection", "at": 0}, "exit": {"use": "hidrop/early-exit", "at": 6}}
+    plain = llava(**inputs).logits
+    with dropflow.attach(llava, policy(**stages)):
+        assert torch.equal(llava(**inputs).logits, plain)
+        core = llava.model(**inputs).last_hidden_state
+    assert torch.equal(llava.lm_head(core), plain)
+
+
+@torch.no_grad()
+def test_a_model_without_its_head_flows_too(llava: Any) -> None:
+    inputs = prompt()
+    with dropflow.attach(llava, HIDROP):
+        expected = llava(**inputs).logits
+    with dropflow.attach(llava.model, HIDROP) as flow:
+        hidden = llava.model(**inputs).last_hidden_state
+        assert flow.report().layers[2].visual_tokens > 0
+    assert torch.equal(llava.lm_head(hidden), expected)
+
+
+@torch.no_grad()
 def test_decoding_holds_what_the_schedule_says(llava: Any) -> None:
     inputs = prompt([(3, "I", 5)])
     text = 9

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -30,7 +32,8 @@ def fingerprint(model: Any) -> list[Any]:
 @torch.no_grad()
 def test_detach_leaves_no_trace(llava: Any) -> None:
     inputs = prompt()
-    before, plain = fingerprint(llava), llava(**inputs).logits
+    plain = llava(**inputs).logits  # transformers installs hooks of its own at the first forward
+    before = fingerprint(llava)
     functions = dict(ALL_ATTENTION_FUNCTIONS)
     flow = dropflow.attach(llava, HIDROP)
     llava.generate(**inputs, **BUDGET)
@@ -122,6 +125,16 @@ def test_a_cache_written_under_a_policy_is_refused_without_it(llava: Any) -> Non
         llava(input_ids=token, past_key_values=cache)
     with dropflow.attach(llava, HIDROP):
         assert torch.isfinite(llava(input_ids=token, past_key_values=cache).logits).all()
+
+
+def test_a_model_and_its_flow_are_freed_together() -> None:
+    model = tiny_llava(layers=2)
+    gone = weakref.ref(model)
+    flow = dropflow.attach(model, policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 3}}))
+    forward(model, prompt())
+    del model, flow
+    gc.collect()
+    assert gone() is None
 
 
 def test_one_policy_at_a_time(llava: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDROP, MIXED, RAGGED, prompt, relative_error, tiny_llava
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import HIDROP, MIXED, RAGGED, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow.testing import MaskedOracle
@@ -35,13 +37,13 @@ def layer_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("policy", [HIDROP, RAGGED], ids=["hidrop", "ragged"])
+@pytest.mark.parametrize("which", [HIDROP, RAGGED], ids=["hidrop", "ragged"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_survivors_in_every_layer_and_logits_equal_the_masked_run(kind: str, side: str, policy: dict[str, Any]) -> None:
+def test_survivors_in_every_layer_and_logits_equal_the_masked_run(kind: str, side: str, which: dict[str, Any]) -> None:
     model, inputs = tiny_llava(**MODELS[kind]), prompt(side=side)
-    with dropflow.attach(model, policy) as flow, layer_inputs(model) as got:
+    with dropflow.attach(model, which) as flow, layer_inputs(model) as got:
         logits = model(**inputs).logits
         live = flow.live()
     with MaskedOracle(model, live) as oracle:
@@ -74,8 +76,8 @@ def test_survivors_in_every_layer_and_logits_equal_the_masked_run(kind: str, sid
 def test_generated_tokens_equal_the_masked_run_without_cache(kind: str, mode: dict[str, Any]) -> None:
     model, inputs = tiny_llava(**MODELS[kind]), prompt()
     budget = {"max_new_tokens": 5, "min_new_tokens": 5}
-    for policy in (HIDROP, RAGGED):
-        with dropflow.attach(model, policy) as flow:
+    for which in (HIDROP, RAGGED):
+        with dropflow.attach(model, which) as flow:
             torch.manual_seed(5)
             tokens = model.generate(**inputs, **mode, **budget)
             live = flow.live()[:, :: mode.get("num_return_sequences", mode.get("num_beams", 1))]
@@ -85,6 +87,48 @@ def test_generated_tokens_equal_the_masked_run_without_cache(kind: str, mode: di
         torch.manual_seed(5)
         assert torch.equal(tokens, expected)
         assert not torch.equal(tokens, model.generate(**inputs, **mode, **budget)), "pruning changed no token"
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> dict[str, Any]:
+    """A random window with up to three random keeps inside it."""
+    entry = draw(st.integers(0, 4))
+    exits = draw(st.integers(entry + 1, 6))
+    boundaries = draw(st.lists(st.integers(entry, exits - 1), max_size=3, unique=True))
+    keeps = sorted(draw(st.lists(st.integers(0, 16), min_size=len(boundaries), max_size=len(boundaries))), reverse=True)
+    stages: dict[str, Any] = {
+        "inject": {"use": "hidrop/late-injection", "at": entry},
+        "exit": {"use": "hidrop/early-exit", "at": exits},
+    }
+    if boundaries:
+        stages["pyramid"] = {"use": "hidrop/concave-pyramid", "keep": dict(zip(sorted(boundaries), keeps, strict=True))}
+    return stages
+
+
+PARTS = st.one_of(st.integers(1, 6), st.just("I"))
+SHARED: list[Any] = []
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    schedules(),
+    st.lists(st.lists(PARTS, min_size=1, max_size=4), min_size=1, max_size=3),
+    st.sampled_from(["left", "right"]),
+)
+@torch.no_grad()
+def test_any_schedule_on_any_batch_equals_the_masked_run(
+    stages: dict[str, Any], samples: list[list[int | str]], side: str
+) -> None:
+    if not SHARED:
+        SHARED.append(tiny_llava())
+    model, inputs = SHARED[0], prompt([[*parts, 2] for parts in samples], side=side)
+    with dropflow.attach(model, policy(**stages)) as flow:
+        logits = model(**inputs).logits
+        live = flow.live() if "pixel_values" in inputs else torch.ones(6, *inputs["input_ids"].shape, dtype=torch.bool)
+    with MaskedOracle(model, live):
+        expected = model(**inputs, use_cache=False).logits
+    real = inputs["attention_mask"].bool()
+    assert relative_error(logits[real], expected[real]) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

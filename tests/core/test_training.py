@@ -10,6 +10,7 @@ import torch
 from tiny import HIDROP, RAGGED, policy, prompt, relative_error, tiny_llava
 
 import dropflow
+from dropflow.prompt import instruction_tokens, make_prompt
 from dropflow.testing import MaskedOracle
 
 SAMPLES = ((3, "I", 9), ("I", 2, "I", 12), (8,))
@@ -106,8 +107,6 @@ def test_logits_given_with_labels_are_those_given_without(llava: Any) -> None:
 
 
 def test_instruction_tokens_are_the_last_of_every_round() -> None:
-    from dropflow.prompt import instruction_tokens
-
     valid = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]] * 3, dtype=torch.bool)
     labels = torch.tensor([[-100, -100, -100, 5, 6, -100, 7, 8], [-100] * 8, [-100] * 7 + [4]])
     index, counts = instruction_tokens(valid, labels, 0)
@@ -119,6 +118,22 @@ def test_instruction_tokens_are_the_last_of_every_round() -> None:
     last, real = instruction_tokens(valid, None, 0)
     assert last.tolist() == [[7], [7], [7]]
     assert real.all()
+
+
+def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None:
+    visual = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1]], dtype=torch.bool)
+    valid = torch.ones_like(visual)
+    asks = instruction_tokens(valid, None, 0)
+    runs = make_prompt(visual, None, valid, asks, None)
+    assert runs.image.tolist() == [[0, 0, -1, 1, -1, -1], [-1] * 6, [-1, 2, 2, 2, -1, 3]]
+    assert runs.image_sizes == (2, 1, 3, 1)
+    pairs = make_prompt(visual[2:], None, valid[2:], (asks[0][2:], asks[1][2:]), 2)
+    assert pairs.image.tolist() == [[-1, 0, 0, 1, -1, 1]]
+    flags = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 2], [1, 0, 2], [0, 0, 2], [1, 0, 3]])
+    encoded = make_prompt(visual, flags, valid, asks, None)
+    assert encoded.image_sizes == (1, 1, 2, 1)
+    assert encoded.protected.nonzero().tolist() == [[0, 3]]
+    assert (~encoded.present).nonzero().tolist() == [[0, 1], [2, 3]]
 
 
 def test_a_sample_without_labels_is_not_pruned() -> None:

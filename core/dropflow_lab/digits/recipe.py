@@ -19,9 +19,9 @@ class Recipe:
     """Validation pictures, a multiple of 64."""
     short_steps: int = 700
     """Language steps on 48 visual tokens: the digits and some background."""
-    full_steps: int = 600
+    full_steps: int = 450
     """Language steps on all 144 visual tokens."""
-    mixed_steps: int = 900
+    mixed_steps: int = 800
     """Language steps on 24-144 visual tokens, chosen in three ways."""
     language_batch: int = 32
     room: int = 141

@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.wheel
+	$(BIN)/dropflow run
+
+# The suite runs on the installed wheel, not on the source tree. FLAGS="-m slow" runs the heavy matrices.
+test: check
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FLAGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: a bare `torch` requirement would otherwise be free to take the newest build
+$(VENV)/.deps: $(VENV)/.python constraints.txt pyproject.toml
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.deps $(SOURCE)
+	rm -rf dist
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	$(PIP) "$$(ls dist/*.whl)"
+	$(PIP) --force-reinstall --no-deps "$$(ls dist/*.whl)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.wheel
+	$(PIP) "$$(ls dist/*.whl)[dev]"
+	touch $@

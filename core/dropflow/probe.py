@@ -1,0 +1,101 @@
+"""Asks the coming layer for attention rows of the live tokens: its norm, q, k and RoPE, nothing behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dropflow.attention import QueryKey, attend, row_attention
+from dropflow.backbone import Projections
+from dropflow.live import LiveSet
+from dropflow.masks import OWN_WAY, restrict_argument
+from dropflow.tap import probe
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayerProbe:
+    """Attention rows of one layer before it runs; keys are computed once, queries by row.
+
+    Where the backbone names the layer's projections, only what is read is projected: k of all live tokens, and q of
+    the rows asked for. The layer's cache is read (`past`, keys of earlier turns) and never written.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        layer: nn.Module,
+        hidden: Float[Tensor, "batch slots dim"],
+        arguments: Arguments,
+        *,
+        implementation: str,
+        projections: Projections | None,
+        past: Tensor | None,
+    ) -> None:
+        self.number = number
+        self._layer, self._hidden, self._arguments = layer, hidden, arguments
+        self._implementation, self._projections, self._past = implementation, projections, past
+        self._keys: QueryKey | None = None
+
+    def rows(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention probabilities of the query rows in the given slots."""
+        if self._keys is None:
+            self._keys = self._all_keys()
+        if self._projections is None:
+            return row_attention(self._keys, rows)
+        return attend(self._keys, self._query(rows, self._projections), rows)
+
+    def _all_keys(self) -> QueryKey:
+        unread = () if self._projections is None else (self._projections.query, self._projections.value)
+        found = self._run_layer(self._hidden, self._arguments, unread)
+        return found if self._past is None else replace(found, key=torch.cat((self._past, found.key), 2))
+
+    def _query(self, rows: Tensor, projections: Projections) -> Tensor:
+        hidden = self._hidden.gather(1, rows[:, :, None].expand(-1, -1, self._hidden.shape[2]))
+        some = LiveSet(rows, None, self._hidden.shape[1])
+        args, kwargs = self._arguments
+        args = tuple(restrict_argument(value, some) for value in args)
+        kwargs = {key: value if key in OWN_WAY else restrict_argument(value, some) for key, value in kwargs.items()}
+        return self._run_layer(hidden, (args, kwargs), (projections.key, projections.value)).query
+
+    def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
+        args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
+        with torch.no_grad(), _without_checkpointing(self._layer), _unread(unread):
+            # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
+            return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
+
+
+def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Arguments of a layer with other hidden states."""
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs
+
+
+@contextmanager
+def _unread(projections: tuple[Any, ...]) -> Iterator[None]:
+    """Let projections whose result nobody reads give zeros without a matrix product."""
+    for projection in projections:
+        width = projection.out_features
+        projection.forward = lambda x, width=width: x.new_zeros(()).expand(*x.shape[:-1], width)
+    try:
+        yield
+    finally:
+        for projection in projections:
+            del projection.forward
+
+
+@contextmanager
+def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
+    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
+    training, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = training

@@ -1,0 +1,47 @@
+"""The code in the documents runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import prompt
+
+import dropflow
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside the tests")
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@torch.no_grad()
+def test_the_stage_of_the_contributors_page_prunes(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "contributed.py"
+    file.write_text(blocks("CONTRIBUTING.md", "python")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stride = importlib.import_module("contributed").Stride
+    which = {"name": "stride", "stages": {"s": {"use": stride, "at": 2, "step": 4}}}
+    with dropflow.attach(llava, which) as flow:
+        llava(**prompt([(3, "I", 5)]))
+        visual = [layer.visual_tokens for layer in flow.report().layers]
+    assert visual == [16, 16, 4, 4, 4, 4]
+
+
+def test_the_makefile_has_the_readmes_two_commands() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not beside the tests")
+    text = readme.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("demo", "test"):
+        assert f"make {command}" in text
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
