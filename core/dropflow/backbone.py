@@ -79,6 +79,17 @@ class Backbone(ABC):
         return None
 
     @property
+    def linear_positions(self) -> bool:
+        """Whether a token's position is one number, the same for all layers, so that positions can be renumbered."""
+        parameters = getattr(self.text.config, "rope_parameters", None) or {}
+        by_layer_type = any(isinstance(value, Mapping) for value in parameters.values())
+        return "mrope_section" not in parameters and not by_layer_type
+
+    def rotary(self, like: Tensor, position_ids: Int[Tensor, "batch tokens"]) -> Any:
+        """What the text decoder hands its layers as `position_embeddings`, for these positions, in dtype of `like`."""
+        return self.text.rotary_emb(like, position_ids)
+
+    @property
     def shape(self) -> Shape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
         return Shape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)

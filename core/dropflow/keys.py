@@ -28,6 +28,7 @@ class KeyIndex:
         valid: Bool[Tensor, "batch entries"] | None,
         image: Int[Tensor, "batch entries"],
         length: int,
+        dropped: Int[Tensor, "batch"] | None = None,
     ) -> None:
         self.logical = logical
         """Logical index of the token in each entry."""
@@ -37,6 +38,8 @@ class KeyIndex:
         """Image number of visual tokens; -1 for text, `PADDING` for padding of the prompt."""
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
+        self.dropped = dropped
+        """Tokens of each sample, padding excluded, that are missing here; `None` for none, or where nobody counts."""
         self._last: tuple[Any, KeyIndex] | None = None
 
     @classmethod
@@ -61,10 +64,12 @@ class KeyIndex:
         more = torch.arange(self.length, length, device=device).expand(batch, -1)
         valid = None if self.valid is None else torch.cat((self.valid, torch.ones_like(more, dtype=torch.bool)), 1)
         image = torch.cat((self.image, torch.full_like(more, -1)), 1)
-        return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length)
+        return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped)
 
-    def followed_by(self, live: LiveSet, image: Int[Tensor, "batch tokens"]) -> KeyIndex:
-        """The same with the live tokens of a further call appended (call `upto` first)."""
+    def followed_by(
+        self, live: LiveSet, image: Int[Tensor, "batch tokens"], dropped: Int[Tensor, "batch"] | None = None
+    ) -> KeyIndex:
+        """The same with the live tokens of a further call appended (call `upto` first); `dropped` are its others."""
         logical = torch.cat((self.logical, self.length + live.index), 1)
         valid = None
         if self.valid is not None or live.valid is not None:
@@ -72,14 +77,16 @@ class KeyIndex:
             new = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
             valid = torch.cat((old, new), 1)
         slots = live.take(image) if live.valid is None else torch.where(live.valid, live.take(image), -1)
-        return KeyIndex(logical, valid, torch.cat((self.image, slots), 1), self.length + live.total)
+        image = torch.cat((self.image, slots), 1)
+        return KeyIndex(logical, valid, image, self.length + live.total, _sum(self.dropped, dropped))
 
     def rows(self, key: Any, rows: Callable[[], Tensor]) -> KeyIndex:
         """Samples picked by `rows()`; layers that share this index and ask with the same `key` share the answer."""
         if self._last is None or self._last[0] is not key:
             picked = rows().to(self.logical.device)
             valid = None if self.valid is None else self.valid[picked]
-            self._last = (key, KeyIndex(self.logical[picked], valid, self.image[picked], self.length))
+            dropped = None if self.dropped is None else self.dropped[picked]
+            self._last = (key, KeyIndex(self.logical[picked], valid, self.image[picked], self.length, dropped))
         return self._last[1]
 
     def compacted(self, kept: LiveSet) -> KeyIndex:
@@ -88,7 +95,15 @@ class KeyIndex:
         if self.valid is not None:
             taken = kept.take(self.valid)
             valid = taken if valid is None else valid & taken
-        return KeyIndex(kept.take(self.logical), valid, kept.take(self.image), self.length)
+        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image), self.length)
+        index.dropped = _sum(self.dropped, self.tokens - index.tokens)
+        return index
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch"]:
+        """Tokens of each sample that are held, padding excluded."""
+        held = self.image != PADDING
+        return (held if self.valid is None else held & self.valid).sum(1)
 
     def without_last(self, count: int) -> KeyIndex:
         """The same without its last `count` entries, which must be the last `count` logical tokens, all of them text.
@@ -101,4 +116,10 @@ class KeyIndex:
             raise ValueError("only text tokens at the end of the cache can be cropped, not visual ones")
         head = slice(0, len(self) - count)
         valid = None if self.valid is None else self.valid[:, head]
-        return KeyIndex(self.logical[:, head], valid, self.image[:, head], self.length - count)
+        return KeyIndex(self.logical[:, head], valid, self.image[:, head], self.length - count, self.dropped)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second

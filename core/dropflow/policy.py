@@ -41,7 +41,7 @@ class Policy:
     description: str = ""
     tuned_for: TunedFor | None = None
     rescale: bool = False
-    positions: Literal["persistent"] = "persistent"
+    positions: Literal["persistent", "compact"] = "persistent"
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as plain data, as a YAML file would say it."""
@@ -64,8 +64,10 @@ class _Head(BaseModel):
     description: str = Field(default="", description="what it is, in a sentence")
     tuned_for: TunedFor | None = Field(default=None, description="the backbone the absolute numbers belong to")
     rescale: bool = Field(default=False, description="scale absolute numbers to a backbone of another shape")
-    positions: Literal["persistent"] = Field(
-        default="persistent", description="position ids of survivors: `persistent` keeps the original ones"
+    positions: Literal["persistent", "compact"] = Field(
+        default="persistent",
+        description="position ids of survivors: `persistent` keeps the original ones, `compact` renumbers them without "
+        "gaps after every drop, and puts a generated token at the length of each layer's cache",
     )
     stages: dict[str, dict[str, Any] | None] = Field(description="the stages, by name, in the order they are asked")
 

@@ -29,6 +29,11 @@ def check_model(backbone: Backbone, plan: Plan) -> None:
         wrong = [layer for layer in (*stage.prune_at, *stage.taps) if not 0 <= layer < depth]
         faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
     faults += _vision_faults(backbone, plan)
+    if plan.policy.positions == "compact" and not backbone.linear_positions:
+        faults.append(
+            "positions: `compact` renumbers one position per token, but this backbone's positions have several "
+            "dimensions or differ by kind of layer; use `positions: persistent`"
+        )
     if faults:
         raise PolicyError("\n".join(faults))
 
@@ -69,6 +74,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             "different tokens; no policy can be attached to this model"
         )
     check_cache(arguments.get("past_key_values"), plan.shape.layers)
+    check_positions(plan, arguments.get("position_ids"))
     for name, instead in (
         ("output_hidden_states", "layers hold different tokens; watch them with an `observe` stage"),
         ("output_attentions", "it needs eager attention and full maps; use `attention_rows` in a stage"),
@@ -77,6 +83,15 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         asked = arguments.get(name)
         if asked if asked is not None else getattr(config, name, False):
             raise UnsupportedCall(f"{name}: not available under a policy: {instead}, or detach the policy")
+
+
+def check_positions(plan: Plan, position_ids: Tensor | None) -> None:
+    """Refuse to renumber position ids that are not (batch, tokens)."""
+    if plan.policy.positions == "compact" and position_ids is not None and position_ids.dim() != 2:
+        raise UnsupportedCall(
+            f"position_ids: of shape {tuple(position_ids.shape)}, but `positions: compact` renumbers (batch, tokens) "
+            "only; use `positions: persistent`"
+        )
 
 
 def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"], cache: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dropflow.keys import PADDING, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
+from dropflow.positions import renumbered
 from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
@@ -41,6 +43,7 @@ class Run:
         """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
         self.step = step
         """Tokens generated since the last prompt; 0 while a prompt is read."""
+        self.compact = plan.policy.positions == "compact"
         self.implementation: str = backbone.text.config._attn_implementation
         self.cache: Any = None
         self.live = LiveSet.whole(batch, tokens, embeds.device)
@@ -65,9 +68,9 @@ class Run:
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
         elif self._fits(number, kwargs) and number not in self._taps:
-            return layer(*args, **kwargs)
+            return layer(*args, **(kwargs | self._renumbered(number, kwargs) if self.compact else kwargs))
         keys = self._keys(number)
-        args, kwargs = self._restricted(args, kwargs, keys)
+        args, kwargs = self._restricted(number, args, kwargs, keys)
         if number in self._taps:
             with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
                 output = uncompiled(layer)(*args, **kwargs)
@@ -112,8 +115,16 @@ class Run:
         index = None if held is None else held.index
         length = 0 if held is None else held.length
         past = self._shared(("past", id(index), length), index, lambda: _past(held, batch, device))
-        keys: KeyIndex = self._shared(("keys", id(past)), past, lambda: past.followed_by(self.live, self.image))
+        keys: KeyIndex = self._shared(
+            ("keys", id(past)), past, lambda: past.followed_by(self.live, self.image, self._dropped())
+        )
         return keys
+
+    def _dropped(self) -> Tensor | None:
+        """Tokens of this call, by sample, that are not live; counted for compact positions only."""
+        if not self.compact or self.prompt is None or self.live.everything:
+            return None
+        return self.prompt.valid.sum(1) - self.want.sum(1)
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Apply what the policy says at the boundary in front of layer `number` to the hidden states."""
@@ -149,7 +160,7 @@ class Run:
             number,
             layer,
             hidden,
-            self._restricted(args, kwargs, self._keys(number)),
+            self._restricted(number, args, kwargs, self._keys(number)),
             implementation=self.implementation,
             projections=self.backbone.projections(layer),
             past=held.keys if held is not None and held.length else None,
@@ -178,17 +189,35 @@ class Run:
         self._memo.clear()
         return hidden
 
-    def _restricted(self, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
+    def _restricted(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
         """Everything but hidden states and cache, as the live tokens and the held keys need it."""
+        positions = self._renumbered(number, kwargs)
         mask = kwargs.get("attention_mask")
         if not keys.complete:
             flash = "flash" in self.implementation
             make = lambda: gather_mask(mask, self.live, keys, flash=flash)  # noqa: E731
             kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
         if self.live.everything:
-            return args, kwargs
-        kwargs = {k: v if k in OWN_WAY else self._restrict(v) for k, v in kwargs.items()}
+            return args, kwargs | positions
+        kwargs = {k: v if k in OWN_WAY or k in positions else self._restrict(v) for k, v in kwargs.items()} | positions
         return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
+
+    def _renumbered(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Position arguments that compact positions replace; shared by layers whose caches lack the same tokens."""
+        if not self.compact:
+            return {}
+        held = self._held(number)
+        dropped = None if held is None or held.index is None else held.index.dropped
+        if dropped is None and self.live.everything:
+            return {}
+        valid = None if self.prompt is None else self.prompt.valid
+        rotary = functools.partial(self.backbone.rotary, self.embeds)
+        found: dict[str, Any] = self._shared(
+            ("positions", id(dropped)),
+            (dropped, kwargs),
+            lambda: renumbered(kwargs, self.live, valid, dropped, rotary),
+        )
+        return found
 
     def _restrict(self, value: Any) -> Any:
         if not isinstance(value, Tensor | tuple | list):

@@ -169,6 +169,7 @@ class Service:
         if embeds is None:
             embeds = self._backbone.text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
+        refuse.check_positions(self._plan, kwargs.get("position_ids"))
         prompt = None
         if call.visual is not None:
             batch, tokens = embeds.shape[:2]
