@@ -40,9 +40,7 @@ def examples(split: str, count: int, seed: int = 0, *, digits: tuple[int, int] =
         yield Example(Image.fromarray(render(scene)[0]), question.text, question.answer, question.kind)
 
 
-def question_at(
-    split: str, index: int, seed: int = 0, digits: tuple[int, int] = (3, 6)
-) -> tuple[Scene, Question]:
+def question_at(split: str, index: int, seed: int = 0, digits: tuple[int, int] = (3, 6)) -> tuple[Scene, Question]:
     """Return scene and question of example `index`, without drawing the picture.
 
     A scene that has no question of the kind whose turn it is gives way to the next one.

@@ -69,9 +69,7 @@ class Accuracy:
         table = Table("questions", "right", "asked", "share", "95 % interval")
         for name, score in (("overall", self.overall), *self.kinds.items()):
             low, high = score.interval()
-            table.add_row(
-                name, str(score.right), str(score.asked), f"{score.share:.1%}", f"{low:.1%} .. {high:.1%}"
-            )
+            table.add_row(name, str(score.right), str(score.asked), f"{score.share:.1%}", f"{low:.1%} .. {high:.1%}")
         return table
 
 

@@ -113,9 +113,7 @@ def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> P
     rows = [_lay_out(questions) for questions in asked]
     length = max(length, *(row.shape[1] for row in rows))
     fill = np.asarray([[WORD_IDS["<pad>"]], [IGNORED], [-1], [0]])
-    table = np.stack(
-        [np.concatenate([row, np.repeat(fill, length - row.shape[1], axis=1)], axis=1) for row in rows]
-    )
+    table = np.stack([np.concatenate([row, np.repeat(fill, length - row.shape[1], axis=1)], axis=1) for row in rows])
     most = max(len(questions) for questions in asked)
     needs, kind = np.zeros((len(scenes), most, 9), dtype=bool), np.full((len(scenes), most), -1)
     facts = np.full((2, len(scenes), 9), IGNORED)

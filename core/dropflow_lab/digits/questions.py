@@ -51,8 +51,7 @@ def _pos(scene: Scene) -> list[Question]:
 
 def _where(scene: Scene) -> list[Question]:
     return [
-        Question(f"where is the {item.digit} ?", _position(item), "where", (i,))
-        for i, item in _unique_digits(scene)
+        Question(f"where is the {item.digit} ?", _position(item), "where", (i,)) for i, item in _unique_digits(scene)
     ]
 
 
@@ -80,10 +79,7 @@ def _c2d(scene: Scene) -> list[Question]:
 
 
 def _d2c(scene: Scene) -> list[Question]:
-    return [
-        Question(f"what color is the {item.digit} ?", item.color, "d2c", (i,))
-        for i, item in _unique_digits(scene)
-    ]
+    return [Question(f"what color is the {item.digit} ?", item.color, "d2c", (i,)) for i, item in _unique_digits(scene)]
 
 
 def _rel(scene: Scene) -> list[Question]:

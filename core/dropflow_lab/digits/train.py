@@ -53,9 +53,7 @@ def train(
         torch.set_num_threads(before)
 
 
-def _train(
-    out: Path, journal: Journal, seed: int, recipe: Recipe, save_seconds: float, test_questions: int
-) -> Path:
+def _train(out: Path, journal: Journal, seed: int, recipe: Recipe, save_seconds: float, test_questions: int) -> Path:
     console = Console()
     state = journal.restore()
     clock = Clock(before=state["elapsed"] if state else 0.0)
@@ -78,9 +76,7 @@ def _train(
     return out
 
 
-def _run(
-    phase: Phase, state: dict[str, Any] | None, journal: Journal, clock: Clock, save_seconds: float
-) -> None:
+def _run(phase: Phase, state: dict[str, Any] | None, journal: Journal, clock: Clock, save_seconds: float) -> None:
     first = 0
     if state is not None:
         phase.load_state_dict(state["training"])

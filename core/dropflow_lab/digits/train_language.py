@@ -102,9 +102,9 @@ class LanguagePhase:
         items = owner.clamp(min=0)
         digit = functional.linear(rows, words[list(_DIGIT_WORDS)]) * 10
         color = functional.linear(rows, words[list(_COLOR_WORDS)]) * 10
-        return functional.cross_entropy(
-            digit, batch.digit.gather(1, items)[on_digit]
-        ) + functional.cross_entropy(color, batch.color.gather(1, items)[on_digit])
+        return functional.cross_entropy(digit, batch.digit.gather(1, items)[on_digit]) + functional.cross_entropy(
+            color, batch.color.gather(1, items)[on_digit]
+        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

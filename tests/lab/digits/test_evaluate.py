@@ -59,8 +59,6 @@ def test_folder_holds_the_same_examples(tmp_path):
     table = write_folder(tmp_path, "test", 12, seed=3)
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     wanted = list(examples("test", 12, 3))
-    assert [(r["question"], r["answer"], r["kind"]) for r in rows] == [
-        (e.question, e.answer, e.kind) for e in wanted
-    ]
+    assert [(r["question"], r["answer"], r["kind"]) for r in rows] == [(e.question, e.answer, e.kind) for e in wanted]
     for row, example in zip(rows, wanted, strict=True):
         assert Image.open(tmp_path / row["image"]).tobytes() == example.image.tobytes()

@@ -55,7 +55,6 @@ def test_every_item_owns_patches_of_its_color():
             ]
             strokes = np.concatenate(patches).astype(int)
             distance = {
-                name: np.sort(np.abs(strokes - np.asarray(color)).sum(1))[:8].mean()
-                for name, color in COLORS.items()
+                name: np.sort(np.abs(strokes - np.asarray(color)).sum(1))[:8].mean() for name, color in COLORS.items()
             }
             assert min(distance, key=distance.get) == item.color

@@ -36,10 +36,7 @@ def test_indices_are_of_the_class_they_are_listed_under():
 def test_photo_regions_share_no_column():
     for photo, pixels in enumerate(photos()):
         regions = sorted(
-            (region.left, region.right)
-            for split in SPLITS
-            for region in photo_regions(split)
-            if region.photo == photo
+            (region.left, region.right) for split in SPLITS for region in photo_regions(split) if region.photo == photo
         )
         assert regions == [(0, 384), (384, 448), (448, 640)]
         assert pixels.shape == (427, 640, 3)
