@@ -48,7 +48,7 @@ def decide_keeps(
     prompt, live = run.prompt, run.live
     assert prompt is not None
     valid = live.take(run.want)
-    image = torch.where(valid, live.take(prompt.image), -1)
+    image = torch.where(valid, live.take(prompt.scored), -1)
     protected = live.take(prompt.protected) & valid
     slots = live.slot.gather(1, prompt.queries)
     seen: list[QueryKey] = []
@@ -85,7 +85,7 @@ def decide_keeps(
                 scores[name] = answer.scores
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(run.want).scatter_(1, live.index, drop)
-    return run.want & ~dropped, scores
+    return prompt.without_widows(run.want & ~dropped), scores
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:

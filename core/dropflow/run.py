@@ -37,13 +37,23 @@ class Run:
     further turn of text) every token of the call is live, and only masks are fitted to what each layer's cache holds.
     """
 
-    def __init__(self, plan: Plan, backbone: Backbone, prompt: Prompt | None, embeds: Tensor, step: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backbone: Backbone,
+        prompt: Prompt | None,
+        embeds: Tensor,
+        step: int,
+        added: tuple[tuple[Tensor, Tensor], ...] = (),
+    ) -> None:
         batch, tokens = embeds.shape[:2]
         self.plan, self.prompt = plan, prompt
         self.embeds = embeds
         """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
         self.step = step
         """Tokens generated since the last prompt; 0 while a prompt is read."""
+        self._added = added
+        """What the model adds behind its first layers (see `Backbone.added`)."""
         self.implementation: str = backbone.text.config._attn_implementation
         self.cache: Any = None
         self.live = LiveSet.whole(batch, tokens, embeds.device)
@@ -77,7 +87,7 @@ class Run:
         held = self._held(number)
         if self.prompt is not None and held is not None and held.is_initialized:
             held.settle(keys)
-        return output
+        return output if number >= len(self._added) else self._with_added(number, output)
 
     def attention_rows(self, layer: int, rows: Tensor, ask: Callable[[], QueryKey] | None = None) -> Tensor:
         """Attention rows of a tapped layer, or by `ask` of the layer in front of which the run stands."""
@@ -96,6 +106,13 @@ class Run:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
             decide_cache(self, self.cache, self.cache_stages)
+
+    def _with_added(self, number: int, hidden: Tensor) -> Tensor:
+        """Behind layer `number`: live visual tokens receive what the model itself would add to all of them."""
+        where, rows = self._added[number]
+        where = where.to(hidden.device)[:, :, None]
+        added = hidden.new_zeros(*where.shape[:2], hidden.shape[2]).masked_scatter(where, rows.to(hidden))
+        return hidden + (added if self.live.everything else self.live.take(added))
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = (self.live, seen)
