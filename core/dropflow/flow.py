@@ -264,7 +264,6 @@ class Flow:
             kwargs, added = self._backbone.added(kwargs)
         step = 0 if prompt is not None else _generated(cache)
         self._run = Run(self._plan, self._backbone, prompt, embeds, step, added)
-        serving.set(True)
         self._layers.install(self._run.layer)
         return args, kwargs
 
@@ -293,16 +292,18 @@ class Flow:
     def _open(self, module: Any) -> Call:
         call = self._lock.open(module)
         self._stop()  # what a call that no hook saw the end of (a keyboard interrupt) has left
+        serving.set(True)  # from here on: some cores build the masks themselves, in front of the text decoder
         return call
 
     def _stop(self) -> None:
         if self._run is not None:
             self._run = None
-            serving.set(False)
             self._layers.remove()
 
     def _close(self) -> None:
         self._stop()
+        if self._lock.mine() is not None:
+            serving.set(False)
         self._lock.close()
 
     def _check_owner(self, module: Any, own: Any) -> None:

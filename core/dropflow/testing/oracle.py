@@ -21,14 +21,22 @@ class MaskedOracle:
 
     `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens behind the prompt
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
-    A position whose token is not live at the end reads the last live token at or before it.
+    A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
+    dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
+    tokens of the prompt the tokens behind it still see, where a stage evicts cache entries.
     """
 
     def __init__(
-        self, model: Any, live: Bool[Tensor, "layers batch tokens"], adapter: str | type[Backbone] | None = None
+        self,
+        model: Any,
+        live: Bool[Tensor, "layers batch tokens"],
+        adapter: str | type[Backbone] | None = None,
+        *,
+        embeds: Tensor | None = None,
+        held: Bool[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
-        self._live = live
+        self._live, self._embeds, self._held = live, embeds, held
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
         """Input of every layer in the last forward, each (batch, tokens, dim)."""
@@ -41,6 +49,8 @@ class MaskedOracle:
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in enumerate(layers)
         ]
         self._handles.append(text.register_forward_hook(self._read))
+        if self._embeds is not None:
+            self._handles.append(text.register_forward_pre_hook(self._replace, with_kwargs=True))
         return self
 
     def __exit__(
@@ -62,10 +72,16 @@ class MaskedOracle:
                 entering = live & ~self._of(number - 1, hidden)
                 hidden = torch.where(entering[:, :, None], self._raw, hidden)
             self.hidden.append(hidden)
-            mask = self._mask(kwargs["attention_mask"], live, hidden)
+            mask = self._mask(kwargs["attention_mask"], live, hidden, number)
             return (hidden, *args[1:]), kwargs | {"attention_mask": mask, "past_key_values": None, "use_cache": False}
 
         return before
+
+    def _replace(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        assert self._embeds is not None
+        whole = kwargs["inputs_embeds"]
+        prompt = self._embeds.to(whole)
+        return args, kwargs | {"inputs_embeds": torch.cat((prompt, whole[:, prompt.shape[1] :]), 1)}
 
     def _of(self, number: int, hidden: Tensor) -> Bool[Tensor, "batch tokens"]:
         """The live set of a layer for this forward: expanded over beams, all true behind the prompt."""
@@ -73,7 +89,7 @@ class MaskedOracle:
         live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
         return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)
 
-    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor) -> Tensor:
+    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor, number: int) -> Tensor:
         tokens = hidden.shape[1]
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]
@@ -81,7 +97,13 @@ class MaskedOracle:
             raise ValueError("the masked oracle needs 'sdpa' or 'eager' attention")
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         own = torch.eye(tokens, dtype=torch.bool, device=hidden.device)
-        seen = (seen & live[:, None, None, :]) | own
+        seen = seen & live[:, None, None, :]
+        if self._held is not None:
+            prompt = self._held.shape[2]
+            later = torch.arange(tokens, device=hidden.device)[:, None] >= prompt
+            held = torch.nn.functional.pad(self._held[number].to(hidden.device), (0, tokens - prompt), value=True)
+            seen = seen & (held[:, None, None, :] | ~later)
+        seen = seen | own
         if mask.dtype == torch.bool:
             return seen
         return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
