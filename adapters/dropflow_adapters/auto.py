@@ -46,16 +46,16 @@ class Auto(Backbone):
         modules = {name.split(".")[-1] for name, _ in self.model.named_modules()}
         if any("qformer" in name for name in modules) or hasattr(config, "qformer_config"):
             return "a Q-Former turns its images into queries, which stand for no place of the image"
-        if not hasattr(self.core, "get_image_features"):
-            return "its core has no `get_image_features`, so images do not become tokens of the prompt there"
         if "layers" not in self.text._modules:
             return "its text decoder has no list `layers`"
-        return self._misfit_of_layers(self.text.config)
-
-    def _misfit_of_layers(self, config: Any) -> str | None:
         inside = {name.split(".")[-1] for name, _ in self.text.layers.named_modules()}
         if inside & {"cross_attn", "crossattention", "encoder_attn"}:
             return "its decoder reads images by cross-attention, so visual tokens are not in the decoder's sequence"
+        if not hasattr(self.core, "get_image_features"):
+            return "its core has no `get_image_features`, so images do not become tokens of the prompt there"
+        return self._misfit_of_layers(self.text.config, inside)
+
+    def _misfit_of_layers(self, config: Any, inside: set[str]) -> str | None:
         shared = getattr(config, "num_kv_shared_layers", 0)
         if shared:
             return f"{shared} layers share the keys of others, so that layers cannot hold different tokens"
