@@ -18,8 +18,6 @@ PLAIN = {"clip_vision_model", "siglip_vision_model"}
 class Llava(Backbone):
     """`LlavaForConditionalGeneration`; with a Pixtral tower images differ in size, and row breaks are text tokens."""
 
-    gridded = True
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._tower = model.config.vision_config
@@ -28,6 +26,7 @@ class Llava(Backbone):
                 f"llava: expected a CLIP, SigLIP or Pixtral vision tower, got {self._tower.model_type!r}; "
                 "write an adapter for it"
             )
+        self.gridded = self._tower.model_type == "pixtral"
 
     @property
     def vision(self) -> VisionEncoder | None:

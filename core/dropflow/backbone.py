@@ -51,7 +51,7 @@ class Backbone:
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
-    gridded: ClassVar[bool] = False
+    gridded: bool = False
     """Whether `views` gives every image a patch grid although images differ in size."""
 
     def __init__(self, model: Any) -> None:

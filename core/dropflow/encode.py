@@ -100,10 +100,10 @@ class EncodeRun:
         if stages:
             self._grids = [view.grid for own in views for view in own]
             features = self._decide(None, features, stages, 0 if encoder is None else encoder.prefix - extra)
-        return self._refilled(views, whole, features)
+        return self._refilled(views, whole, features, entries[0][:0])
 
     def _refilled(
-        self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor]
+        self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor], empty: Tensor
     ) -> tuple[list[Tensor], list[Float[Tensor, "rows 5"]]]:
         """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
         full, tables, first = [], [], 0
@@ -115,7 +115,7 @@ class EncodeRun:
                 keep[row.places] = True
                 kept.append(keep)
             parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
-            full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else whole[0][:0])
+            full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty)
             protected = [
                 torch.zeros_like(k).index_copy(0, r.places, r.protected) for k, r in zip(kept, rows, strict=True)
             ]

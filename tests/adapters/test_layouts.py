@@ -80,6 +80,10 @@ IMAGES, MIXED = ((3, "I", 5), (1, "I", 2, "I", 9), (4,)), ((3, "V", 5), (2, "I",
         ("llava_onevision", IMAGES),
         ("llava_onevision", MIXED),
         ("gemma3", IMAGES),
+        ("idefics3", IMAGES),
+        ("paligemma", IMAGES),
+        ("video_llava", MIXED),
+        ("llava_next_video", MIXED),
     ],
 )
 @torch.no_grad()
