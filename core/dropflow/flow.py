@@ -147,6 +147,8 @@ class Flow:
         def get_features(*args: Any, **kwargs: Any) -> Any:
             if _encoding.get():  # a model may encode videos by its method for images
                 return original(*args, **kwargs)
+            if not kwargs.get("return_dict", True):
+                raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
             token = _encoding.set(True)
             try:
                 given = signature.bind_partial(*args, **kwargs).arguments

@@ -94,13 +94,16 @@ def plain_flags(
 
 def with_flags(output: Any, tables: Sequence[Float[Tensor, "rows 5"]]) -> FlowFeatures:
     """The output with its flags attached, one table per entry of the features."""
-    return FlowFeatures(
-        last_hidden_state=output.get("last_hidden_state"),
-        pooler_output=output.get("pooler_output"),
-        hidden_states=output.get("hidden_states"),
-        attentions=output.get("attentions"),
-        deepstack_features=[*(output.get("deepstack_features") or ()), list(tables)],
-    )
+    return _copy(output, [*(output.get("deepstack_features") or ()), list(tables)])
+
+
+def _copy(output: Any, deepstack: list[Any] | None) -> FlowFeatures:
+    """A copy that may hold flags, with every field that the model's own class of output has."""
+    copy = FlowFeatures(pooler_output=output.get("pooler_output"), deepstack_features=deepstack)
+    for name, value in output.items():
+        if name not in ("pooler_output", "deepstack_features"):
+            copy[name] = value
+    return copy
 
 
 def take_flags(backbone: Backbone, encoded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -113,7 +116,7 @@ def take_flags(backbone: Backbone, encoded: Mapping[str, Any]) -> tuple[dict[str
         if isinstance(output, FlowFeatures):
             *deepstack, own = output.deepstack_features
             tables[modality] = torch.cat(list(own))
-            plain[modality] = FlowFeatures(**{**output, "deepstack_features": deepstack or None})
+            plain[modality] = _copy(output, deepstack or None)
         elif output is not None:
             tables[modality] = torch.cat(plain_flags(backbone, modality, output, {}))
     return plain, tables

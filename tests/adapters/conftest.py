@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"largest relative error {max(cell.error for cell in found):.1e}"
     )
     for cell in found:
-        if cell.outcome != "run":
+        if cell.detail:
             terminalreporter.line(f"{cell.outcome}: {cell.stage} x {cell.adapter}: {cell.detail}")
     by_family: dict[str, float] = {}
     for cell in found:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dropflow import Keep, PruneCall, Stage, hookimpl, refuse
+from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl, refuse
 from dropflow.run import Run
 from dropflow.stand_in import StandIn
 from dropflow.testing import (
@@ -69,6 +69,38 @@ def test_a_stage_that_looks_at_neighbours_breaks_the_third() -> None:
     message = r"Neighbourly x llava: guarantee 3 \(batch invariance\) .* sample 0 keeps other tokens .* from layer 2 on"
     with pytest.raises(BrokenGuarantee, match=message):
         assert_stage_conforms(Neighbourly, models={"llava": FAMILIES["llava"]})
+
+
+class EvictAfterPrefill(Stage[Any]):
+    """Layers 2 and 3 keep the first three visual entries of each sample."""
+
+    @hookimpl
+    def decode_cache(self, call: CacheCall) -> CacheKeep:
+        """The same in both layers."""
+        return CacheKeep({layer: (call.layers[layer].image >= 0).cumsum(1) <= 3 for layer in (2, 3)})
+
+
+class EvictWhileDecoding(EvictAfterPrefill):
+    """Asks again at every step."""
+
+    decode_every = 1
+
+
+def test_evicted_entries_are_hidden_from_later_tokens_of_the_masked_run() -> None:
+    models = {name: FAMILIES[name] for name in ("llava", "gemma3", "qwen3_vl")}
+    cells = assert_stage_conforms(EvictAfterPrefill, models=models)
+    assert [(cell.outcome, cell.detail) for cell in cells] == [("run", "")] * 3
+    (cell,) = assert_stage_conforms(EvictWhileDecoding, models={"llava": models["llava"]})
+    assert cell.outcome == "run"
+    assert cell.detail.startswith("generated tokens not compared")
+
+
+def test_eviction_that_the_masked_run_does_not_know_of_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropflow.testing import guarantees
+
+    monkeypatch.setattr(guarantees, "_held", lambda *_: None)
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step 1 on, other tokens are generated"):
+        assert_stage_conforms(EvictAfterPrefill, models={"llava": FAMILIES["llava"]})
 
 
 def test_layers_left_replaced_break_the_fourth(monkeypatch: pytest.MonkeyPatch) -> None:

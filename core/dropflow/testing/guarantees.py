@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
+from dropflow.flow import Flow
 from dropflow.testing.case import BUDGET, Case, layer_inputs, relative_error, text_embeddings
 from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.probes import EVERYTHING
@@ -115,15 +116,20 @@ def _check_decoding(case: Case) -> None:
     with left.attach() as flow, text_embeddings(left) as embeds:
         tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes = flow.live(), flow.plan.encode_at
-        evicting = [stage for _, stage in flow.plan.hooks.implementers("decode_cache")]
-    if any(stage.decode_every for stage in evicting):
-        return  # entries that go while decoding depend on the tokens; no one mask says so
+        evicting = flow.plan.hooks.implementers("decode_cache")
+    if evicts_while_decoding(flow):
+        return  # the kit notes it on the cell
     held = _held(left, live.shape[2]) if evicting else None
     with MaskedOracle(model, live, left.adapter, embeds=embeds[0] if encodes else None, held=held):
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
         raise left.broken(MASK, f"from decode step {step} on, other tokens are generated than by the masked run")
+
+
+def evicts_while_decoding(flow: Flow) -> bool:
+    """Whether entries go at decode steps, by what was generated, so that no one mask describes a run."""
+    return any(stage.decode_every for _, stage in flow.plan.hooks.implementers("decode_cache"))
 
 
 def _check_training(case: Case) -> float:
