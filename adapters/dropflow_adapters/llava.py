@@ -1,39 +1,43 @@
-"""LLaVA-1.5: a CLIP or SigLIP tower, an MLP projector, and a Llama, Mistral or Qwen2 text decoder."""
+"""LLaVA-1.5 and Pixtral: a CLIP, SigLIP or Pixtral tower, an MLP projector, and a text decoder."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
 from dropflow import Backbone, Projections, VisionEncoder
+from dropflow.backbone import square
 from dropflow.errors import UnsupportedModel
+from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
+from dropflow.views import View
+
+PLAIN = {"clip_vision_model", "siglip_vision_model"}
+"""Towers that give every image the same number of tokens, laid out row by row."""
 
 
 class Llava(Backbone):
-    """`LlavaForConditionalGeneration`; every image has the same number of tokens, laid out row by row."""
+    """`LlavaForConditionalGeneration`; with a Pixtral tower images differ in size, and row breaks are text tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        kind = model.config.vision_config.model_type
-        if kind not in {"clip_vision_model", "siglip_vision_model"}:
+        self._tower = model.config.vision_config
+        if self._tower.model_type not in PLAIN | {"pixtral"}:
             raise UnsupportedModel(
-                f"llava: expected a CLIP or SigLIP vision tower, got {kind!r}; write an adapter for it"
+                f"llava: expected a CLIP, SigLIP or Pixtral vision tower, got {self._tower.model_type!r}; "
+                "write an adapter for it"
             )
+        self.gridded = self._tower.model_type == "pixtral"
 
     @property
     def vision(self) -> VisionEncoder | None:
-        """The tower's encoder; `None` where features of several layers are concatenated, as no one layer owns them."""
+        """The tower's encoder; `None` for packed images, or where features of several layers are concatenated."""
         config = self.model.config
         layer = config.vision_feature_layer
-        if not isinstance(layer, int) or layer == 0:
+        if not isinstance(layer, int) or layer == 0 or self._tower.model_type not in PLAIN:
             return None
-        has_cls = config.vision_config.model_type == "clip_vision_model"
+        has_cls = self._tower.model_type == "clip_vision_model"
         # hidden_states[0] is the embedding, so entry i is the output of layer i - 1
-        layer = layer if layer >= 0 else layer + config.vision_config.num_hidden_layers + 1
+        layer = layer if layer >= 0 else layer + self._tower.num_hidden_layers + 1
         keeps_prefix = has_cls and config.vision_feature_select_strategy == "full"
         return VisionEncoder(self.core.vision_tower.encoder, int(has_cls), has_cls, layer, int(keeps_prefix))
 
@@ -43,27 +47,40 @@ class Llava(Backbone):
         return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
 
     @property
-    def tokens_per_image(self) -> int:
+    def tokens_per_image(self) -> int | None:
         """Patches of one image, and the CLS token where there is one, less the first row where `default` cuts it."""
-        config = self.model.config
-        vision = config.vision_config
-        patches = int((vision.image_size // vision.patch_size) ** 2)
-        has_cls = int(vision.model_type == "clip_vision_model")
-        return patches + has_cls - int(config.vision_feature_select_strategy == "default")
-
-    def placeholders(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-        """Tokens with the config's `image_token_id`."""
-        token: int = self.model.config.image_token_id
-        return input_ids == token
-
-    def embedded_placeholders(self, inputs_embeds: Tensor) -> Bool[Tensor, "batch tokens"]:
-        """Tokens whose embedding is that of `image_token_id`, as LLaVA itself finds them."""
-        table = self.model.get_input_embeddings()
-        token = torch.tensor(self.model.config.image_token_id, device=inputs_embeds.device)
-        embedded: Tensor = table(token)
-        return (inputs_embeds == embedded).all(-1)
+        if self._tower.model_type not in PLAIN:
+            return None
+        patches = int((self._tower.image_size // self._tower.patch_size) ** 2)
+        has_cls = int(self._tower.model_type == "clip_vision_model")
+        return patches + has_cls - int(self.model.config.vision_feature_select_strategy == "default")
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches; `None` for a number that is no square, such as patches plus CLS."""
-        side = math.isqrt(tokens)
-        return (side, side) if side * side == tokens else None
+        return square(tokens) if self._tower.model_type in PLAIN else None
+
+    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+        """One image per entry; Pixtral's sizes in pixels give its grid."""
+        pixels = arguments.get("image_sizes")
+        if self._tower.model_type in PLAIN or pixels is None:
+            return super().views(modality, sizes, arguments)
+        patch = self._tower.patch_size
+        return [[View(n, (int(h) // patch, int(w) // patch))] for n, (h, w) in zip(sizes, pixels, strict=True)]
+
+    @classmethod
+    def tiny(cls) -> Tiny:
+        """A LLaVA with a CLIP tower of 4 x 4 patches."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        def build() -> Any:
+            vision = CLIPVisionConfig(**VISION, image_size=24, patch_size=6)
+            config = LlavaConfig(
+                text_config=LlamaConfig(**TEXT),
+                vision_config=vision,
+                image_token_id=IMAGE,
+                vision_feature_layer=-2,
+                vision_feature_select_strategy="default",
+            )
+            return LlavaForConditionalGeneration(config)
+
+        return Tiny(build, {"image": square_pictures(24, 16)})

@@ -19,6 +19,7 @@ from dropflow.policy import Policy
 from dropflow.policy_file import load_policy
 from dropflow.record import LayerReport, Report
 from dropflow.stage import Forecast, Stage, StageContext, StageOptions, Window
+from dropflow.views import View
 
 __all__ = [
     "Backbone",
@@ -39,6 +40,7 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageOptions",
+    "View",
     "VisionEncoder",
     "Window",
     "WindowCall",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -14,6 +15,15 @@ from dropflow.errors import UnsupportedModel, nearest
 from dropflow.flops import TextShape
 from dropflow.registry import ADAPTERS, load, names
 from dropflow.units import Shape
+from dropflow.views import View
+
+if TYPE_CHECKING:
+    from dropflow.testing.tiny import Tiny
+
+MODALITIES = ("image", "video")
+"""What a core encodes by `get_image_features` and `get_video_features`."""
+FALLBACK = "auto"
+"""Name of the adapter that serves models whose `model_type` no adapter claims."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +56,25 @@ class Projections:
     value: Any
 
 
-class Backbone(ABC):
+class Backbone:
     """One model, as the engine sees it. Subclass it per family and register it under the config's `model_type`.
 
     The defaults fit the three-level shape that transformers gives its vision-language models (head, core with
     `get_image_features`, text decoder with `layers`); a family overrides what differs.
     """
 
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
+    gridded: bool = False
+    """Whether `views` gives every image a patch grid although images differ in size."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @classmethod
+    def tiny(cls) -> Tiny | None:
+        """A tiny random model of the family and prompts for it, for the conformance kit; `None` where none is given."""
+        return None
 
     @property
     def core(self) -> Any:
@@ -68,7 +88,11 @@ class Backbone(ABC):
 
     @property
     def vision(self) -> VisionEncoder | None:
-        """Where the vision encoder's layers are; `None` where stages cannot work inside it."""
+        """Where the vision encoder's layers are; `None` where stages cannot work inside it.
+
+        Stages can where the encoder's rows reach the LLM one by one: not where the projector pools or shuffles
+        neighbours together, or where images are cut into tiles and joined again.
+        """
         return None
 
     def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
@@ -104,33 +128,85 @@ class Backbone(ABC):
         """Widths of the text decoder, for FLOPs and KV bytes."""
         return text_shape(self.text.config)
 
-    @abstractmethod
-    def placeholders(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-        """Which tokens of the prompt stand for image features."""
+    @property
+    def visual_ids(self) -> dict[str, int]:
+        """Modality -> id of its placeholder token."""
+        found = {name: getattr(self.model.config, f"{name}_token_id", None) for name in self.modalities}
+        return {name: int(token) for name, token in found.items() if token is not None}
 
-    def embedded_placeholders(self, inputs_embeds: Tensor) -> Bool[Tensor, "batch tokens"] | None:  # noqa: ARG002
-        """The same for a prompt given as embeddings (batch, tokens, dim); `None` where it cannot be told."""
-        return None
+    def placeholders(
+        self, input_ids: Int[Tensor, "batch tokens"], modality: str | None = None
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Which tokens of the prompt stand for image features, of one modality or of any."""
+        ids = [token for name, token in self.visual_ids.items() if modality in (None, name)]
+        return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))
+
+    def embedded_placeholders(self, inputs_embeds: Tensor, modality: str | None = None) -> Bool[Tensor, "batch tokens"]:
+        """The same for a prompt given as embeddings (batch, tokens, dim): those equal to a placeholder's embedding."""
+        table = self.model.get_input_embeddings()
+        found = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        for name, token in self.visual_ids.items():
+            if modality in (None, name) and token < table.num_embeddings:
+                embedded: Tensor = table(torch.tensor(token, device=inputs_embeds.device))
+                found |= (inputs_embeds == embedded).all(-1)
+        return found
+
+    def brings(self, arguments: Mapping[str, Any]) -> frozenset[str]:
+        """Modalities that a call of the core brings features or pixels of."""
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        found = {modality for modality, value in encoded.items() if value is not None}
+        for name, value in arguments.items():
+            if value is not None and (name.startswith("pixel_values") or name == "image_patches"):
+                found.add("video" if name == "pixel_values_videos" else "image")
+        return frozenset(found)
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call of the core brings image features of its own."""
-        encoded = arguments.get("mm_encoder_outputs") or {}
-        return any(value is not None for value in encoded.values()) or any(
-            value is not None for key, value in arguments.items() if key.startswith("pixel_values")
-        )
+        return bool(self.brings(arguments))
 
     def grid(self, tokens: int) -> tuple[int, int] | None:  # noqa: ARG002
-        """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where there is none."""
+        """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where that does not tell."""
         return None
+
+    def views(
+        self,
+        modality: str,  # noqa: ARG002
+        sizes: Sequence[int],
+        arguments: Mapping[str, Any],  # noqa: ARG002
+    ) -> list[list[View]]:
+        """The images (pictures, tiles, frames) inside each entry of the features that the core encodes.
+
+        `sizes` are the rows of each entry. `arguments` are those of `get_image_features` or `get_video_features`;
+        empty where the features were encoded elsewhere. By default every entry is one image.
+        """
+        return [[View(size, self.grid(size))] for size in sizes]
+
+    def added(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
+        """What the text decoder adds to visual states behind its first layers, taken out of its arguments.
+
+        Returns the arguments without it, and per layer which tokens (batch, tokens) boolean receive which rows
+        (visual tokens, dim). The default knows the two arguments by which transformers passes deepstack features.
+        """
+        rows, where = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
+        if rows is None or where is None:
+            return dict(arguments), ()
+        return {**arguments, "deepstack_visual_embeds": None}, tuple((where, own) for own in rows)
 
     def facts(self) -> frozenset[str]:
         """The facts this backbone can give: `vision_layers`, `cls`, `grid`."""
         vision, known = self.vision, set()
         if vision is not None:
             known |= {"vision_layers", "cls"} if vision.has_cls else {"vision_layers"}
-        if self.tokens_per_image is not None and self.grid(self.tokens_per_image) is not None:
+        fixed = self.tokens_per_image
+        if self.gridded or (fixed is not None and self.grid(fixed) is not None):
             known.add("grid")
         return frozenset(known)
+
+
+def square(tokens: int) -> tuple[int, int] | None:
+    """Square grid of `tokens` patches; `None` for a number that is no square."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
 
 
 def text_shape(config: Any) -> TextShape:
@@ -149,16 +225,17 @@ def text_shape(config: Any) -> TextShape:
 def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Backbone:
     """Wrap a model in its adapter: a class, a registered name, or by default the name that is its `model_type`.
 
-    Raises `UnsupportedModel` for a model no adapter knows.
+    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape.
+    Raises `UnsupportedModel` for a model that cannot be served, saying why.
     """
     if isinstance(adapter, type):
         return adapter(model)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     known = names(ADAPTERS)
-    if adapter is None and kind not in known:
+    if adapter is None and kind not in known and FALLBACK not in known:
         raise UnsupportedModel(
             f"no adapter for a model of type {kind!r}; {nearest(kind, known)} "
             "Pass `adapter=` with a name or a Backbone subclass (see CONTRIBUTING.md, 'Add an adapter')"
         )
-    backbone: Backbone = load(ADAPTERS, adapter or kind)(model)
+    backbone: Backbone = load(ADAPTERS, adapter or (kind if kind in known else FALLBACK))(model)
     return backbone

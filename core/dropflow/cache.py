@@ -15,7 +15,7 @@ from dropflow.keys import KeyIndex
 from dropflow.live import LiveSet
 
 serving: ContextVar[bool] = ContextVar("dropflow_serving", default=False)
-"""True while a text decoder runs under a policy, in this thread."""
+"""True while a model runs under a policy, in this thread."""
 
 
 class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types

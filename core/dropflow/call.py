@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +22,10 @@ class Call:
     attention_mask: Tensor | None = None
     visual: Tensor | None = None
     """Visual tokens (batch, tokens) boolean, if this call brings images."""
-    flags: Tensor | None = None
-    """Flags of the visual rows, in placeholder order (see `vision.py`)."""
+    modalities: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same by modality, where the prompt tells."""
+    flags: dict[str, Tensor] = field(default_factory=dict)
+    """Modality -> flags of the visual rows, in placeholder order (see `views.py`)."""
     loss: Mapping[str, Any] | None = None
     """Arguments of the loss, if it is computed behind the model on live positions."""
     live_rows: Tensor | None = None

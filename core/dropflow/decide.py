@@ -60,7 +60,7 @@ def decide_keeps(
     """
     live, boundary = standing.live, standing.boundary
     valid = live.take(standing.want)
-    image = torch.where(valid, live.take(prompt.image), -1)
+    image = torch.where(valid, live.take(prompt.scored), -1)
     protected = live.take(prompt.protected) & valid
     slots = live.slot.gather(1, prompt.queries)
     call = PruneCall(
@@ -87,7 +87,7 @@ def decide_keeps(
                 scores[name] = answer.scores
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    return standing.want & ~dropped, scores
+    return prompt.without_widows(standing.want & ~dropped), scores
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:

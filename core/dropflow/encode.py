@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from dropflow.attention import QueryKey, row_attention
 from dropflow.errors import DecisionError
 from dropflow.payloads import Encode, EncodeCall
 from dropflow.tap import tap, uncompiled
+from dropflow.views import View, flags, split
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -26,7 +27,7 @@ class Rows:
     """The patch rows of one image that are left at some point of the encoder."""
 
     places: Int[Tensor, "rows"]
-    """Placeholder each row fills, counted inside the image."""
+    """Patch each row stands for, counted inside the image."""
     protected: Bool[Tensor, "rows"]
     rewritten: int = 0
     """How often a stage has put new rows, such as merged ones, in the place of old ones."""
@@ -46,6 +47,7 @@ class EncodeRun:
         """Rows behind each layer that has run."""
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
+        self._grids: list[tuple[int, int] | None] = []
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows the stages left."""
@@ -76,39 +78,63 @@ class EncodeRun:
         self._at.append(list(self._rows))
         return output
 
-    def finish(self, pooled: Any) -> tuple[Any, Float[Tensor, "rows 3"]]:
-        """Ask the output stages; returns features with one row per placeholder, and the flags of all rows."""
-        features = list(pooled)
-        encoder = self._backbone.vision
-        extra = 0
-        if not self._at:
-            self._begin([len(rows) for rows in features], features[0])
-        else:
+    def finish(
+        self, entries: Sequence[Tensor], views_of: Callable[[Sequence[int]], list[list[View]]]
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows 5"]]]:
+        """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
+
+        `views_of` says which images are inside entries of given sizes.
+        """
+        encoder, extra = self._backbone.vision, 0
+        if self._at:
             assert encoder is not None
             extra = encoder.select_prefix
             self._extra = extra
             self._rows = [self._shifted(rows, extra) for rows in self._at[encoder.feature_layer - 1]]
             self._sizes = [size + extra for size in self._sizes]
-            features = [f[: len(r.places)] for f, r in zip(features, self._rows, strict=True)]
+            views = views_of(self._sizes)
+            features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
+            whole = list(features)
+        else:
+            views = views_of([len(rows) for rows in entries])
+            whole = [rows for _, rows in split(entries, views)]
+            features = [
+                rows[~view.extra(rows.device)] if view.has_extra else rows for view, rows in split(entries, views)
+            ]
+            self._begin([view.patches for own in views for view in own], entries[0])
         stages = self._plan.encode_at.get(None, ())
         if stages:
+            self._grids = [view.grid for own in views for view in own]
             features = self._decide(None, features, stages, 0 if encoder is None else encoder.prefix - extra)
-        full, flags = [], []
-        for image, (own, rows, size) in enumerate(zip(features, self._rows, self._sizes, strict=True)):
-            kept = torch.zeros(size, 3, device=own.device)
-            kept[:, 2] = image
-            kept[rows.places, 0] = 1.0
-            kept[rows.places, 1] = rows.protected.float()
-            flags.append(kept)
-            # dropped placeholders hold zeros; they are never live
-            full.append(own if len(own) == size else own.new_zeros(size, own.shape[1]).index_copy(0, rows.places, own))
-        return (torch.stack(full) if isinstance(pooled, Tensor) else full), torch.cat(flags)
+        return self._refilled(views, whole, features, entries[0][:0])
+
+    def _refilled(
+        self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor], empty: Tensor
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows 5"]]]:
+        """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
+        full, tables, first = [], [], 0
+        for own in views:
+            last = first + len(own)
+            rows, kept = self._rows[first:last], []
+            for view, row in zip(own, rows, strict=True):
+                keep = row.protected.new_zeros(view.patches)
+                keep[row.places] = True
+                kept.append(keep)
+            parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
+            full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty)
+            protected = [
+                torch.zeros_like(k).index_copy(0, r.places, r.protected) for k, r in zip(kept, rows, strict=True)
+            ]
+            tables.append(flags(own, first, full[-1].device, kept, protected))
+            first = last
+        return full, tables
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = seen
 
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
+        self._grids = [self._backbone.grid(size) for size in sizes]
         self._rows = [
             Rows(torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.bool, device=like.device))
             for n in sizes
@@ -150,7 +176,7 @@ class EncodeRun:
                 boundary=boundary,
                 features=tuple(features),
                 places=tuple(rows.places for rows in self._rows),
-                grids=tuple(self._backbone.grid(size) for size in self._sizes),
+                grids=tuple(self._grids),
                 prefix=prefix,
                 has_cls=encoder is not None and encoder.has_cls,
                 attention=self._attention,
@@ -191,6 +217,15 @@ class EncodeRun:
             places = self._shifted(then, self._extra).places
             found.append(torch.searchsorted(places, now.places) + encoder.prefix - self._extra)
         return tuple(found)
+
+
+def _filled(view: View, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
+    """The rows of one image (view.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
+    if len(own) == view.tokens:
+        return own
+    patch = (~view.extra(own.device)).nonzero()[:, 0]
+    full = own.new_zeros(view.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
+    return torch.where(view.extra(own.device)[:, None], whole, full) if view.has_extra else full
 
 
 def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str) -> tuple[Tensor, Rows]:

@@ -44,11 +44,15 @@ class PruneCall:
     valid: Bool[Tensor, "batch slots"]
     """False in padding slots, which a keep mask may hold anything for."""
     image: Int[Tensor, "batch slots"]
-    """Number of the image a visual token belongs to; -1 for text and padding."""
+    """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding.
+
+    An image is what has a patch grid of its own: a picture, a tile of a large one, or a frame of a video. Visual
+    tokens that are no patches, such as newlines, count as text here and go with the last patch of their line.
+    """
     protected: Bool[Tensor, "batch slots"]
     """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
     image_sizes: tuple[int, ...]
-    """Tokens each image had at entry to the LLM, by image number."""
+    """Patches each image had at entry to the LLM, by image number."""
     queries: Int[Tensor, "batch rows"]
     """Slots of the instruction tokens: the last one of the prompt, or with labels the last one of every round."""
     query_valid: Bool[Tensor, "batch rows"]
@@ -85,9 +89,9 @@ class EncodeCall:
     boundary: int | None
     """Vision encoder boundary, or `None` for the projected output in front of the LLM."""
     features: tuple[Float[Tensor, "rows dim"], ...]
-    """Patch rows of each image, without a CLS row."""
+    """Patch rows of each image (picture, tile or frame), without CLS and newline rows."""
     places: tuple[Int[Tensor, "rows"], ...]
-    """For each row, which of the image's placeholders in the prompt it fills (0-based, ascending)."""
+    """For each row, which of the image's patches it stands for (0-based, ascending, row by row of the grid)."""
     grids: tuple[tuple[int, int] | None, ...]
     """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
     prefix: int

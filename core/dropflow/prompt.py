@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dropflow.errors import UnsupportedModel
+from dropflow.views import EXTRA, IMAGE, KEPT, LINE, PROTECTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +30,25 @@ class Prompt:
     """Logical index of the instruction tokens."""
     query_valid: Bool[Tensor, "batch rows"]
     image_sizes: tuple[int, ...]
-    """Present tokens of each image."""
+    """Present patches of each image."""
+    extra: Bool[Tensor, "batch tokens"] | None = None
+    """Visual tokens that are no patches, such as newlines (see `views.py`); `None` where there are none."""
+    line: Int[Tensor, "batch tokens"] | None = None
+    """Number of the line each visual token belongs to, 0 for all others; goes with `extra`."""
+
+    @property
+    def scored(self) -> Int[Tensor, "batch tokens"]:
+        """Image number of patches; -1 for text, padding and visual tokens that are no patches."""
+        return self.image if self.extra is None else self.image.masked_fill(self.extra, -1)
+
+    def without_widows(self, want: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """`want` less the extra tokens of whose line no patch is left."""
+        if self.extra is None or self.line is None:
+            return want
+        alive = want & self.visual & ~self.extra
+        count = torch.zeros(want.shape[0], int(self.line.max()) + 1, dtype=torch.long, device=want.device)
+        count.scatter_add_(1, self.line, alive.long())
+        return want & ~(self.extra & (count.gather(1, self.line) == 0))
 
     @property
     def visual(self) -> Bool[Tensor, "batch tokens"]:
@@ -40,26 +63,59 @@ class Prompt:
 
 def make_prompt(
     visual: Bool[Tensor, "batch tokens"],
-    flags: Float[Tensor, "rows 3"] | None,
+    flags: Float[Tensor, "rows 5"] | None,
     valid: Bool[Tensor, "batch tokens"],
     instruction: tuple[Tensor, Tensor],
     tokens_per_image: int | None,
 ) -> Prompt:
     """Put together what adapter, encode stages and caller say.
 
-    `flags` has one row per visual token in (batch, token) order: kept, protected, image number (see `vision.py`).
-    Without it images are told apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
+    `flags` has one row per visual token in (batch, token) order (see `views.py`). Without it images are told apart by
+    `tokens_per_image`, or else as runs of adjacent visual tokens.
     """
     image = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
     present, protected = valid.clone(), torch.zeros_like(visual)
-    if flags is not None:
-        flags = flags.to(visual.device)
-        image[visual] = flags[:, 2].long()
-        present[visual] &= flags[:, 0] > 0
-        protected[visual] = flags[:, 1] > 0
-    else:
+    if flags is None:
         image[visual] = _number_images(visual, tokens_per_image)[visual]
-    return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
+        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
+    flags = flags.to(visual.device)
+    image[visual] = flags[:, IMAGE].long()
+    present[visual] &= flags[:, KEPT] > 0
+    protected[visual] = flags[:, PROTECTED] > 0
+    if not bool((flags[:, EXTRA] > 0).any()):
+        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
+    extra, line = torch.zeros_like(visual), torch.zeros_like(image)
+    extra[visual] = flags[:, EXTRA] > 0
+    own = flags[:, IMAGE] * (flags[:, LINE].max() + 1) + flags[:, LINE]
+    line[visual] = torch.unique(own, return_inverse=True)[1]
+    sizes = _sizes(image.masked_fill(extra, -1), present)
+    return Prompt(image, valid, present, protected, *instruction, sizes, extra, line)
+
+
+def join_flags(
+    visual: Mapping[str, Bool[Tensor, "batch tokens"]], flags: Mapping[str, Float[Tensor, "rows 5"]]
+) -> Float[Tensor, "rows 5"] | None:
+    """Flags of all visual tokens in (batch, token) order; images of a later modality are numbered on.
+
+    `None` where some modality was encoded without anybody seeing it. Raises `UnsupportedModel` where placeholders and
+    features differ in number.
+    """
+    if not visual or not visual.keys() <= flags.keys():
+        return None
+    first = next(iter(visual.values()))
+    table = torch.zeros(*first.shape, 5, device=first.device)
+    anywhere, offset = torch.zeros_like(first), 0
+    for modality, where in visual.items():
+        rows = flags[modality].to(first.device)
+        if len(rows) != int(where.sum()):
+            raise UnsupportedModel(
+                f"the prompt has {int(where.sum())} {modality} placeholders by the adapter's token ids, but the model "
+                f"encoded {len(rows)} rows of {modality} features; correct `modalities` or `visual_ids` of the adapter"
+            )
+        table[where] = rows + offset * (torch.arange(5, device=rows.device) == IMAGE)
+        anywhere |= where
+        offset += int(rows[:, IMAGE].max()) + 1 if len(visual) > 1 and len(rows) else 0
+    return table[anywhere]
 
 
 def _number_images(visual: Tensor, tokens_per_image: int | None) -> Tensor:
@@ -79,15 +135,22 @@ def _sizes(image: Tensor, present: Tensor) -> tuple[int, ...]:
     return tuple(counts.amax(0).tolist()[1:])
 
 
-def valid_tokens(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "b t"]:
-    """Which of the last `tokens` tokens are no padding, from a (batch, all) or (batch, heads, tokens, all) mask."""
+def valid_tokens(attention_mask: Any, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "b t"]:
+    """Which of the last `tokens` tokens are no padding, from a (batch, all) or (batch, heads, tokens, all) mask.
+
+    Of masks given per kind of layer, any one says it.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
     if attention_mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if attention_mask.dim() == 4:  # a token that may not see itself is padding
         diagonal = attention_mask[:, 0].diagonal(attention_mask.shape[3] - tokens, dim1=1, dim2=2)
         seen = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-        return seen.expand(batch, -1).to(device)
-    return attention_mask[:, -tokens:].to(device).bool()
+    else:
+        seen = attention_mask[:, -tokens:].bool()
+    real: Tensor = seen.expand(batch, -1).to(device)
+    return real
 
 
 def instruction_tokens(

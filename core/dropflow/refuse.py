@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dropflow.cache import check_cache
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.vision import FlowFeatures
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -72,6 +73,18 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         raise UnsupportedModel(
             f"text decoder: {config.num_kv_shared_layers} layers share the keys of others, so that layers cannot hold "
             "different tokens; no policy can be attached to this model"
+        )
+    unknown = backbone.brings(arguments) - backbone.visual_ids.keys()
+    if unknown:
+        raise UnsupportedModel(
+            f"{', '.join(sorted(unknown))}: the adapter {type(backbone).__name__} knows no placeholder token for it; "
+            "add it to the adapter's `modalities`, or leave that input out"
+        )
+    encoded = (arguments.get("mm_encoder_outputs") or {}).values()
+    if plan.encode_at and any(value is not None and not isinstance(value, FlowFeatures) for value in encoded):
+        raise UnsupportedCall(
+            "mm_encoder_outputs: encoded without the policy, whose `encode` stages would be left out; pass the pixels, "
+            "or encode them while the policy is attached"
         )
     check_cache(arguments.get("past_key_values"), plan.shape.layers)
     check_positions(plan, arguments.get("position_ids"))

@@ -36,7 +36,15 @@ class Run:
     further turn of text) every token of the call is live, and only masks are fitted to what each layer's cache holds.
     """
 
-    def __init__(self, plan: Plan, backbone: Backbone, prompt: Prompt | None, embeds: Tensor, step: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backbone: Backbone,
+        prompt: Prompt | None,
+        embeds: Tensor,
+        step: int,
+        added: tuple[tuple[Tensor, Tensor], ...] = (),
+    ) -> None:
         batch, tokens = embeds.shape[:2]
         self.plan, self.backbone, self.prompt = plan, backbone, prompt
         self.embeds = embeds
@@ -44,6 +52,8 @@ class Run:
         self.step = step
         """Tokens generated since the last prompt; 0 while a prompt is read."""
         self.compact = plan.policy.positions == "compact"
+        self._added = added
+        """What the model adds behind its first layers (see `Backbone.added`)."""
         self.implementation: str = backbone.text.config._attn_implementation
         self.cache: Any = None
         self.live = LiveSet.whole(batch, tokens, embeds.device)
@@ -81,7 +91,7 @@ class Run:
         held = self._held(number)
         if self.prompt is not None and held is not None and held.is_initialized:
             held.settle(keys)
-        return output
+        return output if number >= len(self._added) else self._with_added(number, output)
 
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
@@ -96,6 +106,13 @@ class Run:
         return index is None or (
             index.valid is None and (len(index) == index.length or kwargs["attention_mask"] is None)
         )
+
+    def _with_added(self, number: int, hidden: Tensor) -> Tensor:
+        """Behind layer `number`: live visual tokens receive what the model itself would add to all of them."""
+        where, rows = self._added[number]
+        where = where.to(hidden.device)[:, :, None]
+        added = hidden.new_zeros(*where.shape[:2], hidden.shape[2]).masked_scatter(where, rows.to(hidden))
+        return hidden + (added if self.live.everything else self.live.take(added))
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         self._tapped[number] = (self.live, seen)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dropflow import refuse
+from dropflow.backbone import MODALITIES
 from dropflow.cache import is_flow_cache, serving
 from dropflow.call import Call, CallLock
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.head import full_logits, live_states, loss_of, shifted
-from dropflow.prompt import instruction_tokens, make_prompt, valid_tokens
+from dropflow.prompt import instruction_tokens, join_flags, make_prompt, valid_tokens
 from dropflow.record import CallRecord
 from dropflow.run import Run
 from dropflow.stand_in import StandIn
@@ -25,6 +27,9 @@ from dropflow.vision import Vision, take_flags, with_flags
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
+
+_encoding: ContextVar[bool] = ContextVar("dropflow_encoding", default=False)
+"""True while a wrapped features method runs, in this thread."""
 
 
 class Service:
@@ -64,27 +69,37 @@ class Service:
                 module.register_forward_hook(after, with_kwargs=True, always_call=True),
             )
             self._undo += [handle.remove for handle in handles]
-        if self._plan.encode_at:
-            self._wrap_features(core)
+        for modality in MODALITIES:
+            if hasattr(core, f"get_{modality}_features"):
+                self._wrap_features(core, modality)
 
-    def _wrap_features(self, core: Any) -> None:
-        original = core.get_image_features
+    def _wrap_features(self, core: Any, modality: str) -> None:
+        name = f"get_{modality}_features"
+        original = getattr(core, name)
+        signature = inspect.signature(original)
 
         @wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        def get_features(*args: Any, **kwargs: Any) -> Any:
+            if _encoding.get():  # a model may encode videos by its method for images
+                return original(*args, **kwargs)
             if not kwargs.get("return_dict", True):
-                raise UnsupportedCall(
-                    "get_image_features: return_dict=False is not supported under a policy that encodes"
+                raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
+            token = _encoding.set(True)
+            try:
+                given = signature.bind_partial(*args, **kwargs).arguments
+                output, flags = self._vision.encode(
+                    modality, lambda: original(*args, **(kwargs | {"return_dict": True})), given
                 )
-            output, flags = self._vision.encode(lambda: original(*args, **(kwargs | {"return_dict": True})))
+            finally:
+                _encoding.reset(token)
             call = self._lock.mine()
             if call is None:
                 return with_flags(output, flags)
-            call.flags = flags
+            call.flags[modality] = torch.cat(flags)
             return output
 
-        core.get_image_features = get_image_features
-        self._undo.append(lambda: core.__dict__.pop("get_image_features", None))
+        setattr(core, name, get_features)
+        self._undo.append(lambda: core.__dict__.pop(name, None))
 
     # Hooks of the model: labels and loss
 
@@ -132,23 +147,28 @@ class Service:
                 self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs)
             )
         call.attention_mask = kwargs.get("attention_mask")
-        call.visual = self._visual_tokens(kwargs)
+        call.modalities, call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
-            plain, call.flags = take_flags(kwargs["mm_encoder_outputs"])
+            plain, call.flags = take_flags(self._backbone, kwargs["mm_encoder_outputs"])
             kwargs = kwargs | {"mm_encoder_outputs": plain}
         return args, kwargs
 
-    def _visual_tokens(self, kwargs: dict[str, Any]) -> Tensor | None:
+    def _visual_tokens(self, kwargs: dict[str, Any]) -> tuple[Mapping[str, Tensor], Tensor | None]:
         if self._visual is not None:
-            return self._visual
+            return {}, self._visual
         backbone, ids = self._backbone, kwargs.get("input_ids")
         embeds: Any = kwargs.get("inputs_embeds")
-        if backbone.has_images(kwargs):
-            visual = backbone.embedded_placeholders(embeds) if ids is None else backbone.placeholders(ids)
-            return visual if visual is not None and bool(visual.any()) else None
+        brings = backbone.brings(kwargs)
+        if brings:
+            masks = {
+                name: backbone.embedded_placeholders(embeds, name) if ids is None else backbone.placeholders(ids, name)
+                for name in sorted(brings)
+            }
+            visual = torch.stack(list(masks.values())).any(0)
+            return masks, visual if bool(visual.any()) else None
         if ids is not None:
             refuse.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
-        return None
+        return {}, None
 
     def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._lock.mine()
@@ -171,16 +191,18 @@ class Service:
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
         refuse.check_positions(self._plan, kwargs.get("position_ids"))
         prompt = None
+        added: tuple[tuple[Tensor, Tensor], ...] = ()
         if call.visual is not None:
             batch, tokens = embeds.shape[:2]
             valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device)
             instruction = instruction_tokens(valid, call.labels, call.logits_to_keep)
             fixed = self._backbone.tokens_per_image
-            refuse.check_encoded(self._plan, call.flags)
-            prompt = make_prompt(call.visual.to(embeds.device), call.flags, valid, instruction, fixed)
+            flags = join_flags(call.modalities, call.flags)
+            refuse.check_encoded(self._plan, flags)
+            prompt = make_prompt(call.visual.to(embeds.device), flags, valid, instruction, fixed)
+            kwargs, added = self._backbone.added(kwargs)
         step = 0 if prompt is not None else _generated(cache)
-        self._run = Run(self._plan, self._backbone, prompt, embeds, step)
-        serving.set(True)
+        self._run = Run(self._plan, self._backbone, prompt, embeds, step, added)
         self._layers.install(self._run.layer)
         return args, kwargs
 
@@ -209,16 +231,18 @@ class Service:
     def _open(self, module: Any) -> Call:
         call = self._lock.open(module)
         self._stop()  # what a call that no hook saw the end of (a keyboard interrupt) has left
+        serving.set(True)  # from here on: some cores build the masks themselves, in front of the text decoder
         return call
 
     def _stop(self) -> None:
         if self._run is not None:
             self._run = None
-            serving.set(False)
             self._layers.remove()
 
     def _close(self) -> None:
         self._stop()
+        if self._lock.mine() is not None:
+            serving.set(False)
         self._lock.close()
 
     def _check_owner(self, module: Any, own: Any) -> None:

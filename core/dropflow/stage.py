@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -71,6 +71,8 @@ class Stage(Generic[O_co]):
     """One line for `dropflow list stages`."""
     paper: ClassVar[str] = ""
     """Where the method is published, such as `arXiv:2602.23699`."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Backbone facts it cannot do without: any of `cls`, `grid`, `vision_layers`."""
 

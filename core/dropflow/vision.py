@@ -1,17 +1,17 @@
 """The vision side of a call: `encode` stages inside the encoder and on its output, and how their answers travel.
 
-What an `encode` stage drops stays in the features as a row that is not live, so that placeholders, position ids and
-multimodal RoPE stay aligned. Three flags per row (kept, protected, image number) say so. `generate` encodes images
-before the forward and may expand or slice the features in between; the flags ride along as one more entry of
-`deepstack_features`, which transformers expands and slices with the features, and are taken off before the model
-sees them.
+What an `encode` stage drops stays in the features as a row that is not live, so that placeholders, position ids,
+deepstack features and multimodal RoPE stay aligned. The flags of every row (see `views.py`) say so, and which image it
+belongs to. `generate` encodes images before the forward and may expand or slice the features in between; the flags
+ride along as one more entry of `deepstack_features`, which transformers expands and slices with the features, and are
+taken off before the model sees them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,13 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dropflow.encode import EncodeRun
+from dropflow.errors import UnsupportedModel
 from dropflow.plan import Plan
 from dropflow.stand_in import StandIn
+from dropflow.views import View, flags
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
 
 
 @dataclass
@@ -31,16 +36,24 @@ class FlowFeatures(BaseModelOutputWithPooling):  # type: ignore[misc]  # transfo
 
 
 class Vision:
-    """Wraps `get_image_features` of one attached model."""
+    """Encodes the images of one attached model, and says which row is whose."""
 
-    def __init__(self, plan: Plan, backbone: Any) -> None:
+    def __init__(self, plan: Plan, backbone: Backbone) -> None:
         self._plan, self._backbone = plan, backbone
         encoder = backbone.vision
         inside = any(b is not None for b in plan.encode_at) or any(s.vision_taps for _, s in plan.stages)
         self._stand_in = StandIn(encoder.owner) if encoder is not None and inside else None
 
-    def encode(self, features: Callable[[], Any]) -> tuple[Any, Float[Tensor, "rows 3"]]:
-        """Run `features()` with the encode stages; returns its output, one row per placeholder again, and the flags."""
+    def encode(
+        self, modality: str, features: Callable[[], Any], arguments: Mapping[str, Any]
+    ) -> tuple[Any, list[Float[Tensor, "rows 5"]]]:
+        """Run `features()` with the encode stages; returns its output, one row per placeholder again, and the flags.
+
+        `arguments` are those of the model's own method; flags come one table per entry of the features.
+        """
+        if not self._plan.encode_at:
+            output = features()
+            return output, plain_flags(self._backbone, modality, output, arguments)
         run = EncodeRun(self._plan, self._backbone)
         if self._stand_in is None:
             output = features()
@@ -50,32 +63,92 @@ class Vision:
                 output = features()
             finally:
                 self._stand_in.remove()
-        output.pooler_output, flags = run.finish(output.pooler_output)
-        return output, flags
+        name, pooled = _features(output)
+        found = _entries(pooled)
+        full, tables = run.finish(
+            found, lambda sizes: _views(self._backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+        )
+        if isinstance(pooled, Tensor):
+            output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
+        else:
+            output[name] = [
+                rows.view(*own.shape[:-1], -1) if own.dim() > 2 else rows
+                for rows, own in zip(full, pooled, strict=True)
+            ]
+        return output, tables
 
 
-def with_flags(output: Any, flags: Float[Tensor, "rows 3"]) -> FlowFeatures:
-    """The output with its flags attached, split by image as the features are."""
-    sizes = [len(rows) for rows in output.pooler_output]
-    deepstack = [*(output.get("deepstack_features") or ()), list(torch.split(flags, sizes))]
-    return FlowFeatures(
-        last_hidden_state=output.get("last_hidden_state"),
-        pooler_output=output.pooler_output,
-        hidden_states=output.get("hidden_states"),
-        attentions=output.get("attentions"),
-        deepstack_features=deepstack,
-    )
+def plain_flags(
+    backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
+) -> list[Float[Tensor, "rows 5"]]:
+    """Flags of features from which no stage has dropped anything."""
+    pooled = _features(output)[1]
+    entries = _entries(pooled)
+    views = _views(backbone, modality, [len(rows) for rows in entries], arguments, isinstance(pooled, Tensor))
+    tables, first = [], 0
+    for own, rows in zip(views, entries, strict=True):
+        tables.append(flags(own, first, rows.device))
+        first += len(own)
+    return tables
 
 
-def take_flags(encoded: dict[str, Any]) -> tuple[dict[str, Any], Float[Tensor, "rows 3"] | None]:
-    """Separate flags from `mm_encoder_outputs`; `None` where they were encoded without this engine.
+def with_flags(output: Any, tables: Sequence[Float[Tensor, "rows 5"]]) -> FlowFeatures:
+    """The output with its flags attached, one table per entry of the features."""
+    return _copy(output, [*(output.get("deepstack_features") or ()), list(tables)])
+
+
+def _copy(output: Any, deepstack: list[Any] | None) -> FlowFeatures:
+    """A copy that may hold flags, with every field that the model's own class of output has."""
+    copy = FlowFeatures(pooler_output=output.get("pooler_output"), deepstack_features=deepstack)
+    for name, value in output.items():
+        if name not in ("pooler_output", "deepstack_features"):
+            copy[name] = value
+    return copy
+
+
+def take_flags(backbone: Backbone, encoded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Separate the flags, by modality, from `mm_encoder_outputs`; made anew where this engine did not encode.
 
     The caller's objects are left as they are: `generate` without a cache passes them again at every step.
     """
-    plain, flags = dict(encoded), []
+    plain, tables = dict(encoded), {}
     for modality, output in encoded.items():
         if isinstance(output, FlowFeatures):
             *deepstack, own = output.deepstack_features
-            flags.append(torch.cat(list(own)))
-            plain[modality] = FlowFeatures(**{**output, "deepstack_features": deepstack or None})
-    return plain, flags[0] if len(flags) == 1 else None
+            tables[modality] = torch.cat(list(own))
+            plain[modality] = _copy(output, deepstack or None)
+        elif output is not None:
+            tables[modality] = torch.cat(plain_flags(backbone, modality, output, {}))
+    return plain, tables
+
+
+def _features(output: Any) -> tuple[str, Any]:
+    """The projected features and the field they are in; models without a vision encoder have them in the first."""
+    pooled = output.get("pooler_output")
+    return ("pooler_output", pooled) if pooled is not None else ("last_hidden_state", output["last_hidden_state"])
+
+
+def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
+    """Features entry by entry: a list, or a tensor with or without a dimension for entries."""
+    entries = [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled)
+    return [rows.flatten(0, -2) if rows.dim() > 2 else rows for rows in entries]
+
+
+def _views(
+    backbone: Backbone, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any], stacked: bool
+) -> list[list[View]]:
+    """What the adapter says of the entries, checked."""
+    views = backbone.views(modality, sizes, arguments)
+    told = [sum(view.tokens for view in own) for own in views]
+    if told != list(sizes):
+        raise UnsupportedModel(
+            f"{type(backbone).__name__}.views: says that the entries of the {modality} features have {told} rows, but "
+            f"they have {list(sizes)}" + (" (a stacked tensor)" if stacked else "") + "; correct the adapter"
+        )
+    for view in (view for own in views for view in own):
+        if view.grid is not None and view.grid[0] * view.grid[1] != view.patches:
+            raise UnsupportedModel(
+                f"{type(backbone).__name__}.views: gives the grid {view.grid} to an image of {view.patches} patches; "
+                "correct the adapter's grid or extra rows"
+            )
+    return views

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.schedule import first_keep
-from dropflow.selection import keep_top
+from dropflow.selection import divide, keep_top
 from dropflow.units import Budget, Depth, Tokens
 
 
@@ -33,6 +33,11 @@ class ConcavePyramidOptions(StageOptions):
     budget: AverageBudget | None = Field(
         default=None, description="solve the first keep so that the average over all layers meets this target"
     )
+    split: Literal["per_image", "total"] = Field(
+        default="per_image",
+        description="what a count of `keep` is for: every image, or all images of a sample together; shares are always "
+        "per image",
+    )
     select: Literal["exact", "reference"] = Field(
         default="exact",
         description="`exact` keeps exactly k, ties to the lowest index; `reference` keeps tie groups, as published",
@@ -51,6 +56,7 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     Options = ConcavePyramidOptions
     summary = "attention-ranked pruning at a few boundaries, fast first and then slowly"
     paper = "arXiv:2602.23699, section 3.2"
+    example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.2}}
 
     def __init__(self, options: ConcavePyramidOptions, context: StageContext) -> None:
         super().__init__(options, context)
@@ -69,13 +75,23 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked visual tokens of each image."""
         scores = instruction_scores(call)
-        budget = self._keeps[call.boundary]
-        counts = [budget.of(size) for size in call.image_sizes]
+        counts = self._counts(call, self._keeps[call.boundary])
         # tokens that stay in any case count against the budget, so that the schedule holds
         ranking = scores.masked_fill(call.protected, torch.inf)
         keep = keep_top(ranking, call.image, counts, keep_ties=self.options.select == "reference")
         unranked = ~call.query_valid.any(1, keepdim=True)
         return Keep(keep | unranked, scores)
+
+    def _counts(self, call: PruneCall, budget: Budget) -> list[int]:
+        """Tokens that stay of each image, by image number."""
+        counts = [budget.of(size) for size in call.image_sizes]
+        if self.options.split == "total" and budget.tokens is not None:
+            for own in call.image.tolist():  # an image belongs to one sample, or to all beams of it
+                images = sorted({image for image in own if image >= 0})
+                shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
+                for image, share in zip(images, shares, strict=True):
+                    counts[image] = share
+        return counts
 
 
 def instruction_scores(call: PruneCall) -> Float[Tensor, "batch slots"]:

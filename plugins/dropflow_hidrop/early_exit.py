@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from pydantic import Field
 
 from dropflow import Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
@@ -20,6 +23,7 @@ class EarlyExit(Stage[EarlyExitOptions]):
     Options = EarlyExitOptions
     summary = "every visual token is gone from a boundary on"
     paper = "arXiv:2602.23699, section 3.3"
+    example: ClassVar[Mapping[str, Any]] = {"at": 0.8}
 
     def __init__(self, options: EarlyExitOptions, context: StageContext) -> None:
         super().__init__(options, context)

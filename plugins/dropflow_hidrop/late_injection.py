@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from pydantic import Field
 
 from dropflow import Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
@@ -23,6 +26,7 @@ class LateInjection(Stage[LateInjectionOptions]):
     Options = LateInjectionOptions
     summary = "vision skips the first layers and enters untransformed at a boundary"
     paper = "arXiv:2602.23699, section 3.1"
+    example: ClassVar[Mapping[str, Any]] = {"at": 0.2}
 
     def __init__(self, options: LateInjectionOptions, context: StageContext) -> None:
         super().__init__(options, context)

@@ -169,8 +169,12 @@ def test_features_made_without_the_stage_are_refused(llava: Any) -> None:
     inputs = prompt()
     features = {"image": llava.get_image_features(inputs.pop("pixel_values"))}
     with dropflow.attach(llava, policy(encode={"use": EveryOther})) as flow:
-        with pytest.raises(UnsupportedCall, match=r"stages\.encode: encodes images, but the features"):
+        with pytest.raises(UnsupportedCall, match="mm_encoder_outputs: encoded without the policy"):
             llava(**inputs, mm_encoder_outputs=features)
+        embeds = llava.get_input_embeddings()(inputs["input_ids"])
+        merged = pytest.raises(UnsupportedCall, match=r"stages\.encode: encodes images, but the features")
+        with flow.visual(inputs["input_ids"] == IMAGE), merged:
+            llava(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
         own = {"image": llava.get_image_features(prompt()["pixel_values"])}
         logits = llava(**inputs, mm_encoder_outputs=own).logits
         assert flow.report().entry_visual_tokens == pytest.approx((8 + 14) / 3)

@@ -156,7 +156,10 @@ def test_a_model_without_an_adapter_is_refused() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     )
-    with pytest.raises(UnsupportedModel, match=r"no adapter for a model of type 'llama'; did you mean 'llava'"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"no adapter for a model of type 'llama', and `auto` cannot serve it: its core has no `get_image",
+    ):
         dropflow.attach(model, HIDROP)
 
 

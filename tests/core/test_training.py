@@ -130,7 +130,8 @@ def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None
     pairs = make_prompt(visual[2:], None, valid[2:], (asks[0][2:], asks[1][2:]), 2)
     assert pairs.image.tolist() == [[-1, 0, 0, 1, -1, 1]]
     flags = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 2], [1, 0, 2], [0, 0, 2], [1, 0, 3]])
-    encoded = make_prompt(visual, flags, valid, asks, None)
+    patches = torch.nn.functional.pad(flags, (0, 2))  # no newlines or other extra rows
+    encoded = make_prompt(visual, patches, valid, asks, None)
     assert encoded.image_sizes == (1, 1, 2, 1)
     assert encoded.protected.nonzero().tolist() == [[0, 3]]
     assert (~encoded.present).nonzero().tolist() == [[0, 1], [2, 3]]

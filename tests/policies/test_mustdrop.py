@@ -171,7 +171,7 @@ def test_every_decode_step_equals_the_masked_run(name: str, mode: str) -> None:
         live = flow.live()[:, :: 3 if mode == "beams" else 1]
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
     with encoded(model, features):
-        with MaskedOracle(model, live, later=cached(which, live)):
+        with MaskedOracle(model, live, held=cached(which, live)):
             torch.manual_seed(5)
             expected = model.generate(**inputs, **BUDGET, **MODES[mode], use_cache=False)
         torch.manual_seed(5)

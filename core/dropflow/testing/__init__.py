@@ -1,5 +1,33 @@
-"""For people who write stages and adapters: the masked oracle that a pruned run must equal."""
+"""For people who write stages and adapters: the conformance kit, and the masked oracle that a pruned run must equal."""
 
+from dropflow.testing.case import BrokenGuarantee
+from dropflow.testing.facts import check_facts
+from dropflow.testing.guarantees import (
+    check_batch_invariance,
+    check_drop_is_mask,
+    check_isolation,
+    check_no_op,
+    check_refusals,
+)
+from dropflow.testing.kit import Cell, assert_backbone_conforms, assert_stage_conforms, run_cell, stage_entry
 from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.tiny import Picture, Tiny, tiny_models
 
-__all__ = ["MaskedOracle"]
+__all__ = [
+    "BrokenGuarantee",
+    "Cell",
+    "MaskedOracle",
+    "Picture",
+    "Tiny",
+    "assert_backbone_conforms",
+    "assert_stage_conforms",
+    "check_batch_invariance",
+    "check_drop_is_mask",
+    "check_facts",
+    "check_isolation",
+    "check_no_op",
+    "check_refusals",
+    "run_cell",
+    "stage_entry",
+    "tiny_models",
+]

@@ -1,0 +1,67 @@
+"""Any model of the usual shape without an adapter of its own; what cannot be known is absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dropflow import Backbone
+from dropflow.errors import UnsupportedModel
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of decoder layers for which dropping a token equals masking it."""
+
+
+class Auto(Backbone):
+    """A core with `get_image_features` and a text decoder with `layers`, found by transformers' own accessors.
+
+    Every entry of the image features is one image. Patch grid, CLS row and vision layers are absent, so a stage that
+    needs one is refused. Raises `UnsupportedModel`, with the reason, for models that keep visual tokens elsewhere.
+    """
+
+    modalities = ("image", "video")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        reason = self._misfit()
+        if reason is not None:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise UnsupportedModel(
+                f"no adapter for a model of type {kind!r}, and `auto` cannot serve it: {reason}. "
+                "Pass `adapter=` with a name or a Backbone subclass (see CONTRIBUTING.md, 'Add an adapter')"
+            )
+
+    @property
+    def text(self) -> Any:
+        """The decoder itself where `get_decoder` gives it with its head."""
+        decoder = self.model.get_decoder()
+        return decoder if "layers" in decoder._modules else decoder.base_model
+
+    def _misfit(self) -> str | None:
+        """Why the model is not of the usual shape; `None` if it is."""
+        config = getattr(self.model, "config", None)
+        if config is None or not hasattr(self.model, "get_decoder"):
+            return "it is no transformers model with a text decoder"
+        if config.is_encoder_decoder:
+            return "it is an encoder-decoder, whose visual tokens are not in the decoder's sequence"
+        modules = {name.split(".")[-1] for name, _ in self.model.named_modules()}
+        if any("qformer" in name for name in modules) or hasattr(config, "qformer_config"):
+            return "a Q-Former turns its images into queries, which stand for no place of the image"
+        if "layers" not in self.text._modules:
+            return "its text decoder has no list `layers`"
+        inside = {name.split(".")[-1] for name, _ in self.text.layers.named_modules()}
+        if inside & {"cross_attn", "crossattention", "encoder_attn"}:
+            return "its decoder reads images by cross-attention, so visual tokens are not in the decoder's sequence"
+        if not hasattr(self.core, "get_image_features"):
+            return "its core has no `get_image_features`, so images do not become tokens of the prompt there"
+        return self._misfit_of_layers(self.text.config, inside)
+
+    def _misfit_of_layers(self, config: Any, inside: set[str]) -> str | None:
+        shared = getattr(config, "num_kv_shared_layers", 0)
+        if shared:
+            return f"{shared} layers share the keys of others, so that layers cannot hold different tokens"
+        kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
+        if kinds or inside & {"linear_attn", "mamba", "short_conv"}:
+            return f"it has recurrent layers ({', '.join(sorted(kinds))}), where dropping a token is not masking it"
+        if not self.visual_ids:
+            return "its config has no `image_token_id`, so that visual tokens cannot be told"
+        return None

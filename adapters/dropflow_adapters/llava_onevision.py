@@ -1,0 +1,49 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles, shrunk where there are too many, and pooled frames for videos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dropflow.testing.tiny import VIDEO, Picture, Tiny, pixels
+from dropflow.views import View
+from dropflow_adapters.llava_next import LlavaNext, anyres_image, small
+
+
+class LlavaOnevision(LlavaNext):
+    """`LlavaOnevisionForConditionalGeneration`; a video is ended by one newline, which its last frame takes along."""
+
+    modalities = ("image", "video")
+
+    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+        """Overview and joined tiles of an image; frames of a video."""
+        if modality == "image":
+            return super().views(modality, sizes, arguments)
+        side = math.ceil(self.side / 2)
+        frame, last = View(side**2, (side, side)), View(side**2 + 1, (side, side), tail=1)
+        return [[*[frame] * (size // side**2 - 1), last] for size in sizes]
+
+    def joined(self, height_width: Any) -> tuple[int, int]:
+        """Grid of the joined tiles, shrunk as the model does where they exceed `anyres_max_<tiles>`."""
+        rows, columns = super().joined(height_width)
+        most = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * self.side**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+    @classmethod
+    def tiny(cls) -> Tiny:
+        """A LLaVA-OneVision with tiles of 4 x 4 patches and frames of 2 x 2 tokens."""
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+        def build() -> Any:
+            config = LlavaOnevisionConfig(**small("siglip_vision_model", "full"), video_token_id=VIDEO)
+            return LlavaOnevisionForConditionalGeneration(config)
+
+        def video(_: int, dice: torch.Generator) -> Picture:
+            views = [View(4, (2, 2)), View(4, (2, 2)), View(5, (2, 2), tail=1)]
+            return Picture([VIDEO] * 13, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, views)
+
+        return Tiny(build, {"image": anyres_image, "video": video})

@@ -1,0 +1,106 @@
+"""One cell of the conformance kit: a policy on a tiny model, and how its outcome is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropflow.backbone import Backbone
+from dropflow.flow import Flow, attach
+from dropflow.testing.tiny import SAMPLES, Part, Picture, Tiny
+
+BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+class BrokenGuarantee(AssertionError):
+    """A guarantee does not hold; the message names it, the layer or fact, and by how much."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy on a tiny model."""
+
+    name: str
+    adapter: type[Backbone]
+    tiny: Tiny
+    policy: Mapping[str, Any]
+    attention: str = "sdpa"
+    side: str = "left"
+    samples: Sequence[Sequence[Part]] = SAMPLES
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, the same for all checks of this case."""
+        return self.tiny.model(self.attention)
+
+    @cached_property
+    def drawn(self) -> tuple[dict[str, Any], list[list[Picture]]]:
+        """Inputs of the batch, and the pictures of each sample."""
+        return self.tiny.prompt(self.samples, side=self.side)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """A fresh mapping of the batch's inputs."""
+        return dict(self.drawn[0])
+
+    @property
+    def real(self) -> Tensor:
+        """Tokens that are no padding, (batch, tokens) boolean."""
+        mask: Tensor = self.drawn[0]["attention_mask"]
+        return mask.bool()
+
+    def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
+        """Attach the case's policy, or another one."""
+        return attach(self.model, policy or self.policy, adapter=self.adapter)
+
+    def single(self, sample: int) -> dict[str, Any]:
+        """Inputs of one sample alone, without padding."""
+        row = self.drawn[0]["input_ids"][sample, self.real[sample]].tolist()
+        return self.tiny.collate([row], [self.drawn[1][sample]], self.side)
+
+    def with_samples(self, samples: Sequence[Sequence[Part]]) -> Case:
+        """The same on another batch."""
+        return replace(self, samples=samples)
+
+    def broken(self, guarantee: str, what: str) -> BrokenGuarantee:
+        """The error for a guarantee of this case."""
+        return BrokenGuarantee(f"{self.name}: guarantee {guarantee} is broken: {what}")
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; infinite where values are not finite."""
+    if not bool(torch.isfinite(value).all()):
+        return float("inf")
+    return float((value - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-30))
+
+
+@contextmanager
+def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
+    """Collects the hidden states that each decoder layer really gets."""
+    seen: list[Tensor] = []
+    layers = case.adapter(case.model).text._modules["layers"]
+    handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def text_embeddings(case: Case) -> Iterator[list[Tensor]]:
+    """Collects the embeddings (batch, tokens, dim) that the text decoder gets."""
+    seen: list[Tensor] = []
+    handle = case.adapter(case.model).text.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"].detach()), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,95 @@
+"""What an adapter says of a prompt, against what the prompt was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dropflow.errors import UnsupportedModel
+from dropflow.testing.case import BrokenGuarantee, Case
+from dropflow.testing.probes import Witness, policy, use
+from dropflow.testing.tiny import IMAGE, VIDEO, Picture
+from dropflow.views import View
+
+TOKENS, OWNER, GRID = "token ids", "image owner", "grid"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a prompt was made of."""
+
+    owner: Tensor
+    """(batch, tokens): number of the image whose patch a token is; -1 for all other tokens."""
+    grids: Sequence[tuple[int, int] | None]
+    """Of every image, those of pictures in front of those of videos, as features are encoded."""
+
+
+def truth(case: Case) -> Truth:
+    """Number the patches of the case's pictures."""
+    ids, shown = case.inputs["input_ids"], case.drawn[1]
+    owner, grids, first = torch.full_like(ids, -1), [], 0
+    for token in (IMAGE, VIDEO):
+        for sample, pictures in enumerate(shown):
+            places = iter((ids[sample] == token).nonzero()[:, 0].tolist())
+            for view in _views(pictures, token):
+                own = [next(places) for _ in range(view.tokens)]
+                owner[sample, torch.tensor(own)[~view.extra(ids.device)]] = first
+                grids.append(view.grid)
+                first += 1
+    return Truth(owner, grids)
+
+
+def _views(pictures: Sequence[Picture], token: int) -> list[View]:
+    return [view for picture in pictures if token in picture.ids for view in picture.views]
+
+
+@torch.no_grad()
+def check_facts(case: Case) -> None:
+    """Which tokens are visual, which image each belongs to, and the grid of each image are as the prompt was made.
+
+    Raises `BrokenGuarantee` naming the fact and the part of the adapter that states it.
+    """
+    expected, witness = truth(case), None
+    try:
+        with case.attach(policy(look=use(Witness))) as flow:
+            witness = cast(Witness, flow.plan.stages[0][1])
+            case.model(**case.inputs)
+    except UnsupportedModel as refusal:
+        raise _wrong(case, TOKENS, str(refusal), "`modalities`, `visual_ids` or `views`") from refusal
+    got = torch.full_like(expected.owner, -1) if witness.images is None else witness.images
+    _check_tokens(case, got, expected.owner)
+    _check_owner(case, got, expected.owner)
+    for image, (said, true) in enumerate(zip(witness.grids, expected.grids, strict=True)):
+        if said != true:
+            raise _wrong(case, GRID, f"image {image} has the grid {true}, the adapter says {said}", "`grid` or `views`")
+
+
+def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:
+    wrong = (got >= 0) != (expected >= 0)
+    if bool(wrong.any()):
+        sample, token = wrong.nonzero()[0].tolist()
+        number = int(case.inputs["input_ids"][sample, token])
+        said, true = ("no patch", "a patch") if expected[sample, token] >= 0 else ("a patch", "no patch")
+        what = f"token {token} of sample {sample} (id {number}) is {true} of an image, the adapter says it is {said}"
+        raise _wrong(case, TOKENS, what, "`modalities`, `visual_ids`, or the extra rows in `views`")
+
+
+def _check_owner(case: Case, got: Tensor, expected: Tensor) -> None:
+    names: dict[int, int] = {}
+    for sample, token in (expected >= 0).nonzero().tolist():
+        own, true = int(got[sample, token]), int(expected[sample, token])
+        if names.setdefault(true, own) != own or list(names.values()).count(own) > 1:
+            what = (
+                f"token {token} of sample {sample} is a patch of image {true}, but the adapter gives it to an image "
+                f"with other patches; it tells {len(set(got[got >= 0].tolist()))} images apart, the prompt has "
+                f"{len(set(expected[expected >= 0].tolist()))}"
+            )
+            raise _wrong(case, OWNER, what, "`views` or `tokens_per_image`")
+
+
+def _wrong(case: Case, fact: str, what: str, where: str) -> BrokenGuarantee:
+    return BrokenGuarantee(f"{case.name}: the fact '{fact}' is wrong: {what}; see {where} of {case.adapter.__name__}")

@@ -1,0 +1,288 @@
+"""The engine's five guarantees, each a check that raises `BrokenGuarantee` saying what broke, where, by how much.
+
+Every check returns the largest relative error it saw (0 where it compares bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
+from dropflow.flow import Flow
+from dropflow.testing.case import BUDGET, Case, layer_inputs, relative_error, text_embeddings
+from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.probes import EVERYTHING
+
+NO_OP = "1 (no-op identity)"
+MASK = "2 (drop = mask)"
+BATCH = "3 (batch invariance)"
+ISOLATION = "4 (isolation)"
+REFUSAL = "5 (loud refusal)"
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+
+
+def labelled(case: Case) -> dict[str, Any]:
+    """The batch with the last two tokens of every sample as the answer."""
+    inputs = case.inputs
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, real in enumerate(case.real):
+        answer = real.nonzero()[-2:, 0]
+        labels[row, answer] = inputs["input_ids"][row, answer]
+    return inputs | {"labels": labels}
+
+
+@torch.no_grad()
+def check_no_op(case: Case) -> float:
+    """Guarantee 1: keeping everything gives bit-identical logits, loss and tokens; so does a prompt without images."""
+    text = case.with_samples([(4,), (7,)])
+    runs: list[list[Tensor]] = []
+    for attached in (False, True):
+        flow = case.attach(EVERYTHING) if attached else None
+        model = case.model
+        found = [model(**case.inputs).logits, model(**labelled(case)).loss, model.generate(**case.inputs, **BUDGET)]
+        if flow is not None:
+            flow.detach()
+            flow = case.attach()
+        runs.append([*found, model(**text.inputs).logits])
+        if flow is not None:
+            flow.detach()
+    told = ("logits", "loss", "generated tokens", "logits of a prompt without images")
+    for what, plain, flowing in zip(told, *runs, strict=True):
+        if not torch.equal(plain, flowing):
+            by = relative_error(flowing.float(), plain.float())
+            raise case.broken(
+                NO_OP, f"{what} differ from the plain model's by {by:.1e} (relative), expected bits equal"
+            )
+    return 0.0
+
+
+def check_drop_is_mask(case: Case) -> float:
+    """Guarantee 2: prefill, decoding, loss and gradients equal those of a full run with dropped tokens masked out."""
+    worst = max(_check_prefill(case), _check_training(case))
+    _check_decoding(case)
+    return worst
+
+
+@torch.no_grad()
+def _check_prefill(case: Case) -> float:
+    real = case.real
+    with case.attach() as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
+        logits, encodes = case.model(**case.inputs).logits, flow.plan.encode_at
+        live = flow.live()
+    with MaskedOracle(case.model, live, case.adapter, embeds=embeds[0] if encodes else None) as oracle:
+        expected = case.model(**case.inputs, use_cache=False).logits
+    worst, compacted = 0.0, False
+    for layer, states in enumerate(got):
+        compacted = compacted or not torch.equal(live[layer], real)
+        for sample, own in enumerate(live[layer]):
+            slots = states[sample][-int(own.sum()) :] if compacted else states[sample][own]
+            error = relative_error(slots, oracle.hidden[layer][sample][own])
+            if not error < TOLERANCE:
+                raise case.broken(
+                    MASK,
+                    f"in front of layer {layer}, sample {sample}, the states of live tokens differ from the masked "
+                    f"run's by {error:.1e} (relative), allowed {TOLERANCE:.0e}",
+                )
+            worst = max(worst, error)
+    error = relative_error(logits[real], expected[real])
+    if not error < TOLERANCE:
+        raise case.broken(MASK, f"logits differ from the masked run's by {error:.1e}, allowed {TOLERANCE:.0e}")
+    return max(worst, error)
+
+
+def _held(case: Case, tokens: int) -> Tensor:
+    """Tokens of the prompt that each layer's cache holds behind the prefill, (layers, batch, tokens) boolean."""
+    cache = DynamicCache()
+    with case.attach():
+        case.model(**case.inputs, past_key_values=cache)
+    held = torch.zeros(len(cache.layers), len(case.samples), tokens, dtype=torch.bool)
+    for number, layer in enumerate(cache.layers):
+        index = layer.known()
+        valid = torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
+        held[number].scatter_(1, index.logical, valid)
+    return held
+
+
+@torch.no_grad()
+def _check_decoding(case: Case) -> None:
+    left = Case(case.name, case.adapter, case.tiny, case.policy, case.attention, "left", case.samples)
+    model = left.model
+    with left.attach() as flow, text_embeddings(left) as embeds:
+        tokens = model.generate(**left.inputs, **BUDGET)
+        live, encodes = flow.live(), flow.plan.encode_at
+        evicting = flow.plan.hooks.implementers("decode_cache")
+    if evicts_while_decoding(flow):
+        return  # the kit notes it on the cell
+    held = _held(left, live.shape[2]) if evicting else None
+    with MaskedOracle(model, live, left.adapter, embeds=embeds[0] if encodes else None, held=held):
+        expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
+    if not torch.equal(tokens, expected):
+        step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
+        raise left.broken(MASK, f"from decode step {step} on, other tokens are generated than by the masked run")
+
+
+def evicts_while_decoding(flow: Flow) -> bool:
+    """Whether entries go at decode steps, by what was generated, so that no one mask describes a run."""
+    return any(stage.decode_every for _, stage in flow.plan.hooks.implementers("decode_cache"))
+
+
+def _check_training(case: Case) -> float:
+    model, inputs = case.model.train(), labelled(case)
+    try:
+        with case.attach() as flow, text_embeddings(case) as embeds:
+            loss = model(**inputs).loss
+            live, encodes = flow.live(), flow.plan.encode_at
+            loss.backward()
+        got = _gradients(model)
+        with MaskedOracle(model, live, case.adapter, embeds=embeds[0] if encodes else None):
+            expected_loss = model(**inputs, use_cache=False).loss
+            expected_loss.backward()
+        expected = _gradients(model)
+    finally:
+        model.eval()
+    worst = relative_error(loss[None], expected_loss[None])
+    if not worst < TOLERANCE:
+        raise case.broken(MASK, f"the loss differs from the masked run's by {worst:.1e}, allowed {TOLERANCE:.0e}")
+    for name, gradient in expected.items():
+        if encodes and "layers" not in name:
+            continue  # replaced embeddings cut the masked run off from what made them
+        scale = float(gradient.abs().max())
+        error = float((got[name] - gradient).abs().max()) / scale if scale > 1e-6 else 0.0
+        if not error < GRADIENT_TOLERANCE:
+            raise case.broken(
+                MASK,
+                f"the gradient of {name} differs from the masked run's by {error:.1e}, "
+                f"allowed {GRADIENT_TOLERANCE:.0e}",
+            )
+    return worst
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@torch.no_grad()
+def check_batch_invariance(case: Case) -> float:
+    """Guarantee 3: every sample alone gives the keeps and logits it gives in the ragged batch."""
+    worst = 0.0
+    with case.attach() as flow:
+        together = case.model(**case.inputs).logits
+        live = flow.live()
+        for sample, own in enumerate(case.real):
+            logits = case.model(**case.single(sample)).logits[0]
+            error = relative_error(together[sample, own], logits)
+            if case.drawn[1][sample] and not torch.equal(flow.live()[:, 0], live[:, sample, own]):
+                layer = int((flow.live()[:, 0] != live[:, sample, own]).any(1).nonzero()[0])
+                raise case.broken(
+                    BATCH, f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on"
+                )
+            if not error < TOLERANCE:
+                raise case.broken(
+                    BATCH,
+                    f"logits of sample {sample} alone and in the batch differ by {error:.1e}, allowed {TOLERANCE:.0e}",
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def fingerprint(model: Any) -> list[Any]:
+    """Everything attaching could leave behind: hooks, instance attributes, parameters."""
+    state: list[Any] = [list(model.state_dict())]
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        state.append((name, *map(len, hooks), sorted(k for k in module.__dict__ if not k.startswith("_"))))
+    return state
+
+
+@torch.no_grad()
+def check_isolation(case: Case) -> float:
+    """Guarantee 4: nothing is left behind by a detached flow or by a forward that was aborted."""
+    model = case.model
+    plain, before = model(**case.inputs).logits, fingerprint(model)
+    with case.attach():
+        flowing = model(**case.inputs).logits
+        with _failing(case), _expected(RuntimeError("aborted")):
+            model(**case.inputs)
+        if not torch.equal(model(**case.inputs).logits, flowing):
+            raise case.broken(ISOLATION, "an aborted forward changes the logits of the next one")
+    left = [own for own, was in zip(fingerprint(model), before, strict=True) if own != was]
+    if left:
+        raise case.broken(ISOLATION, f"detaching leaves hooks or attributes on {[entry[0] for entry in left]}")
+    if not torch.equal(model(**case.inputs).logits, plain):
+        raise case.broken(ISOLATION, "logits behind detaching are not the plain model's")
+    return 0.0
+
+
+@contextmanager
+def _failing(case: Case) -> Iterator[None]:
+    """The fourth decoder layer raises."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("aborted")
+
+    layer = case.adapter(case.model).text._modules["layers"][3]
+    handle = layer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _expected(error: Exception) -> Iterator[None]:
+    try:
+        yield
+    except type(error) as got:
+        if str(got) != str(error):
+            raise
+
+
+@torch.no_grad()
+def check_refusals(case: Case) -> float:
+    """Guarantee 5: what cannot be right raises before any decoder layer runs, and the model works afterwards."""
+    model, text = case.model, case.adapter(case.model).text
+    static = StaticCache(text.config, max_cache_len=256)
+    without = {k: v for k, v in case.inputs.items() if k in ("input_ids", "attention_mask")}
+    asks: tuple[tuple[str, dict[str, Any], type[DropflowError]], ...] = (
+        ("a static cache", case.inputs | {"past_key_values": static}, UnsupportedModel),
+        ("output_hidden_states", case.inputs | {"output_hidden_states": True}, UnsupportedCall),
+        ("placeholders without an image", without, MissingImage),
+    )
+    with case.attach():
+        flowing = model(**case.inputs).logits
+        for what, inputs, error in asks:
+            with layer_inputs(case) as ran:
+                message = _refused(lambda inputs=inputs: model(**inputs), error)  # type: ignore[misc]
+            if message is None:
+                raise case.broken(REFUSAL, f"{what} is not refused with {error.__name__}")
+            if ran:
+                raise case.broken(REFUSAL, f"{what} is refused only after {len(ran)} layers have run")
+            if not torch.equal(model(**case.inputs).logits, flowing):
+                raise case.broken(REFUSAL, f"after {what} was refused, the model gives other logits")
+    return 0.0
+
+
+def _refused(run: Callable[[], Any], error: type[DropflowError]) -> str | None:
+    try:
+        run()
+    except error as refusal:
+        return str(refusal)
+    return None
+
+
+CHECKS: dict[str, Callable[[Case], float]] = {
+    NO_OP: check_no_op,
+    MASK: check_drop_is_mask,
+    BATCH: check_batch_invariance,
+    ISOLATION: check_isolation,
+    REFUSAL: check_refusals,
+}
+"""Guarantee -> its check."""

@@ -1,0 +1,116 @@
+"""The conformance kit: every guarantee for a stage on every family, or for an adapter under every kind of policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dropflow import registry
+from dropflow.backbone import Backbone
+from dropflow.errors import PolicyError, UnsupportedModel
+from dropflow.policy_file import load_policy
+from dropflow.stage import Stage
+from dropflow.testing.case import BrokenGuarantee, Case
+from dropflow.testing.facts import check_facts
+from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
+from dropflow.testing.probes import RAGGED, WINDOW
+from dropflow.testing.tiny import SAMPLES, Part, Tiny, tiny_models
+
+VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
+"""A video, an image beside a video, and a sample without either."""
+UNCOMPARED = "generated tokens not compared: what it evicts while decoding depends on them"
+"""Note on a stage whose decode steps no single mask describes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The outcome of one stage on one adapter."""
+
+    stage: str
+    adapter: str
+    outcome: Literal["run", "refused", "failed"]
+    detail: str = ""
+    """Why it was refused, what broke, or what of a run could not be compared."""
+    error: float = 0.0
+    """Largest relative error against the masked run."""
+
+
+def run_cell(stage: str, entry: Mapping[str, Any], adapter: str, family: type[Backbone], tiny: Tiny) -> Cell:
+    """All guarantees for a policy of one stage (`entry`, with its options) on one family."""
+    name = f"{stage} x {adapter}"
+    case = Case(name, family, tiny, {"name": name, "stages": {"stage": entry}})
+    try:
+        load_policy(case.policy)
+    except PolicyError as fault:
+        return Cell(stage, adapter, "failed", f"{name}: options of the stage, see its `example`: {fault}")
+    try:
+        with case.attach() as flow:
+            note = UNCOMPARED if evicts_while_decoding(flow) else ""
+    except (PolicyError, UnsupportedModel) as refusal:
+        return Cell(stage, adapter, "refused", str(refusal))
+    try:
+        worst = max(check(case) for check in CHECKS.values())
+    except BrokenGuarantee as broken:
+        return Cell(stage, adapter, "failed", str(broken))
+    return Cell(stage, adapter, "run", note, worst)
+
+
+def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """Name of a stage, and a policy entry for it: with `options`, or else with the stage's `example`."""
+    kind: type[Stage[Any]] = registry.load(registry.STAGES, stage) if isinstance(stage, str) else stage
+    name = stage if isinstance(stage, str) else stage.__name__
+    return name, {"use": stage, **(kind.example if options is None else options)}
+
+
+def assert_stage_conforms(
+    stage: str | type[Stage[Any]],
+    options: Mapping[str, Any] | None = None,
+    models: Mapping[str, tuple[type[Backbone], Tiny]] | None = None,
+) -> list[Cell]:
+    """Check the five guarantees for a stage on every family (`models`, by default `tiny_models()`).
+
+    `options` are those of the stage, by default its `example`. Families that lack a fact the stage needs refuse it;
+    the cells returned say so. Raises `BrokenGuarantee` with all that broke, or when every family refused.
+    """
+    name, entry = stage_entry(stage, options)
+    families = tiny_models() if models is None else models
+    cells = [run_cell(name, entry, adapter, family, tiny) for adapter, (family, tiny) in families.items()]
+    failed = [cell.detail for cell in cells if cell.outcome == "failed"]
+    if failed:
+        raise BrokenGuarantee("\n".join(failed))
+    if all(cell.outcome == "refused" for cell in cells):
+        raise BrokenGuarantee(f"{name}: every family refused it, so nothing was proven: {cells[0].detail}")
+    return cells
+
+
+def assert_backbone_conforms(
+    adapter: str | type[Backbone],
+    tiny_model_factory: Callable[[], Tiny | None] | None = None,
+    *,
+    attention: str = "sdpa",
+    side: str = "left",
+) -> float:
+    """Check the facts an adapter states and the five guarantees under it; returns the largest relative error.
+
+    `tiny_model_factory` gives the family in miniature, by default the adapter's own `tiny`. Images and, where the
+    family has them, videos are shown; tokens enter late, are ranked, dropped from the features, protected, and leave
+    early.
+    Raises `BrokenGuarantee` for the first fact or guarantee that does not hold.
+    """
+    family: type[Backbone] = registry.load(registry.ADAPTERS, adapter) if isinstance(adapter, str) else adapter
+    name = adapter if isinstance(adapter, str) else adapter.__name__
+    tiny = (tiny_model_factory or family.tiny)()
+    if tiny is None:
+        raise BrokenGuarantee(f"{name}: has no `tiny`; pass a `tiny_model_factory`")
+    batches = [SAMPLES, *([VIDEO_SAMPLES] if "video" in tiny.pictures else [])]
+    worst = 0.0
+    for samples in batches:
+        told = "images" if samples is SAMPLES else "videos"
+        check_facts(Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples))
+    for kind, policy in (("window", WINDOW), ("ragged", RAGGED)):
+        for samples in batches:
+            told = "images" if samples is SAMPLES else "videos"
+            case = Case(f"{name} ({told}, {kind} policy)", family, tiny, policy, attention, side, samples)
+            worst = max(worst, *(check(case) for check in CHECKS.values()))
+    return worst

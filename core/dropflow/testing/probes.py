@@ -1,0 +1,121 @@
+"""Stages of the conformance kit: together they use every way in which tokens can come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropflow.hooks import hookimpl
+from dropflow.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
+from dropflow.selection import keep_top
+from dropflow.stage import Stage
+from dropflow.units import Budget
+
+
+class Enter(Stage[Any]):
+    """Vision enters at boundary 1."""
+
+    @hookimpl
+    def inject(self, call: WindowCall) -> int:  # noqa: ARG002
+        """Boundary 1."""
+        return 1
+
+
+class Leave(Stage[Any]):
+    """Vision is gone from the last layer on."""
+
+    @hookimpl
+    def exit(self, call: WindowCall) -> int:
+        """The boundary in front of the last layer."""
+        return call.backbone.shape.layers - 1
+
+
+class Ranked(Stage[Any]):
+    """Of every image, the patches that the prompt's last token attends to most stay: a half, then a third of that."""
+
+    shares: tuple[float, ...] = (0.5, 0.17)
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """Two boundaries in the middle."""
+        depth = self.context.scale.target.layers
+        return (depth // 3, depth * 2 // 3)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Keep the best-ranked patches of each image."""
+        rows = call.attention_rows(call.boundary, call.queries).mean(1)
+        weight = call.query_valid.to(rows.dtype)[:, :, None]
+        scores = (rows * weight).sum(1)[:, -call.index.shape[1] :]
+        budget = Budget(share=self.shares[self.prune_at.index(call.boundary)])
+        return Keep(keep_top(scores, call.image, [budget.of(size) for size in call.image_sizes]), scores)
+
+
+class KeepAll(Ranked):
+    """Ranks everything and drops nothing, in the vision encoder's output and in the decoder."""
+
+    shares = (1.0, 1.0)
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Every row stays."""
+        return Encode(keep=tuple(torch.ones_like(places, dtype=torch.bool) for places in call.places))
+
+
+class EveryThird(Stage[Any]):
+    """Of every image, each third row of the features goes before the decoder sees it; the first row is protected."""
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Drop and protect by place."""
+        keep = tuple(places % 3 != 1 for places in call.places)
+        kept = (places[own] for places, own in zip(call.places, keep, strict=True))
+        return Encode(keep=keep, protect=tuple(places == 0 for places in kept))
+
+
+class Witness(Stage[Any]):
+    """Notes what the engine tells stages about the images, and decides nothing."""
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.grids: list[tuple[int, int] | None] = []
+        self.sizes: list[int] = []
+        self.images: Tensor | None = None
+        self.index: Tensor | None = None
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """The first boundary."""
+        return (0,)
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> None:
+        """Note grid and rows of each image."""
+        self.grids += call.grids
+        self.sizes += [len(places) for places in call.places]
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> None:
+        """Note whose patch each token is."""
+        self.images, self.index = call.image, call.index
+
+
+def policy(**stages: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy of these stages."""
+    return {"name": "conformance", "stages": stages}
+
+
+def use(stage: type[Stage[Any]]) -> dict[str, Any]:
+    """A policy entry."""
+    return {"use": stage}
+
+
+WINDOW = policy(enter=use(Enter), rank=use(Ranked), leave=use(Leave))
+"""Late entry, two prunings, early exit."""
+RAGGED = policy(encode=use(EveryThird), rank=use(Ranked))
+"""Rows dropped from the features and in the decoder: samples of a batch hold different numbers of tokens."""
+EVERYTHING = policy(keep=use(KeepAll))
+"""Armed everywhere, and nothing is dropped."""

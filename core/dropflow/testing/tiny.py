@@ -1,0 +1,149 @@
+"""Tiny random models and prompts for them: what a family has to give for the conformance kit to run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dropflow.backbone import Backbone
+from dropflow.registry import ADAPTERS, load, names
+from dropflow.views import View
+
+PAD, BOS, EOS, START, END, VIDEO, IMAGE = 0, 1, 2, 90, 91, 97, 98
+"""Token ids of the tiny vocabulary; 3..89 are words, `START` and `END` may enclose an image."""
+VOCABULARY = 99
+TEXT: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+"""Sizes of a tiny text decoder, as most configs call them."""
+VISION: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+"""Sizes of a tiny vision encoder, as most configs call them."""
+Part = int | Literal["I", "V"]
+"""A run of that many text tokens, an image, or a video."""
+SAMPLES: Sequence[Sequence[Part]] = ((3, "I", 5), (1, "I", 2, "I", 9), (4,))
+"""Ragged lengths; one image, two images, and a sample without any."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one image or video adds to a prompt, and what an adapter must find out about it."""
+
+    ids: Sequence[int]
+    """Its token ids, with those that enclose or divide it."""
+    arguments: Mapping[str, Tensor]
+    """Arguments of the model; those of all pictures are joined along their first dimension."""
+    views: Sequence[View]
+    """The images in it, with the grids they really have (`None` where an adapter cannot know)."""
+
+
+MakePicture = Callable[[int, torch.Generator], Picture]
+"""Makes the picture of a number (0, 1, ...), so that sizes can differ from one to the next."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family in miniature."""
+
+    build: Callable[[], Any]
+    """Makes the model from config classes; its weights are replaced by seeded ones."""
+    pictures: Mapping[str, MakePicture]
+    """Modality (`image`, `video`) -> its pictures."""
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda inputs: inputs)
+    """Adds what the processor would, such as token types, to the inputs."""
+
+    def model(self, attention: str = "sdpa", seed: int = 0) -> Any:
+        """The model with weights large enough for attention to be uneven, in evaluation mode."""
+        torch.manual_seed(seed)
+        model = self.build().eval()
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1:
+                    fan_in = weight.shape[-1] if weight.dim() == 2 else weight[0].numel()
+                    weight.normal_(0, 0.3 if "embed_tokens" in name else 1.2 * fan_in**-0.5)
+        model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would write placeholders of its own
+        return model
+
+    def prompt(
+        self, samples: Sequence[Sequence[Part]] = SAMPLES, *, side: str = "left", seed: int = 1
+    ) -> tuple[dict[str, Any], list[list[Picture]]]:
+        """Inputs of a padded batch, and the pictures of every sample in order."""
+        dice, number = torch.Generator().manual_seed(seed), 0
+        rows: list[list[int]] = []
+        shown: list[list[Picture]] = []
+        for parts in samples:
+            row, own = [BOS], []
+            for part in parts:
+                if isinstance(part, int):
+                    row += torch.randint(3, START, (part,), generator=dice).tolist()
+                else:
+                    own.append(self.pictures["video" if part == "V" else "image"](number, dice))
+                    row += own[-1].ids
+                    number += 1
+            rows.append(row)
+            shown.append(own)
+        return self.collate(rows, shown, side), shown
+
+    def collate(self, rows: Sequence[list[int]], shown: Sequence[Sequence[Picture]], side: str) -> dict[str, Any]:
+        """Pad token ids and join the pictures' arguments."""
+        longest = max(map(len, rows))
+        pads = [[PAD] * (longest - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])
+        real = [
+            [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+            for r, p in zip(rows, pads, strict=True)
+        ]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.tensor(real)}
+        arguments: dict[str, list[Tensor]] = {}
+        for picture in (picture for own in shown for picture in own):
+            for name, value in picture.arguments.items():
+                arguments.setdefault(name, []).append(value)
+        return self.finish(inputs | {name: torch.cat(values) for name, values in arguments.items()})
+
+
+def pixels(dice: torch.Generator, *shape: int) -> Tensor:
+    """Random pixel values."""
+    return torch.randn(*shape, generator=dice)
+
+
+def square_pictures(size: int, tokens: int, *, enclosed: bool = True, gridded: bool = True) -> MakePicture:
+    """Pictures of size x size pixels that become `tokens` placeholders each."""
+    side = int(tokens**0.5)
+
+    def make(_: int, dice: torch.Generator) -> Picture:
+        ids = [IMAGE] * tokens
+        view = View(tokens, (side, side) if gridded else None)
+        return Picture(
+            [START, *ids, END] if enclosed else ids, {"pixel_values": pixels(dice, 1, 3, size, size)}, [view]
+        )
+
+    return make
+
+
+def tiny_models() -> dict[str, tuple[type[Backbone], Tiny]]:
+    """Adapter name -> its class and tiny family, for every registered adapter that gives one (no network is used)."""
+    found: dict[str, tuple[type[Backbone], Tiny]] = {}
+    for name in names(ADAPTERS):
+        adapter: type[Backbone] = load(ADAPTERS, name)
+        tiny = adapter.tiny()
+        if tiny is not None:
+            found[name] = (adapter, tiny)
+    return found

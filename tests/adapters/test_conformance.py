@@ -1,0 +1,80 @@
+"""The contract: the conformance kit over every stage x every adapter, and over families nobody wrote an adapter for."""
+
+from __future__ import annotations
+
+import pytest
+from unseen import UNSEEN
+
+from dropflow import Backbone, registry
+from dropflow.testing import (
+    BrokenGuarantee,
+    Cell,
+    Tiny,
+    assert_backbone_conforms,
+    assert_stage_conforms,
+    run_cell,
+    stage_entry,
+    tiny_models,
+)
+from dropflow.testing.probes import EveryThird, KeepAll
+from dropflow_adapters.auto import Auto
+
+FAMILIES: dict[str, tuple[type[Backbone], Tiny]] = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
+STAGES = registry.names(registry.STAGES)
+ALONE = "all kinds of stages"
+
+
+@pytest.mark.parametrize("adapter", FAMILIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_keeps_the_guarantees_on_every_family(stage: str, adapter: str, cells: list[Cell]) -> None:
+    cell = run_cell(*stage_entry(stage), adapter, *FAMILIES[adapter])
+    cells.append(cell)
+    assert cell.outcome != "failed", cell.detail
+    assert cell.outcome == "run" or (cell.detail and adapter != "llava"), "LLaVA has every fact a stage may need"
+
+
+@pytest.mark.parametrize("adapter", FAMILIES)
+def test_every_adapter_keeps_the_guarantees_under_all_kinds_of_stages(adapter: str, cells: list[Cell]) -> None:
+    family, tiny = FAMILIES[adapter]
+    try:
+        error = assert_backbone_conforms(family, lambda: tiny)
+    except BrokenGuarantee as broken:
+        cells.append(Cell(ALONE, adapter, "failed", str(broken)))
+        raise
+    cells.append(Cell(ALONE, adapter, "run", error=error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("adapter", FAMILIES)
+def test_with_either_attention_and_padding_on_either_side(adapter: str, side: str, attention: str) -> None:
+    family, tiny = FAMILIES[adapter]
+    assert assert_backbone_conforms(family, lambda: tiny, attention=attention, side=side) < 1e-5
+
+
+def test_every_shipped_adapter_but_auto_brings_a_tiny_model() -> None:
+    assert set(tiny_models()) == set(registry.names(registry.ADAPTERS)) - {"auto"}
+    assert len(tiny_models()) >= 14
+
+
+def test_a_stage_of_ones_own_runs_on_the_given_families() -> None:
+    models = {name: FAMILIES[name] for name in ("llava", "qwen3_vl")}
+    cells = assert_stage_conforms(EveryThird, models=models)
+    assert [(cell.adapter, cell.outcome) for cell in cells] == [("llava", "run"), ("qwen3_vl", "run")]
+    assert all(0 < cell.error < 1e-5 for cell in cells)
+
+
+def test_a_stage_that_no_family_can_run_is_not_passed() -> None:
+    class NeedsCls(KeepAll):
+        needs = frozenset({"cls"})
+
+    with pytest.raises(BrokenGuarantee, match=r"NeedsCls: every family refused it.*needs cls.*Qwen3VL cannot give"):
+        assert_stage_conforms(NeedsCls, models={"qwen3_vl": FAMILIES["qwen3_vl"]})
+
+
+def test_a_stage_without_usable_example_options_fails_instead_of_being_refused() -> None:
+    with pytest.raises(
+        BrokenGuarantee, match=r"early-exit x llava: options of the stage, see its `example`.*at: field"
+    ):
+        assert_stage_conforms("hidrop/early-exit", options={}, models={"llava": FAMILIES["llava"]})
