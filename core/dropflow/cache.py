@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -86,13 +85,12 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
             return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
         return self.index.upto(self.length)
 
-    def evict(self, keep: Bool[Tensor, "batch entries"]) -> None:
-        """Drop the entries where `keep` is false; ragged remainders are padded on the left."""
-        kept = LiveSet.of(keep)
+    def evict(self, kept: LiveSet, index: KeyIndex) -> None:
+        """Hold only the entries in the slots of `kept`, a live set over entries; `index` says what they are."""
         order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
-        self.index = self.known().compacted(kept)
+        self.index = index
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
 
     def get_seq_length(self) -> int:

@@ -113,10 +113,15 @@ def decide_cache(
         for number, notes in answer.memory.items():
             _check_entries(notes, None, number, views, name)
             cache.layers[number].remember(name, notes)
+        made: dict[tuple[int, int], tuple[LiveSet, KeyIndex]] = {}
         for number, keep in answer.keep.items():
             _check_entries(keep, torch.bool, number, views, name)
-            view = views[number]
-            cache.layers[number].evict((keep | (view.image < 0) | view.protected) & view.valid)
+            view, layer = views[number], cache.layers[number]
+            same = (id(view.index), id(keep))  # layers that held the same and keep the same go on sharing their index
+            if same not in made:
+                kept = LiveSet.of((keep | (view.image < 0) | view.protected) & view.valid)
+                made[same] = (kept, layer.known().compacted(kept))
+            layer.evict(*made[same])
 
 
 def _check_entries(

@@ -96,19 +96,24 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
 
 def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` to before `last`: the entries of tokens that layer `last` holds, too."""
+    """For each layer from `first` on that holds more than layer `last`: the entries of tokens that `last` holds, too."""
     final = layers[last]
     length = 1 + max(int(view.index.max()) for view in layers[first : last + 1])
     held = torch.zeros(len(final.index), length + 1, dtype=torch.bool, device=final.index.device)
     held.scatter_(1, final.index.masked_fill(~final.valid, length), True)  # padding goes to a column nobody reads
-    return {view.layer: held.gather(1, view.index) for view in layers[first:last]}
+    keeps: dict[int, Tensor] = {}  # one for all layers that hold the same, so that the engine treats them as one
+    reduced = [view for view in layers[first:last] if view.index is not final.index]
+    for view in reduced:
+        if id(view.index) not in keeps:
+            keeps[id(view.index)] = held.gather(1, view.index)
+    return {view.layer: keeps[id(view.index)] for view in reduced}
 
 
 def attended(call: CacheCall, view: CacheView) -> Float[Tensor, "batch keys"]:
     """The most attention, mean over heads, that any token generated so far has given to each entry of a layer."""
     rows = torch.arange(call.tokens, device=view.index.device).expand(len(view.index), -1)
     with torch.no_grad():
-        now = call.attention_rows(view.layer, rows).mean(1).amax(1)
+        now = call.attention_rows(view.layer, rows).mean(1).amax(1).to(view.index.device)
     return now if view.memory is None else torch.maximum(view.memory, now)
 
 

@@ -28,6 +28,8 @@ def test_layers_from_the_boundary_on_hold_the_final_survivors_of_any_method(llav
             llava(**inputs, past_key_values=caches[name])
             live = flow.live()
     longest = int(live[-1].sum(1).max())
+    indices = [layer.index for layer in caches["reduced"].layers]
+    assert [indices[a] is indices[a + 1] for a in range(5)] == [False, False, True, False, True]
     assert [layer.keys.shape[2] for layer in caches["reduced"].layers] == [inputs["input_ids"].shape[1], *[longest] * 5]
     for number in range(1, 6):
         before, after = caches["full"].layers[number], caches["reduced"].layers[number]
