@@ -36,7 +36,7 @@ class View:
     @property
     def has_extra(self) -> bool:
         """Whether some rows are no patches."""
-        return bool(self.head or self.line_ends or self.tail)
+        return self.tokens > 0 and bool(self.head or self.line_ends or self.tail)
 
     @property
     def patches(self) -> int:
