@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 
-from dropflow import Backbone
+from dropflow import Backbone, VisionEncoder
 from dropflow.backbone import square
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
 
 class PaliGemma(Backbone):
     """`PaliGemmaForConditionalGeneration`; every image has the same number of tokens."""
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The tower's encoder: each patch is projected on its own, and there is no CLS row."""
+        encoder = self.core.vision_tower.encoder
+        return VisionEncoder(encoder, 0, False, self.model.config.vision_config.num_hidden_layers, 0)
 
     @property
     def tokens_per_image(self) -> int:

@@ -18,7 +18,8 @@ class View:
     """What counts as one image: a picture, a tile of a large picture, or a frame of a video.
 
     Its rows lie one after the other. Extra rows, such as newline tokens, are no patches: no stage sees them, and they
-    are kept exactly as long as a patch of their line is, which is the grid row they end, or else the whole image.
+    are kept exactly as long as a patch of their line is: the grid row they end, or else the whole image. (Where rows
+    are ended, those of `head` go with the first row and those of `tail` with the last.)
     """
 
     tokens: int
@@ -35,7 +36,7 @@ class View:
     @property
     def has_extra(self) -> bool:
         """Whether some rows are no patches."""
-        return bool(self.head or self.line_ends or self.tail)
+        return self.tokens > 0 and bool(self.head or self.line_ends or self.tail)
 
     @property
     def patches(self) -> int:

@@ -199,3 +199,34 @@ def test_features_encoded_elsewhere_are_told_apart_too() -> None:
         pytest.raises(UnsupportedCall, match="mm_encoder_outputs: encoded without the policy"),
     ):
         model(**inputs, **given)
+
+
+@pytest.mark.parametrize(("name", "most"), [("llava_next", None), ("llava_onevision", 9), ("llava_onevision", 2)])
+@torch.no_grad()
+def test_grids_of_tiles_follow_the_models_own_packing_at_any_image_size(name: str, most: int | None) -> None:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    family, tiny = FAMILIES[name]
+    model = tiny.model()
+    config = model.config
+    config.image_grid_pinpoints = [[24 * r, 24 * c] for r in range(1, 5) for c in range(1, 5)]
+    more: dict[str, Any] = {"vision_feature_select_strategy": "default"}
+    if most is not None:
+        config.vision_aspect_ratio = f"anyres_max_{most}"
+        more = {"vision_aspect_ratio": config.vision_aspect_ratio}
+    dice = torch.Generator().manual_seed(0)
+    grids = set()
+    for _ in range(60):
+        size = torch.randint(6, 120, (2,), generator=dice)
+        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, 24)
+        features = torch.randn(tiles, 16, 32, generator=dice)
+        # newlines are told from patches by their value
+        packed, _ = model.model.pack_image_features(
+            [features], size[None], image_newline=torch.full((32,), 77.0), **more
+        )
+        (views,) = family(model).views("image", [len(packed[0])], {"image_sizes": size[None]})
+        assert sum(view.tokens for view in views) == len(packed[0])
+        newline = torch.cat([view.extra(packed[0].device) for view in views])
+        assert torch.equal(newline, (packed[0] == 77.0).all(1))
+        grids.add(views[-1].grid)
+    assert len(grids) > 15

@@ -34,6 +34,7 @@ def test_extra_rows_and_their_lines(view: View, extra: list[int], line: list[int
 def test_extra_rows_stay_with_the_last_patch_of_their_line() -> None:
     keep = NEWLINES.keep_of(torch.tensor([0, 1, 0, 0, 0, 0], dtype=torch.bool))
     assert keep.int().tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert View(0, (0, 16), line_ends=True).keep_of(torch.zeros(0, dtype=torch.bool)).shape == (0,)
     assert CLS.keep_of(torch.zeros(4, dtype=torch.bool)).int().tolist() == [0] * 5
     assert ENDED.keep_of(torch.tensor([0, 0, 1, 0], dtype=torch.bool)).int().tolist() == [0, 0, 1, 0, 1]
 

@@ -14,7 +14,7 @@ from dropflow.stage import Stage
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.facts import check_facts
 from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
-from dropflow.testing.probes import RAGGED, WINDOW
+from dropflow.testing.probes import INSIDE, RAGGED, WINDOW
 from dropflow.testing.tiny import SAMPLES, Part, Tiny, tiny_models
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
@@ -108,7 +108,10 @@ def assert_backbone_conforms(
     for samples in batches:
         told = "images" if samples is SAMPLES else "videos"
         check_facts(Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples))
-    for kind, policy in (("window", WINDOW), ("ragged", RAGGED)):
+    kinds = {"window": WINDOW, "ragged": RAGGED}
+    if "vision_layers" in family(tiny.build()).facts():
+        kinds["inside the encoder"] = INSIDE
+    for kind, policy in kinds.items():
         for samples in batches:
             told = "images" if samples is SAMPLES else "videos"
             case = Case(f"{name} ({told}, {kind} policy)", family, tiny, policy, attention, side, samples)

@@ -76,6 +76,15 @@ class EveryThird(Stage[Any]):
         return Encode(keep=keep, protect=tuple(places == 0 for places in kept))
 
 
+class Inside(EveryThird):
+    """The same in front of the vision encoder's second layer."""
+
+    @property
+    def encode_at(self) -> tuple[int | None, ...]:
+        """Boundary 1 of the vision encoder."""
+        return (1,)
+
+
 class Witness(Stage[Any]):
     """Notes what the engine tells stages about the images, and decides nothing."""
 
@@ -117,5 +126,7 @@ WINDOW = policy(enter=use(Enter), rank=use(Ranked), leave=use(Leave))
 """Late entry, two prunings, early exit."""
 RAGGED = policy(encode=use(EveryThird), rank=use(Ranked))
 """Rows dropped from the features and in the decoder: samples of a batch hold different numbers of tokens."""
+INSIDE = policy(inside=use(Inside), rank=use(Ranked))
+"""The same with rows dropped inside the vision encoder, where the adapter says where its layers are."""
 EVERYTHING = policy(keep=use(KeepAll))
 """Armed everywhere, and nothing is dropped."""
