@@ -15,7 +15,17 @@ from dropflow.testing import MaskedOracle
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+MODES: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True}]
+
+
+def generate(model: Any, inputs: dict[str, Any], mode: dict[str, Any]) -> torch.Tensor:
+    """Tokens in one mode, with the same dice every time."""
+    torch.manual_seed(0)
+    tokens: torch.Tensor = model.generate(**inputs, **(BUDGET | mode))
+    return tokens
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["greedy", "beams", "sampling"])
 @pytest.mark.parametrize("which", [KEEP_ALL, policy()], ids=["keeps everything", "no stage"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
@@ -26,8 +36,7 @@ def test_a_policy_that_drops_nothing_is_bit_identical(
     runs = []
     for attached in (False, True):
         flow = dropflow.attach(llava, which) if attached else None
-        torch.manual_seed(0)
-        tokens = llava.generate(**prompt(), **(BUDGET | mode))
+        tokens = generate(llava, prompt(), mode)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         output = llava(**inputs)
         loss = llava(**inputs, labels=labels).loss
@@ -207,14 +216,12 @@ def test_flash_attention_contract_on_cpu() -> None:
         for which in (HIDROP, RAGGED):
             with dropflow.attach(model, which) as flow:
                 logits, live = model(**inputs).logits, flow.live()
-                tokens = model.generate(**inputs, **BUDGET)
-                beams = model.generate(**inputs, **(BUDGET | {"num_beams": 3}))
+                tokens = [generate(model, inputs, mode) for mode in MODES]
             with MaskedOracle(reference, live):
                 real = inputs["attention_mask"].bool()
                 assert relative_error(logits[real], reference(**inputs, use_cache=False).logits[real]) < 1e-5
-                assert torch.equal(tokens, reference.generate(**inputs, **BUDGET, use_cache=False))
-                expected = reference.generate(**inputs, **(BUDGET | {"num_beams": 3}), use_cache=False)
-            assert torch.equal(beams, expected)
+                expected = [generate(reference, inputs, mode | {"use_cache": False}) for mode in MODES]
+            assert all(torch.equal(got, wanted) for got, wanted in zip(tokens, expected, strict=True))
 
 
 @torch.no_grad()
