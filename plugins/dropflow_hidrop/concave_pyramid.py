@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -70,7 +71,9 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         scores = instruction_scores(call)
         budget = self._keeps[call.boundary]
         counts = [budget.of(size) for size in call.image_sizes]
-        keep = keep_top(scores, call.image, counts, keep_ties=self.options.select == "reference")
+        # tokens that stay in any case count against the budget, so that the schedule holds
+        ranking = scores.masked_fill(call.protected, torch.inf)
+        keep = keep_top(ranking, call.image, counts, keep_ties=self.options.select == "reference")
         unranked = ~call.query_valid.any(1, keepdim=True)
         return Keep(keep | unranked, scores)
 

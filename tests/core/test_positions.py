@@ -1,4 +1,4 @@
-"""`positions: compact`: renumbered after every drop, the same alone and in a batch, identical where nothing was dropped."""
+"""`positions: compact`: renumbered after every drop, alike alone and in a batch, identical where nothing is dropped."""
 
 from __future__ import annotations
 

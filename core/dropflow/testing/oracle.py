@@ -21,14 +21,20 @@ class MaskedOracle:
 
     `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens behind the prompt
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
-    A position whose token is not live at the end reads the last live token at or before it.
+    A position whose token is not live at the end reads the last live token at or before it. `later`, of the same shape,
+    says what tokens behind the prompt may see of it, where a cache stage has reduced more than the prefill did.
     """
 
     def __init__(
-        self, model: Any, live: Bool[Tensor, "layers batch tokens"], adapter: str | type[Backbone] | None = None
+        self,
+        model: Any,
+        live: Bool[Tensor, "layers batch tokens"],
+        adapter: str | type[Backbone] | None = None,
+        *,
+        later: Bool[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
-        self._live = live
+        self._live, self._later = live, later
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
         """Input of every layer in the last forward, each (batch, tokens, dim)."""
@@ -57,23 +63,24 @@ class MaskedOracle:
                 raise ValueError("the masked oracle runs without a cache; pass use_cache=False")
             if number == 0:
                 self._raw, self.hidden = hidden, []
-            live = self._of(number, hidden)
+            live = self._of(number, hidden, self._live)
             if number:
-                entering = live & ~self._of(number - 1, hidden)
+                entering = live & ~self._of(number - 1, hidden, self._live)
                 hidden = torch.where(entering[:, :, None], self._raw, hidden)
             self.hidden.append(hidden)
-            mask = self._mask(kwargs["attention_mask"], live, hidden)
+            later = None if self._later is None else self._of(number, hidden, self._later)
+            mask = self._mask(kwargs["attention_mask"], live, hidden, later)
             return (hidden, *args[1:]), kwargs | {"attention_mask": mask, "past_key_values": None, "use_cache": False}
 
         return before
 
-    def _of(self, number: int, hidden: Tensor) -> Bool[Tensor, "batch tokens"]:
-        """The live set of a layer for this forward: expanded over beams, all true behind the prompt."""
-        live = self._live[number].to(hidden.device)
+    def _of(self, number: int, hidden: Tensor, lives: Tensor) -> Bool[Tensor, "batch tokens"]:
+        """A layer's row of `lives` for this forward: expanded over beams, all true behind the prompt."""
+        live = lives[number].to(hidden.device)
         live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
         return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)
 
-    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor) -> Tensor:
+    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor, later: Tensor | None) -> Tensor:
         tokens = hidden.shape[1]
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]
@@ -81,7 +88,11 @@ class MaskedOracle:
             raise ValueError("the masked oracle needs 'sdpa' or 'eager' attention")
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         own = torch.eye(tokens, dtype=torch.bool, device=hidden.device)
-        seen = (seen & live[:, None, None, :]) | own
+        shown = live[:, None, None, :]
+        if later is not None:
+            behind = torch.arange(tokens, device=hidden.device) >= self._live.shape[2]
+            shown = torch.where(behind[:, None], later[:, None, None, :], shown)
+        seen = (seen & shown) | own
         if mask.dtype == torch.bool:
             return seen
         return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
@@ -90,7 +101,7 @@ class MaskedOracle:
 
     def _read(self, _: Any, __: Any, output: Any) -> Any:
         hidden = output[0]
-        source = last_live(self._of(len(self._live) - 1, hidden))
+        source = last_live(self._of(len(self._live) - 1, hidden, self._live))
         rows = hidden.gather(1, source.clamp(min=0)[:, :, None].expand_as(hidden))
         output["last_hidden_state"] = torch.where((source < 0)[:, :, None], 0.0, rows)
         return output
