@@ -12,7 +12,15 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
     if not any(path.startswith("dropflow/") for path in files):
         pytest.skip("an editable install: the wheel is checked by `make test`")
     packages = {path.split("/")[0] for path in files if path.endswith(".py")}
-    assert packages == {"dropflow", "dropflow_lab", "dropflow_hidrop", "dropflow_adapters", "dropflow_policies"}
+    assert packages == {
+        "dropflow",
+        "dropflow_lab",
+        "dropflow_control",
+        "dropflow_hidrop",
+        "dropflow_mustdrop",
+        "dropflow_adapters",
+        "dropflow_policies",
+    }
     for needed in (
         "dropflow/py.typed",
         "dropflow_policies/hidrop-64.yaml",

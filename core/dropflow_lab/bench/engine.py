@@ -11,13 +11,12 @@ import torch
 
 import dropflow
 from dropflow_lab.bench.flop_count import count_flops
-from dropflow_lab.bench.keep_all import KeepAll
 from dropflow_lab.bench.machine import Machine, this_machine
 from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, twin
 from dropflow_lab.bench.timing import Spread, interleaved, ratio
 
 EMPTY: dict[str, Any] = {"name": "no-stages", "stages": {}}
-KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": KeepAll}}}
+KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": "control/keep-all"}}}
 REDUCED: dict[str, Any] = {
     "name": "bench-reduced",
     "description": "88.9 % fewer visual tokens on average, in the proportions of HiDrop on 32 layers",
