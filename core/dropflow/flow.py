@@ -79,6 +79,8 @@ class Flow:
         return self._last().live()
 
     def _last(self) -> CallRecord:
+        if self._plan.idle:
+            raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is watched")
         if self._service.record is None:
             raise UnsupportedCall("report: no prompt with images has been run since this policy was attached")
         return self._service.record

@@ -163,4 +163,8 @@ def schema() -> dict[str, Any]:
         extends=(str | None, Field(default=None, description="name or path of a policy to inherit from")),
         stages=(stages, Field(description=_Head.model_fields["stages"].description)),
     )
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(model).json_schema()}
+    whole = TypeAdapter(model).json_schema()
+    shared = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": whole.pop("$defs", {})}
+    # a file that inherits may say only a part of a stage, or none at all
+    part = whole | {"properties": whole["properties"] | {"stages": {"type": "object"}}, "required": []}
+    return shared | {"if": {"required": ["extends"]}, "then": part, "else": whole}

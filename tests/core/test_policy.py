@@ -136,6 +136,10 @@ def test_the_schema_accepts_shipped_policies_and_rejects_misspelt_ones() -> None
         }
         assert not list(validator.iter_errors(text)), name
         assert dropflow.load_policy(name).name == name == data["name"]
+    assert not list(validator.iter_errors({"extends": "hidrop-64", "stages": {"exit": {"at": 23}}}))
+    assert not list(validator.iter_errors({"extends": "hidrop-64"}))
+    assert list(validator.iter_errors({"extends": "hidrop-64", "rescal": True}))
+    assert list(validator.iter_errors({"name": "x"}))
     assert list(validator.iter_errors({"stages": {"a": {"use": "hidrop/early-exit", "att": 2}}}))
     assert list(validator.iter_errors({"stages": {"a": {"use": "hidrop/early-exti", "at": 2}}}))
 

@@ -175,6 +175,14 @@ def test_report_before_any_image(llava: Any) -> None:
 
 
 @torch.no_grad()
+def test_report_of_a_policy_without_stages(llava: Any) -> None:
+    with dropflow.attach(llava, policy()) as flow:
+        llava(**prompt())
+        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is watched"):
+            flow.report()
+
+
+@torch.no_grad()
 def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
     class Reads(Stage[Any]):
         prune_at = (3,)

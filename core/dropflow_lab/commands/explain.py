@@ -13,6 +13,7 @@ from dropflow_lab.output import chatter_to_stderr, emit, si
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dropflow.flops import TextShape
     from dropflow_lab.explain import Explanation
 
 _LAYERS, _VISUAL_TOKENS = 32, 576
@@ -50,7 +51,7 @@ def explain(
             visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
         )
         explanation = forecast(loaded, shape, widths, text_tokens)
-    emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation))
+    emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation, widths))
 
 
 def _table(explanation: Explanation) -> Table:
@@ -65,7 +66,7 @@ def _table(explanation: Explanation) -> Table:
     return table
 
 
-def _summary(explanation: Explanation) -> str:
+def _summary(explanation: Explanation, widths: TextShape) -> str:
     from dropflow_lab.explain import UNIT
 
     average, flops, dense = explanation.average_visual_tokens, explanation.flops, explanation.flops_dense
@@ -75,7 +76,8 @@ def _summary(explanation: Explanation) -> str:
             f"visual tokens: {'data' if average is None else f'{average:.2f}'} on average over "
             f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM",
             f"FLOPs: {'data' if flops is None else si(flops)} of {si(dense)}{share}",
-            f"FLOPs are {UNIT}; text, cross attention and ranking are left out",
+            f"FLOPs are {UNIT} (d = {widths.hidden}, m = {widths.intermediate}); text, cross attention and ranking "
+            "are left out",
         )
     )
 

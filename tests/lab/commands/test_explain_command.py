@@ -34,6 +34,7 @@ def test_table_shows_layers_totals_and_what_flops_are(cli) -> None:
     assert "64.00 on average over 32 layers, 576 at entry" in shown
     assert "421.4 G of 3.817 T (89.0% fewer)" in shown
     assert "multiply-adds of the visual tokens alone" in shown
+    assert "(d = 4096, m = 11008)" in shown
 
 
 def test_overrides_and_text_tokens(cli) -> None:
@@ -81,6 +82,7 @@ def test_a_config_that_transformers_cannot_read(refused, tmp_path) -> None:
 def test_what_the_data_decides_is_shown_as_such() -> None:
     from rich.console import Console
 
+    from dropflow.flops import LLAVA_7B
     from dropflow_lab.commands.explain import _summary, _table
     from dropflow_lab.explain import Explanation, LayerForecast
 
@@ -88,7 +90,7 @@ def test_what_the_data_decides_is_shown_as_such() -> None:
     explanation = Explanation("adaptive", layers, None, 100, None, 1e10)
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(_table(explanation), _summary(explanation))
+        console.print(_table(explanation), _summary(explanation, LLAVA_7B))
     shown = " ".join(captured.get().split())
     assert "│ 1 │ data │ data │ data │" in shown
     assert "data on average over 2 layers, 100 at entry" in shown
