@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropflow_lab.commands.digits import require_scikit_learn
 from dropflow_lab.commands.options import AsJson
 from dropflow_lab.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dropflow_lab.bench.accuracy import AccuracyRow
     from dropflow_lab.bench.engine import EngineBench
     from dropflow_lab.bench.machine import Machine
     from dropflow_lab.bench.stages import StageBench
@@ -71,6 +75,41 @@ def stages(
     emit(measured.to_json(), as_json, _stage_table(measured), _stage_summary(measured))
 
 
+@app.command("accuracy")
+def accuracy(
+    policies: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Names or paths of the policies, with commas in between.")
+    ] = "digits-mild,mustdrop-digits,mixed-digits",
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the test split; the same ones for all.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for finished rows, which are not run again; a cache folder without."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded model without one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what policies get right on the digits questions, and how many visual tokens they really use.
+
+    The first row is the model without a policy. `accuracy` leaves out the questions that ask for the number of digits
+    (`count`) and for all of them (`read`), which are shown apart. Intervals are 95 %. A row that is finished is kept in
+    a file of its own, so that an interrupted run continues.
+    """
+    from dropflow_lab.bench import accuracy as bench
+    from dropflow_lab.models import load_model
+
+    require_scikit_learn()
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    with chatter_to_stderr():
+        loaded, processor = load_model(model)
+        folder = out or bench.default_folder()
+        rows = list(bench.bench_accuracy(loaded, processor, names, folder, questions=questions, seed=seed))
+    result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
+    emit(result, as_json, _accuracy_table(rows), f"{questions} questions of the test split, seed {seed}")
+
+
 def _table(measured: EngineBench) -> Table:
     from rich.table import Table
 
@@ -116,6 +155,25 @@ def _stage_summary(measured: StageBench) -> str:
         f"one map of all tokens by all tokens would hold {measured.square_map} elements\n"
         f"{_circumstances(measured.rounds, measured.machine)}"
     )
+
+
+def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
+    from rich.table import Table
+
+    table = Table("policy", title="visual tokens and right answers")
+    for column in ("average tokens", "at entry", "accuracy", "95 % interval", "count", "read"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.average_visual_tokens:.2f}",
+            f"{row.entry_visual_tokens:.2f}",
+            f"{row.accuracy:.1%}",
+            f"{row.low:.1%} .. {row.high:.1%}",
+            f"{row.count.accuracy:.1%}",
+            f"{row.read.accuracy:.1%}",
+        )
+    return table
 
 
 def _percent(share: Spread) -> str:
