@@ -15,6 +15,7 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
     assert packages == {
         "dropflow",
         "dropflow_lab",
+        "dropflow_control",
         "dropflow_hidrop",
         "dropflow_mustdrop",
         "dropflow_adapters",

@@ -13,6 +13,7 @@ import pytest
 PACKAGES = [
     "dropflow",
     "dropflow_lab",
+    "dropflow_control",
     "dropflow_hidrop",
     "dropflow_mustdrop",
     "dropflow_adapters",

@@ -1,5 +1,6 @@
-"""Measurements of the engine itself, on random weights."""
+"""Measurements of the engine itself and of the shipped stages, on random weights; of policies, on the digits model."""
 
 from dropflow_lab.bench.engine import EngineBench, bench_engine
+from dropflow_lab.bench.stages import StageBench, bench_stages
 
-__all__ = ["EngineBench", "bench_engine"]
+__all__ = ["EngineBench", "StageBench", "bench_engine", "bench_stages"]

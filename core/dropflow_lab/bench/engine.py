@@ -11,13 +11,12 @@ import torch
 
 import dropflow
 from dropflow_lab.bench.flop_count import count_flops
-from dropflow_lab.bench.keep_all import KeepAll
-from dropflow_lab.bench.machine import Machine, this_machine
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, twin
+from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
+from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.timing import Spread, interleaved, ratio
 
 EMPTY: dict[str, Any] = {"name": "no-stages", "stages": {}}
-KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": KeepAll}}}
+KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": "control/keep-all"}}}
 REDUCED: dict[str, Any] = {
     "name": "bench-reduced",
     "description": "88.9 % fewer visual tokens on average, in the proportions of HiDrop on 32 layers",
@@ -83,9 +82,9 @@ def bench_engine(
     Torch's number of threads is set for the time of the measurement.
     """
     shape = shape or SubjectShape()
-    with _threads(threads), torch.no_grad(), _variants(shape) as models:
+    with torch_threads(threads), torch.no_grad(), _variants(shape) as models:
         inputs = build_prompt(shape)
-        prefills = {name: _prefill(model, inputs) for name, model in models.items()}
+        prefills = {name: prefill_of(model, inputs) for name, model in models.items()}
         caches = {name: prefill() for name, prefill in prefills.items()}
         entries = tuple(int(layer.keys.shape[-2]) for layer in caches["reduced"].layers)
         flops_ratio = count_flops(prefills["plain"]) / count_flops(prefills["reduced"])
@@ -115,11 +114,6 @@ def _variants(shape: SubjectShape) -> Iterator[dict[str, Any]]:
         yield models
 
 
-def _prefill(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
-    """One prefill as `generate` runs it: a fresh cache, logits of the last token only."""
-    return lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-
-
 def _decode(model: Any, cache: Any) -> Callable[[], Any]:
     """One decode step, which leaves the cache a token longer."""
     token = torch.tensor([[2]])
@@ -128,13 +122,3 @@ def _decode(model: Any, cache: Any) -> Callable[[], Any]:
 
 def _overhead(prefill: Mapping[str, list[float]], decode: Mapping[str, list[float]], name: str) -> Overhead:
     return Overhead(ratio(prefill[name], prefill["plain"]), ratio(decode[name], decode["plain"]))
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,17 @@ def this_machine() -> Machine:
     """Describe the machine this process runs on."""
     versions = (platform.python_version(), torch.__version__, transformers.__version__)
     return Machine(_cpu(), torch.get_num_threads(), *versions)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch work with so many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cpu() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ class SubjectShape:
     """Patches along one side of the image."""
     text_tokens: int = 64
     vocabulary: int = 1024
+    vision_hidden: int = 64
+    """Width of the vision tower; its heads are 64 wide, too."""
+    vision_layers: int = 1
 
     @property
     def visual_tokens(self) -> int:
@@ -43,10 +47,10 @@ def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
         max_position_embeddings=4096,
     )
     vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=1,
+        hidden_size=shape.vision_hidden,
+        intermediate_size=2 * shape.vision_hidden,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_hidden // 64,
         image_size=shape.image_side * 14,
         patch_size=14,
         projection_dim=64,
@@ -78,3 +82,8 @@ def build_prompt(shape: SubjectShape) -> dict[str, Any]:
     side = shape.image_side * 14
     pixels = torch.randn((1, 3, side, side), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def prefill_of(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    """Return one prefill as `generate` runs it, to be called: a fresh cache, logits of the last token only."""
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values

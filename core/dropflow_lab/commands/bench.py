@@ -1,37 +1,45 @@
-"""`dropflow bench`: measure the engine itself."""
+"""`dropflow bench`: measure the engine, the stages and whole policies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropflow_lab.commands.digits import require_scikit_learn
 from dropflow_lab.commands.options import AsJson
 from dropflow_lab.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dropflow_lab.bench.accuracy import AccuracyRow
     from dropflow_lab.bench.engine import EngineBench
+    from dropflow_lab.bench.machine import Machine
+    from dropflow_lab.bench.stages import StageBench
     from dropflow_lab.bench.timing import Spread
 
-app = typer.Typer(help="Measure what the engine costs and what it saves.")
+app = typer.Typer(help="Measure what the engine, the stages and whole policies cost and save.")
 
 _QUICK_ROUNDS = 3
+
+Repeats = Annotated[int, typer.Option(min=2, help="Rounds; every variant is timed once in each.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
 
 
 @app.callback()
 def main() -> None:
-    """Measure what the engine costs and what it saves."""
+    """Measure what the engine, the stages and whole policies cost and save."""
 
 
 @app.command("engine")
 def engine(
-    repeats: Annotated[int, typer.Option(min=2, help="Rounds; every variant is timed once in each.")] = 15,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    quick: Annotated[
-        bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")
-    ] = False,
+    repeats: Repeats = 15,
+    threads: Threads = 1,
+    quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
     """Time a random model of 16 layers on 576 visual and 64 text tokens, plain and under policies, in turn.
@@ -46,6 +54,60 @@ def engine(
     with chatter_to_stderr():
         measured = bench_engine(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
     emit(measured.to_json(), as_json, _table(measured), _summary(measured))
+
+
+@app.command("stages")
+def stages(
+    repeats: Repeats = 7,
+    threads: Threads = 1,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the selection of every shipped stage, beside what its policy saves of the prefill.
+
+    On a random model of 32 layers, 576 visual and 64 text tokens, every policy in turn. Both are shares of the time of
+    a prefill without a policy; the saving is what is left when selection is paid. All are medians with quartiles.
+    """
+    from dropflow_lab.bench import stages as bench
+
+    with chatter_to_stderr():
+        measured = bench.bench_stages(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
+    emit(measured.to_json(), as_json, _stage_table(measured), _stage_summary(measured))
+
+
+@app.command("accuracy")
+def accuracy(
+    policies: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Names or paths of the policies, with commas in between.")
+    ] = "digits-mild,mustdrop-digits,mixed-digits",
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the test split; the same ones for all.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for finished rows, which are not run again; a cache folder without."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded model without one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what policies get right on the digits questions, and how many visual tokens they really use.
+
+    The first row is the model without a policy. `accuracy` leaves out the questions that ask for the number of digits
+    (`count`) and for all of them (`read`), which are shown apart. Intervals are 95 %. A row that is finished is kept in
+    a file of its own, so that an interrupted run continues.
+    """
+    from dropflow_lab.bench import accuracy as bench
+    from dropflow_lab.models import load_model
+
+    require_scikit_learn()
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    with chatter_to_stderr():
+        loaded, processor = load_model(model)
+        folder = out or bench.default_folder()
+        rows = list(bench.bench_accuracy(loaded, processor, names, folder, questions=questions, seed=seed))
+    result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
+    emit(result, as_json, _accuracy_table(rows), f"{questions} questions of the test split, seed {seed}")
 
 
 def _table(measured: EngineBench) -> Table:
@@ -70,9 +132,56 @@ def _table(measured: EngineBench) -> Table:
 
 
 def _summary(measured: EngineBench) -> str:
-    machine = measured.machine
     return (
         f"KV entries per layer: {' '.join(map(str, measured.reduced.kv_entries))}\n"
-        f"{measured.rounds} rounds on {machine.threads} thread(s) of {machine.cpu}; "
+        f"{_circumstances(measured.rounds, measured.machine)}"
+    )
+
+
+def _stage_table(measured: StageBench) -> Table:
+    from rich.table import Table
+
+    table = Table(title="shares of the time of a prefill without a policy")
+    for column in ("stage", "run as", "selection", "saving", "largest tensor"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("stage", "run as") else "right")
+    for row in measured.rows:
+        shares = (row.selection_share_of_dense_prefill, row.saving_share_of_dense_prefill)
+        table.add_row(row.stage, row.policy, *(_percent(share) for share in shares), str(row.largest_tensor))
+    return table
+
+
+def _stage_summary(measured: StageBench) -> str:
+    return (
+        f"one map of all tokens by all tokens would hold {measured.square_map} elements\n"
+        f"{_circumstances(measured.rounds, measured.machine)}"
+    )
+
+
+def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
+    from rich.table import Table
+
+    table = Table("policy", title="visual tokens and right answers")
+    for column in ("average tokens", "at entry", "accuracy", "95 % interval", "count", "read"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.average_visual_tokens:.2f}",
+            f"{row.entry_visual_tokens:.2f}",
+            f"{row.accuracy:.1%}",
+            f"{row.low:.1%} .. {row.high:.1%}",
+            f"{row.count.accuracy:.1%}",
+            f"{row.read.accuracy:.1%}",
+        )
+    return table
+
+
+def _percent(share: Spread) -> str:
+    return f"{share.median:.2%} ({share.low:.2%} .. {share.high:.2%})"
+
+
+def _circumstances(rounds: int, machine: Machine) -> str:
+    return (
+        f"{rounds} rounds on {machine.threads} thread(s) of {machine.cpu}; "
         f"torch {machine.torch}, transformers {machine.transformers}"
     )

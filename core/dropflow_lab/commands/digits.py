@@ -38,7 +38,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train the model from nothing to a checkpoint, on the CPU."""
-    _require_scikit_learn()
+    require_scikit_learn()
     from dropflow_lab.digits import train as run_training
     from dropflow_lab.errors import InputError
 
@@ -62,7 +62,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure exact-match accuracy on fresh questions of the test split, overall and per kind."""
-    _require_scikit_learn()
+    require_scikit_learn()
     import dropflow
     from dropflow_lab.digits import evaluate as measure
     from dropflow_lab.errors import InputError
@@ -89,7 +89,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Write pictures with questions and answers, for other commands to read."""
-    _require_scikit_learn()
+    require_scikit_learn()
     from dropflow_lab.digits import write_folder
 
     with chatter_to_stderr():
@@ -97,7 +97,8 @@ def sample(
     emit({"table": str(table), "questions": questions}, as_json, f"wrote {table}")
 
 
-def _require_scikit_learn() -> None:
+def require_scikit_learn() -> None:
+    """Raise `InputError` where the pictures cannot be made."""
     if find_spec("sklearn") is None:
         from dropflow_lab.errors import InputError
 

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from .dataset import Example, examples
 from .questions import KINDS
@@ -104,6 +104,15 @@ def evaluate(
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Example]) -> list[str]:
     """Return the model's greedy answers to a batch of examples."""
+    inputs = build_inputs(processor, batch).to(model.device)
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_ANSWER)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def build_inputs(processor: ProcessorMixin, batch: list[Example]) -> BatchFeature:
+    """Return the model's inputs for a batch of examples, padded, on the CPU."""
     prompts = [
         processor.apply_chat_template(
             [
@@ -117,11 +126,7 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Exampl
         for example in batch
     ]
     images = [[example.image] for example in batch]
-    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_ANSWER)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return processor(images=images, text=prompts, padding=True, return_tensors="pt")
 
 
 def _batched(source: Iterable[Example], size: int) -> Iterator[list[Example]]:

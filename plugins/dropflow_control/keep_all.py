@@ -15,8 +15,8 @@ class KeepAll(Stage[StageOptions]):
 
     @property
     def prune_at(self) -> tuple[int, ...]:
-        """Every boundary in front of a layer."""
-        return tuple(range(self.context.scale.target.layers))
+        """Every boundary at which vision is live."""
+        return tuple(range(self.context.window.entry, self.context.window.exit))
 
     def forecast(self) -> Forecast:
         """All of an image's tokens, everywhere."""

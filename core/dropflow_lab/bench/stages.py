@@ -1,0 +1,126 @@
+"""The stage benchmark: what every shipped stage's selection costs, beside what its policy saves of the prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
+from dropflow_lab.bench.selection import metered
+from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.bench.timing import Spread, interleaved, ratio
+
+SHAPE = SubjectShape(layers=32, vision_hidden=128, vision_layers=4)
+"""576 visual and 64 text tokens on 32 layers of width 512; half of the text lies behind the image and asks."""
+
+_FOUR_KEEPS = {3: 288, 7: 144, 11: 72, 15: 36}
+_FILTER = {"use": "mustdrop/dual-attention", "keep": _FOUR_KEEPS}
+MEASURED = "measured"
+"""Name, in every policy of the benchmark, of the stage that is measured."""
+POLICIES: dict[str, dict[str, dict[str, Any]]] = {
+    "keep-all": {MEASURED: {"use": "control/keep-all"}},
+    "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
+    "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
+    "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
+    "pyramid of HiDrop at 64": {
+        MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
+    },
+    "early exit at 24": {MEASURED: {"use": "hidrop/early-exit", "at": 24}},
+    "merge to 0.5": {MEASURED: {"use": "mustdrop/spatial-merge", "at": 1, "budget": 0.5}},
+    "key set of 0.08": {MEASURED: {"use": "mustdrop/key-set", "share": 0.08}},
+    "filter at four layers, budgets": {MEASURED: _FILTER},
+    "filter at four layers, nothing drops": {
+        MEASURED: {
+            "use": "mustdrop/dual-attention",
+            "at": [*_FOUR_KEEPS],
+            "global_threshold": 0,
+            "individual_threshold": 0,
+        },
+    },
+    "filter with budgets, then the cache": {
+        "filter": _FILTER,
+        MEASURED: {"use": "mustdrop/output-aware-cache", "at": 2},
+    },
+}
+"""Stages by what they are run as; numbers are for 32 layers and 576 visual tokens, and scale to other shapes."""
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage under one policy; shares are of the time of a prefill without a policy, in the same round."""
+
+    stage: str
+    policy: str
+    """What was run, a key of `POLICIES`."""
+    selection_share_of_dense_prefill: Spread
+    """Seconds of this stage's selection (see `SelectionMeter`)."""
+    saving_share_of_dense_prefill: Spread
+    """Seconds by which the prefill under the whole policy is shorter, selection already paid; below 0 it is longer."""
+    largest_tensor: int
+    """Elements of the largest tensor that this stage's selection allocates."""
+
+
+@dataclass(frozen=True)
+class StageBench:
+    """One row per stage and policy."""
+
+    rows: tuple[StageRow, ...]
+    dense_prefill_seconds: Spread
+    square_map: int
+    """Elements of one map of all tokens by all tokens, which no selection may allocate."""
+    rounds: int
+    subject: SubjectShape
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with the policies."""
+        return asdict(self) | {"policies": POLICIES}
+
+
+def bench_stages(shape: SubjectShape | None = None, *, rounds: int = 7, threads: int = 1) -> StageBench:
+    """Measure in this process, every policy in turn, on shared random weights; takes most of a minute per round.
+
+    Torch's number of threads is set for the time of the measurement.
+    """
+    shape = shape or SHAPE
+    with torch_threads(threads), torch.no_grad(), ExitStack() as attached:
+        plain, inputs = build_model(shape), build_prompt(shape)
+        runs: dict[str, Callable[[], object]] = {"dense": prefill_of(plain, inputs)}
+        meters = {}
+        for name in POLICIES:
+            model = twin(plain)
+            meters[name] = attached.enter_context(metered(model, _policy(name), MEASURED))
+            meters[name].watch(prefill_of(model, inputs))
+            runs[name] = partial(meters[name].measure, prefill_of(model, inputs))
+        seconds = interleaved(runs, rounds)
+        selection = {name: meter.seconds[1:] for name, meter in meters.items()}  # less the round of warm-up
+        rows = (_row(name, seconds, selection[name], meters[name].largest_tensor) for name in POLICIES)
+        return StageBench(
+            rows=tuple(rows),
+            dense_prefill_seconds=Spread.of(seconds["dense"]),
+            square_map=(shape.visual_tokens + shape.text_tokens) ** 2,
+            rounds=rounds,
+            subject=shape,
+            machine=this_machine(),
+        )
+
+
+def _policy(name: str) -> dict[str, Any]:
+    tuned = {"layers": 32, "visual_tokens": 576}
+    return {"name": name, "tuned_for": tuned, "rescale": True, "stages": POLICIES[name]}
+
+
+def _row(name: str, seconds: Mapping[str, list[float]], selection: list[float], largest: int) -> StageRow:
+    dense = seconds["dense"]
+    return StageRow(
+        stage=str(POLICIES[name][MEASURED]["use"]),
+        policy=name,
+        selection_share_of_dense_prefill=ratio(selection, dense),
+        saving_share_of_dense_prefill=ratio([d - s for d, s in zip(dense, seconds[name], strict=True)], dense),
+        largest_tensor=largest,
+    )

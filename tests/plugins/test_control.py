@@ -1,0 +1,169 @@
+"""The controls: random subsets that depend on seed, boundary and image alone, and keeping everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import IMAGE, MIXED, Parts, policy, prompt, relative_error, tiny_llava
+
+import dropflow
+from dropflow import Encode, EncodeCall, Stage, hookimpl
+from dropflow.errors import PolicyError
+from dropflow.plan import resolve
+from dropflow.testing import MaskedOracle
+from dropflow.units import Shape
+from dropflow_control.draw import draw, fingerprint
+
+LAYERS = policy(random={"use": "control/random", "keep": {2: 7, 4: 2}})
+ENCODER = policy(random={"use": "control/random", "encode": 6})
+BOTH = [LAYERS, ENCODER]
+
+
+def alone(inputs: dict[str, Any], sample: int, image: int, images: int) -> dict[str, Any]:
+    """One sample of a batch without its padding, with its own images."""
+    real = inputs["attention_mask"][sample].bool()
+    ids = inputs["input_ids"][sample, real][None]
+    own = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return own | ({"pixel_values": inputs["pixel_values"][image : image + images]} if images else {})
+
+
+def kept(model: Any, which: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor:
+    """Which tokens were live (layers, batch, tokens)."""
+    with dropflow.attach(model, which) as flow:
+        model(**inputs)
+        return flow.live()
+
+
+@pytest.mark.parametrize("which", BOTH, ids=["layers", "encoder"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_sample_keeps_the_same_alone_and_in_a_batch(llava: Any, which: dict[str, Any], side: str) -> None:
+    inputs = prompt(side=side)
+    together = kept(llava, which, inputs)
+    for sample, (image, images) in enumerate([(0, 1), (1, 2)]):
+        real = inputs["attention_mask"][sample].bool()
+        own = kept(llava, which, alone(inputs, sample, image, images))
+        assert torch.equal(together[:, sample, real], own[:, 0])
+
+
+@torch.no_grad()
+def test_neighbours_in_another_order_change_nothing(llava: Any) -> None:
+    samples: list[Parts] = [(3, "I", 5), (3, "I", 5), (3, "I", 5)]
+    inputs = prompt(samples)
+    turned = {key: value.flip(0) for key, value in inputs.items()}
+    for which in BOTH:
+        assert torch.equal(kept(llava, which, inputs), kept(llava, which, turned).flip(1))
+
+
+@pytest.mark.parametrize("which", BOTH, ids=["layers", "encoder"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_pruned_run_equals_the_masked_run(which: dict[str, Any], tower: str) -> None:
+    model, inputs = tiny_llava(tower=tower), prompt()
+    with dropflow.attach(model, which) as flow:
+        logits = model(**inputs).logits
+        live = flow.live()
+    with MaskedOracle(model, live):
+        expected = model(**inputs, use_cache=False).logits
+    real = inputs["attention_mask"].bool()
+    assert relative_error(logits[real], expected[real]) < 1e-5
+
+
+@torch.no_grad()
+def test_every_image_keeps_its_number_at_every_boundary(llava: Any) -> None:
+    inputs = prompt()
+    visual = inputs["input_ids"] == IMAGE
+    counts = [(live & visual).sum(1).tolist() for live in kept(llava, LAYERS, inputs)]
+    assert counts == [[16, 32, 0]] * 2 + [[7, 14, 0]] * 2 + [[2, 4, 0]] * 2
+    first = kept(llava, LAYERS, inputs)[2, 1, visual[1]]
+    assert (first[:16].sum(), first[16:].sum()) == (7, 7)
+    with dropflow.attach(llava, ENCODER) as flow:
+        llava(**inputs)
+        assert flow.report().entry_visual_tokens == pytest.approx((6 + 12) / 3)
+        assert (flow.live() & visual).sum(2).tolist() == [[6, 12, 0]] * 6
+
+
+@pytest.mark.parametrize("which", BOTH, ids=["layers", "encoder"])
+@torch.no_grad()
+def test_images_and_seeds_keep_different_tokens_and_runs_the_same(llava: Any, which: dict[str, Any]) -> None:
+    inputs = prompt([(3, "I", 5)] * 4)
+    visual = inputs["input_ids"][0] == IMAGE
+    first, again = (kept(llava, which, inputs)[2, :, visual] for _ in range(2))
+    assert torch.equal(first, again)
+    assert len({tuple(row) for row in first.tolist()}) == 4
+    options = which["stages"]["random"] | {"seed": 1}
+    other = kept(llava, policy(random=options), inputs)[2, :, visual]
+    assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@torch.no_grad()
+def test_a_question_does_not_change_what_is_kept_of_the_image_in_front_of_it(llava: Any) -> None:
+    inputs = prompt([(3, "I", 5)])
+    asked = inputs | {"input_ids": inputs["input_ids"].clone()}
+    asked["input_ids"][0, 20:] += 1
+    assert torch.equal(kept(llava, LAYERS, inputs), kept(llava, LAYERS, asked))
+
+
+def test_every_token_is_kept_equally_often() -> None:
+    images = torch.randn(3000, 16, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(16)
+    for features in images:
+        times[draw(0, 2, features).topk(4).indices] += 1
+    # 750 of 3000 each, by a standard deviation of 24
+    assert times.sum() == 12000
+    assert (times - 750).abs().max() < 4 * 24
+
+
+def test_the_fingerprint_forgets_the_last_bits_and_the_scale_but_not_the_content() -> None:
+    features = torch.randn(144, 128, generator=torch.Generator().manual_seed(0))
+    noise = 1e-5 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    assert fingerprint(features + noise) == fingerprint(3 * features) == fingerprint(features)
+    assert fingerprint(features.roll(1, 0)) != fingerprint(features)
+    assert torch.equal(draw(0, 1, features + noise), draw(0, 1, features))
+    for seed, boundary in ((1, 1), (0, 2), (0, None)):
+        assert not torch.equal(draw(seed, boundary, features), draw(0, 1, features))
+    assert fingerprint(features[:0]) == ()
+
+
+def test_forecast_and_protected_tokens(llava: Any) -> None:
+    plan = resolve(dropflow.load_policy(LAYERS), Shape(6, 16))
+    assert plan.schedule().per_layer == (16, 16, 7, 7, 2, 2)
+    assert resolve(dropflow.load_policy(ENCODER), Shape(6, 16)).schedule().per_layer == (6,) * 6
+
+    class Protect(Stage[Any]):
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            return Encode(protect=tuple(torch.arange(len(f)) < 3 for f in call.features))
+
+    with torch.no_grad():
+        live = kept(llava, policy(protect={"use": Protect}, **LAYERS["stages"]), prompt([("I", 5)]))
+    visual = live[:, 0, 1:17]
+    assert visual.sum(1).tolist() == [16, 16, 7, 7, 3, 3]
+    assert visual[:, :3].all()
+
+
+@torch.no_grad()
+def test_keep_all_is_the_model_itself(llava: Any) -> None:
+    inputs = prompt(MIXED)
+    plain = llava(**inputs).logits
+    with dropflow.attach(llava, policy(keep={"use": "control/keep-all"})) as flow:
+        assert torch.equal(llava(**inputs).logits, plain)
+        assert [layer.visual_tokens for layer in flow.report().layers] == [16] * 6
+        assert flow.plan.schedule().per_layer == (16,) * 6
+        assert tuple(flow.plan.prune_at) == tuple(range(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected either `keep`"),
+        ({"keep": {2: 3}, "encode": 4}, "expected either `keep`"),
+        ({"keep": {0.5: 4, 3: 2}}, r"stages\.r\.keep\.3: boundary 3 is named twice on a model of 6 layers"),
+        ({"encode": 4, "seed": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        resolve(dropflow.load_policy(policy(r={"use": "control/random", **options})), Shape(6, 16))
