@@ -160,8 +160,9 @@ def _stage_summary(measured: StageBench) -> str:
 def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
     from rich.table import Table
 
-    table = Table("policy", title="visual tokens and right answers")
-    for column in ("average tokens", "at entry", "accuracy", "95 % interval", "count", "read"):
+    table = Table(title="visual tokens, average over layers and at entry, and right answers")
+    table.add_column("policy", no_wrap=True)
+    for column in ("average", "at entry", "accuracy", "95 % interval", "count", "read"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -169,7 +170,7 @@ def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
             f"{row.average_visual_tokens:.2f}",
             f"{row.entry_visual_tokens:.2f}",
             f"{row.accuracy:.1%}",
-            f"{row.low:.1%} .. {row.high:.1%}",
+            f"{row.low:.1%}..{row.high:.1%}",
             f"{row.count.accuracy:.1%}",
             f"{row.read.accuracy:.1%}",
         )
