@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,7 @@ class RandomSubset(Stage[RandomSubsetOptions]):
 
     Options = RandomSubsetOptions
     summary = "a control: a random subset of each image's tokens stays"
+    example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.2}}
 
     def __init__(self, options: RandomSubsetOptions, context: StageContext) -> None:
         super().__init__(options, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,6 +66,7 @@ class DualAttention(Stage[DualAttentionOptions]):
     Options = DualAttentionOptions
     summary = "drops visual tokens that neither the text as a whole nor any one text token attends to"
     paper = "arXiv:2411.10803, prefilling stage"
+    example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.2}}
 
     def __init__(self, options: DualAttentionOptions, context: StageContext) -> None:
         super().__init__(options, context)

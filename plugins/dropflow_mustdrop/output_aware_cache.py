@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,6 +60,7 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     Options = OutputAwareCacheOptions
     summary = "caches keep only the visual tokens that survived the prefill, or that the answer attends to"
     paper = "arXiv:2411.10803, decoding stage"
+    example: ClassVar[Mapping[str, Any]] = {"at": 0.35}
 
     def __init__(self, options: OutputAwareCacheOptions, context: StageContext) -> None:
         super().__init__(options, context)
@@ -96,7 +98,7 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
 
 def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` on that holds more than layer `last`: the entries of tokens that `last` holds, too."""
+    """For each layer from `first` on that holds more than layer `last`: entries of tokens that `last` holds, too."""
     final = layers[last]
     length = 1 + max(int(view.index.max()) for view in layers[first : last + 1])
     held = torch.zeros(len(final.index), length + 1, dtype=torch.bool, device=final.index.device)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import IMAGE, prompt, tiny_llava
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig, ViTConfig
 
 from dropflow.backbone import backbone_for
 from dropflow.errors import UnsupportedModel
@@ -62,11 +62,14 @@ def test_the_full_strategy_keeps_the_cls_token(llava: Any) -> None:
     assert backbone_for(llava).tokens_per_image == 16
 
 
-def test_another_tower_is_refused() -> None:
+def test_a_pixtral_tower_has_images_of_any_size_and_another_tower_is_refused() -> None:
     text = tiny_llava().config.text_config
-    vision = PixtralVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1))
-    with pytest.raises(UnsupportedModel, match="expected a CLIP or SigLIP vision tower, got 'pixtral'"):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pixtral = PixtralVisionConfig(**sizes, image_size=16, patch_size=8)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=pixtral, vision_feature_layer=-1))
+    backbone = backbone_for(model)
+    assert backbone.tokens_per_image is None
+    assert backbone.vision is None
+    model.config.vision_config = ViTConfig(**sizes, image_size=16, patch_size=8)
+    with pytest.raises(UnsupportedModel, match="expected a CLIP, SigLIP or Pixtral vision tower, got 'vit'"):
         backbone_for(model)
