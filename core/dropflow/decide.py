@@ -69,6 +69,7 @@ def decide_keeps(
         index=live.index,
         valid=valid,
         image=image,
+        text=live.take(prompt.text) & valid,
         protected=protected,
         image_sizes=prompt.image_sizes,
         queries=slots.clamp(min=0),

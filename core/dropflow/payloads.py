@@ -49,6 +49,8 @@ class PruneCall:
     An image is what has a patch grid of its own: a picture, a tile of a large one, or a frame of a video. Visual
     tokens that are no patches, such as newlines, count as text here and go with the last patch of their line.
     """
+    text: Bool[Tensor, "batch slots"]
+    """Text tokens; visual tokens that are no patches, such as newlines, are neither text nor part of an image."""
     protected: Bool[Tensor, "batch slots"]
     """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
     image_sizes: tuple[int, ...]

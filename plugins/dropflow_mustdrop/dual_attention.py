@@ -94,7 +94,7 @@ class DualAttention(Stage[DualAttentionOptions]):
             return None
         with torch.no_grad():
             sums, peaks = attention_scores(_weights(call, rows, asks))
-        totals = block_totals(sums, call.image >= 0)
+        totals = block_totals(sums.masked_fill(call.image < 0, 0), call.valid & ~call.text)
         thresholds = (self.options.global_threshold, self.options.individual_threshold)
         unranked = ~asks.any(1, keepdim=True)
         budget = self._keeps[call.boundary]
@@ -115,7 +115,7 @@ def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, 
     slots = torch.arange(call.index.shape[1], device=call.index.device)
     behind = (call.image >= 0).cumsum(1) > 0
     last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
-    text = behind & (call.image < 0) & call.valid & (slots <= last)
+    text = behind & call.text & (slots <= last)
     count = int(text.sum(1).max())
     rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, len(slots) - count :]
     return rows, text.gather(1, rows)
