@@ -1,4 +1,4 @@
-"""The demo model: a stock LLaVA of 2.9 M parameters, its processor, and the shipped checkpoints."""
+"""The demo model: a stock LLaVA of 2.8 M parameters, its processor, and the shipped checkpoints."""
 
 from __future__ import annotations
 

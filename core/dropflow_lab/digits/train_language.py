@@ -161,7 +161,7 @@ def packed_losses(
     """Return the loss of every answer token that can be known, and which questions come out right.
 
     `kept` are the patches whose tokens `visual` holds; questions about digits without any are left out. The
-    second value is `(batch, questions)`, True where the most likely token is right at every place.
+    second value is `(batch, questions)`, True where the most likely token is right at every scored place.
     """
     embed = model.get_input_embeddings()
     prefix = embed(torch.tensor(PREFIX)).expand(len(visual), -1, -1).to(visual.dtype)
