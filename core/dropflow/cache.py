@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -33,6 +32,9 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         super().__init__()
         self.is_sliding = is_sliding
         self.index: KeyIndex | None = None
+        self.prompt = 0
+        """Logical tokens seen when the last prompt was settled."""
+        self._notes: dict[str, Tensor] = {}
 
     @classmethod
     def adopt(cls, layer: Any, where: str) -> FlowLayer:
@@ -65,7 +67,17 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
 
     def settle(self, index: KeyIndex) -> None:
         """State what the entries are, after a call that stored fewer tokens than it saw."""
-        self.index = index
+        self.index, self.prompt = index, index.length
+
+    def remember(self, stage: str, notes: Tensor) -> None:
+        """Keep a stage's number for each entry (batch, entries)."""
+        self._notes[stage] = notes
+
+    def recall(self, stage: str) -> Tensor | None:
+        """A stage's numbers, one for each entry held now; 0 for entries that came since, `None` before any."""
+        notes = self._notes.get(stage)
+        # a negative width cuts entries that were taken back
+        return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
 
     def known(self) -> KeyIndex:
         """Index of all entries held now, implicit ones included; the layer must hold some."""
@@ -73,12 +85,12 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
             return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
         return self.index.upto(self.length)
 
-    def evict(self, keep: Bool[Tensor, "batch entries"]) -> None:
-        """Drop the entries where `keep` is false; ragged remainders are padded on the left."""
-        kept = LiveSet.of(keep)
+    def evict(self, kept: LiveSet, index: KeyIndex) -> None:
+        """Hold only the entries in the slots of `kept`, a live set over entries; `index` says what they are."""
         order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.index = self.known().compacted(kept)
+        self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
+        self.index = index
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
 
     def get_seq_length(self) -> int:
@@ -100,7 +112,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index = None
+        self.index, self.prompt, self._notes = None, 0, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number: generated or text ones only."""
@@ -135,6 +147,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         if self.index is not None:
             self.index = self.index.rows(key, rows)
             self.keys, self.values = self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)]
+            self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
 
 
 def check_cache(cache: Any, layers: int) -> None:

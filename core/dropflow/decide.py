@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dropflow.errors import DecisionError
-from dropflow.keys import PADDING, KeyIndex
+from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
 from dropflow.prompt import Prompt
@@ -99,25 +99,49 @@ def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
         )
 
 
-def decide_cache(plan: Plan, stages: Sequence[Stage[Any]], cache: Cache, step: int, attention: RowAttention) -> None:
+def decide_cache(
+    plan: Plan, stages: Sequence[Stage[Any]], cache: Cache, step: int, tokens: int, attention: RowAttention
+) -> None:
     """Ask the cache stages one after the other, each seeing what the one before has left."""
     names = {id(stage): name for name, stage in plan.stages}
     for stage in stages:
-        views = tuple(_view(number, layer.known()) for number, layer in enumerate(cache.layers))
-        answer = plan.hooks.decode_cache(CacheCall(step, views, attention), stage)
-        for number, keep in (answer.keep if answer is not None else {}).items():
-            view = views[number] if 0 <= number < len(views) else None
-            if view is None or keep.dtype != torch.bool or keep.shape != view.valid.shape:
-                expected = f"a layer from 0 to {len(views) - 1}" if view is None else f"bool {tuple(view.valid.shape)}"
-                raise DecisionError(
-                    f"stages.{names[id(stage)]}: `decode_cache` answered {keep.dtype} {tuple(keep.shape)} for layer "
-                    f"{number}, expected {expected}"
-                )
-            cache.layers[number].evict((keep | (view.image < 0)) & view.valid)
+        name = names[id(stage)]
+        views = tuple(_view(number, layer.known(), layer.recall(name)) for number, layer in enumerate(cache.layers))
+        answer = plan.hooks.decode_cache(CacheCall(step, tokens, views, attention), stage)
+        if answer is None:
+            continue
+        for number, notes in answer.memory.items():
+            _check_entries(notes, None, number, views, name)
+            cache.layers[number].remember(name, notes)
+        made: dict[tuple[int, int], tuple[LiveSet, KeyIndex]] = {}
+        for number, keep in answer.keep.items():
+            _check_entries(keep, torch.bool, number, views, name)
+            view, layer = views[number], cache.layers[number]
+            same = (id(view.index), id(keep))  # layers that held the same and keep the same go on sharing their index
+            if same not in made:
+                kept = LiveSet.of((keep | (view.image < 0) | view.protected) & view.valid)
+                made[same] = (kept, layer.known().compacted(kept))
+            layer.evict(*made[same])
 
 
-def _view(number: int, index: KeyIndex) -> CacheView:
+def _check_entries(
+    answer: Tensor, dtype: torch.dtype | None, number: int, views: Sequence[CacheView], name: str
+) -> None:
+    """An answer about a layer's cache has one value per entry."""
+    view = views[number] if 0 <= number < len(views) else None
+    if view is None or answer.shape != view.valid.shape or answer.dtype != (dtype or answer.dtype):
+        kind = dtype or "numbers"
+        expected = f"a layer from 0 to {len(views) - 1}" if view is None else f"{kind} {tuple(view.valid.shape)}"
+        raise DecisionError(
+            f"stages.{name}: `decode_cache` answered {answer.dtype} {tuple(answer.shape)} for layer {number}, "
+            f"expected {expected}"
+        )
+
+
+def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:
     valid = index.image != PADDING
     if index.valid is not None:
         valid &= index.valid
-    return CacheView(number, index.logical, valid, torch.where(valid, index.image, -1))
+    protected = valid & (index.image >= PROTECTED)
+    image = torch.where(valid, index.image - protected * PROTECTED, -1)
+    return CacheView(number, index.logical, valid, image, protected, memory)

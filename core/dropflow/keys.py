@@ -13,6 +13,8 @@ from dropflow.live import LiveSet
 
 PADDING = -2
 """Image number of entries that hold padding of the prompt."""
+PROTECTED = 1 << 40
+"""Added to the image number of entries that no stage may drop."""
 
 
 class KeyIndex:
@@ -35,7 +37,7 @@ class KeyIndex:
         self.valid = valid
         """False for padding entries; `None` where there are none."""
         self.image = image
-        """Image number of visual tokens; -1 for text, `PADDING` for padding of the prompt."""
+        """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding."""
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
         self.dropped = dropped

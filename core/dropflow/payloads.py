@@ -7,7 +7,7 @@ the left), H query heads, R query rows, K keys, D hidden size, n_i rows of image
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,6 +163,10 @@ class CacheView:
     valid: Bool[Tensor, "batch keys"]
     image: Int[Tensor, "batch keys"]
     """Image number of visual entries; -1 for text, generated tokens and padding."""
+    protected: Bool[Tensor, "batch keys"]
+    """Entries an `encode` stage protects: they stay whatever the answer says."""
+    memory: Tensor | None
+    """What this stage last noted of each entry (batch, keys); 0 for entries that came later, `None` before any note."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,8 @@ class CacheCall:
 
     step: int
     """Tokens generated since the prefill."""
+    tokens: int
+    """Tokens of this call: one while decoding, more where drafts are verified or a turn of text is read."""
     layers: tuple[CacheView, ...]
     attention: RowAttention
 
@@ -184,7 +190,13 @@ class CacheKeep:
     """Decision of `decode_cache`."""
 
     keep: Mapping[int, Bool[Tensor, "batch keys"]]
-    """Layer -> entries that stay; layers left out are untouched, text entries stay in any case."""
+    """Layer -> entries that stay; layers left out are untouched, text and protected entries stay in any case."""
+    memory: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> a number for each entry (batch, keys), given back to the stage when it is next asked.
+
+    Notes are kept with the cache, so that they follow their entries through evictions, crops and beams, and calls of
+    other conversations never see them.
+    """
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def check_model(backbone: Backbone, plan: Plan) -> None:
     ]
     depth = plan.shape.layers
     for name, stage in plan.stages:
-        wrong = [layer for layer in (*stage.prune_at, *stage.taps) if not 0 <= layer < depth]
+        wrong = [layer for layer in (*stage.prune_at, *stage.taps, *stage.decode_taps) if not 0 <= layer < depth]
         faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
     faults += _vision_faults(backbone, plan)
     if plan.policy.positions == "compact" and not backbone.linear_positions:

@@ -13,7 +13,7 @@ from dropflow.attention import QueryKey, row_attention
 from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
 from dropflow.decide import Standing, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
-from dropflow.keys import PADDING, KeyIndex
+from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
 from dropflow.payloads import BoundaryEvent
@@ -51,12 +51,14 @@ class Run:
         self._tapped: dict[int, tuple[LiveSet, QueryKey]] = {}
         self._memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._taps = {layer for stage in self.cache_stages for layer in stage.taps}
+        if prompt is None:
+            self._taps |= {layer for stage in self.cache_stages for layer in stage.decode_taps}
         self.record: CallRecord | None = None
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
             self.window = decide_window(plan, backbone, prompt)
             self.want = prompt.valid
-            self.image = torch.where(prompt.valid, prompt.image, PADDING)
+            self.image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
             self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
         else:
             self.image = torch.full((batch, tokens), -1, device=embeds.device)
@@ -84,7 +86,8 @@ class Run:
     def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries."""
         if self.cache_stages and is_flow_cache(self.cache):
-            decide_cache(self.plan, self.cache_stages, self.cache, self.step, self._attention_rows)
+            tokens = self.embeds.shape[1]
+            decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows)
 
     def _fits(self, number: int, kwargs: dict[str, Any]) -> bool:
         """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""

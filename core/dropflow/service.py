@@ -237,7 +237,7 @@ class Service:
 def _generated(cache: Any) -> int:
     """Tokens appended since the last prompt was settled, this call's one included."""
     layer = cache.layers[0]
-    return int(layer.length - layer.index.length + 1) if layer.index is not None else 0
+    return int(layer.length - layer.prompt + 1) if layer.index is not None else 0
 
 
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

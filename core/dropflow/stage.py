@@ -99,6 +99,11 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def decode_taps(self) -> tuple[int, ...]:
+        """Decoder layers whose attention rows `decode_cache` reads while decoding, but not behind the prefill."""
+        return ()
+
+    @property
     def decode_every(self) -> int:
         """Ask `decode_cache` again every so many generated tokens; 0 asks only after prefill."""
         return 0

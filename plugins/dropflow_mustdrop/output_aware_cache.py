@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
-from jaxtyping import Bool
-from pydantic import Field
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dropflow import CacheCall, CacheKeep, CacheView, Stage, StageContext, StageOptions, hookimpl
-from dropflow.units import Depth
+from dropflow.errors import PolicyError
+from dropflow.selection import keep_top
+from dropflow.units import Depth, Tokens
 
 
 class OutputAwareCacheOptions(StageOptions):
@@ -17,33 +21,112 @@ class OutputAwareCacheOptions(StageOptions):
     at: Depth = Field(
         description="boundary from which on the layers' caches are reduced: the published first pruning layer"
     )
+    interval: int = Field(
+        default=0,
+        ge=0,
+        description="while decoding, evict visual entries again every so many new tokens; 0 (as published) never does",
+    )
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="with `interval`: a visual entry goes from a layer if no generated token has given it this much "
+        "attention there (a probability, mean over heads)",
+    )
+    budget: Tokens | None = Field(
+        default=None,
+        description="with `interval`, instead of the threshold: visual entries per image and layer that stay, those "
+        "that a generated token has attended to most",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        ways = (self.threshold is not None) + (self.budget is not None)
+        if ways != (1 if self.interval else 0):
+            raise ValueError("expected `threshold` or `budget` (one of them) with `interval`, and neither without it")
+        return self
 
 
 class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     """Behind the prefill, the layers from `at` on keep only the visual tokens that the last layer with vision has.
 
     Layers in front of `at` keep theirs. Keys and values are gathered, never recomputed or rotated again.
+
+    With `interval` (which the paper's title promises and its code lacks) each of these layers also remembers the most
+    attention that any generated token has given to each visual entry, and evicts entries by it every `interval` tokens.
+    Protected tokens stay.
     """
 
     Options = OutputAwareCacheOptions
-    summary = "behind the prefill, caches keep only the visual tokens that survived it"
+    summary = "caches keep only the visual tokens that survived the prefill, or that the answer attends to"
     paper = "arXiv:2411.10803, decoding stage"
 
     def __init__(self, options: OutputAwareCacheOptions, context: StageContext) -> None:
         super().__init__(options, context)
         self._first = context.scale.boundary(options.at, context.path("at"))
         self._last = context.window.exit - 1
+        self._budget = _count(options, context)
+
+    @property
+    def decode_every(self) -> int:
+        """Every token, so that none goes unseen; never without `interval`."""
+        return 1 if self.options.interval else 0
+
+    @property
+    def decode_taps(self) -> tuple[int, ...]:
+        """The layers that evict while decoding."""
+        return tuple(range(self._first, self._last + 1)) if self.options.interval else ()
 
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep | None:
-        """Reduce the caches to the survivors."""
-        return CacheKeep(survivors(call.layers, self._first, self._last)) if call.step == 0 else None
+        """Reduce the caches to the survivors, or to what generated tokens have attended to."""
+        if call.step == 0:
+            return CacheKeep(survivors(call.layers, self._first, self._last))
+        views = [call.layers[number] for number in self.decode_taps]
+        seen = {view.layer: attended(call, view) for view in views}
+        if call.step % self.options.interval:
+            return CacheKeep({}, seen)
+        return CacheKeep({view.layer: self._still_attended(view, seen[view.layer]) for view in views}, seen)
+
+    def _still_attended(self, view: CacheView, seen: Float[Tensor, "batch keys"]) -> Bool[Tensor, "batch keys"]:
+        if self.options.threshold is not None:
+            return seen >= self.options.threshold
+        images = int(view.image.max()) + 1
+        ranking = seen.masked_fill(view.protected, torch.inf)
+        return keep_top(ranking, view.image, [self._budget] * images)
 
 
 def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` to before `last`: the entries of tokens that layer `last` holds, too."""
+    """For each layer from `first` on that holds others than layer `last`: the entries of tokens that both hold."""
     final = layers[last]
     length = 1 + max(int(view.index.max()) for view in layers[first : last + 1])
     held = torch.zeros(len(final.index), length + 1, dtype=torch.bool, device=final.index.device)
     held.scatter_(1, final.index.masked_fill(~final.valid, length), True)  # padding goes to a column nobody reads
-    return {view.layer: held.gather(1, view.index) for view in layers[first:last]}
+    keeps: dict[int, Tensor] = {}  # one for all layers that hold the same, so that the engine treats them as one
+    reduced = [view for view in layers[first:last] if view.index is not final.index]
+    for view in reduced:
+        if id(view.index) not in keeps:
+            keeps[id(view.index)] = held.gather(1, view.index)
+    return {view.layer: keeps[id(view.index)] for view in reduced}
+
+
+def attended(call: CacheCall, view: CacheView) -> Float[Tensor, "batch keys"]:
+    """The most attention, mean over heads, that any token generated so far has given to each entry of a layer."""
+    rows = torch.arange(call.tokens, device=view.index.device).expand(len(view.index), -1)
+    with torch.no_grad():
+        now = call.attention_rows(view.layer, rows).mean(1).amax(1).to(view.index.device)
+    return now if view.memory is None else torch.maximum(view.memory, now)
+
+
+def _count(options: OutputAwareCacheOptions, context: StageContext) -> int:
+    """Entries per image that stay while decoding; 0 without a budget."""
+    if options.budget is None:
+        return 0
+    path, tokens = context.path("budget"), context.scale.target.visual_tokens
+    budget = context.scale.tokens(options.budget, path)
+    if budget.tokens is not None:
+        return budget.tokens
+    if tokens is None:
+        raise PolicyError(
+            f"{path}: this backbone's images differ in size, so that a share is of no number; give a count"
+        )
+    return budget.of(tokens)
