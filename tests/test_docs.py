@@ -12,6 +12,8 @@ import torch
 from tiny import prompt
 
 import dropflow
+from dropflow.plan import resolve
+from dropflow.units import Shape
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,3 +47,13 @@ def test_the_makefile_has_the_readmes_two_commands() -> None:
     for command in ("demo", "test"):
         assert f"make {command}" in text
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+
+
+def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
+    (command,) = blocks("docs/results.md", "sh")
+    named = command.split("--policies ")[1].split()[0].split(",")
+    table = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for source in named:
+        policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
+        resolve(policy, Shape(12, 144))
+        assert f"| `{policy.name}` |" in table

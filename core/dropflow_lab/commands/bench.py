@@ -107,7 +107,8 @@ def accuracy(
         folder = out or bench.default_folder()
         rows = list(bench.bench_accuracy(loaded, processor, names, folder, questions=questions, seed=seed))
     result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
-    emit(result, as_json, _accuracy_table(rows), f"{questions} questions of the test split, seed {seed}")
+    told = f"{questions} questions of the test split, seed {seed}; low and high are the 95 % interval of the accuracy"
+    emit(result, as_json, _accuracy_table(rows), told)
 
 
 def _table(measured: EngineBench) -> Table:
@@ -160,9 +161,9 @@ def _stage_summary(measured: StageBench) -> str:
 def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
     from rich.table import Table
 
-    table = Table(title="visual tokens, average over layers and at entry, and right answers")
+    table = Table(title="visual tokens (average over layers, and at entry) and right answers")
     table.add_column("policy", no_wrap=True)
-    for column in ("average", "at entry", "accuracy", "95 % interval", "count", "read"):
+    for column in ("average", "entry", "right", "low", "high", "count", "read"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -170,7 +171,8 @@ def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
             f"{row.average_visual_tokens:.2f}",
             f"{row.entry_visual_tokens:.2f}",
             f"{row.accuracy:.1%}",
-            f"{row.low:.1%}..{row.high:.1%}",
+            f"{row.low:.1%}",
+            f"{row.high:.1%}",
             f"{row.count.accuracy:.1%}",
             f"{row.read.accuracy:.1%}",
         )
