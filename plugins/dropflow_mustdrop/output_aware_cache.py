@@ -98,7 +98,7 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
 
 def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` on that holds more than layer `last`: entries of tokens that `last` holds, too."""
+    """For each layer from `first` on that holds others than layer `last`: the entries of tokens that both hold."""
     final = layers[last]
     length = 1 + max(int(view.index.max()) for view in layers[first : last + 1])
     held = torch.zeros(len(final.index), length + 1, dtype=torch.bool, device=final.index.device)
