@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-oldest check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -13,6 +13,15 @@ demo: $(VENV)/.wheel
 # The suite runs on the installed wheel, not on the source tree. FLAGS="-m slow" runs the heavy matrices.
 test: check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FLAGS)
+
+# The engine's own tests on the oldest supported transformers, in an environment of their own.
+test-oldest: $(VENV)/.wheel
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	sed 's/^transformers==.*/transformers==5.20.0/; /^tokenizers==/d' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint $(VENV)-oldest/constraints.txt "$$(ls dist/*.whl)[dev]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests/core $(FLAGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,7 +33,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+from transformers.generation import utils as generation_utils
 
 IMAGE, PAD, BOS, EOS = 98, 0, 1, 2
 """Token ids of the tiny vocabulary; 3..97 are words."""
@@ -113,3 +114,7 @@ KEEP_ALL = policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 16}})
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     return float((value - expected).abs().max() / expected.abs().max())
+
+
+CHUNKS_IMAGES = hasattr(generation_utils, "_slice_mm_encoder_output")
+"""Whether this transformers can prefill a prompt with images in chunks (5.20 cannot; the engine then refuses)."""

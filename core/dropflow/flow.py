@@ -19,6 +19,7 @@ from dropflow.policy import Policy
 from dropflow.policy_file import Source, load_policy
 from dropflow.record import CallRecord, Report
 from dropflow.service import Service
+from dropflow.versions import warn_if_untested
 
 _attached: weakref.WeakKeyDictionary[Any, weakref.ref[Flow]] = weakref.WeakKeyDictionary()
 """Flow of each attached core; weak on both sides, since a flow holds its model."""
@@ -35,6 +36,7 @@ def attach(
     Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
     (or has a flow attached already).
     """
+    warn_if_untested()
     backbone = backbone_for(model, adapter)
     present = _flow_of(backbone)
     if present is not None:

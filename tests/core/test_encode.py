@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
+from tiny import CHUNKS_IMAGES, IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, hookimpl
@@ -68,7 +68,7 @@ def test_rows_dropped_from_the_features_equal_the_masked_run(stage: type[Stage[A
     with dropflow.attach(model, policy(encode={"use": stage})) as flow:
         logits, live = model(**inputs).logits, flow.live()
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
-        modes = [{}, {"num_beams": 3}, {"prefill_chunk_size": 17}]
+        modes = [{}, {"num_beams": 3}, {"prefill_chunk_size": 17} if CHUNKS_IMAGES else {}]
         tokens = [model.generate(**inputs, **(BUDGET | mode)) for mode in modes]
         again = flow.live()
         report = flow.report()

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDROP, IMAGE, KEEP_ALL, RAGGED, policy, prompt, relative_error, tiny_llava
+from tiny import CHUNKS_IMAGES, HIDROP, IMAGE, KEEP_ALL, RAGGED, policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.errors import MissingImage
 from dropflow.testing import MaskedOracle
 
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -103,6 +104,10 @@ def test_prompt_lookup_gives_the_greedy_tokens(llava: Any) -> None:
 def test_chunked_prefill_equals_the_masked_run(llava: Any) -> None:
     inputs = prompt([(3, "I", 12)])
     with dropflow.attach(llava, RAGGED) as flow:
+        if not CHUNKS_IMAGES:
+            with pytest.raises(MissingImage):
+                llava.generate(**inputs, **BUDGET, prefill_chunk_size=21)
+            return
         tokens = llava.generate(**inputs, **BUDGET, prefill_chunk_size=21)
         live = flow.live()
     assert live.shape[2] == 21  # the last chunk that brought visual tokens
