@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,16 +33,21 @@ class LayerProbe:
         number: int,
         layer: nn.Module,
         hidden: Float[Tensor, "batch slots dim"],
-        arguments: Arguments,
+        arguments: Callable[[], Arguments],
         *,
         implementation: str,
         projections: Projections | None,
         past: Tensor | None,
     ) -> None:
         self.number = number
-        self._layer, self._hidden, self._arguments = layer, hidden, arguments
+        self._layer, self._hidden, self._make_arguments = layer, hidden, arguments
         self._implementation, self._projections, self._past = implementation, projections, past
         self._keys: QueryKey | None = None
+
+    @functools.cached_property
+    def _arguments(self) -> Arguments:
+        """Restricted to the live tokens only when a stage asks, since some rank by nothing of this layer."""
+        return self._make_arguments()
 
     def rows(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
         """Attention probabilities of the query rows in the given slots."""

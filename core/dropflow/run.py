@@ -180,7 +180,7 @@ class Run:
             number,
             layer,
             hidden,
-            self._restricted(number, args, kwargs, self._keys(number)),
+            lambda: self._restricted(number, args, kwargs, self._keys(number)),
             implementation=self.implementation,
             projections=self.backbone.projections(layer),
             past=held.keys if held is not None and held.length else None,

@@ -109,7 +109,7 @@ class Service:
         call = self._open(model)
         keep = kwargs.get("logits_to_keep", 0)
         call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
-        brings = self._visual is not None or self._backbone.has_images(kwargs)
+        brings = self._brings_images(kwargs)
         refuse.check_call(self._backbone, self._plan, kwargs, brings)
         if call.labels is not None and brings and isinstance(keep, int) and keep == 0 and "shift_labels" not in kwargs:
             own = inspect.signature(model.forward).parameters
@@ -143,15 +143,16 @@ class Service:
         call = self._lock.mine()
         if call is None or call.owner is core:
             call = self._open(core)
-            refuse.check_call(
-                self._backbone, self._plan, kwargs, self._visual is not None or self._backbone.has_images(kwargs)
-            )
+            refuse.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
         call.attention_mask = kwargs.get("attention_mask")
         call.modalities, call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
             plain, call.flags = take_flags(self._backbone, kwargs["mm_encoder_outputs"])
             kwargs = kwargs | {"mm_encoder_outputs": plain}
         return args, kwargs
+
+    def _brings_images(self, kwargs: dict[str, Any]) -> bool:
+        return self._visual is not None or self._backbone.has_images(kwargs)
 
     def _visual_tokens(self, kwargs: dict[str, Any]) -> tuple[Mapping[str, Tensor], Tensor | None]:
         if self._visual is not None:

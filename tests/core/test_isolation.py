@@ -16,17 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import dropflow
 from dropflow import Keep, PruneCall, Stage, hookimpl
 from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.testing.guarantees import fingerprint
 
 BUDGET = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-
-
-def fingerprint(model: Any) -> list[Any]:
-    """Everything attaching could leave behind: hooks, instance attributes, parameters."""
-    state: list[Any] = [list(model.state_dict())]
-    for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        state.append((name, *map(len, hooks), sorted(k for k in module.__dict__ if not k.startswith("_"))))
-    return state
 
 
 @torch.no_grad()
