@@ -44,6 +44,8 @@ class Service:
         self._undo: list[Callable[[], None]] = []
         self.stated = threading.local()
         """Its `visual` holds the visual tokens a caller states for the calls of this thread."""
+        self.flow: object = None
+        """What attached this service: alive as long as the hooks are, whoever else holds it."""
         self.record: CallRecord | None = None
         """What happened in the last prefill that brought images."""
         if not plan.idle:
@@ -53,6 +55,7 @@ class Service:
         """Take every hook off the model; harmless when done before."""
         while self._undo:
             self._undo.pop()()
+        self.flow = None
         self._close()
 
     def _install(self) -> None:
