@@ -7,6 +7,7 @@ itself only: the losses are those of the unpacked prompts, at a fraction of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,23 +66,26 @@ class PackedBatch:
     """Index into `COLORS`, -100 for padding."""
 
 
-def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Question]:
-    """Draw different questions about the scene, kinds in the proportions of `MIX`, to fill `room` tokens."""
+def shuffled(scene: Scene, rng: np.random.Generator, mix: Mapping[str, float] = MIX) -> Iterator[Question]:
+    """Yield all questions about the scene in random order, kinds in the proportions of `mix` as long as they last."""
     asked = ask_all(scene)
     for questions in asked.values():
         rng.shuffle(questions)
     asked["exist"] = _balanced(asked["exist"], rng)
+    while left := [kind for kind in KINDS if asked[kind]]:
+        weights = np.asarray([mix[kind] for kind in left])
+        yield asked[left[int(rng.choice(len(left), p=weights / weights.sum()))]].pop()
+
+
+def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Question]:
+    """Draw different questions about the scene, kinds in the proportions of `MIX`, to fill `room` tokens."""
     chosen: list[Question] = []
-    while True:
-        left = [kind for kind in KINDS if asked[kind]]
-        if not left:
-            return chosen
-        weights = np.asarray([MIX[kind] for kind in left])
-        question = asked[left[int(rng.choice(len(left), p=weights / weights.sum()))]].pop()
+    for question in shuffled(scene, rng):
         room -= len(_words(question))
         if room < 0:
-            return chosen
+            break
         chosen.append(question)
+    return chosen
 
 
 def _words(question: Question) -> list[str]:

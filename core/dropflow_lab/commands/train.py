@@ -1,0 +1,77 @@
+"""`dropflow train`: finetune a model through a policy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dropflow_lab.commands.digits import require_scikit_learn
+from dropflow_lab.commands.options import AsJson, Overrides
+from dropflow_lab.output import chatter_to_stderr, emit
+
+
+class Precision(StrEnum):
+    """What a step is computed in."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Attention(StrEnum):
+    """How attention is computed while training."""
+
+    SDPA = "sdpa"
+    MATMUL = "matmul"
+
+
+def train(
+    policy: Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="Policy to train through.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the trained model; its runs lie in DIR/run.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, one after the other in a dialogue.")] = 1,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of pictures and questions.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between two resumable checkpoints.")] = 50,
+    precision: Annotated[Precision, typer.Option(help="bf16 computes under autocast.")] = Precision.BF16,
+    attention: Annotated[
+        Attention, typer.Option(help="matmul: two plain matrix products, whose backward is faster on a CPU.")
+    ] = Attention.SDPA,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in DIR.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Finetune a model through a policy on the digits questions, with the Trainer of transformers.
+
+    The folder it writes is a model folder that records the policy: `dropflow.attach(model)` picks it up. On several
+    processes: `torchrun --nproc-per-node 2 --no-python dropflow train ...`.
+    """
+    require_scikit_learn()
+    require_accelerate()
+    from dropflow import load_policy
+    from dropflow_lab.digits.dialogues import Dialogues
+    from dropflow_lab.finetune import Settings, finetune
+    from dropflow_lab.models import load_model
+
+    with chatter_to_stderr():
+        chosen = load_policy(policy, overrides or ())
+        loaded, processor = load_model(model)
+        settings = Settings(steps, batch, rate, seed, save_every, precision=precision.value, attention=attention.value)
+        data = Dialogues(steps * batch, rounds=rounds, seed=seed)
+        folder = finetune(loaded, processor, data, chosen, out, settings, resume=resume)
+    emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
+
+
+def require_accelerate() -> None:
+    """Raise `InputError` where the Trainer of transformers cannot run."""
+    if find_spec("accelerate") is None:
+        from dropflow_lab.errors import InputError
+
+        raise InputError("the Trainer of transformers needs accelerate: pip install 'dropflow[train]'")

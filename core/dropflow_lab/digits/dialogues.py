@@ -1,0 +1,51 @@
+"""Training samples for finetuning: a picture, and some rounds of question and answer about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .glyphs import check_split
+from .packing import shuffled
+from .questions import KINDS
+from .scenes import draw_scene, render
+
+_EVEN = dict.fromkeys(KINDS, 1.0)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One picture, and what was asked and answered about it in turn."""
+
+    image: Image.Image
+    """RGB."""
+    rounds: tuple[tuple[str, str], ...]
+    """Question and answer of each round."""
+
+
+class Dialogues(Dataset[Dialogue]):
+    """Digits pictures with `rounds` different questions each, drawn when they are asked for; kinds equally often.
+
+    Sample `index` depends on `split`, `seed`, `rounds` and `index` alone, so that a resumed run goes on with the
+    samples it would have had. Raises `ValueError` if `split` is not known or `rounds` is not positive.
+    """
+
+    def __init__(self, count: int, *, rounds: int = 1, seed: int = 0, split: str = "train") -> None:
+        if rounds < 1:
+            raise ValueError(f"expected at least one round, got {rounds}")
+        self.count, self.rounds, self.seed, self.split = count, rounds, seed, check_split(split)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Dialogue:
+        if not 0 <= index < self.count:
+            raise IndexError(f"expected an index of 0..{self.count - 1}, got {index}")
+        scene = draw_scene(self.split, (self.seed, 17, index))
+        questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]), _EVEN)
+        rounds = tuple((question.text, question.answer) for question in islice(questions, self.rounds))
+        return Dialogue(Image.fromarray(render(scene)[0]), rounds)

@@ -1,0 +1,7 @@
+"""Training a model through a policy, with the Trainer of transformers."""
+
+from dropflow_lab.finetune.collate import Collator
+from dropflow_lab.finetune.settings import Settings
+from dropflow_lab.finetune.train import finetune
+
+__all__ = ["Collator", "Settings", "finetune"]

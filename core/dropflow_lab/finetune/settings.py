@@ -1,0 +1,26 @@
+"""The numbers of a finetuning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Steps, sizes and rates; the defaults are those of the shipped checkpoints."""
+
+    steps: int = 200
+    batch: int = 64
+    """Samples per step and process."""
+    rate: float = 2e-3
+    """Peak learning rate; linear warm-up over a tenth of the steps, then a cosine down to zero."""
+    seed: int = 0
+    """Of the order of the samples."""
+    save_every: int = 50
+    """Steps between two resumable checkpoints."""
+    log_every: int = 10
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16` computes under autocast; weights, gradients and optimiser states are float32 either way."""
+    attention: Literal["sdpa", "matmul"] = "sdpa"
+    """`matmul` trains with two plain matrix products, whose backward is faster on a CPU."""

@@ -1,0 +1,89 @@
+"""`dropflow train`: a folder that loads, records its policy, and comes out the same when the run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dropflow
+from dropflow_lab.models import load_model
+
+pytest.importorskip("accelerate")
+
+SMALL = ("--steps", 4, "--batch", 2, "--save-every", 2, "--precision", "fp32", "--json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_folder) -> Path:
+    """A run of four steps that was never interrupted."""
+    from typer.testing import CliRunner
+
+    from dropflow_lab.cli import app
+
+    folder = tmp_path_factory.mktemp("trained")
+    policy = folder / "mild.yaml"
+    policy.write_text(
+        "name: mild\ntuned_for: {layers: 4, visual_tokens: 144}\n"
+        "stages:\n"
+        "  inject: {use: hidrop/late-injection, at: 1}\n"
+        "  pyramid: {use: hidrop/concave-pyramid, keep: {2: 40}}\n"
+        "  exit: {use: hidrop/early-exit, at: 3}\n"
+    )
+    arguments = ("train", "--policy", policy, "--model", model_folder, "--out", folder / "model", *SMALL)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert json.loads(result.stdout) == {"out": str(folder / "model"), "policy": "mild", "steps": 4}
+    return folder
+
+
+def test_the_folder_loads_and_knows_its_policy(trained) -> None:
+    model, _ = load_model(trained / "model")
+    with dropflow.attach(model) as flow:
+        assert flow.policy == dropflow.load_policy(trained / "mild.yaml")
+
+
+def test_what_is_trained_has_moved_and_the_vision_tower_has_not(trained, model_folder) -> None:
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, trained / "model"))
+    frozen = {name for name in before if "vision_tower" in name}
+    assert frozen
+    assert {name for name in before if torch.equal(before[name].float(), after[name])} == frozen
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(trained, cli, tmp_path) -> None:
+    run = tmp_path / "model" / "run"
+    run.mkdir(parents=True)
+    shutil.copytree(trained / "model" / "run" / "checkpoint-2", run / "checkpoint-2")
+    start = trained / "model" / "run" / "checkpoint-2"
+    arguments = ("--policy", trained / "mild.yaml", "--model", start, "--out", tmp_path / "model", "--resume", *SMALL)
+    assert cli("train", *arguments).exit_code == 0
+    once, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
+    assert once.keys() == resumed.keys()
+    assert [name for name in once if not torch.equal(once[name], resumed[name])] == []
+
+
+def test_the_log_has_every_loss(trained) -> None:
+    rows = [json.loads(line) for line in (trained / "model" / "training-log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["train_loss"] > 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(trained, refused) -> None:
+    arguments = ("train", "--policy", trained / "mild.yaml", "--out", trained / "model", *SMALL)
+    assert "--resume" in refused(*arguments, "--model", trained / "model")
+
+
+def test_there_must_be_something_to_resume(trained, refused, tmp_path) -> None:
+    assert "leave out --resume" in refused("train", "--policy", trained / "mild.yaml", "--out", tmp_path, "--resume")
+
+
+def test_a_policy_for_another_model_is_refused(refused, tmp_path) -> None:
+    assert "rescale" in refused("train", "--policy", "hidrop-64", "--out", tmp_path)
+
+
+def test_without_accelerate_the_extra_is_named(refused, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("dropflow_lab.commands.train.find_spec", lambda _: None)
+    assert "dropflow[train]" in refused("train", "--policy", "digits-mild", "--out", tmp_path)

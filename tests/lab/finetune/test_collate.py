@@ -1,0 +1,88 @@
+"""Dialogues as training inputs: the chat template's prompt, with labels on the answers only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dropflow_lab.digits import Example, build_processor
+from dropflow_lab.digits.dialogues import Dialogues
+from dropflow_lab.digits.evaluate import build_inputs
+from dropflow_lab.errors import InputError
+from dropflow_lab.finetune import Collator
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+def _spans(labels) -> list[list[int]]:
+    """Labelled tokens, in one list per run of neighbours."""
+    spans: list[list[int]] = []
+    for place, label in enumerate(labels.tolist()):
+        if label != -100:
+            if place == 0 or labels[place - 1] == -100:
+                spans.append([])
+            spans[-1].append(label)
+    return spans
+
+
+def test_labels_are_the_answers_and_their_ends(processor) -> None:
+    data = Dialogues(3, rounds=2, seed=1)
+    batch = Collator(processor)([data[index] for index in range(3)])
+    for index in range(3):
+        said = [processor.tokenizer.decode(span) for span in _spans(batch["labels"][index])]
+        assert said == [f"{answer} </s>" for _, answer in data[index].rounds]
+    labelled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+
+
+def test_the_prompt_is_the_one_that_is_asked_at_inference(processor) -> None:
+    dialogue = Dialogues(1, seed=2)[0]
+    (question, answer), *_ = dialogue.rounds
+    batch = Collator(processor)([dialogue])
+    asked = build_inputs(processor, [Example(dialogue.image, question, answer, "pos")])
+    first = int((batch["labels"][0] != -100).nonzero()[0])
+    assert torch.equal(batch["input_ids"][0, :first], asked["input_ids"][0])
+    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
+
+
+def test_padding_is_on_the_right(processor) -> None:
+    data = Dialogues(8, seed=3)
+    mask = Collator(processor)([data[index] for index in range(8)])["attention_mask"]
+    assert bool(mask[:, 0].all())
+    assert not bool(mask.all())
+
+
+def test_samples_depend_on_seed_and_index_alone() -> None:
+    data, longer, other = Dialogues(2, seed=4), Dialogues(9, seed=4), Dialogues(2, seed=5)
+    assert (data[1].rounds, data[1].image.tobytes()) == (longer[1].rounds, longer[1].image.tobytes())
+    assert data[1].image.tobytes() != other[1].image.tobytes()
+    assert len({question for question, _ in Dialogues(1, rounds=6)[0].rounds}) == 6
+
+
+def test_bad_arguments_are_refused(processor) -> None:
+    with pytest.raises(ValueError, match="round"):
+        Dialogues(1, rounds=0)
+    with pytest.raises(IndexError, match="got 2"):
+        Dialogues(2)[2]
+    with pytest.raises(ValueError, match="split"):
+        Dialogues(1, split="tset")
+    saved, processor.chat_template = processor.chat_template, None
+    try:
+        with pytest.raises(InputError, match="chat template"):
+            Collator(processor)
+    finally:
+        processor.chat_template = saved
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(processor) -> None:
+    saved = processor.chat_template
+    processor.chat_template = saved + "{{ ' read' if not add_generation_prompt else '' }}"
+    data = Dialogues(1, rounds=2)
+    try:
+        with pytest.raises(InputError, match="does not let an answer be found"):
+            Collator(processor)([data[0]])
+    finally:
+        processor.chat_template = saved
