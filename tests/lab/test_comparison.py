@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from dropflow import load_policy
-from dropflow_lab.comparison import compare, prompt
+from dropflow_lab.comparison import compare
 from dropflow_lab.digits import sample_image
 from dropflow_lab.models import load_model
+from dropflow_lab.prompts import build_inputs
 
 TEMPLATED = ["<s>", "user", ":", "is", "there", "a", "7", "?", "assistant", ":"]
 KEEP_ALL = {"name": "keep-all", "stages": {"p": {"use": "hidrop/concave-pyramid", "keep": {1: 1.0}}}}
@@ -33,7 +34,7 @@ def test_the_model_is_detached_afterwards(model_folder) -> None:
 
 def test_a_prompt_follows_the_chat_template(model_folder) -> None:
     _, processor = load_model(model_folder)
-    inputs = prompt(processor, [sample_image()] * 2, "is there a 7 ?")
+    inputs = build_inputs(processor, [([sample_image()] * 2, "is there a 7 ?")])
     words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     assert [word for word in words if word != "<image>"] == TEMPLATED
     assert words.count("<image>") == 2 * 144
