@@ -16,8 +16,11 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow",
         "dropflow_lab",
         "dropflow_control",
+        "dropflow_fastv",
         "dropflow_hidrop",
         "dropflow_mustdrop",
+        "dropflow_pyramiddrop",
+        "dropflow_vtw",
         "dropflow_adapters",
         "dropflow_policies",
     }

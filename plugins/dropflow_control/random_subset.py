@@ -9,9 +9,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dropflow import Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.errors import PolicyError
 from dropflow.selection import keep_top
-from dropflow.units import Budget, Depth, Tokens
+from dropflow.units import Depth, Tokens
 from dropflow_control.draw import draw
 
 
@@ -48,7 +47,7 @@ class RandomSubset(Stage[RandomSubsetOptions]):
 
     def __init__(self, options: RandomSubsetOptions, context: StageContext) -> None:
         super().__init__(options, context)
-        self._keeps = _boundaries(options, context)
+        self._keeps = context.budgets("keep", options.keep or {})
         self._encoded = None if options.encode is None else context.scale.tokens(options.encode, context.path("encode"))
 
     @property
@@ -88,15 +87,3 @@ class RandomSubset(Stage[RandomSubsetOptions]):
         budget = self._keeps[call.boundary]
         counts = [budget.of(size) for size in call.image_sizes]
         return Keep(keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts), scores)
-
-
-def _boundaries(options: RandomSubsetOptions, context: StageContext) -> Mapping[int, Budget]:
-    found: dict[int, Budget] = {}
-    for depth, tokens in (options.keep or {}).items():
-        path = context.path(f"keep.{depth}")
-        boundary = context.scale.boundary(depth, path)
-        if boundary in found:
-            layers = context.scale.target.layers
-            raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {layers} layers")
-        found[boundary] = context.scale.tokens(tokens, path)
-    return dict(sorted(found.items()))

@@ -14,8 +14,11 @@ PACKAGES = [
     "dropflow",
     "dropflow_lab",
     "dropflow_control",
+    "dropflow_fastv",
     "dropflow_hidrop",
     "dropflow_mustdrop",
+    "dropflow_pyramiddrop",
+    "dropflow_vtw",
     "dropflow_adapters",
     "dropflow_policies",
 ]
