@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from dropflow_lab.errors import InputError
 
@@ -14,13 +17,33 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that is not learnt."""
+_EVERYWHERE, _PADDING = -1, -2
+
+
+@dataclass
+class _Row:
+    """One sample: what all rounds share, up to the end of the picture, and then one round after the other."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    """Which round a token belongs to; `_EVERYWHERE` for what all of them share."""
+
+    def add(self, ids: Sequence[int], labels: Sequence[int], number: int, start: int) -> None:
+        self.ids += ids
+        self.labels += labels
+        self.positions += range(start, start + len(ids))
+        self.rounds += [number] * len(ids)
 
 
 class Collator:
-    """Pads a batch of dialogues on the right, and labels each answer with the end that the chat template gives it.
+    """Packs the rounds of each sample behind one picture, as if each were a prompt by itself, and pads on the right.
 
-    The token in front of every labelled span is then the last instruction token of its round, which is what stages
-    that rank by the instruction look for. Padding on the right keeps positions as they are in a prompt by itself.
+    Position ids restart behind the picture for every round, and the mask hides the other rounds, so that no answer can
+    be copied from an earlier one. Labels are on the answers and on the end that the chat template gives them: the token
+    in front of every labelled span is the last instruction token of its round, which is what stages that rank by the
+    instruction look for. The mask is for models whose layers all attend to the whole prompt.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -29,49 +52,79 @@ class Collator:
         self._processor = processor
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask`, `labels` (batch, tokens) and the pixels of all pictures."""
-        messages = [_messages(dialogue) for dialogue in dialogues]
+        """Return ids, labels and position ids (batch, tokens), the mask, and the pixels of all pictures.
+
+        The mask is (batch, tokens), or additive (batch, 1, tokens, tokens) where a sample has several rounds.
+        """
+        first = [_messages(*dialogue.rounds[0]) for dialogue in dialogues]
         inputs = self._processor(
             images=[[dialogue.image] for dialogue in dialogues],
-            text=[self._text(said) for said in messages],
+            text=[self._text(messages) for messages in first],
             padding=True,
             padding_side="right",
             return_tensors="pt",
         )
-        labels = torch.full_like(inputs["input_ids"], IGNORED)
-        for row, said in enumerate(messages):
-            ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())]
-            for answer in self._answers(said, ids.tolist()):
-                labels[row, answer] = ids[answer]
-        return {**inputs, "labels": labels}
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask").bool()
+        rows = [self._row(d, ids[n][mask[n]].tolist()) for n, d in enumerate(dialogues)]
+        rounds = _padded([row.rounds for row in rows], _PADDING)
+        packed = any(len(dialogue.rounds) > 1 for dialogue in dialogues)
+        return {
+            **inputs,
+            "input_ids": _padded([row.ids for row in rows], int(self._processor.tokenizer.pad_token_id or 0)),
+            "attention_mask": _mask(rounds) if packed else (rounds != _PADDING).long(),
+            "position_ids": _padded([row.positions for row in rows], 0),
+            "labels": _padded([row.labels for row in rows], IGNORED),
+        }
+
+    def _row(self, dialogue: Dialogue, whole: list[int]) -> _Row:
+        """Lay out a sample of which `whole` is the first round, with as many tokens as the picture takes."""
+        row, shared = _Row(), [0]
+        for number, (question, answer) in enumerate(dialogue.rounds):
+            messages = _messages(question, answer)
+            asked, answered = self._tokens(messages[:1], prompt=True), self._tokens(messages)
+            if number == 0:
+                shared = answered[: _last(answered, self._processor.image_token_id) + 1]
+                before = len(whole) - len(answered) + len(shared)
+                row.add(whole[:before], [IGNORED] * before, _EVERYWHERE, 0)
+            tail, start = answered[len(shared) :], len(asked) - len(shared)
+            follows = number > 0 or whole[before:] == tail
+            if not follows or answered[: len(shared)] != shared or answered[: len(asked)] != asked:
+                raise InputError(
+                    "this model's chat template does not let an answer be found: expected the picture in front of the "
+                    "question, and the answer where the prompt ends; train by a script of your own with dropflow.attach"
+                )
+            row.add(tail, [IGNORED] * start + tail[start:], number, before)
+        return row
 
     def _text(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
         return str(self._processor.apply_chat_template(list(messages), add_generation_prompt=prompt))
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[int]:
+        """Tokens of the text, in which one placeholder stands for the picture."""
+        text = self._text(messages, prompt=prompt)
         return list(self._processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _answers(self, messages: Sequence[dict[str, Any]], ids: Sequence[int]) -> list[slice]:
-        """Places of the answers in `ids`, which has more tokens per picture than the text: all in front of them."""
-        added = len(ids) - len(self._tokens(self._text(messages)))
-        places = []
-        for end in range(2, len(messages) + 1, 2):
-            asked = self._tokens(self._text(messages[: end - 1], prompt=True))
-            answered = self._tokens(self._text(messages[:end]))
-            place = slice(added + len(asked), added + len(answered))
-            if answered[: len(asked)] != asked or list(ids[place]) != answered[len(asked) :]:
-                raise InputError(
-                    "this model's chat template does not let an answer be found: expected each round to go on where "
-                    "the prompt in front of it ends; train with labels of your own and `dropflow.attach` in your script"
-                )
-            places.append(place)
-        return places
+
+def _messages(question: str, answer: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
 
 
-def _messages(dialogue: Dialogue) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    for number, (question, answer) in enumerate(dialogue.rounds):
-        picture = [{"type": "image"}] if number == 0 else []
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
+def _last(ids: Sequence[int], token: int) -> int:
+    return max((place for place, found in enumerate(ids) if found == token), default=-1)
+
+
+def _padded(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "batch tokens"]:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def _mask(rounds: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 tokens tokens"]:
+    """0 where a token is seen, very low elsewhere; padding does not see itself, but what all rounds share."""
+    asks, seen = rounds[:, :, None], rounds[:, None, :]
+    causal = torch.ones(rounds.shape[1], rounds.shape[1], dtype=torch.bool).tril()
+    visible = causal & ((seen == _EVERYWHERE) | ((asks == seen) & (asks != _PADDING)))
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
+    return mask[:, None]

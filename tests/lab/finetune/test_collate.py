@@ -1,12 +1,17 @@
-"""Dialogues as training inputs: the chat template's prompt, with labels on the answers only."""
+"""Dialogues as training inputs: rounds that share a picture and nothing else, with labels on the answers only."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from dropflow_lab.digits import Example, build_processor
-from dropflow_lab.digits.dialogues import Dialogues
+import dropflow
+from dropflow_lab.digits import Example, build_model, build_processor
+from dropflow_lab.digits.dialogues import Dialogue, Dialogues
 from dropflow_lab.digits.evaluate import build_inputs
 from dropflow_lab.errors import InputError
 from dropflow_lab.finetune import Collator
@@ -48,6 +53,44 @@ def test_the_prompt_is_the_one_that_is_asked_at_inference(processor) -> None:
     assert torch.equal(batch["pixel_values"], asked["pixel_values"])
 
 
+def _losses(model, batch: dict[str, Any]) -> Tensor:
+    """The loss of every labelled token."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [{}, {"inject": 1}, {"inject": 1, "exit": 3}])
+def test_rounds_of_a_sample_are_learnt_as_if_each_were_asked_alone(processor, window) -> None:
+    model = build_model(3, decoder_layers=4).eval()
+    uses = {"inject": "hidrop/late-injection", "exit": "hidrop/early-exit"}
+    stages = {name: {"use": uses[name], "at": at} for name, at in window.items()}
+    data, collate = Dialogues(3, rounds=4, seed=6), Collator(processor)
+    dialogues = [data[index] for index in range(3)]
+    alone = [collate([Dialogue(d.image, (one,))]) for d in dialogues for one in d.rounds]
+    with dropflow.attach(model, {"stages": stages}):
+        expected = torch.cat([_losses(model, batch) for batch in alone])
+        torch.testing.assert_close(_losses(model, collate(dialogues)), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_every_round_asks(processor) -> None:
+    data, seen = Dialogues(2, rounds=3, seed=8), []
+
+    class Watch(dropflow.Stage[dropflow.StageOptions]):
+        Options = dropflow.StageOptions
+        prune_at = (1,)
+
+        @dropflow.hookimpl
+        def prune(self, call: dropflow.PruneCall) -> None:
+            seen.append((call.queries.shape[1], bool(call.query_valid.all())))
+
+    model = build_model(3, decoder_layers=2).train()
+    with dropflow.attach(model, {"stages": {"watch": {"use": Watch}}}):
+        model(**Collator(processor)([data[0], data[1]]))
+    assert seen == [(3, True)]
+
+
 def test_padding_is_on_the_right(processor) -> None:
     data = Dialogues(8, seed=3)
     mask = Collator(processor)([data[index] for index in range(8)])["attention_mask"]
@@ -79,7 +122,7 @@ def test_bad_arguments_are_refused(processor) -> None:
 
 def test_a_template_that_rewrites_the_prompt_is_refused(processor) -> None:
     saved = processor.chat_template
-    processor.chat_template = saved + "{{ ' read' if not add_generation_prompt else '' }}"
+    processor.chat_template = "{{ ' read' if not add_generation_prompt else '' }}" + saved
     data = Dialogues(1, rounds=2)
     try:
         with pytest.raises(InputError, match="does not let an answer be found"):
