@@ -17,19 +17,28 @@ from dropflow_lab.errors import InputError
 def load_model(folder: Path | None = None) -> tuple[Any, Any]:
     """Return model and processor of `folder`, or the embedded demo model; on the GPU where there is one.
 
-    Weights keep the dtype they are stored in (the demo model runs in float32). Raises `InputError` where the folder is
-    missing or transformers cannot load it.
+    Where no such folder is there, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`. Weights
+    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` where the folder is missing
+    or transformers cannot load it.
     """
     with _no_progress_bar():
-        model, processor = _embedded() if folder is None else _from_folder(folder)
+        name = "dense" if folder is None else _shipped(folder)
+        model, processor = _from_folder(folder) if folder is not None and name is None else _embedded(name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
-def _embedded() -> tuple[Any, Any]:
+def _shipped(folder: Path) -> str | None:
+    """Name of the shipped checkpoint that `folder` stands for, if it does."""
+    from dropflow_lab.digits.model import checkpoint_names
+
+    return str(folder) if not folder.is_dir() and str(folder) in checkpoint_names() else None
+
+
+def _embedded(name: str | None) -> tuple[Any, Any]:
     from dropflow_lab.digits import load
 
     try:
-        return load()
+        return load(name or "dense")
     except (OSError, LookupError) as error:
         raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}") from None
 

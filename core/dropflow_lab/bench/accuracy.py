@@ -65,6 +65,8 @@ class AccuracyRow:
     """Every kind of question by itself."""
     answers: tuple[str, ...]
     """What the model said, in the order of the questions, so that policies can be compared question by question."""
+    by_seed: tuple[float, ...] = ()
+    """Accuracy of each seed, where the row is their mean (see `dropflow_lab.bench.subjects`)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, without the answers."""
@@ -82,26 +84,37 @@ def bench_accuracy(
     file in `out`, under a name that follows from policy, weights, questions and seed; a row that is there is read
     and not measured again. Raises `PolicyError` for a policy that does not fit the model, before anything is measured.
     """
+    bench = Bench(out, questions, seed)
     chosen = [dropflow.load_policy(policy) for policy in policies]
     for policy in chosen:
         resolve(policy, backbone_for(model).shape)
-    weights = _digest_of_weights(model)
-    asked: list[Example] = []
     for which in (None, *chosen):
+        yield bench.row(model, processor, which)
+
+
+class Bench:
+    """Measures rows on the same `questions` of the test split, and keeps finished ones in the folder `out`."""
+
+    def __init__(self, out: Path, questions: int, seed: int) -> None:
+        self._out, self._questions, self._seed = out, questions, seed
+        self._asked: list[Example] = []
+
+    def row(self, model: Any, processor: Any, policy: Policy | None) -> AccuracyRow:
+        """Return the row of `model` under `policy`, read from its file or measured now."""
         facts = {
-            "policy": which.to_dict() if which is not None else DENSE,
-            "weights": weights,
-            "questions": questions,
-            "seed": seed,
+            "policy": policy.to_dict() if policy is not None else DENSE,
+            "weights": _digest_of_weights(model),
+            "questions": self._questions,
+            "seed": self._seed,
             "dropflow": version("dropflow"),
         }
-        path = out / f"{which.name if which is not None else DENSE}-{_digest(facts)}.json"
+        path = self._out / f"{policy.name if policy is not None else DENSE}-{_digest(facts)}.json"
         row = _read(path)
         if row is None:
-            asked = asked or list(examples("test", questions, seed))
-            row = _measure(model, processor, which, asked)
+            self._asked = self._asked or list(examples("test", self._questions, self._seed))
+            row = _measure(model, processor, policy, self._asked)
             _write(path, {"measured": asdict(row), "facts": facts})
-        yield row
+        return row
 
 
 def default_folder() -> Path:
@@ -160,7 +173,7 @@ def _read(path: Path) -> AccuracyRow | None:
     row = json.loads(path.read_text(encoding="utf-8"))["measured"]
     shares = {kind: Share(**row[kind]) for kind in APART}
     kinds = {kind: Share(**share) for kind, share in row["kinds"].items()}
-    return AccuracyRow(**{**row, **shares, "kinds": kinds, "answers": tuple(row["answers"])})
+    return AccuracyRow(**{**row, **shares, "kinds": kinds, "answers": tuple(row["answers"]), "by_seed": ()})
 
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,10 +79,16 @@ def stages(
 @app.command("accuracy")
 def accuracy(
     policies: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Names or paths of the policies, with commas in between.")
+        str,
+        typer.Option(
+            metavar="A,B,C",
+            help="Names or paths of policies, with commas in between. POLICY@MODEL: on a checkpoint of its own, by "
+            "name or folder; @MODEL: under the policy it records. A row with {seed} in it is a mean over seeds.",
+        ),
     ] = "digits-mild,mustdrop-digits,mixed-digits",
     questions: Annotated[int, typer.Option(min=1, help="Questions of the test split; the same ones for all.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that take the place of {seed}.")] = 3,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for finished rows, which are not run again; a cache folder without."),
@@ -98,17 +105,25 @@ def accuracy(
     a file of its own, so that an interrupted run continues.
     """
     from dropflow_lab.bench import accuracy as bench
-    from dropflow_lab.models import load_model
+    from dropflow_lab.bench.subjects import Subject, bench_subjects
 
     require_scikit_learn()
-    names = [name.strip() for name in policies.split(",") if name.strip()]
+    subjects = [Subject.parse(name) for name in (bench.DENSE, *policies.split(",")) if name.strip()]
     with chatter_to_stderr():
-        loaded, processor = load_model(model)
         folder = out or bench.default_folder()
-        rows = list(bench.bench_accuracy(loaded, processor, names, folder, questions=questions, seed=seed))
+        measured = bench_subjects(subjects, partial(_load, model), bench.Bench(folder, questions, seed), seeds)
+        rows = list(measured)
     result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
     told = f"{questions} questions of the test split, seed {seed}; low and high are the 95 % interval of the accuracy"
     emit(result, as_json, _accuracy_table(rows), told)
+
+
+def _load(shared: Path | None, name: str) -> tuple[Any, Any]:
+    """Model (in float32) and processor of a checkpoint name or folder; without one, those that all rows share."""
+    from dropflow_lab.models import load_model
+
+    model, processor = load_model(Path(name) if name else shared)
+    return model.float(), processor
 
 
 def _table(measured: EngineBench) -> Table:
@@ -163,7 +178,7 @@ def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
 
     table = Table(title="visual tokens (average over layers, and at entry) and right answers")
     table.add_column("policy", no_wrap=True)
-    for column in ("average", "entry", "right", "low", "high", "count", "read"):
+    for column in ("average", "entry", "right", "low", "high", "seeds", "count", "read"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -173,6 +188,7 @@ def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
             f"{row.accuracy:.1%}",
             f"{row.low:.1%}",
             f"{row.high:.1%}",
+            f"{min(row.by_seed):.1%} .. {max(row.by_seed):.1%}" if row.by_seed else "",
             f"{row.count.accuracy:.1%}",
             f"{row.read.accuracy:.1%}",
         )

@@ -11,10 +11,7 @@ from torch.utils.data import Dataset
 
 from .glyphs import check_split
 from .packing import shuffled
-from .questions import KINDS
 from .scenes import draw_scene, render
-
-_EVEN = dict.fromkeys(KINDS, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,11 @@ class Dialogue:
 
 
 class Dialogues(Dataset[Dialogue]):
-    """Digits pictures with `rounds` different questions each, drawn when they are asked for; kinds equally often.
+    """Digits pictures with `rounds` different questions each, drawn when they are asked for.
 
-    Sample `index` depends on `split`, `seed`, `rounds` and `index` alone, so that a resumed run goes on with the
-    samples it would have had. Raises `ValueError` if `split` is not known or `rounds` is not positive.
+    Kinds come in the proportions of `MIX`, as in the training of the dense checkpoint. Sample `index` depends on
+    `split`, `seed`, `rounds` and `index` alone, so that a resumed run goes on with the samples it would have had.
+    Raises `ValueError` if `split` is not known or `rounds` is not positive.
     """
 
     def __init__(self, count: int, *, rounds: int = 1, seed: int = 0, split: str = "train") -> None:
@@ -46,6 +44,6 @@ class Dialogues(Dataset[Dialogue]):
         if not 0 <= index < self.count:
             raise IndexError(f"expected an index of 0..{self.count - 1}, got {index}")
         scene = draw_scene(self.split, (self.seed, 17, index))
-        questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]), _EVEN)
+        questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]))
         rounds = tuple((question.text, question.answer) for question in islice(questions, self.rounds))
         return Dialogue(Image.fromarray(render(scene)[0]), rounds)

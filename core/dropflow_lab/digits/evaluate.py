@@ -23,7 +23,8 @@ _LONGEST_ANSWER = 12
 class Score:
     """Right answers among asked questions."""
 
-    right: int
+    right: float
+    """A whole number, but for means."""
     asked: int
 
     @property

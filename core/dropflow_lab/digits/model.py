@@ -131,13 +131,21 @@ def export(model: LlavaForConditionalGeneration, path: Path) -> None:
             file.chmod(0o644)
 
 
+def _checkpoints() -> Path:
+    return Path(str(resources.files(__package__) / "checkpoints"))
+
+
+def checkpoint_names() -> list[str]:
+    """Return the names of the shipped checkpoints."""
+    return sorted(folder.name for folder in _checkpoints().iterdir() if (folder / "config.json").is_file())
+
+
 def checkpoint_path(name: str = "dense") -> Path:
     """Return the folder of the shipped checkpoint `name`; raise `LookupError` naming the ones there are."""
-    root = Path(str(resources.files(__package__) / "checkpoints"))
-    known = sorted(folder.name for folder in root.iterdir() if (folder / "config.json").is_file())
+    known = checkpoint_names()
     if name not in known:
         raise LookupError(f"expected a shipped checkpoint out of {', '.join(known)}, got {name!r}")
-    return root / name
+    return _checkpoints() / name
 
 
 def load(

@@ -7,7 +7,7 @@ itself only: the losses are those of the unpacked prompts, at a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,14 +66,14 @@ class PackedBatch:
     """Index into `COLORS`, -100 for padding."""
 
 
-def shuffled(scene: Scene, rng: np.random.Generator, mix: Mapping[str, float] = MIX) -> Iterator[Question]:
-    """Yield all questions about the scene in random order, kinds in the proportions of `mix` as long as they last."""
+def shuffled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Yield all questions about the scene in random order, kinds in the proportions of `MIX` as long as they last."""
     asked = ask_all(scene)
     for questions in asked.values():
         rng.shuffle(questions)
     asked["exist"] = _balanced(asked["exist"], rng)
     while left := [kind for kind in KINDS if asked[kind]]:
-        weights = np.asarray([mix[kind] for kind in left])
+        weights = np.asarray([MIX[kind] for kind in left])
         yield asked[left[int(rng.choice(len(left), p=weights / weights.sum()))]].pop()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dropflow_lab.digits.optimizers import make_optimizers
-from dropflow_lab.finetune.settings import Settings
+from dropflow_lab.digits.optimizers import learning_rate, make_optimizers
+
+_WARMUP = 20
 
 
 class MuonAdamW(Optimizer):
@@ -44,13 +44,6 @@ class MuonAdamW(Optimizer):
         self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))
 
 
-def make_schedule(optimizer: Optimizer, settings: Settings) -> LambdaLR:
-    """Return the schedule: linear warm-up over a tenth of the steps, then a cosine down to zero."""
-    warmup = max(1, settings.steps // 10)
-
-    def share(done: int) -> float:
-        if done < warmup:
-            return (done + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, settings.steps - warmup)))
-
-    return LambdaLR(optimizer, share)
+def make_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Return the schedule of the dense checkpoint: linear warm-up, the peak for half of the steps, linear to zero."""
+    return LambdaLR(optimizer, lambda done: learning_rate(done, steps, 1.0, warmup=_WARMUP))

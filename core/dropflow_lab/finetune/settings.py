@@ -14,7 +14,7 @@ class Settings:
     batch: int = 64
     """Samples per step and process."""
     rate: float = 2e-3
-    """Peak learning rate; linear warm-up over a tenth of the steps, then a cosine down to zero."""
+    """Peak learning rate: reached after 20 steps, held for half of the run, then linear down to zero."""
     seed: int = 0
     """Of the order of the samples."""
     save_every: int = 50

@@ -52,7 +52,7 @@ def finetune(
             train_dataset=data,
             data_collator=Collator(processor),
             processing_class=processor,
-            optimizers=(optimizer, make_schedule(optimizer, settings)),
+            optimizers=(optimizer, make_schedule(optimizer, settings.steps)),
         )
         trainer.train(resume_from_checkpoint=last)
         flow.record()
