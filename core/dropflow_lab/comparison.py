@@ -1,4 +1,4 @@
-"""One question asked twice: without and with a policy."""
+"""One question asked twice: without and with a policy, of one model or of two."""
 
 from __future__ import annotations
 
@@ -40,15 +40,26 @@ class Comparison:
 
 
 def compare(
-    model: Any, processor: Any, images: Sequence[Image], question: str, policy: Policy, max_new_tokens: int
+    model: Any,
+    processor: Any,
+    images: Sequence[Image],
+    question: str,
+    policy: Policy,
+    max_new_tokens: int,
+    *,
+    plain: Any | None = None,
 ) -> Comparison:
-    """Ask one question about all `images` without and with `policy`, decoding greedily."""
+    """Ask one question about all `images` without and with `policy`, decoding greedily.
+
+    `plain` answers without the policy in place of `model`: the model that `model` was finetuned from, of equal shape.
+    """
     inputs = build_inputs(processor, [(images, question)]).to(model.device, model.dtype)
     with dropflow.attach(model, policy) as flow:
         answer = _generate(model, processor, inputs, max_new_tokens)
         report = flow.report()
     visual_tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
-    return Comparison(question, visual_tokens, _generate(model, processor, inputs, max_new_tokens), answer, report)
+    answer_dense = _generate(plain or model, processor, inputs, max_new_tokens)
+    return Comparison(question, visual_tokens, answer_dense, answer, report)
 
 
 def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dropflow_lab.comparison import Comparison
 
-_POLICY, _QUESTION = "digits-mild", "what digit is yellow ?"
+_TRAINED, _QUESTION = "hidrop", "what digit is yellow ?"
 
 
 def run(
@@ -24,20 +24,24 @@ def run(
     ] = None,
     question: Annotated[str | None, typer.Option(help="What to ask about the pictures.")] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_PATH", help=f"Policy to run under; {_POLICY} for the embedded model.")
+        str | None,
+        typer.Option(metavar="NAME_OR_PATH", help="Policy to run under; without, the one the model records."),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Local model folder; `dense` and `hidrop` are the embedded models."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model about pictures without and with a policy; print both answers, tokens per layer, FLOPs and KV bytes.
 
-    Without arguments, the small model that comes with the package is asked about its sample picture.
+    Without arguments, two small models that come with the package are asked about their sample picture: the dense one
+    without a policy, and the one that was trained through HiDrop under the policy it records.
     """
     from dropflow import load_policy
+    from dropflow.recorded import FIELD, recorded_policy
     from dropflow_lab.comparison import compare
     from dropflow_lab.digits import sample_image
     from dropflow_lab.errors import InputError
@@ -45,13 +49,16 @@ def run(
     from dropflow_lab.models import load_model
 
     with chatter_to_stderr():
-        if policy is None and model is not None:
-            raise InputError("--policy: missing; a model of your own needs one (see `dropflow list policies`)")
-        chosen = load_policy(policy or _POLICY, overrides or ())
+        named = None if policy is None else load_policy(policy, overrides or ())
         pictures = [read_image(path) for path in images or ()] or [sample_image()]
-        loaded, processor = load_model(model)
-        comparison = compare(loaded, processor, pictures, question or _QUESTION, chosen, max_new_tokens)
-    emit(comparison.to_json(), as_json, _table(comparison), _summary(comparison))
+        both = policy is None and model is None
+        loaded, processor = load_model(Path(_TRAINED) if both else model)
+        if named is None and getattr(loaded.config, FIELD, None) is None:
+            raise InputError("--policy: missing, and the model records none (see `dropflow list policies`)")
+        chosen = named or load_policy(recorded_policy(loaded.config), overrides or ())
+        plain = load_model()[0] if both else None
+        comparison = compare(loaded, processor, pictures, question or _QUESTION, chosen, max_new_tokens, plain=plain)
+    emit(comparison.to_json(), as_json, _table(comparison), _summary(comparison, both))
 
 
 def _table(comparison: Comparison) -> Table:
@@ -65,11 +72,12 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _summary(comparison: Comparison) -> Table:
+def _summary(comparison: Comparison, both: bool) -> Table:
     from rich.table import Table
 
     report, whole = comparison.report, str(comparison.visual_tokens)
-    table = Table("", "without", "with policy", title=comparison.question)
+    names = ("dense model", "trained with policy") if both else ("without", "with policy")
+    table = Table("", *names, title=comparison.question)
     table.add_row("answer", comparison.answer_dense, comparison.answer)
     table.add_row("visual tokens at entry to the LLM", whole, f"{report.entry_visual_tokens:g}")
     table.add_row("visual tokens, average over layers", whole, f"{report.average_visual_tokens:.2f}")
