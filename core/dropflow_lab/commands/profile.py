@@ -27,7 +27,7 @@ def profile(
         str, typer.Option(metavar="DIR", help="Folder with images/ and data.jsonl, or `digits`.")
     ] = "digits",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("profile"),
-    questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the digits questions.")] = 7,
     fewer: Annotated[float, typer.Option(min=0, max=1, help="Share of visual tokens the policy is to save.")] = 0.75,
     average_tokens: Annotated[
