@@ -81,7 +81,7 @@ def _table(measured: Profile) -> Table:
 
     what = "accuracy" if measured.dense.accuracy is not None else "agreement"
     table = Table(title=f"{measured.samples} questions; {what} without a policy {measured.dense.score:.1%}")
-    columns = ("boundary", "visual", "instruction", "cross-modal", "ILVAS", "exit here", "enter here", "chosen")
+    columns = ("at", "visual", "text", "cross", "ILVAS", "exit", "enter", "chosen")
     for column in columns:
         table.add_column(column, justify="left" if column == "chosen" else "right")
     curves, choice = measured.curves, measured.choice

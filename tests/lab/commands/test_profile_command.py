@@ -14,7 +14,7 @@ from dropflow_lab.digits import sample_image
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data folder with two pictures and a question about each, one with its answer."""
+    """A data folder with two pictures and a question about each."""
     (tmp_path / "images").mkdir()
     sample_image().save(tmp_path / "images" / "scene.png")
     Image.new("RGB", (60, 40), "blue").save(tmp_path / "images" / "blue.png")
@@ -39,7 +39,7 @@ def profiled(cli: Any, model_folder: Path, folder: Path, tmp_path: Path) -> Any:
     return call
 
 
-def test_numbers_figure_and_a_policy_that_check_accepts(profiled, cli, tmp_path) -> None:
+def test_numbers_figure_and_a_policy_that_check_accepts(profiled, cli) -> None:
     shown, out = profiled("--json", "--exit", 4, "--entry", 1, "--fewer", 0.5)
     told = json.loads(shown)
     assert told == json.loads((out / "profile.json").read_text())
