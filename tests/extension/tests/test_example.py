@@ -25,9 +25,10 @@ def test_the_fewest_best_tokens_reach_the_mass(mass: float, kept: list[bool]) ->
     assert top_p(scores, mass).tolist() == [kept, [False] * 4]
 
 
-def test_the_stage_conforms_on_every_family() -> None:
-    cells = assert_stage_conforms("example/top-p")
-    assert {cell.adapter for cell in cells} == set(tiny_models())
+def test_the_stage_conforms_on_families_of_every_kind() -> None:
+    names = ("deepseek_vl", "gemma3", "idefics3", "llava_next", "qwen3_vl")
+    cells = assert_stage_conforms("example/top-p", models={name: tiny_models()[name] for name in names})
+    assert [cell.adapter for cell in cells] == list(names)
     assert {cell.outcome for cell in cells} == {"run"}, [cell.detail for cell in cells]
 
 
@@ -44,12 +45,13 @@ def test_stages_that_need_more_than_auto_knows_run_on_the_adapter() -> None:
 
 
 @torch.no_grad()
-def test_the_policy_keeps_what_it_protects_and_prunes_by_attention() -> None:
+def test_the_policy_prunes_at_half_and_at_three_quarters_of_the_depth() -> None:
     tiny = DeepseekVL.tiny()
     model, inputs = tiny.model(), tiny.prompt([(3, "I", 5)])[0]
-    with dropflow.attach(model, "example-top-p") as flow:
+    smaller = dropflow.load_policy("example-top-p", ["stages.early.mass=0.6", "stages.late.mass=0.3"])
+    with dropflow.attach(model, smaller) as flow:
         model(**inputs)
         visual = [layer.visual_tokens for layer in flow.report().layers]
     assert DeepseekVL(model).shape == Shape(6, 16)
     assert visual[:3] == [16, 16, 16]
-    assert 16 > visual[3] == visual[4] > visual[5] >= 1
+    assert 16 > visual[3] == visual[4] > visual[5] > 1  # 0.75 of 6 layers is 4.5, which rounds up
