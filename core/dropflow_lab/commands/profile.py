@@ -27,7 +27,7 @@ def profile(
         str, typer.Option(metavar="DIR", help="Folder with images/ and data.jsonl, or `digits`.")
     ] = "digits",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("profile"),
-    questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the digits questions.")] = 7,
     fewer: Annotated[float, typer.Option(min=0, max=1, help="Share of visual tokens the policy is to save.")] = 0.75,
     average_tokens: Annotated[
@@ -81,7 +81,7 @@ def _table(measured: Profile) -> Table:
 
     what = "accuracy" if measured.dense.accuracy is not None else "agreement"
     table = Table(title=f"{measured.samples} questions; {what} without a policy {measured.dense.score:.1%}")
-    columns = ("boundary", "visual", "instruction", "cross-modal", "ILVAS", "exit here", "enter here", "chosen")
+    columns = ("at", "visual", "text", "cross", "ILVAS", "exit", "enter", "chosen")
     for column in columns:
         table.add_column(column, justify="left" if column == "chosen" else "right")
     curves, choice = measured.curves, measured.choice

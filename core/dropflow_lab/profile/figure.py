@@ -23,7 +23,7 @@ def draw(profile: Profile, paths: Iterable[Path]) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "dropflow", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = _figure(profile)
         for path in paths:
-            figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else {})
+            figure.savefig(path, dpi=90, metadata={"Date": None} if path.suffix == ".svg" else {})
 
 
 def _figure(profile: Profile) -> Figure:
@@ -52,7 +52,7 @@ def _similarities(axes: Axes, profile: Profile) -> None:
     low = min(shown, default=0.0)
     axes.set_ylim(low - 0.08 * (1 - low), 1 + 0.04 * (1 - low))
     axes.set_ylabel("cosine")
-    axes.set_title("Similarity: low means that the layer changes it, or that the picture has reached the text")
+    axes.set_title("Similarity; low: the layer changes much, or the picture is in the text")
 
 
 def _ilvas(axes: Axes, profile: Profile) -> None:
@@ -94,4 +94,6 @@ def _boundaries(axes: Axes, profile: Profile, *, labelled: bool) -> None:
     for at, word in marks:
         axes.axvline(at, color="black", linewidth=1, linestyle="-" if word in ("enter", "exit") else ":", zorder=0)
         if labelled:
-            axes.text(at, 0.02, f" {word}", rotation=90, va="bottom", ha="right", transform=axes.get_xaxis_transform())
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            place = axes.get_xaxis_transform()
+            axes.text(at - 0.08, 0.03, word, rotation=90, va="bottom", ha="right", transform=place, bbox=paper)

@@ -54,9 +54,7 @@ class LayerMeter:
         for (name, layer), value in watch.intra.items():
             self._add(name, layer, value)
         if watch.visual is None:
-            raise InputError(
-                f"the prompt of {batch[0].pictures[0].name} holds no visual tokens; expected pictures in every prompt"
-            )
+            raise InputError(f"the prompt of {batch[0].question!r} holds no visual tokens; expected pictures in it")
         self._add("tokens", 0, torch.tensor(watch.image_sizes, dtype=torch.float))
         for distance in self.distances:
             for layer in range(len(watch.attention) - distance):
@@ -85,7 +83,7 @@ class LayerMeter:
     def curves(self) -> LayerCurves:
         """Return the means over all samples so far."""
         return LayerCurves(
-            visual_tokens=self._curve("tokens")[0] or 0.0,
+            visual_tokens=sum(filter(None, self._curve("tokens"))),
             intra={name: self._curve(name) for name in MODALITIES},
             cross=self._curve("cross"),
             ilvas={distance: self._curve(f"ilvas {distance}") for distance in self.distances},

@@ -113,7 +113,7 @@ def choose_keeps(
     if visual_tokens * (window.exit - window.entry) <= average * layers:
         return {}
     if not prunes:
-        raise ValueError(f"no boundary between {window.entry} and {window.exit} is left to prune at")
+        raise ValueError(f"there is no boundary behind {window.entry} and in front of {window.exit} to prune at")
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
