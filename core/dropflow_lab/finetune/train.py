@@ -43,7 +43,7 @@ def finetune(
     """
     last = _last_checkpoint(out / "run", resume)
     model.get_encoder(modality="image").requires_grad_(False)
-    optimizer = MuonAdamW(model, settings.rate)
+    optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse to be trained
     fast = use_fast_attention(model) if settings.attention == "matmul" else nullcontext()
     with dropflow.attach(model, policy) as flow, fast:
         trainer = Trainer(

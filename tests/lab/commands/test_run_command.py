@@ -7,7 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from dropflow_lab.digits import build_model, build_processor
+import dropflow
+from dropflow_lab.models import load_model
 
 
 def test_both_answers_and_what_was_saved(cli, model_folder, mild) -> None:
@@ -35,10 +36,24 @@ def test_tables_for_people(cli, model_folder, mild) -> None:
     assert "│ visual tokens, average over layers │ 144 │ 82.00 │" in shown
 
 
-def test_without_arguments_the_embedded_model_is_asked_about_its_picture(cli, monkeypatch) -> None:
-    monkeypatch.setattr("dropflow_lab.digits.load", lambda: (build_model(), build_processor()))
+def test_without_arguments_the_dense_and_the_trained_model_are_asked_about_their_picture(cli) -> None:
     told = json.loads(cli("run", "--json").stdout)
-    assert (told["policy"], told["visual_tokens"], len(told["layers"])) == ("digits-mild", 144, 12)
+    assert (told["policy"], told["visual_tokens"], len(told["layers"])) == ("hidrop-digits", 144, 12)
+    assert told["average_visual_tokens"] == 36
+    assert told["answer_dense"] == told["answer"] == "8"
+    shown = " ".join(cli("run").stdout.split())
+    assert "dense model" in shown
+    assert "trained with policy" in shown
+
+
+def test_a_model_that_records_a_policy_needs_no_other(cli, mild, model_folder, tmp_path) -> None:
+    model, processor = load_model(model_folder)
+    with dropflow.attach(model, str(mild)):
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+    arguments = ("run", "--model", tmp_path / "model", "--max-new-tokens", 1, "--set", "stages.exit=null", "--json")
+    told = json.loads(cli(*arguments).stdout)
+    assert [layer["visual_tokens"] for layer in told["layers"]] == [144, 144, 40, 40]
 
 
 def test_pictures_and_question_of_ones_own(cli, model_folder, mild, tmp_path) -> None:
