@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from importlib.util import find_spec
+from os import environ
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,10 @@ def train(
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, one after the other in a dialogue.")] = 1,
-    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, each learnt as if asked alone.")] = 12,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of pictures and questions.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two resumable checkpoints.")] = 50,
     precision: Annotated[Precision, typer.Option(help="bf16 computes under autocast.")] = Precision.BF16,
@@ -50,7 +51,8 @@ def train(
 ) -> None:
     """Finetune a model through a policy on the digits questions, with the Trainer of transformers.
 
-    The folder it writes is a model folder that records the policy: `dropflow.attach(model)` picks it up. On several
+    Projector and language model are trained, by Muon and AdamW. The folder it writes is a model folder that records the
+    policy: `dropflow.attach(model)` picks it up. The defaults suit the embedded model, dense as it comes. On several
     processes: `torchrun --nproc-per-node 2 --no-python dropflow train ...`.
     """
     require_scikit_learn()
@@ -64,9 +66,10 @@ def train(
         chosen = load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
         settings = Settings(steps, batch, rate, seed, save_every, precision=precision.value, attention=attention.value)
-        data = Dialogues(steps * batch, rounds=rounds, seed=seed)
+        data = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
         folder = finetune(loaded, processor, data, chosen, out, settings, resume=resume)
-    emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
+    if environ.get("RANK", "0") == "0":
+        emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
 
 
 def require_accelerate() -> None:

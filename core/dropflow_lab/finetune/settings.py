@@ -8,12 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Settings:
-    """Steps, sizes and rates; the defaults are those of the shipped checkpoints."""
+    """Steps, sizes and rates; the defaults are those of the first stage of the shipped checkpoints."""
 
-    steps: int = 200
-    batch: int = 64
+    steps: int = 400
+    batch: int = 16
     """Samples per step and process."""
-    rate: float = 2e-3
+    rate: float = 3e-3
     """Peak learning rate: reached after 20 steps, held for half of the run, then linear down to zero."""
     seed: int = 0
     """Of the order of the samples."""

@@ -85,6 +85,7 @@ def _arguments(run: Path, settings: Settings) -> TrainingArguments:
         save_total_limit=2,
         report_to="none",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

@@ -15,7 +15,7 @@ from dropflow_lab.models import load_model
 
 pytest.importorskip("accelerate")
 
-SMALL = ("--steps", 4, "--batch", 2, "--save-every", 2, "--precision", "fp32", "--json")
+SMALL = ("--steps", 4, "--batch", 2, "--rounds", 2, "--save-every", 2, "--precision", "fp32", "--json")
 
 
 @pytest.fixture(scope="module")
