@@ -29,6 +29,12 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_policies/hidrop-64.yaml",
         "dropflow_lab/digits/checkpoints/dense/model.safetensors",
         "dropflow_lab/digits/checkpoints/dense/training-log.jsonl",
+        "dropflow_lab/digits/checkpoints/hidrop/model.safetensors",
+        "dropflow_lab/digits/checkpoints/hidrop/training-log.jsonl",
+        "dropflow_lab/digits/checkpoints/hidrop-90/model.safetensors",
+        "dropflow_lab/digits/checkpoints/hidrop-90/training-log.jsonl",
+        "dropflow_policies/hidrop-digits.yaml",
+        "dropflow_policies/hidrop-digits-90.yaml",
     ):
         assert needed in files
     assert not [path for path in files if "test" in path.split("/")[0]]

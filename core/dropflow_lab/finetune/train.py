@@ -44,6 +44,7 @@ def finetune(
     last = _last_checkpoint(out / "run", resume)
     model.get_encoder(modality="image").requires_grad_(False)
     optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse to be trained
+    use_cache = vars(model.config).get("use_cache")
     fast = use_fast_attention(model) if settings.attention == "matmul" else nullcontext()
     with dropflow.attach(model, policy) as flow, fast:
         trainer = Trainer(
@@ -56,6 +57,9 @@ def finetune(
         )
         trainer.train(resume_from_checkpoint=last)
         flow.record()
+    model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
+    if use_cache is None:
+        del model.config.use_cache
     if trainer.is_world_process_zero():
         _export(model, processor, out, trainer.state.log_history, settings)
     trainer.accelerator.wait_for_everyone()

@@ -44,6 +44,7 @@ def test_the_folder_loads_and_knows_its_policy(trained) -> None:
     model, _ = load_model(trained / "model")
     with dropflow.attach(model) as flow:
         assert flow.policy == dropflow.load_policy(trained / "mild.yaml")
+    assert "use_cache" not in json.loads((trained / "model" / "config.json").read_text())
 
 
 def test_what_is_trained_has_moved_and_the_vision_tower_has_not(trained, model_folder) -> None:
