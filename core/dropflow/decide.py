@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Exit, Keep, PruneCall, RowAttention, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     from dropflow.plan import Plan
 
 
-def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> Window:
-    """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers)."""
+def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> tuple[Window, bool]:
+    """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers).
+
+    The second value says whether visual tokens that an answer is predicted from outlive that exit.
+    """
     call = WindowCall(backbone, (prompt.present & prompt.visual).sum(1), prompt.text.sum(1))
     layers = plan.shape.layers
     entry = max(_boundaries(plan.hooks.inject(call), "inject", layers), default=0)
-    return Window(entry, min(_boundaries(plan.hooks.exit(call), "exit", layers), default=layers))
+    exits = [(name, one if isinstance(one, Exit) else Exit(one)) for name, one in plan.hooks.exit(call)]
+    boundaries = list(_boundaries(((name, one.boundary) for name, one in exits), "exit", layers))
+    first = min(boundaries, default=layers)
+    return Window(entry, first), any(one.keep_asking for _, one in exits if one.boundary == first)
 
 
 def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> Iterator[int]:

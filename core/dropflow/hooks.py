@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 if TYPE_CHECKING:
-    from dropflow.payloads import BoundaryEvent, CacheCall, CacheKeep, Encode, EncodeCall, Keep, PruneCall, WindowCall
+    from dropflow.payloads import (
+        BoundaryEvent,
+        CacheCall,
+        CacheKeep,
+        Encode,
+        EncodeCall,
+        Exit,
+        Keep,
+        PruneCall,
+        WindowCall,
+    )
     from dropflow.stage import Stage
 
 PROJECT = "dropflow"
@@ -32,7 +42,7 @@ class Lifecycle:
         """Return which live tokens stay, at a boundary the stage names in `prune_at`."""
 
     @hookspec
-    def exit(self, call: WindowCall) -> int | None:
+    def exit(self, call: WindowCall) -> int | Exit | None:
         """Return the boundary (0..L) from which no vision is live; asked once per prefill."""
 
     @hookspec
@@ -81,9 +91,9 @@ class Hooks:
         """The answer of one stage at one boundary."""
         return cast("Keep | None", next((answer for _, answer in self._ask("prune", stage, call=call)), None))
 
-    def exit(self, call: WindowCall) -> Iterator[tuple[str, int]]:
+    def exit(self, call: WindowCall) -> Iterator[tuple[str, int | Exit]]:
         """Boundaries from which no vision is live, as answered in policy order."""
-        return cast("Iterator[tuple[str, int]]", self._ask("exit", None, call=call))
+        return cast("Iterator[tuple[str, int | Exit]]", self._ask("exit", None, call=call))
 
     def decode_cache(self, call: CacheCall, stage: Stage[Any]) -> CacheKeep | None:
         """The answer of one stage about the cache."""

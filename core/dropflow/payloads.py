@@ -34,6 +34,16 @@ class WindowCall:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """Decision of `exit`, where it is more than the boundary."""
+
+    boundary: int
+    """From which no vision is live."""
+    keep_asking: bool = False
+    """Let visual tokens that an answer is predicted from live to the end; no stage may drop them."""
+
+
+@dataclass(frozen=True)
 class PruneCall:
     """Payload of `prune`: the live tokens in front of one decoder layer, one slot each."""
 

@@ -66,7 +66,10 @@ class Run:
         self.record: CallRecord | None = None
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
-            self.window = decide_window(plan, backbone, prompt)
+            self.window, keep_asking = decide_window(plan, backbone, prompt)
+            if keep_asking:
+                self.prompt = prompt = prompt.keeping_asking()
+            self._outlive = prompt.asking if keep_asking else None
             self.want = prompt.valid
             self.image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
             self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
@@ -155,7 +158,7 @@ class Run:
             return args, kwargs
         hidden = _hidden(args, kwargs)
         if turns:
-            want = prompt.present if window.entry <= number < window.exit else prompt.text
+            want = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         scores: dict[str, Tensor] = {}
         if stages:
@@ -171,6 +174,12 @@ class Run:
             names = tuple(name for name, _ in stages)
             self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
         return with_hidden(hidden, args, kwargs)
+
+    def _outside(self, prompt: Prompt, number: int) -> Tensor:
+        """Tokens that are live outside the window: text, and behind the exit what a stage lets outlive it."""
+        if self._outlive is None or number < self.window.exit:
+            return prompt.text
+        return prompt.text | (self._outlive & prompt.present)
 
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
