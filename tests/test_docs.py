@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import prompt
+import yaml
+from tiny import HIDROP, prompt, tiny_llava
+from training import Prompts, collate, freeze_tower
 
 import dropflow
 from dropflow.plan import resolve
@@ -57,3 +60,24 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
         resolve(policy, Shape(12, 144))
         assert f"| `{policy.name}` |" in table
+
+
+def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    Path("my-policy.yaml").write_text(yaml.safe_dump(HIDROP))
+    data = Prompts()
+    known: dict[str, Any] = {"model": freeze_tower(tiny_llava()), "dataset": data, "collate": collate}
+    known["loader"] = [collate([data[0], data[1]]), collate([data[3], data[4]])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Trainer, PEFT and the CPU: this is about our lines
+        for block in blocks("docs/training.md", "python"):
+            exec(block, known)
+    assert known["flow"].policy == dropflow.load_policy(HIDROP)
+    for folder in ("trained", "trained-again", "merged"):
+        assert '"dropflow"' in Path(folder, "config.json").read_text()
+    (extending,) = blocks("docs/training.md", "yaml")
+    Path("captions.yaml").write_text(extending)
+    stages = dropflow.load_policy("captions.yaml", ["rescale=true"]).to_dict()["stages"]
+    assert stages["exit"] == {"use": "hidrop/early-exit", "at": 24, "keep_last": True}
