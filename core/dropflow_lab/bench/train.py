@@ -74,7 +74,7 @@ def bench_train(
             steps["policy"]()  # the optimiser makes its state at its first step
             visual = tuple(round(layer.visual_tokens) for layer in flow.report().layers)
             state = _state_bytes(dense, optimizer)
-            peaks = {name: state + peak_bytes(step, shape.device) for name, step in steps.items()}
+            peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
             flops = {name: count_flops(step) for name, step in steps.items()}
             seconds = interleaved(steps, rounds, _REPEATS)
     return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)

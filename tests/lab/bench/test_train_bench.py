@@ -10,7 +10,6 @@ import torch
 import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
-from dropflow_lab.bench.memory import peak_bytes
 from dropflow_lab.bench.subject import SHAPES, build_batch, build_model
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 
@@ -20,17 +19,6 @@ TINY = replace(SHAPES["tiny"], batch=2)
 @pytest.fixture(scope="module")
 def measured() -> TrainBench:
     return bench_train(TINY, rounds=2)
-
-
-def test_peak_is_what_is_held_at_once() -> None:
-    def run() -> torch.Tensor:
-        first, second = torch.empty(1000, 1000), torch.empty(500, 1000)
-        del first
-        third = torch.empty(250, 1000)
-        return second[:250] + third
-
-    assert peak_bytes(run, "cpu") == 4 * 1_500_000
-    assert peak_bytes(lambda: None, "cpu") == 0
 
 
 def test_the_policy_keeps_the_proportions_of_hidrop_64(measured: TrainBench) -> None:
