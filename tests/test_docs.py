@@ -15,6 +15,7 @@ import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.cli import app
+from dropflow_lab.listing import renew_table
 
 TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 
@@ -84,3 +85,14 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
         resolve(policy, Shape(12, 144))
         assert f"| `{policy.name}` |" in table
+
+
+def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) -> None:
+    document = ROOT / "docs" / "methods.md"
+    if not document.exists():
+        pytest.skip("the documents are not beside the tests")
+    renewed = tmp_path / "methods.md"
+    renewed.write_text(document.read_text(encoding="utf-8"), encoding="utf-8")
+    renew_table(renewed)
+    same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
+    assert same, "renew it: dropflow list stages --into docs/methods.md"
