@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import prompt
+from tiny import prompt, tiny_llava
 
 import dropflow
 from dropflow.plan import resolve
@@ -36,6 +36,22 @@ def test_the_stage_of_the_contributors_page_prunes(llava: Any, tmp_path: Path, m
         llava(**prompt([(3, "I", 5)]))
         visual = [layer.visual_tokens for layer in flow.report().layers]
     assert visual == [16, 16, 4, 4, 4, 4]
+
+
+def test_the_stage_of_the_page_on_soft_selection_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "softly.py"
+    file.write_text(blocks("docs/soft-selection.md", "python")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ranked = importlib.import_module("softly").Ranked
+    model = tiny_llava().train()
+    ranking = model.get_decoder().layers[2].self_attn
+    torch.nn.init.zeros_(ranking.o_proj.weight)
+    inputs = prompt([(3, "I", 5)])
+    with dropflow.attach(model, {"name": "soft", "stages": {"s": {"use": ranked}}}) as flow:
+        model(**inputs, labels=inputs["input_ids"].where(torch.arange(25) > 22, -100)).loss.backward()
+        visual = [layer.visual_tokens for layer in flow.report().layers]
+    assert visual == [16, 16, 8, 8, 8, 8]
+    assert ranking.q_proj.weight.grad.abs().max() > 1e-5
 
 
 def test_the_makefile_has_the_readmes_two_commands() -> None:

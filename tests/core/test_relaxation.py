@@ -98,6 +98,19 @@ def test_standardised_scores_forget_scale_and_offset() -> None:
     assert torch.isfinite(equal.grad).all()
 
 
+def test_slots_of_no_image_may_hold_anything() -> None:
+    scores = drawn()
+    anything = torch.where(IMAGE < 0, torch.tensor(torch.nan), scores)
+    keep = keep_top(scores, IMAGE, COUNTS)
+    found = []
+    for values in (scores.clone().requires_grad_(), anything.requires_grad_()):
+        mask = soft_top(standardised(values, IMAGE), IMAGE, keep, temperature=0.5)
+        mask[0, 1].backward()
+        found.append((mask.detach(), values.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_straight_through_weights_are_exactly_one(dtype: torch.dtype) -> None:
     soft = torch.rand(2, 50, dtype=dtype, requires_grad=True)
