@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dropflow.attention import QueryKey, attend, row_attention
 from dropflow.backbone import Projections
+from dropflow.errors import UnsupportedCall
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, restrict_argument
 from dropflow.tap import probe
@@ -44,6 +45,7 @@ class LayerProbe:
         self._layer, self._hidden, self._make_arguments = layer, hidden, arguments
         self._implementation, self._projections, self._past = implementation, projections, past
         self._keys: QueryKey | None = None
+        self._with_gradient = False
 
     @functools.cached_property
     def _arguments(self) -> Arguments:
@@ -51,9 +53,9 @@ class LayerProbe:
         return self._make_arguments()
 
     def rows(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention probabilities of the query rows in the given slots."""
-        if self._keys is None:
-            self._keys = self._all_keys()
+        """Attention probabilities of the query rows in the given slots, with gradients where they are enabled."""
+        if self._keys is None or (torch.is_grad_enabled() and not self._with_gradient):
+            self._keys, self._with_gradient = self._all_keys(), torch.is_grad_enabled()
         if self._projections is None:
             return row_attention(self._keys, rows)
         return attend(self._keys, self._query(rows, self._projections), rows)
@@ -74,7 +76,7 @@ class LayerProbe:
     def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
         args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
         _gather_shards(self._layer)
-        with torch.no_grad(), _ranking(self._layer), _unread(unread):
+        with _ranking(self._layer), _unread(unread):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
@@ -101,8 +103,14 @@ def _unread(projections: tuple[Any, ...]) -> Iterator[None]:
 
 def _gather_shards(layer: nn.Module) -> None:
     """Gather the parameters of a layer that FSDP2 shards, as its own hooks would; they stay until it has run next."""
-    if isinstance(layer, FSDPModule):
-        layer.unshard()
+    if not isinstance(layer, FSDPModule):
+        return
+    if torch.is_grad_enabled():
+        raise UnsupportedCall(
+            "FSDP2: a stage asks for gradients through its ranking, but a sharded layer lets its parameters go before "
+            "they are needed again; shard the model as one, use DistributedDataParallel, or select without gradients"
+        )
+    layer.unshard()
 
 
 @contextmanager
