@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dropflow.errors import DecisionError
+from dropflow.events import Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
@@ -24,19 +25,29 @@ if TYPE_CHECKING:
     from dropflow.plan import Plan
 
 
-def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> Window:
-    """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers)."""
+def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> tuple[Window, dict[int, tuple[str, ...]]]:
+    """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers), and by whom.
+
+    The second value names, for these two boundaries, the stages that answered so.
+    """
     call = WindowCall(backbone, (prompt.present & prompt.visual).sum(1), prompt.text.sum(1))
     layers = plan.shape.layers
-    entry = max(_boundaries(plan.hooks.inject(call), "inject", layers), default=0)
-    return Window(entry, min(_boundaries(plan.hooks.exit(call), "exit", layers), default=layers))
+    entries = _boundaries(plan.hooks.inject(call), "inject", layers)
+    exits = _boundaries(plan.hooks.exit(call), "exit", layers)
+    window = Window(max(entries.values(), default=0), min(exits.values(), default=layers))
+    by = {
+        boundary: tuple(name for name, answer in answers.items() if answer == boundary)
+        for boundary, answers in ((window.entry, entries), (window.exit, exits))
+    }
+    return window, by
 
 
-def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> Iterator[int]:
-    for name, boundary in answers:
+def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> dict[str, int]:
+    found = dict(answers)
+    for name, boundary in found.items():
         if not 0 <= boundary <= layers:
             raise DecisionError(f"stages.{name}: `{hook}` answered {boundary}, expected a boundary from 0 to {layers}")
-        yield boundary
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +62,20 @@ class Standing:
     hidden: Float[Tensor, "batch slots dim"]
 
 
-def decide_keeps(
-    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention
-) -> tuple[Bool[Tensor, "batch tokens"], dict[str, Tensor]]:
-    """Ask every stage of a boundary; returns the tokens that stay live and the scores by stage.
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the stages of a boundary decided together."""
+
+    want: Bool[Tensor, "batch tokens"]
+    """Tokens that stay live."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """By stage name, over the slots in front of the boundary."""
+    keeps: dict[str, Tensor] = field(default_factory=dict)
+    """What each stage answered, by its name, over the same slots."""
+
+
+def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention) -> Decision:
+    """Ask every stage of a boundary.
 
     Keeps intersect; text and protected tokens stay in any case.
     """
@@ -79,16 +100,18 @@ def decide_keeps(
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
+    keeps: dict[str, Tensor] = {}
     for name, stage in plan.prune_at[boundary]:
         answer = plan.hooks.prune(call, stage)
         if answer is not None:
             _check_keep(answer, valid, name, boundary)
             drop |= ~answer.mask
+            keeps[name] = answer.mask
             if answer.scores is not None:
                 scores[name] = answer.scores
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    return prompt.without_widows(standing.want & ~dropped), scores
+    return Decision(prompt.without_widows(standing.want & ~dropped), scores, keeps)
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
@@ -101,13 +124,22 @@ def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
 
 
 def decide_cache(
-    plan: Plan, stages: Sequence[Stage[Any]], cache: Cache, step: int, tokens: int, attention: RowAttention
+    plan: Plan,
+    stages: Sequence[Stage[Any]],
+    cache: Cache,
+    step: int,
+    tokens: int,
+    attention: RowAttention,
+    told: list[Eviction] | None = None,
 ) -> None:
-    """Ask the cache stages one after the other, each seeing what the one before has left."""
+    """Ask the cache stages one after the other, each seeing what the one before has left.
+
+    With a list in `told`, what they decided is appended to it.
+    """
     names = {id(stage): name for name, stage in plan.stages}
     for stage in stages:
         name = names[id(stage)]
-        views = tuple(_view(number, layer.known(), layer.recall(name)) for number, layer in enumerate(cache.layers))
+        views = cache_views(cache, name)
         answer = plan.hooks.decode_cache(CacheCall(step, tokens, views, attention), stage)
         if answer is None:
             continue
@@ -122,6 +154,9 @@ def decide_cache(
             if same not in made:
                 kept = LiveSet.of((keep | (view.image < 0) | view.protected) & view.valid)
                 made[same] = (kept, layer.known().compacted(kept))
+            if told is not None:
+                stays = (keep | (view.image < 0) | view.protected) & view.valid
+                told.append(Eviction(name, number, view.index, stays, answer.memory.get(number)))
             layer.evict(*made[same])
 
 
@@ -137,6 +172,11 @@ def _check_entries(
             f"stages.{name}: `decode_cache` answered {answer.dtype} {tuple(answer.shape)} for layer {number}, "
             f"expected {expected}"
         )
+
+
+def cache_views(cache: Cache, stage: str = "") -> tuple[CacheView, ...]:
+    """What each layer's cache holds, with the notes of `stage`."""
+    return tuple(_view(number, layer.known(), layer.recall(stage)) for number, layer in enumerate(cache.layers))
 
 
 def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:
