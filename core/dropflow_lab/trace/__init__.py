@@ -2,7 +2,7 @@
 
 from .edit import drop_patches, keep_patches
 from .page import page
-from .recorder import fingerprint, record, record_run
+from .recorder import fingerprint, record, record_inputs
 from .replay import Replay, replay_policy
 from .schema import Trace, TracedPrompt, TracedRun
 
@@ -16,6 +16,6 @@ __all__ = [
     "keep_patches",
     "page",
     "record",
-    "record_run",
+    "record_inputs",
     "replay_policy",
 ]

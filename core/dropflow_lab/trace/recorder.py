@@ -64,31 +64,35 @@ def record(
 ) -> Trace:
     """Ask one question about all `pictures` under each of `policies`, decoding greedily, and trace every run.
 
-    Raises `InputError` for inputs that cannot be traced, and what `dropflow.attach` raises.
+    Errors as `record_inputs`.
     """
     inputs = prompt(processor, pictures, question).to(model.device, model.dtype)
-    done = [record_run(model, processor, inputs, policy, max_new_tokens) for policy in policies]
-    asked = TracedPrompt(
-        question=question,
-        tokens=inputs["input_ids"].shape[1],
-        images=done[0][0],
-        pictures=[fingerprint(picture) for picture in pictures],
-    )
+    trace = record_inputs(model, processor, inputs, policies, max_new_tokens)
+    asked = {"question": question, "pictures": [fingerprint(picture) for picture in pictures]}
+    return trace.model_copy(update={"prompt": trace.prompt.model_copy(update=asked)})
+
+
+def record_inputs(
+    model: Any, processor: Any, inputs: Any, policies: Sequence[Policy], max_new_tokens: int = 32
+) -> Trace:
+    """The same for ready inputs of one sample: `input_ids` and what goes with them; `processor` only decodes tokens.
+
+    Raises `InputError` for inputs that cannot be traced, and what `dropflow.attach` raises.
+    """
+    done = [_record(model, processor, inputs, policy, max_new_tokens) for policy in policies]
+    images, first = done[0]
     return Trace(
         model=model.config.model_type,
-        depth=len(done[0][1].layers),
-        prompt=asked,
+        depth=len(first.layers),
+        prompt=TracedPrompt(question="", tokens=inputs["input_ids"].shape[1], images=images),
         runs=[run for _, run in done],
     )
 
 
-def record_run(
-    model: Any, processor: Any, inputs: Any, policy: Policy, max_new_tokens: int = 32
+def _record(
+    model: Any, processor: Any, inputs: Any, policy: Policy, max_new_tokens: int
 ) -> tuple[list[TracedImage], TracedRun]:
-    """Generate from ready inputs of one sample under `policy`; returns the images of the prompt and the traced run.
-
-    `processor` only turns tokens into text. Raises `InputError` for more samples than one.
-    """
+    """The images of the prompt, and one run."""
     tokens = inputs["input_ids"]
     if tokens.shape[0] != 1:
         raise InputError(f"trace: expected one sample, got a batch of {tokens.shape[0]}; trace them one by one")

@@ -27,7 +27,7 @@ from dropflow import (
 )
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy import StageUse
-from dropflow_lab.trace.schema import EncodedImage, Merge, Trace, TracedBoundary, TracedRun
+from dropflow_lab.trace.schema import EncodedImage, Merge, Pruning, Trace, TracedBoundary, TracedRun
 
 SUFFIX = " (replay)"
 
@@ -145,15 +145,20 @@ class Replay(Stage[ReplayOptions]):
             missing = {*image.kept, *(p for merge in image.merged or () for p in merge.of)} - set(own)
             if missing:
                 raise self._misfit(f"an image {number} with patch {min(missing)}, which is not there")
-        protect = tuple(
-            _mask(image.kept, image.protected, f) for image, f in zip(step.images, call.features, strict=True)
-        )
+        pairs = list(zip(step.images, call.features, strict=True))
+        protect = tuple(_mask(image.kept, image.protected, features) for image, features in pairs)
         if not any(image.merged for image in step.images):
-            keep = tuple(_mask(own, i.kept, f) for own, i, f in zip(held, step.images, call.features, strict=True))
+            keep = tuple(_mask(own, image.kept, features) for own, (image, features) in zip(held, pairs, strict=True))
             return Encode(keep=keep, protect=protect)
-        places = tuple(torch.tensor(i.kept, device=f.device) for i, f in zip(step.images, call.features, strict=True))
-        rows = tuple(_rows(f, own, i) for f, own, i in zip(call.features, held, step.images, strict=True))
-        return Encode(rows=rows, places=places, protect=protect)
+        return Encode(
+            rows=tuple(_rows(features, own, image) for own, (image, features) in zip(held, pairs, strict=True)),
+            places=tuple(torch.tensor(image.kept, device=features.device) for image, features in pairs),
+            protect=protect,
+            shares=lambda: tuple(
+                _rows(torch.eye(len(own), device=features.device), own, image)
+                for own, (image, features) in zip(held, pairs, strict=True)
+            ),
+        )
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
@@ -179,14 +184,22 @@ class Replay(Stage[ReplayOptions]):
         return CacheKeep(keeps) if keeps else None
 
     def _gone(self, boundary: TracedBoundary) -> list[set[int]]:
-        """Per image, the patches this stage drops."""
-        if boundary.by[0].stage == self.options.stage:
-            return [set(range(len(i.index))) - set(k) for i, k in zip(self._images, boundary.kept, strict=True)]
-        own = next(pruning for pruning in boundary.by if pruning.stage == self.options.stage)
-        return [set(dropped) - set(kept) for dropped, kept in zip(own.dropped, boundary.kept, strict=True)]
+        """Per image, the patches this stage drops: its own, and for the first stage what no other one drops, either."""
+        others: list[set[int]] = [set() for _ in self._images]
+        own = [set(dropped) for pruning in boundary.by if self._plays(pruning) for dropped in pruning.dropped]
+        for pruning in boundary.by:
+            if not self._plays(pruning):
+                others = [theirs | set(dropped) for theirs, dropped in zip(others, pruning.dropped, strict=True)]
+        if self._plays(boundary.by[0]):
+            whole = [set(range(len(image.index))) for image in self._images]
+            own = [mine | (every - theirs) for mine, every, theirs in zip(own, whole, others, strict=True)]
+        return [dropped - set(kept) for dropped, kept in zip(own, boundary.kept, strict=True)]
+
+    def _plays(self, pruning: Pruning) -> bool:
+        return pruning.stage == self.options.stage
 
     def _check_layout(self, call: PruneCall) -> None:
-        """The live patches stand where the trace has the patches of the same image."""
+        """Live patches stand where the trace has patches of the same image, and text, which is all live, where not."""
         if len(call.image_sizes) != len(self._images):
             raise self._misfit(f"{len(self._images)} images, but this prompt has {len(call.image_sizes)}")
         length = 1 + max([self.options.trace.prompt.tokens, *(i for image in self._images for i in image.index)])
@@ -194,7 +207,7 @@ class Replay(Stage[ReplayOptions]):
         for number, image in enumerate(self._images):
             owner[image.index] = number
         traced = torch.where(call.index < length, owner[call.index.clamp(max=length - 1)], -1)
-        if bool(((call.image >= 0) & (call.image != traced)).any()):
+        if bool((((call.image >= 0) & (call.image != traced)) | (call.text & (traced >= 0))).any()):
             raise self._misfit("its images in other places of the prompt than they have here")
 
     def _misfit(self, what: str) -> DecisionError:
@@ -220,7 +233,7 @@ def _rows(features: Float[Tensor, "rows dim"], held: Sequence[int], image: Encod
             groups.setdefault(len(merged[place].of), []).append(n)
     for numbers in groups.values():
         merges = [merged[image.kept[n]] for n in numbers]
-        members = features[[[slot[p] for p in merge.of] for merge in merges]]  # (merges, members, dim)
+        members = features[torch.tensor([[slot[p] for p in merge.of] for merge in merges])]  # (merges, members, dim)
         new = members.mean(1)
         weighted = [n for n, merge in enumerate(merges) if merge.shares is not None]
         if weighted:
