@@ -57,3 +57,16 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
         resolve(policy, Shape(12, 144))
         assert f"| `{policy.name}` |" in table
+
+
+def test_the_code_about_traces_runs(tmp_path: Path) -> None:
+    from dropflow_lab import digits
+    from dropflow_lab.comparison import prompt as ask
+
+    model, processor = digits.load()
+    picture = digits.sample_image()
+    inputs = ask(processor, [picture], "what digit is yellow ?")
+    names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
+    for block in blocks("docs/trace.md", "python"):
+        exec(block, names)
+    assert names["html"].startswith("<!doctype html>")

@@ -70,7 +70,10 @@ def traced_run(
         encode=_encode(recorder.encoded),
         boundaries=[_boundary(event, images) for event in recorder.boundaries if event.keeps],
         layers=_layers(recorder.boundaries, flops),
-        calls=[_call(event, *token) for event, token in zip(recorder.caches, tokens, strict=True)],
+        calls=[
+            TracedCall(step=event.step, token=token, text=text, kv_entries=held, evicted=_evicted(event))
+            for event, held, (token, text) in zip(recorder.caches, recorder.held, tokens, strict=True)
+        ],
         answer=answer,
     )
 
@@ -154,11 +157,6 @@ def _layers(events: Sequence[BoundaryEvent], flops: Sequence[float]) -> list[Tra
         visual = int((event.live[0] & event.prompt.visual[0]).sum())
         layers.append(TracedLayer(visual_tokens=visual, kv_entries=int(event.live[0].sum()), flops=work))
     return layers
-
-
-def _call(event: CacheEvent, token: int, text: str) -> TracedCall:
-    held = [int(view.valid[0].sum()) for view in event.layers]
-    return TracedCall(step=event.step, token=token, text=text, kv_entries=held, evicted=_evicted(event))
 
 
 def _evicted(event: CacheEvent) -> list[TracedEviction]:

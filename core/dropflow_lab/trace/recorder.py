@@ -25,13 +25,16 @@ NAME = "(trace)"
 
 
 class Recorder(Stage[StageOptions]):
-    """Keeps every event of the calls it sees, for as long as it is attached."""
+    """Keeps the events of the calls it sees, for as long as it is attached."""
 
     def __init__(self, options: StageOptions, context: StageContext) -> None:
         super().__init__(options, context)
         self.encoded: list[EncodeEvent] = []
         self.boundaries: list[BoundaryEvent] = []
         self.caches: list[CacheEvent] = []
+        """Without their `layers`, which would hold every cache's index once per generated token."""
+        self.held: list[list[int]] = []
+        """Entries of each layer's cache behind each call."""
 
     @hookimpl
     def observe_encode(self, event: EncodeEvent) -> None:
@@ -45,8 +48,9 @@ class Recorder(Stage[StageOptions]):
 
     @hookimpl
     def observe_cache(self, event: CacheEvent) -> None:
-        """Keep what the caches hold."""
-        self.caches.append(event)
+        """Keep what went out of the caches, and how much they hold."""
+        self.caches.append(replace(event, layers=()))
+        self.held.append([int(view.valid[0].sum()) for view in event.layers])
 
 
 def watched(policy: Policy) -> Policy:
