@@ -96,6 +96,11 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def differentiable(self) -> bool:
+        """Whether `prune` wants gradients while the model trains: of its attention rows, and through `Keep.weights`."""
+        return False
+
+    @property
     def vision_taps(self) -> tuple[int, ...]:
         """Vision encoder layers whose attention rows `encode` reads; negative ones count from its end."""
         return ()

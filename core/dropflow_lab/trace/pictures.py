@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dropflow_lab.comparison import prompt
+from dropflow_lab.prompts import build_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +26,7 @@ def seen_pictures(processor: Any, pictures: Sequence[Image], question: str, imag
     Made from the processor's `pixel_values` where these have one entry per image, so that resizing and cropping show;
     the given pictures otherwise, if there are as many; or else none.
     """
-    made = _from_pixels(processor, prompt(processor, pictures, question).get("pixel_values"), images)
+    made = _from_pixels(processor, build_inputs(processor, [(pictures, question)]).get("pixel_values"), images)
     if made is not None:
         return made
     return list(pictures) if len(pictures) == images else [None] * images

@@ -12,8 +12,8 @@ import torch
 import dropflow
 from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, Policy, Stage, StageContext, StageOptions, hookimpl
 from dropflow.policy import StageUse
-from dropflow_lab.comparison import prompt
 from dropflow_lab.errors import InputError
+from dropflow_lab.prompts import build_inputs
 from dropflow_lab.trace.build import traced_images, traced_run
 from dropflow_lab.trace.schema import Trace, TracedImage, TracedPrompt, TracedRun
 
@@ -70,7 +70,7 @@ def record(
 
     Errors as `record_inputs`.
     """
-    inputs = prompt(processor, pictures, question).to(model.device, model.dtype)
+    inputs = build_inputs(processor, [(pictures, question)]).to(model.device, model.dtype)
     trace = record_inputs(model, processor, inputs, policies, max_new_tokens)
     asked = {"question": question, "pictures": [fingerprint(picture) for picture in pictures]}
     return trace.model_copy(update={"prompt": trace.prompt.model_copy(update=asked)})

@@ -15,8 +15,8 @@ import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl, load_policy
 from dropflow.errors import DecisionError, PolicyError
 from dropflow_lab import digits
-from dropflow_lab.comparison import prompt as ask
 from dropflow_lab.errors import InputError
+from dropflow_lab.prompts import build_inputs
 from dropflow_lab.trace import Trace, drop_patches, keep_patches, record, record_inputs, replay_policy
 from dropflow_lab.trace.edit import read_patches
 
@@ -70,7 +70,7 @@ def test_published_policies_on_the_embedded_model(name: str) -> None:
     question = "read all digits row by row ."
     which = load_policy(name, ["rescale=true"])
     trace = record(model, processor, pictures, question, [which], STEPS)
-    same(model, ask(processor, pictures, question), which, trace)
+    same(model, build_inputs(processor, [(pictures, question)]), which, trace)
 
 
 @torch.no_grad()
