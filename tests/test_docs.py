@@ -114,5 +114,5 @@ def test_the_code_about_traces_runs(tmp_path: Path) -> None:
     inputs = build_inputs(processor, [([picture], "what digit is yellow ?")])
     names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
     for block in blocks("docs/trace.md", "python"):
-        exec(block, names)
+        exec(block.text, names)
     assert names["html"].startswith("<!doctype html>")
