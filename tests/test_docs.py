@@ -140,3 +140,16 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
     renew_table(renewed)
     same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
     assert same, "renew it: dropflow list stages --into docs/methods.md"
+
+
+def test_the_code_about_traces_runs(tmp_path: Path) -> None:
+    from dropflow_lab import digits
+    from dropflow_lab.prompts import build_inputs
+
+    model, processor = digits.load()
+    picture = digits.sample_image()
+    inputs = build_inputs(processor, [([picture], "what digit is yellow ?")])
+    names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
+    for block in blocks("docs/trace.md", "python"):
+        exec(block.text, names)
+    assert names["html"].startswith("<!doctype html>")

@@ -2,10 +2,10 @@
 
 from dropflow import errors
 from dropflow.backbone import Backbone, Projections, VisionEncoder
+from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
 from dropflow.payloads import (
-    BoundaryEvent,
     CacheCall,
     CacheKeep,
     CacheView,
@@ -26,10 +26,14 @@ __all__ = [
     "Backbone",
     "BoundaryEvent",
     "CacheCall",
+    "CacheEvent",
     "CacheKeep",
     "CacheView",
     "Encode",
     "EncodeCall",
+    "EncodeEvent",
+    "EncodeStep",
+    "Eviction",
     "Exit",
     "Flow",
     "Forecast",
