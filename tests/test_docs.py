@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from documents import ROOT, blocks, files_of, run, without_blank_lines
+from tiny import HIDROP, prompt, tiny_llava
+from training import Prompts, collate, freeze_tower
 from typer.testing import CliRunner
 
 import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.cli import app
+from dropflow_lab.listing import renew_table
 
 TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 
@@ -31,6 +39,22 @@ def test_a_block_that_prints_something_else_than_the_document_says_is_found(tmp_
     document.write_text(f'{fence}python\nprint(1 + 1)\n{fence}\n{fence}text title="output"\n3\n{fence}\n')
     with pytest.raises(AssertionError, match=r"wrong\.md:4: it printed\n2"):
         run(str(document), CliRunner().invoke)
+
+
+def test_the_stage_of_the_page_on_soft_selection_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "softly.py"
+    file.write_text(blocks("docs/soft-selection.md", "python")[0].text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ranked = importlib.import_module("softly").Ranked
+    model = tiny_llava().train()
+    ranking = model.get_decoder().layers[2].self_attn
+    torch.nn.init.zeros_(ranking.o_proj.weight)
+    inputs = prompt([(3, "I", 5)])
+    with dropflow.attach(model, {"name": "soft", "stages": {"s": {"use": ranked}}}) as flow:
+        model(**inputs, labels=inputs["input_ids"].where(torch.arange(25) > 22, -100)).loss.backward()
+        visual = [layer.visual_tokens for layer in flow.report().layers]
+    assert visual == [16, 16, 8, 8, 8, 8]
+    assert ranking.q_proj.weight.grad.abs().max() > 1e-5
 
 
 def test_the_tutorials_build_the_extension() -> None:
@@ -84,3 +108,48 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
         resolve(policy, Shape(12, 144))
         assert f"| `{policy.name}` |" in table
+
+
+def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    Path("my-policy.yaml").write_text(yaml.safe_dump(HIDROP))
+    data = Prompts()
+    known: dict[str, Any] = {"model": freeze_tower(tiny_llava()), "dataset": data, "collate": collate}
+    known["loader"] = [collate([data[0], data[1]]), collate([data[3], data[4]])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Trainer, PEFT and the CPU: this is about our lines
+        for block in blocks("docs/training.md", "python"):
+            exec(block.text, known)
+    assert known["flow"].policy == dropflow.load_policy(HIDROP)
+    for folder in ("trained", "trained-again", "merged"):
+        assert '"dropflow"' in Path(folder, "config.json").read_text()
+    (extending,) = blocks("docs/training.md", "yaml")
+    Path("captions.yaml").write_text(extending.text)
+    stages = dropflow.load_policy("captions.yaml", ["rescale=true"]).to_dict()["stages"]
+    assert stages["exit"] == {"use": "hidrop/early-exit", "at": 24, "keep_last": True}
+
+
+def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) -> None:
+    document = ROOT / "docs" / "methods.md"
+    if not document.exists():
+        pytest.skip("the documents are not beside the tests")
+    renewed = tmp_path / "methods.md"
+    renewed.write_text(document.read_text(encoding="utf-8"), encoding="utf-8")
+    renew_table(renewed)
+    same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
+    assert same, "renew it: dropflow list stages --into docs/methods.md"
+
+
+def test_the_code_about_traces_runs(tmp_path: Path) -> None:
+    from dropflow_lab import digits
+    from dropflow_lab.prompts import build_inputs
+
+    model, processor = digits.load()
+    picture = digits.sample_image()
+    inputs = build_inputs(processor, [([picture], "what digit is yellow ?")])
+    names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
+    for block in blocks("docs/trace.md", "python"):
+        exec(block.text, names)
+    assert names["html"].startswith("<!doctype html>")

@@ -2,15 +2,16 @@
 
 from dropflow import errors
 from dropflow.backbone import Backbone, Projections, VisionEncoder
+from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
 from dropflow.payloads import (
-    BoundaryEvent,
     CacheCall,
     CacheKeep,
     CacheView,
     Encode,
     EncodeCall,
+    Exit,
     Keep,
     PruneCall,
     WindowCall,
@@ -25,10 +26,15 @@ __all__ = [
     "Backbone",
     "BoundaryEvent",
     "CacheCall",
+    "CacheEvent",
     "CacheKeep",
     "CacheView",
     "Encode",
     "EncodeCall",
+    "EncodeEvent",
+    "EncodeStep",
+    "Eviction",
+    "Exit",
     "Flow",
     "Forecast",
     "Keep",

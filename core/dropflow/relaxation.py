@@ -37,11 +37,11 @@ def soft_top(
     d tau / d s_j = a_j / sum(a), so d m_i / d s_j = a_i / T * ([i = j] - a_j / sum(a)). A token gains only what others
     of its image lose, and nearly all of it near the threshold. As T -> 0 the mask becomes `keep`, if that is a top-k.
 
-    `image` holds image numbers, -1 for slots that are not chosen among. An image of which all tokens stay, or none,
-    gets ones, or zeros, and no gradient. First derivatives only.
+    `image` holds image numbers, -1 for slots that are not chosen among; these may hold anything and get 0. An image of
+    which all tokens stay, or none, gets ones, or zeros, and no gradient. First derivatives only.
     """
     groups = _Groups.of(image)
-    flat = scores.flatten()
+    flat = torch.where(image < 0, 0, scores).flatten()
     size, k = groups.total(torch.ones_like(flat)), groups.total(keep.flatten().to(flat))
     undecided = ((k > 0) & (k < size))[groups.number]
     with torch.no_grad():
@@ -60,10 +60,10 @@ def standardised(
     """Scores less their image's mean, over their standard deviation; differentiable.
 
     `floor` is added to the deviation in quadrature, so that images of equal scores have no steep gradient. Slots of no
-    image (-1) mean nothing.
+    image (-1) may hold anything and get 0.
     """
     groups = _Groups.of(image)
-    flat = scores.flatten()
+    flat = torch.where(image < 0, 0, scores).flatten()
     size = groups.total(torch.ones_like(flat)).clamp(min=1)
     centred = flat - (groups.total(flat) / size)[groups.number]
     deviation = (groups.total(centred.square()) / size + floor**2).sqrt()

@@ -23,6 +23,7 @@ from dropflow.record import CallRecord
 from dropflow.run import Run
 from dropflow.stand_in import StandIn
 from dropflow.vision import Vision, take_flags, with_flags
+from dropflow.wrapped import check_called
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -145,6 +146,7 @@ class Service:
         args, kwargs = _named(core, args, kwargs)
         call = self._lock.mine()
         if call is None or call.owner is core:
+            check_called(self._backbone.model)
             call = self._open(core)
             refuse.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
         call.attention_mask = kwargs.get("attention_mask")

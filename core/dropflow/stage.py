@@ -117,6 +117,8 @@ class Stage(Generic[O_co]):
     """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Backbone facts it cannot do without: any of `cls`, `grid`, `vision_layers`."""
+    training_free: ClassVar[bool] = True
+    """False where the published method trains the model through this stage; it runs without, with less accuracy."""
 
     def __init__(self, options: O_co, context: StageContext) -> None:
         self.options = options

@@ -65,6 +65,7 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     Options = ConcavePyramidOptions
     summary = "attention-ranked pruning at a few boundaries, fast first and then slowly"
     paper = "arXiv:2602.23699, section 3.2"
+    training_free = False
     example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.2}}
 
     def __init__(self, options: ConcavePyramidOptions, context: StageContext) -> None:
