@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, Tapped, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -49,10 +49,11 @@ class Standing:
     want: Bool[Tensor, "batch tokens"]
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
+    final_norm: Callable[[Tensor], Tensor] | None
 
 
 def decide_keeps(
-    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention
+    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped
 ) -> tuple[Bool[Tensor, "batch tokens"], dict[str, Tensor]]:
     """Ask every stage of a boundary; returns the tokens that stay live and the scores by stage.
 
@@ -76,6 +77,8 @@ def decide_keeps(
         query_valid=prompt.query_valid & (slots >= 0),
         window=standing.window,
         attention=attention,
+        tapped=tapped,
+        final_norm=standing.final_norm,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}

@@ -72,7 +72,7 @@ class LayerProbe:
 
     def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
         args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
-        with torch.no_grad(), _without_checkpointing(self._layer), _unread(unread):
+        with torch.no_grad(), without_checkpointing(self._layer), _unread(unread):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
@@ -98,7 +98,7 @@ def _unread(projections: tuple[Any, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
+def without_checkpointing(layer: nn.Module) -> Iterator[None]:
     """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
     training, layer.training = layer.training, False
     try:

@@ -9,7 +9,8 @@ taken off before the model sees them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +59,8 @@ class Vision:
         if self._stand_in is None:
             output = features()
         else:
-            self._stand_in.install(run.layer)
-            try:
+            with self._inside(run):
                 output = features()
-            finally:
-                self._stand_in.remove()
         name, pooled = _features(output)
         found = _entries(pooled)
         full, tables = run.finish(
@@ -76,6 +74,24 @@ class Vision:
                 for rows, own in zip(full, pooled, strict=True)
             ]
         return output, tables
+
+    @contextmanager
+    def _inside(self, run: EncodeRun) -> Iterator[None]:
+        """Let `run` call the encoder's layers, and see what the projector gets if a stage asks for it."""
+        vision = self._backbone.vision
+        assert self._stand_in is not None
+        assert vision is not None
+        self._stand_in.install(run.layer)
+        asked = vision.projector is not None and "features" in self._plan.encode_at
+        handle = None
+        if asked:
+            handle = vision.projector.register_forward_pre_hook(lambda _, args: (run.features(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            self._stand_in.remove()
+            if handle is not None:
+                handle.remove()
 
 
 def plain_flags(
