@@ -31,17 +31,21 @@ def test_recorded_choices(case: str) -> None:
 def test_a_choice_is_the_formulas(seed: int, count: int) -> None:
     features = drawn(seed).double()
     distance = 1 - torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
-    chosen = [int((distance + torch.eye(30) * 9).amin(1).argmax())]
-    while len(chosen) < count:
-        rest = [i for i in range(30) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: float(distance[i, chosen].min())))
-    assert max_min(features, count).tolist() == chosen
+    chosen = max_min(features, count).tolist()
+    for step, token in enumerate(chosen):
+        rest = [i for i in range(30) if i not in chosen[:step]]
+        against = [[j for j in range(30) if j != i] if not step else chosen[:step] for i in rest]
+        least = {i: float(distance[i, others].min()) for i, others in zip(rest, against, strict=True)}
+        # two tokens that are each other's nearest tie, so that rounding may choose either
+        assert least[token] == pytest.approx(max(least.values()), abs=1e-6)
 
 
-@FEW
-@given(st.integers(0, 10**6))
+@pytest.mark.parametrize("seed", range(5))
 def test_scale_rotation_and_order_of_the_tokens_do_not_matter(seed: int) -> None:
     features = drawn(seed)
+    # all but token 3 lie in one cone: without it, two tokens that are each other's nearest may tie for the first choice
+    features[:, 0] = features[:, 0].abs() + 2
+    features[3, 0] = -9
     dice = torch.Generator().manual_seed(seed + 1)
     chosen = max_min(features, 12)
     lengths = 0.5 + torch.rand(30, 1, generator=dice)
