@@ -19,6 +19,8 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_divprune",
         "dropflow_hidrop",
         "dropflow_mustdrop",
+        "dropflow_prumerge",
+        "dropflow_visionzip",
         "dropflow_adapters",
         "dropflow_policies",
     }

@@ -17,6 +17,8 @@ PACKAGES = [
     "dropflow_divprune",
     "dropflow_hidrop",
     "dropflow_mustdrop",
+    "dropflow_prumerge",
+    "dropflow_visionzip",
     "dropflow_adapters",
     "dropflow_policies",
 ]

@@ -27,6 +27,12 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
     "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
     "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
+    "dominant and contextual, 192": {
+        MEASURED: {"use": "visionzip/dominant-contextual", "dominant": 162, "contextual": 30},
+    },
+    "pruned and merged to an eighth": {
+        MEASURED: {"use": "prumerge/prune-merge", "variant": "prumerge", "ratio": 0.125},
+    },
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
     "pyramid of HiDrop at 64": {
         MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
