@@ -18,6 +18,7 @@ PACKAGES = [
     "dropflow_hidrop",
     "dropflow_mustdrop",
     "dropflow_prumerge",
+    "dropflow_tome",
     "dropflow_visionzip",
     "dropflow_adapters",
     "dropflow_policies",

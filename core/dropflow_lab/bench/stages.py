@@ -33,6 +33,9 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "pruned and merged to an eighth": {
         MEASURED: {"use": "prumerge/prune-merge", "variant": "prumerge", "ratio": 0.125},
     },
+    "token merging, 128 in each of three layers": {
+        MEASURED: {"use": "tome/token-merging", "r": 128, "layers": 3},
+    },
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
     "pyramid of HiDrop at 64": {
         MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
