@@ -14,6 +14,7 @@ PACKAGES = [
     "dropflow",
     "dropflow_lab",
     "dropflow_control",
+    "dropflow_dart",
     "dropflow_divprune",
     "dropflow_hidrop",
     "dropflow_mustdrop",

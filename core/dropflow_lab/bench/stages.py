@@ -36,6 +36,7 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "token merging, 128 in each of three layers": {
         MEASURED: {"use": "tome/token-merging", "r": 128, "layers": 3},
     },
+    "duplication at 2, to 128": {MEASURED: {"use": "dart/duplication", "at": 2, "keep": 128}},
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
     "pyramid of HiDrop at 64": {
         MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
