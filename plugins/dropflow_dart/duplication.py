@@ -14,7 +14,7 @@ from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOption
 from dropflow.errors import PolicyError
 from dropflow.selection import top
 from dropflow.units import Budget, Depth, Tokens
-from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order
+from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 
 
 class DuplicationOptions(StageOptions):
@@ -31,9 +31,10 @@ class DuplicationOptions(StageOptions):
     )
     reference: bool = Field(
         default=False,
-        description="count as the released code does: `keep`, rounded down to a multiple of the pivots, beside the "
-        "image's pivots (132 for 128), and go through the pivots in the order of a Python set of their indices, which "
-        "changes a few of the kept tokens",
+        description="do as the released code does: count `keep`, rounded down to a multiple of the pivots, beside the "
+        "image's pivots (132 for 128); go through the pivots in the order of a Python set of their indices, which "
+        "changes a few of the kept tokens; and measure keys by their L1 norm, which RoPE makes depend on positions, so "
+        "that padding in front of a prompt matters unless position ids leave it out, as those of `generate` do",
     )
 
 
@@ -41,9 +42,10 @@ class Duplication(Stage[DuplicationOptions]):
     """Of every image, the pivots stay and the tokens that are least alike to one of them.
 
     Pivots are the tokens of the image, and of the text behind it up to the instruction's last token, whose keys (in the
-    layer in front of the boundary, behind RoPE) have the largest L1 norm. One pivot after the other, the image's by
+    layer in front of the boundary, behind RoPE) have the largest norm. One pivot after the other, the image's by
     falling norm and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm
-    gives them, have the smallest cosine to its own. No attention map is formed. Each image has its own pivots, where
+    gives them, have the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not
+    change. No attention map is formed. Each image has its own pivots, where
     the released code takes everything behind the first image's start for one image and stops at batches; a pool that
     runs out and a prompt with little text behind the image end the choice instead of an error. Protected tokens stay
     on top of the number. Raises `PolicyError` for a boundary in front of which no layer with vision lies.
@@ -94,7 +96,8 @@ class Duplication(Stage[DuplicationOptions]):
         assert call.final_norm is not None  # a policy is refused otherwise
         mask = torch.zeros_like(call.valid)
         with torch.no_grad():
-            sizes = torch.stack([key_sizes(own) for own in call.keys(self._boundary - 1)])
+            measure = key_sizes if self.options.reference else turned_key_sizes
+            sizes = torch.stack([measure(own) for own in call.keys(self._boundary - 1)])
             states = call.final_norm(call.hidden)
             for image, entered in enumerate(call.image_sizes):
                 rows, slots = (call.image == image).nonzero(as_tuple=True)

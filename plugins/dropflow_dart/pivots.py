@@ -16,6 +16,15 @@ def key_sizes(keys: Float[Tensor, "kv_heads tokens dim"]) -> Float[Tensor, "toke
     return keys.float().abs().sum((0, 2))
 
 
+def turned_key_sizes(keys: Float[Tensor, "kv_heads tokens dim"]) -> Float[Tensor, "tokens"]:
+    """Thousandths of the logarithm of each key's L2 norm over all heads.
+
+    RoPE turns a key, which changes its L1 norm by its position, padding included, and leaves its L2 norm as it is.
+    Where k-norm makes all keys about as long, steps of a thousandth let no rounding decide, but the place.
+    """
+    return (keys.float().square().sum((0, 2)).log() * 500).round()
+
+
 def least_alike(
     states: Float[Tensor, "tokens dim"],
     pool: Int[Tensor, "pool"],

@@ -16,7 +16,7 @@ from dropflow.errors import PolicyError
 from dropflow.plan import resolve
 from dropflow.selection import top
 from dropflow.units import Shape
-from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order
+from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 
 STAGE = {"use": "dart/duplication"}
 
@@ -54,6 +54,16 @@ def test_each_pivot_takes_the_least_alike_of_what_is_left(seed: int, pivots: int
         assert found.tolist() == expected
 
 
+def test_sizes_forget_how_far_rope_has_turned_a_key() -> None:
+    keys = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    angle = torch.arange(9.0)[:, None] * torch.tensor([1.0, 0.1])
+    first, second = keys[..., :2], keys[..., 2:]
+    turned = torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
+    assert torch.equal(turned_key_sizes(turned), turned_key_sizes(keys))
+    assert not torch.allclose(key_sizes(turned), key_sizes(keys), rtol=1e-2)
+    assert torch.equal(turned_key_sizes(keys).argsort(), (keys**2).sum((0, 2)).argsort())
+
+
 def test_quotas_add_up() -> None:
     assert even_quotas(124, 8) == [16, 16, 16, 16, 15, 15, 15, 15]
     assert all(sum(even_quotas(total, 7)) == total for total in range(30))
@@ -74,19 +84,23 @@ def test_counts_at_the_boundary_and_the_state_of_earlier_layers(reference: bool,
         assert flow.plan.schedule().per_layer == (16, 16, *[kept] * 4)
 
 
+@pytest.mark.parametrize("reference", [False, True])
 @torch.no_grad()
-def test_the_choice_is_the_formulas_on_the_models_own_keys_and_norm() -> None:
+def test_the_choice_is_the_formulas_on_the_models_own_keys_and_norm(reference: bool) -> None:
     model, inputs = tiny_llava(), prompt([(3, "I", 5)])
     text = model.get_decoder()
     got: list[torch.Tensor] = []
     handle = text.layers[2].register_forward_pre_hook(lambda _, args: got.append(args[0]))
     cache = model(**inputs, use_cache=True).past_key_values
     handle.remove()
-    sizes, states = key_sizes(cache.layers[1].keys[0]), text.norm(got[0])[0]
+    keys, states = cache.layers[1].keys[0].transpose(0, 1).flatten(1), text.norm(got[0])[0]
+    sizes = keys.abs().sum(1) if reference else (keys**2).sum(1).sqrt()
     own, asks = 4 + top(sizes[4:20], 3), 20 + top(sizes[20:25], 2)
     pool = torch.tensor([slot for slot in range(4, 20) if slot not in own.tolist()])
-    expected = torch.cat((own, least_alike(states, pool, [*own.tolist(), *asks.tolist()], [2, 2, 1, 1, 1])))
-    options = {"at": 2, "keep": 10, "image_pivots": 3, "text_pivots": 2}
+    pivots = [*own.tolist(), *asks.tolist()]
+    order, quotas = (list(set(pivots)), [2] * 5) if reference else (pivots, [2, 2, 1, 1, 1])
+    expected = torch.cat((own, least_alike(states, pool, order, quotas)))
+    options = {"at": 2, "keep": 10, "image_pivots": 3, "text_pivots": 2, "reference": reference}
     with dropflow.attach(model, policy(dart=STAGE | options)) as flow:
         model(**inputs)
         assert visual(flow, inputs)[2, 0].nonzero()[:, 0].tolist() == expected.sort().values.tolist()
