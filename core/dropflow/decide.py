@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,14 +50,26 @@ class Standing:
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
     final_norm: Callable[[Tensor], Tensor] | None
+    training: bool = False
+    """Whether the model trains, so that stages that ask for gradients get them."""
 
 
-def decide_keeps(
-    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped
-) -> tuple[Bool[Tensor, "batch tokens"], dict[str, Tensor]]:
-    """Ask every stage of a boundary; returns the tokens that stay live and the scores by stage.
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the stages of a boundary decided together."""
 
-    Keeps intersect; text and protected tokens stay in any case.
+    want: Bool[Tensor, "batch tokens"]
+    """Tokens that stay live."""
+    scores: dict[str, Tensor]
+    """By stage name, over the slots in front of the boundary."""
+    log_weights: Float[Tensor, "batch tokens"] | None
+    """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
+
+
+def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> Decision:
+    """Ask every stage of a boundary.
+
+    Keeps intersect, soft weights multiply; text and protected tokens stay in any case.
     """
     live, boundary = standing.live, standing.boundary
     valid = live.take(standing.want)
@@ -82,16 +94,40 @@ def decide_keeps(
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
+    log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
-        answer = plan.hooks.prune(call, stage)
-        if answer is not None:
-            _check_keep(answer, valid, name, boundary)
-            drop |= ~answer.mask
-            if answer.scores is not None:
-                scores[name] = answer.scores
+        asked = replace(call, differentiable=standing.training and stage.differentiable)
+        answer = plan.hooks.prune(asked, stage)
+        if answer is None:
+            continue
+        _check_keep(answer, valid, name, boundary)
+        drop |= ~answer.mask
+        if answer.scores is not None:
+            scores[name] = answer.scores.detach()
+        if answer.weights is not None and asked.differentiable:
+            weighted = answer.mask & (image >= 0) & ~protected
+            _check_weights(answer.weights, weighted, name, boundary)
+            own = torch.where(weighted, answer.weights, 1).log()
+            log_weights = own if log_weights is None else log_weights + own
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    return prompt.without_widows(standing.want & ~dropped), scores
+    want = prompt.without_widows(standing.want & ~dropped)
+    if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
+        log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
+    return Decision(want, scores, log_weights)
+
+
+def _check_weights(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> None:
+    """Soft weights are one float per slot, positive and finite for the visual tokens that the stage keeps."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned weights"
+    if not weights.is_floating_point() or weights.shape != weighted.shape:
+        raise DecisionError(
+            f"{told} of {weights.dtype} {tuple(weights.shape)}, expected a float dtype and {tuple(weighted.shape)} "
+            "(batch, slots)"
+        )
+    own = weights.detach()[weighted]
+    if not bool((torch.isfinite(own) & (own > 0)).all()):
+        raise DecisionError(f"{told} that are not positive and finite for every visual token it keeps; give 1 to these")
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:

@@ -69,6 +69,10 @@ class PruneCall:
     final_norm: Callable[[Tensor], Tensor] | None
     """The norm behind the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
 
+    differentiable: bool = False
+    """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
+    `hidden` then carry them, and `Keep.weights` are applied."""
+
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, behind k-norm and RoPE, for the slots.
 
@@ -83,8 +87,12 @@ class PruneCall:
         the cache), or an earlier layer the stage lists in `taps`. `rows` are slots. Softmax runs in float32 over all
         keys the row may see, so values over the visual tokens do not sum to 1. The last M keys are the slots; keys of
         earlier turns, if any, come first. Only R rows are computed, never a K x K map.
+
+        Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
+        stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
         """
-        return self.attention(layer, rows)
+        with torch.set_grad_enabled(self.differentiable):
+            return self.attention(layer, rows)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,12 @@ class Keep:
     """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
     scores: Float[Tensor, "batch slots"] | None = None
     """What the stage ranked by, for observers."""
+    weights: Float[Tensor, "batch slots"] | None = None
+    """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
+
+    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
+    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
+    """
 
 
 @dataclass(frozen=True)
