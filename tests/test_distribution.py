@@ -16,8 +16,13 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow",
         "dropflow_lab",
         "dropflow_control",
+        "dropflow_dart",
+        "dropflow_divprune",
         "dropflow_hidrop",
         "dropflow_mustdrop",
+        "dropflow_prumerge",
+        "dropflow_tome",
+        "dropflow_visionzip",
         "dropflow_adapters",
         "dropflow_policies",
     }

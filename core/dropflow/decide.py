@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dropflow.errors import DecisionError
 from dropflow.events import Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Exit, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Exit, Keep, PruneCall, RowAttention, Tapped, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -69,6 +69,7 @@ class Standing:
     want: Bool[Tensor, "batch tokens"]
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
+    final_norm: Callable[[Tensor], Tensor] | None
     training: bool = False
     """Whether the model trains, so that stages that ask for gradients get them."""
 
@@ -87,7 +88,7 @@ class Decision:
     """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
 
-def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention) -> Decision:
+def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> Decision:
     """Ask every stage of a boundary.
 
     Keeps intersect, soft weights multiply; text and protected tokens stay in any case.
@@ -110,6 +111,8 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
         query_valid=prompt.query_valid & (slots >= 0),
         window=standing.window,
         attention=attention,
+        tapped=tapped,
+        final_norm=standing.final_norm,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}

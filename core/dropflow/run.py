@@ -173,9 +173,13 @@ class Run:
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
             training = torch.is_grad_enabled() and self.backbone.text.training
-            standing = Standing(number, window, self.live, self.want, hidden, training)
+            standing = Standing(number, window, self.live, self.want, hidden, self.backbone.final_norm, training)
             decision = decide_keeps(
-                self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
+                self.plan,
+                prompt,
+                standing,
+                lambda asked, rows: self._attention_rows(asked, rows, probe),
+                self._seen_now,
             )
             hidden = self._move(decision.want, hidden, None)
             self._weigh(decision.log_weights)
@@ -223,16 +227,18 @@ class Run:
 
     def _attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
         """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
-        if layer in self._tapped:
-            live, seen = self._tapped[layer]
-            if live is not self.live:
-                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
-            return row_attention(seen, rows)
-        if probe is None or layer != probe.number:
-            raise DecisionError(
-                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
-            )
-        return probe.rows(rows)
+        if probe is not None and layer == probe.number:
+            return probe.rows(rows)
+        return row_attention(self._seen_now(layer), rows)
+
+    def _seen_now(self, layer: int) -> QueryKey:
+        """q and k of a tapped layer, if the tokens it saw are those that are live now."""
+        if layer not in self._tapped:
+            raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
+        live, seen = self._tapped[layer]
+        if live is not self.live:
+            raise DecisionError(f"layer {layer}: the live set has changed since its attention ran")
+        return seen
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""

@@ -14,8 +14,13 @@ PACKAGES = [
     "dropflow",
     "dropflow_lab",
     "dropflow_control",
+    "dropflow_dart",
+    "dropflow_divprune",
     "dropflow_hidrop",
     "dropflow_mustdrop",
+    "dropflow_prumerge",
+    "dropflow_tome",
+    "dropflow_visionzip",
     "dropflow_adapters",
     "dropflow_policies",
 ]

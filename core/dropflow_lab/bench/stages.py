@@ -26,6 +26,17 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "keep-all": {MEASURED: {"use": "control/keep-all"}},
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
     "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
+    "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
+    "dominant and contextual, 192": {
+        MEASURED: {"use": "visionzip/dominant-contextual", "dominant": 162, "contextual": 30},
+    },
+    "pruned and merged to an eighth": {
+        MEASURED: {"use": "prumerge/prune-merge", "variant": "prumerge", "ratio": 0.125},
+    },
+    "token merging, 128 in each of three layers": {
+        MEASURED: {"use": "tome/token-merging", "r": 128, "layers": 3},
+    },
+    "duplication at 2, to 128": {MEASURED: {"use": "dart/duplication", "at": 2, "keep": 128}},
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
     "pyramid of HiDrop at 64": {
         MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
