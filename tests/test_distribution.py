@@ -20,6 +20,7 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_hidrop",
         "dropflow_mustdrop",
         "dropflow_pyramiddrop",
+        "dropflow_sparsevlm",
         "dropflow_vtw",
         "dropflow_adapters",
         "dropflow_policies",

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Entry, Keep, PruneCall, RowAttention, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -49,14 +49,26 @@ class Standing:
     want: Bool[Tensor, "batch tokens"]
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
+    embeds: Float[Tensor, "batch tokens dim"]
+    """What entered the decoder."""
 
 
-def decide_keeps(
-    plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention
-) -> tuple[Bool[Tensor, "batch tokens"], dict[str, Tensor]]:
-    """Ask every stage of a boundary; returns the tokens that stay live and the scores by stage.
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the stages of a boundary decided together."""
 
-    Keeps intersect; text and protected tokens stay in any case.
+    want: Bool[Tensor, "batch tokens"]
+    """Tokens that stay live."""
+    scores: dict[str, Tensor]
+    """By stage name, over the slots in front of the boundary."""
+    merge_into: Int[Tensor, "batch slots"] | None
+    """Slot that each slot's state is merged into; `None` where no stage merges."""
+
+
+def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention) -> Decision:
+    """Ask every stage of a boundary.
+
+    Keeps intersect; text and protected tokens stay in any case. One stage may merge.
     """
     live, boundary = standing.live, standing.boundary
     valid = live.take(standing.want)
@@ -75,10 +87,12 @@ def decide_keeps(
         queries=slots.clamp(min=0),
         query_valid=prompt.query_valid & (slots >= 0),
         window=standing.window,
+        entry=Entry(standing.embeds, torch.where(prompt.present, prompt.scored, -1)),
         attention=attention,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
+    merge_into: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
         answer = plan.hooks.prune(call, stage)
         if answer is not None:
@@ -86,9 +100,31 @@ def decide_keeps(
             drop |= ~answer.mask
             if answer.scores is not None:
                 scores[name] = answer.scores
+            if answer.merge_into is not None:
+                if merge_into is not None:
+                    raise DecisionError(
+                        f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune "
+                        "at another boundary"
+                    )
+                merge_into = _checked_merge(answer.merge_into, image, name, boundary)
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    return prompt.without_widows(standing.want & ~dropped), scores
+    return Decision(prompt.without_widows(standing.want & ~dropped), scores, merge_into)
+
+
+def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:
+    """Targets of a merge, with every token that is no patch left to itself."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
+    if into.dtype != torch.long or into.shape != image.shape:
+        raise DecisionError(
+            f"{told} of {into.dtype} {tuple(into.shape)}, expected torch.int64 {tuple(image.shape)} (batch, slots)"
+        )
+    own = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    into = torch.where(image >= 0, into, own)
+    target = into.clamp(0, image.shape[1] - 1)
+    if not bool(((target == into) & (image.gather(1, target) == image) & (into.gather(1, target) == target)).all()):
+        raise DecisionError(f"{told} with a token merged into no slot of its own image, or into one that is merged too")
+    return into
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:

@@ -34,6 +34,16 @@ class WindowCall:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What entered the LLM in this call, by logical token, before any layer ran."""
+
+    embeds: Float[Tensor, "batch tokens dim"]
+    """Text embeddings and projected image features, those that an `encode` stage made included."""
+    image: Int[Tensor, "batch tokens"]
+    """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
+
+
+@dataclass(frozen=True)
 class PruneCall:
     """Payload of `prune`: the live tokens in front of one decoder layer, one slot each."""
 
@@ -61,6 +71,7 @@ class PruneCall:
     """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
     window: Window
     """Where vision enters and exits in this call."""
+    entry: Entry
     attention: RowAttention
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
@@ -82,6 +93,13 @@ class Keep:
     """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
     scores: Float[Tensor, "batch slots"] | None = None
     """What the stage ranked by, for observers."""
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
+
+    The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
+    layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
+    image; a named token names its own slot. Entries of text and padding are ignored.
+    """
 
 
 @dataclass(frozen=True)
@@ -218,3 +236,5 @@ class BoundaryEvent:
     """Image number of visual tokens; -1 for text and padding."""
     scores: Mapping[str, Float[Tensor, "batch slots"]]
     """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""
+    merged_into: Int[Tensor, "batch tokens"] | None = None
+    """Logical index of the token that each one's state was merged into, its own for most; `None` without merging."""

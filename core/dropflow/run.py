@@ -16,6 +16,7 @@ from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
+from dropflow.merging import mean_into
 from dropflow.payloads import BoundaryEvent
 from dropflow.positions import renumbered
 from dropflow.probe import Arguments, LayerProbe, with_hidden
@@ -158,18 +159,21 @@ class Run:
             want = prompt.present if window.entry <= number < window.exit else prompt.text
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         scores: dict[str, Tensor] = {}
+        merged: Tensor | None = None
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
-            standing = Standing(number, window, self.live, self.want, hidden)
-            want, scores = decide_keeps(
+            standing = Standing(number, window, self.live, self.want, hidden, self.embeds)
+            decided = decide_keeps(
                 self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
             )
-            hidden = self._move(want, hidden, None)
+            if decided.merge_into is not None:
+                hidden, merged = mean_into(hidden, decided.merge_into), self.live.to_tokens(decided.merge_into)
+            hidden, scores = self._move(decided.want, hidden, None), decided.scores
         if self.record is not None:
-            self.record.add(number, self.want)
+            self.record.add(number, self.want, merged)
         if self.plan.hooks.implementers("observe"):
             names = tuple(name for name, _ in stages)
-            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores))
+            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores, merged))
         return with_hidden(hidden, args, kwargs)
 
     def _probe(

@@ -18,6 +18,7 @@ PACKAGES = [
     "dropflow_hidrop",
     "dropflow_mustdrop",
     "dropflow_pyramiddrop",
+    "dropflow_sparsevlm",
     "dropflow_vtw",
     "dropflow_adapters",
     "dropflow_policies",
