@@ -1,11 +1,13 @@
 # Two commands do everything: `make demo` and `make test`. Both make the virtual environment they need.
 PYTHON ?= python3
 VENV   := .venv
+OLDEST := .venv-oldest
+CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest check format clean
+.PHONY: demo test test-oldest docs check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -15,13 +17,14 @@ test: check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FLAGS)
 
 # The engine's own tests on the oldest supported transformers, in an environment of their own.
-test-oldest: $(VENV)/.wheel
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
-	sed 's/^transformers==.*/transformers==5.20.0/; /^tokenizers==/d' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet \
-		--constraint $(VENV)-oldest/constraints.txt "$$(ls dist/*.whl)[dev]"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests/core $(FLAGS)
+test-oldest:
+	sed 's/^transformers==.*/transformers==5.20.0/; /^tokenizers==/d' constraints.txt > $(OLDEST).txt
+	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=$(OLDEST).txt $(OLDEST)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/core $(FLAGS)
+
+# The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(OLDEST).txt dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

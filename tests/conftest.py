@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from documents import EXTENSION
 from tiny import tiny_llava
 
 torch.set_num_threads(1)
+collect_ignore = ["extension"]  # a package of its own: `test_extension.py` installs it and runs its tests
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +31,23 @@ def llava(_shared_llava: Any) -> Iterator[Any]:
     yield _shared_llava
     _shared_llava.eval()
     assert "layers" not in _shared_llava.get_decoder().__dict__
+
+
+@pytest.fixture(scope="session")
+def installed_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `tests/extension` is installed to; nothing is fetched, and this environment stays as it is."""
+    folder = tmp_path_factory.mktemp("site")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", str(folder)]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    done = subprocess.run([*pip, *flags, str(EXTENSION)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def extension(installed_extension: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The extension is found in this process, as if it were installed beside the engine."""
+    monkeypatch.syspath_prepend(str(installed_extension))
+    yield EXTENSION
+    for name in [name for name in sys.modules if name.split(".")[0] == "dropflow_example"]:
+        del sys.modules[name]

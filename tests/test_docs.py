@@ -1,57 +1,84 @@
-"""The code in the documents runs."""
+"""The code in the documents runs, and the tutorials build the extension that the tests install."""
 
 from __future__ import annotations
 
-import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny import prompt
+from documents import ROOT, blocks, files_of, run, without_blank_lines
+from typer.testing import CliRunner
 
 import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
+from dropflow_lab.cli import app
 
-ROOT = Path(__file__).parents[1]
-
-
-def blocks(name: str, language: str) -> list[str]:
-    path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"{name} is not beside the tests")
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 
 
-@torch.no_grad()
-def test_the_stage_of_the_contributors_page_prunes(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "contributed.py"
-    file.write_text(blocks("CONTRIBUTING.md", "python")[0], encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    stride = importlib.import_module("contributed").Stride
-    which = {"name": "stride", "stages": {"s": {"use": stride, "at": 2, "step": 4}}}
-    with dropflow.attach(llava, which) as flow:
-        llava(**prompt([(3, "I", 5)]))
-        visual = [layer.visual_tokens for layer in flow.report().layers]
-    assert visual == [16, 16, 4, 4, 4, 4]
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_runs_from_top_to_bottom(name: str, extension: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(extension / "dropflow_example")
+    assert run(f"docs/{name}.md", lambda *words: CliRunner().invoke(app, list(words))) >= 4
 
 
-def test_the_makefile_has_the_readmes_two_commands() -> None:
+def test_a_block_that_prints_something_else_than_the_document_says_is_found(tmp_path: Path) -> None:
+    document = tmp_path / "wrong.md"
+    fence = "`" * 3
+    document.write_text(f'{fence}python\nprint(1 + 1)\n{fence}\n{fence}text title="output"\n3\n{fence}\n')
+    with pytest.raises(AssertionError, match=r"wrong\.md:4: it printed\n2"):
+        run(str(document), CliRunner().invoke)
+
+
+def test_the_tutorials_build_the_extension() -> None:
+    told: dict[str, str] = {}
+    for name in TUTORIALS:
+        told |= files_of(f"docs/{name}.md")
+    extension = ROOT / "tests" / "extension"
+    assert set(told) == {
+        "pyproject.toml",
+        "dropflow_example/top_p.py",
+        "dropflow_example/deepseek_vl.py",
+        "dropflow_example/example-top-p.yaml",
+    }
+    for file, text in told.items():
+        expected = (extension / file).read_text(encoding="utf-8")
+        assert without_blank_lines(text) == without_blank_lines(expected), f"{file}: the tutorial says something else"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    if not (ROOT / "mkdocs.yml").exists():
+        pytest.skip("the documents are not beside the tests")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
+    missing = [name for name in dropflow.__all__ if f'id="dropflow.{name}"' not in reference]
+    assert not missing, f"docs/reference.md lacks {missing}"
+
+
+def test_the_makefile_has_the_readmes_commands() -> None:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("README.md is not beside the tests")
     text = readme.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for command in ("demo", "test"):
+    for command in ("demo", "test", "docs", "test-oldest"):
         assert f"make {command}" in text
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
 
 
 def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
     (command,) = blocks("docs/results.md", "sh")
-    named = command.split("--policies ")[1].split()[0].split(",")
+    named = command.text.split("--policies ")[1].split()[0].split(",")
     table = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for source in named:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)

@@ -27,7 +27,7 @@ class Auto(Backbone):
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             raise UnsupportedModel(
                 f"no adapter for a model of type {kind!r}, and `auto` cannot serve it: {reason}. "
-                "Pass `adapter=` with a name or a Backbone subclass (see CONTRIBUTING.md, 'Add an adapter')"
+                "Pass `adapter=` with a name or a Backbone subclass (see docs/write-an-adapter.md)"
             )
 
     @property

@@ -235,7 +235,7 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
     if adapter is None and kind not in known and FALLBACK not in known:
         raise UnsupportedModel(
             f"no adapter for a model of type {kind!r}; {nearest(kind, known)} "
-            "Pass `adapter=` with a name or a Backbone subclass (see CONTRIBUTING.md, 'Add an adapter')"
+            "Pass `adapter=` with a name or a Backbone subclass (see docs/write-an-adapter.md)"
         )
     backbone: Backbone = load(ADAPTERS, adapter or (kind if kind in known else FALLBACK))(model)
     return backbone

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from dropflow_lab.commands import bench, check, digits, explain, list_names, run, schema
+from dropflow_lab.commands import bench, check, compare, digits, explain, list_names, profile, run, schema
 from dropflow_lab.one_line_errors import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("list")(list_names.list_names)
 app.command("schema")(schema.schema)
+app.command("profile")(profile.profile)
 app.add_typer(digits.app, name="digits")
 app.add_typer(bench.app, name="bench")
 

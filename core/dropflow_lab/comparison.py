@@ -11,6 +11,7 @@ import torch
 import dropflow
 from dropflow import Policy
 from dropflow.backbone import backbone_for
+from dropflow_lab.prompts import build_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,27 +43,12 @@ def compare(
     model: Any, processor: Any, images: Sequence[Image], question: str, policy: Policy, max_new_tokens: int
 ) -> Comparison:
     """Ask one question about all `images` without and with `policy`, decoding greedily."""
-    inputs = prompt(processor, images, question).to(model.device, model.dtype)
+    inputs = build_inputs(processor, [(images, question)]).to(model.device, model.dtype)
     with dropflow.attach(model, policy) as flow:
         answer = _generate(model, processor, inputs, max_new_tokens)
         report = flow.report()
     visual_tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
     return Comparison(question, visual_tokens, _generate(model, processor, inputs, max_new_tokens), answer, report)
-
-
-def prompt(processor: Any, images: Sequence[Image], question: str) -> Any:
-    """Return the model's inputs: by the processor's chat template, or the images and then the question without one."""
-    if getattr(processor, "chat_template", None) is None:
-        text = f"{processor.image_token}\n" * len(images) + question
-        return processor(images=list(images), text=text, return_tensors="pt")
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

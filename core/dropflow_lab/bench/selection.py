@@ -1,4 +1,4 @@
-"""Meters what one stage's selection costs: seconds inside its hooks and taps, and the largest tensor it allocates."""
+"""Meters what selection costs: seconds and FLOPs inside hooks and taps, and the largest tensor it allocates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from dropflow import Flow, load_policy
 from dropflow.backbone import backbone_for
 from dropflow.hooks import HOOKS
 from dropflow.plan import Plan, resolve
+from dropflow_lab.bench.flop_count import count_flops
 
 
 class SelectionMeter:
-    """Counts the selection of one stage of an attached plan.
+    """Counts the selection of one stage of an attached plan, or of all its stages.
 
     Selection is all that runs inside the stage's hook answers, the attention rows it asks for included (the norm, q, k
     and RoPE that a probe computes, and the softmax over rows), and what a tap of an earlier layer adds to that layer:
@@ -28,29 +29,32 @@ class SelectionMeter:
     it. Measures CPU time on the wall clock: work that a GPU has only been given would be missed.
     """
 
-    def __init__(self, plan: Plan, stage: str) -> None:
-        """Put the meter around the hooks of `plan`; `stage` is its name in the policy."""
+    def __init__(self, plan: Plan, stage: str | None = None) -> None:
+        """Put the meter around the hooks of `plan`; `stage` is its name in the policy, all stages without one."""
         self.seconds: list[float] = []
         """One entry per call of `measure`."""
+        self.elapsed = 0.0
+        """Seconds of selection so far in the call of `measure` that runs, or in the last one."""
+        self.flops = 0
+        """FLOPs (a multiply-add is two) of selection in all calls of `watch`."""
         self.largest_tensor = 0
         """Elements of the largest tensor that selection has allocated in any call of `watch`."""
-        self._stage = dict(plan.stages)[stage]
-        self._taps = bool(self._stage.taps or self._stage.vision_taps)
-        self._now = 0.0
+        self._stages = [one for name, one in plan.stages if stage in (None, name)]
+        self._taps = any(one.taps or one.vision_taps or one.decode_taps for one in self._stages)
         self._watches = False
         for hook in HOOKS:
-            if any(one is self._stage for _, one in plan.hooks.implementers(hook)):
+            if any(self._is_metered(one) for _, one in plan.hooks.implementers(hook)):
                 setattr(plan.hooks, hook, self._around(getattr(plan.hooks, hook)))
 
     def measure(self, run: Callable[[], object]) -> None:
         """Run once and note the seconds of selection."""
-        self._now = 0.0
+        self.elapsed = 0.0
         with self._timed_taps():
             run()
-        self.seconds.append(self._now)
+        self.seconds.append(self.elapsed)
 
     def watch(self, run: Callable[[], object]) -> None:
-        """Run once and note the largest tensor of selection; slow, so never to be timed."""
+        """Run once and note the FLOPs and the largest tensor of selection; slow, so never to be timed."""
         self._watches = True
         try:
             run()
@@ -60,27 +64,31 @@ class SelectionMeter:
     def _around(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def metered(call: Any, stage: Any = None) -> Any:
             given = (call,) if stage is None else (call, stage)
-            if stage is not None and stage is not self._stage:
+            if stage is not None and not self._is_metered(stage):
                 return hook(*given)
             if self._watches:
+                answers = []
                 with _Allocations() as seen:
-                    answer = _at_once(hook(*given))
+                    self.flops += count_flops(lambda: answers.append(_at_once(hook(*given))))
                 self.largest_tensor = max(self.largest_tensor, seen.largest)
-                return answer
+                return answers[0]
             return self._timed(lambda: _at_once(hook(*given)))
 
         return metered
+
+    def _is_metered(self, stage: Any) -> bool:
+        return any(stage is one for one in self._stages)
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         try:
             return work()
         finally:
-            self._now += time.perf_counter() - start
+            self.elapsed += time.perf_counter() - start
 
     @contextmanager
     def _timed_taps(self) -> Iterator[None]:
-        """Time the taps of decoder and vision layers; all of them are the stage's where it has any."""
+        """Time the taps of decoder and vision layers; all of them are the metered stages' where they have any."""
         with ExitStack() as patched:
             for module in (dropflow.run, dropflow.encode) if self._taps else ():
                 patched.enter_context(patch.object(module, "tap", self._timed_tap(module.tap)))
@@ -100,8 +108,8 @@ class SelectionMeter:
 
 
 @contextmanager
-def metered(model: Any, policy: Any, stage: str) -> Iterator[SelectionMeter]:
-    """Attach `policy` to `model` with a meter around the stage of that name in the policy."""
+def metered(model: Any, policy: Any, stage: str | None = None) -> Iterator[SelectionMeter]:
+    """Attach `policy` to `model` with a meter around the stage of that name in the policy, or around all stages."""
     backbone = backbone_for(model)
     plan = resolve(load_policy(policy), backbone.shape)
     meter = SelectionMeter(plan, stage)

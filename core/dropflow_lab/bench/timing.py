@@ -39,7 +39,7 @@ def interleaved(
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for index in range(rounds + 1):
             for name in order if index % 2 else order[::-1]:
                 gc.collect()
@@ -62,7 +62,8 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from running inside the block."""
     was_on = gc.isenabled()
     gc.disable()
     gc.collect()

@@ -1,0 +1,60 @@
+"""What a model answers under a policy, and with how many visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+
+import dropflow
+from dropflow import Policy
+from dropflow.backbone import backbone_for
+from dropflow_lab.data import Sample
+from dropflow_lab.prompts import build_inputs
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One run over all questions."""
+
+    said: tuple[str, ...]
+    """Greedy answers, in the order of the questions."""
+    average_visual_tokens: float
+    """Visual tokens per decoder layer, averaged over all layers and all questions, as measured in each prefill."""
+    entry_visual_tokens: float
+    """Visual tokens handed to the LLM, averaged over all questions."""
+
+
+def ask(
+    model: Any, processor: Any, policy: Policy | None, samples: Sequence[Sample], *, batch: int, max_new_tokens: int
+) -> Answers:
+    """Ask all questions under a policy (`None`: the model as it is), greedily, in batches padded on the left."""
+    name = "dense" if policy is None else policy.name
+    said: list[str] = []
+    average = entry = 0.0
+    with nullcontext() if policy is None else dropflow.attach(model, policy) as flow:
+        for start in track(range(0, len(samples), batch), f"{name}: answers"):
+            asked = samples[start : start + batch]
+            inputs = build_inputs(processor, [(one.images(), one.question) for one in asked])
+            said += generate(model, processor, inputs, max_new_tokens)
+            if flow is None or not flow.plan.stages:
+                tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
+                average, entry = average + tokens, entry + tokens
+            else:
+                report = flow.report()
+                average += report.average_visual_tokens * len(asked)
+                entry += report.entry_visual_tokens * len(asked)
+    return Answers(tuple(said), average / len(samples), entry / len(samples))
+
+
+def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Return the greedy answers to a batch of prompts."""
+    inputs = inputs.to(model.device, model.dtype)
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

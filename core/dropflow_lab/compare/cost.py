@@ -1,0 +1,208 @@
+"""What a policy costs and saves: FLOPs twice, KV bytes, peak memory, and time split by its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from dropflow import Flow, Policy, flops
+from dropflow.backbone import Backbone, backbone_for
+from dropflow.plan import resolve
+from dropflow_lab.bench.flop_count import count_flops
+from dropflow_lab.bench.memory import peak_bytes
+from dropflow_lab.bench.selection import SelectionMeter
+from dropflow_lab.bench.timing import Spread, no_garbage_collection, ratio
+from dropflow_lab.compare.stopwatch import Split, Stopwatch, features_of, wrapped
+from dropflow_lab.data import Sample
+from dropflow_lab.prompts import build_inputs
+
+NEW_TOKENS = 8
+"""Tokens generated in every timed call, so that all policies decode equally long."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs (multiply-adds), bytes, as means over the questions that were measured, each alone in its batch."""
+
+    flops_formula: float
+    """Decoder layers of the prefill by closed formula, ranking left out (`dropflow.flops.layer`)."""
+    flops_counted: float
+    """The same, counted as the decoder ran, less the selection inside of it."""
+    flops_selection: float
+    """Selection of the prefill, counted: ranking, merging."""
+    flops_vision: float
+    """Vision tower and projector, counted, selection left out."""
+    kv_bytes: float
+    """Keys and values that the cache really holds behind the prefill."""
+    peak_bytes: float
+    """The most bytes allocated at once during the prefill, beyond the model's own."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Ratios to the model without a policy in the same round; the four parts add up to about `total`."""
+
+    total: Spread
+    """All forwards of one generate."""
+    prefill: Spread
+    """Time of the first forward, vision and selection included, over that of the model without a policy."""
+    decode: Spread
+    """Time of the decode steps over that of the model without a policy."""
+    vision_share: Spread
+    """Vision, as a share of the total time without a policy; so are the next three."""
+    selection_share: Spread
+    prefill_share: Spread
+    """The rest of the prefill."""
+    decode_share: Spread
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and time of one policy, beside those without one."""
+
+    work: Work
+    dense: Work
+    times: Times | None
+    """`None` where nothing was timed."""
+    questions: int
+    rounds: int
+
+
+def measure_cost(model: Any, processor: Any, policy: Policy | None, samples: Sequence[Sample], *, rounds: int) -> Cost:
+    """Measure a policy (`None`: the model as it is) on some questions, one at a time.
+
+    Every timed call of the policy stands next to one of the model without it, in alternating order, over `rounds`
+    rounds (0: nothing is timed). Work is counted in calls of their own, since counters slow what they watch.
+    """
+    backbone = backbone_for(model)
+    name = "dense" if policy is None else policy.name
+    prompts = [build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype) for one in samples]
+    with torch.no_grad():
+        dense = _work(backbone, None, prompts)
+        work = dense if policy is None else _work(backbone, policy, prompts)
+        splits: list[tuple[Split, Split]] = []
+        with no_garbage_collection():
+            for number in track(range(rounds + 1), f"{name}: time", disable=not rounds):
+                for prompt in prompts if rounds else ():
+                    pair = _pair(backbone, policy, prompt, swap=bool(number % 2))
+                    if number:  # the first round warms up
+                        splits.append(pair)
+    return Cost(work, dense, _times(splits, len(prompts)) if splits else None, len(samples), rounds)
+
+
+def _pair(backbone: Backbone, policy: Policy | None, prompt: Any, *, swap: bool) -> tuple[Split, Split]:
+    """One timed call under the policy and one without, the latter first if `swap` is set."""
+    order = (None, policy) if swap else (policy, None)
+    found = [_split(backbone, which, prompt) for which in order]
+    return (found[1], found[0]) if swap else (found[0], found[1])
+
+
+def _split(backbone: Backbone, policy: Policy | None, prompt: Any) -> Split:
+    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    with _attached(backbone, policy) as (_, meter):
+        return Stopwatch(backbone, meter).split(lambda: backbone.model.generate(**prompt, **options))
+
+
+def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[Any]) -> Work:
+    found = [_work_of(backbone, policy, prompt) for prompt in prompts]
+    return Work(**{name: sum(getattr(one, name) for one in found) / len(found) for name in Work.__dataclass_fields__})
+
+
+def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
+    def prefill() -> Any:
+        options = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
+        return backbone.model.generate(**prompt, **options).past_key_values
+
+    with _attached(backbone, policy) as (flow, meter):
+        cache = prefill()
+        counts = _counted(backbone, meter, prefill)
+        return Work(
+            flops_formula=_formula(flow, backbone, prompt),
+            flops_counted=counts.decoder / 2,
+            flops_selection=counts.selection / 2,
+            flops_vision=counts.vision / 2,
+            kv_bytes=sum(_bytes(layer.keys) + _bytes(layer.values) for layer in cache.layers),
+            peak_bytes=peak_bytes(prefill, backbone.model.device),
+        )
+
+
+def _formula(flow: Flow | None, backbone: Backbone, prompt: Any) -> float:
+    if flow is not None and not flow.plan.idle:
+        return flow.report().flops
+    tokens = int(prompt["attention_mask"].sum())
+    return float(flops.layer(tokens, tokens, backbone.text_shape) * backbone.shape.layers)
+
+
+@dataclass
+class _Counts:
+    """FLOPs (a multiply-add is two) of one prefill."""
+
+    decoder: int = 0
+    vision: int = 0
+    selection: int = 0
+
+
+def _counted(backbone: Backbone, meter: SelectionMeter | None, run: Callable[[], object]) -> _Counts:
+    """Count the decoder's and the vision encoder's forward; selection inside of them counts apart."""
+    counts = _Counts()
+
+    def selected() -> int:
+        return 0 if meter is None else meter.flops
+
+    def count(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before, outputs = selected(), []
+            total = count_flops(lambda: outputs.append(call(*args, **kwargs)))
+            setattr(counts, part, getattr(counts, part) + total - (selected() - before))
+            return outputs[0]
+
+        return counted
+
+    with ExitStack() as stack:
+        stack.enter_context(wrapped([(backbone.text, "forward")], lambda call: count("decoder", call)))
+        stack.enter_context(wrapped(features_of(backbone.core), lambda call: count("vision", call)))
+        run() if meter is None else meter.watch(run)
+    counts.selection = selected()
+    return counts
+
+
+@contextmanager
+def _attached(backbone: Backbone, policy: Policy | None) -> Iterator[tuple[Flow | None, SelectionMeter | None]]:
+    if policy is None:
+        yield None, None
+        return
+    plan = resolve(policy, backbone.shape)
+    meter = SelectionMeter(plan)
+    with Flow(backbone, plan) as flow:
+        yield flow, meter
+
+
+def _bytes(held: torch.Tensor) -> int:
+    return held.numel() * held.element_size()
+
+
+def _times(splits: Sequence[tuple[Split, Split]], prompts: int) -> Times:
+    """Sum the questions of each round, and take ratios round by round."""
+    rounds = [splits[start : start + prompts] for start in range(0, len(splits), prompts)]
+    own = [[pair[0] for pair in pairs] for pairs in rounds]
+    dense = [[pair[1] for pair in pairs] for pairs in rounds]
+
+    def sums(of: list[list[Split]], part: Callable[[Split], float]) -> list[float]:
+        return [sum(part(split) for split in splits) for splits in of]
+
+    whole = sums(dense, lambda split: split.total)
+    first: Callable[[Split], float] = lambda split: split.total - split.decode  # noqa: E731
+    return Times(
+        total=ratio(sums(own, lambda split: split.total), whole),
+        prefill=ratio(sums(own, first), sums(dense, first)),
+        decode=ratio(sums(own, lambda split: split.decode), sums(dense, lambda split: split.decode)),
+        vision_share=ratio(sums(own, lambda split: split.vision), whole),
+        selection_share=ratio(sums(own, lambda split: split.selection), whole),
+        prefill_share=ratio(sums(own, lambda split: split.prefill), whole),
+        decode_share=ratio(sums(own, lambda split: split.decode), whole),
+    )

@@ -1,0 +1,73 @@
+"""Finished measurements on disk, one JSON file each, so that work that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, uint8
+
+from dropflow import Policy
+
+_ENGINE = "dropflow"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A folder of finished measurements; a file's name follows from what was measured and on what."""
+
+    folder: Path
+
+    def read(self, name: str, facts: Mapping[str, Any]) -> Any:
+        """Return what was measured under these facts, or `None` where nothing was."""
+        path = self._path(name, facts)
+        return json.loads(path.read_text(encoding="utf-8"))["measured"] if path.is_file() else None
+
+    def write(self, name: str, facts: Mapping[str, Any], measured: Any) -> None:
+        """Write in one step, so that a run that is killed leaves no half of a file."""
+        path = self._path(name, facts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"measured": measured, "facts": facts}, indent=2), encoding="utf-8")
+        part.replace(path)
+
+    def _path(self, name: str, facts: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{name}-{digest}.json"
+
+
+def digest_of_weights(model: Any) -> str:
+    """Return a digest of every weight and its name."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def digest_of_code(policy: Policy | None) -> str:
+    """Return a digest of the source of the engine and of the packages that the policy's stages come from."""
+    used = [] if policy is None else [use.stage.__module__.partition(".")[0] for use in policy.stages.values()]
+    digest = hashlib.sha256(version(_ENGINE).encode())
+    for package in sorted({_ENGINE, *used}):
+        for path in _sources(package):
+            digest.update(f"{package}/{path.name}".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(package: str) -> Iterable[Path]:
+    module = importlib.import_module(package)
+    folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+    single = [Path(module.__file__)] if not folders and module.__file__ else []
+    return sorted([*single, *(path for folder in folders for path in folder.rglob("*.py"))])
+
+
+def _bytes(weight: Tensor) -> bytes:
+    return bytes(weight.detach().cpu().contiguous().flatten().view(uint8).numpy().tobytes())

@@ -1,0 +1,152 @@
+"""Runs a model over samples and averages the layer-selection measures at every boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropflow import PruneCall
+from dropflow.backbone import backbone_for
+from dropflow_lab.data import Sample
+from dropflow_lab.errors import InputError
+from dropflow_lab.profile.measures import cross_modal_similarity, ilvas, intra_modal_similarity
+from dropflow_lab.profile.observe import Groups, visual_attention, watching
+from dropflow_lab.prompts import build_inputs
+
+MODALITIES = ("system", "visual", "instruction")
+Curve = tuple[float | None, ...]
+"""One value per layer or boundary; `None` where no sample has one."""
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """Means over samples of each measure."""
+
+    visual_tokens: float
+    """Visual tokens of one image (picture, tile or frame), without a policy."""
+    intra: dict[str, Curve]
+    """Modality -> cosine between boundary i and i + 1, for i = 0..L-2."""
+    cross: Curve
+    """Cosine of instruction states behind two pictures that are not theirs, at boundaries 0..L-1."""
+    ilvas: dict[int, Curve]
+    """Distance n -> ILVAS(l, l+n), for l = 0..L-1-n."""
+
+
+@dataclass
+class LayerMeter:
+    """Collects per-sample values, batch after batch."""
+
+    model: Any
+    processor: Any
+    top: float
+    """Share of a sample's visual tokens that ILVAS compares."""
+    distances: Sequence[int]
+    _values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    def measure(self, batch: Sequence[Sample]) -> None:
+        """Run the samples as they are: intra-modal similarity and ILVAS."""
+        watch = _Pairs()
+        self._prefill([(sample.images(), sample.question) for sample in batch], watch.see)
+        for (name, layer), value in watch.intra.items():
+            self._add(name, layer, value)
+        if watch.visual is None:
+            raise InputError(f"the prompt of {batch[0].question!r} holds no visual tokens; expected pictures in it")
+        self._add("tokens", 0, torch.tensor(watch.image_sizes, dtype=torch.float))
+        for distance in self.distances:
+            for layer in range(len(watch.attention) - distance):
+                pair = watch.attention[layer], watch.attention[layer + distance]
+                self._add(f"ilvas {distance}", layer, ilvas(*pair, watch.visual, self.top))
+
+    def measure_across(self, batch: Sequence[Sample], others: Sequence[Sample | None], reference: Sample) -> None:
+        """Ask questions about pictures of `others`, and about those of `reference`: cross-modal similarity.
+
+        A question that belongs to the reference's pictures, or has no other sample, is left out.
+        """
+        own = _names(reference)
+        asked = [(s, other) for s, other in zip(batch, others, strict=True) if other is not None and _names(s) != own]
+        if not asked:
+            return
+        states: list[list[Tensor]] = []
+        same = reference.images()
+        self._prefill([(same, sample.question) for sample, _ in asked], lambda call: states.append(_instructions(call)))
+
+        def compare(call: PruneCall) -> None:
+            pairs = zip(_instructions(call), states[call.boundary], strict=True)
+            self._add("cross", call.boundary, torch.stack([_compared(one, two) for one, two in pairs]))
+
+        self._prefill([(other.images(), sample.question) for sample, other in asked], compare)
+
+    def curves(self) -> LayerCurves:
+        """Return the means over all samples so far."""
+        return LayerCurves(
+            visual_tokens=sum(filter(None, self._curve("tokens"))),
+            intra={name: self._curve(name) for name in MODALITIES},
+            cross=self._curve("cross"),
+            ilvas={distance: self._curve(f"ilvas {distance}") for distance in self.distances},
+        )
+
+    def _prefill(self, questions: Sequence[Any], see: Callable[[PruneCall], None]) -> None:
+        inputs = build_inputs(self.processor, questions).to(self.model.device, self.model.dtype)
+        with watching(self.model, see):
+            backbone_for(self.model).core(**inputs, use_cache=False)
+
+    def _add(self, name: str, layer: int, per_sample: Tensor) -> None:
+        self._values.setdefault((name, layer), []).append(per_sample.cpu())
+
+    def _curve(self, name: str) -> Curve:
+        layers = sorted(layer for known, layer in self._values if known == name)
+        means = (float(torch.cat(self._values[name, layer]).nanmean()) for layer in layers)
+        return tuple(None if mean != mean else mean for mean in means)
+
+
+@dataclass
+class _Pairs:
+    """Compares each boundary with the one before, and keeps the asking token's attention of every layer."""
+
+    intra: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    attention: list[Tensor] = field(default_factory=list)
+    visual: Tensor | None = None
+    image_sizes: tuple[int, ...] = ()
+    _before: Tensor | None = None
+
+    def see(self, call: PruneCall) -> None:
+        groups = Groups.of(call)
+        if self._before is not None:
+            for name in MODALITIES:
+                value = intra_modal_similarity(self._before, call.hidden, getattr(groups, name))
+                self.intra[name, call.boundary - 1] = value
+        self._before, self.visual, self.image_sizes = call.hidden, groups.visual, call.image_sizes
+        self.attention.append(visual_attention(call))
+
+
+def _instructions(call: PruneCall) -> list[Tensor]:
+    groups = Groups.of(call)
+    return [hidden[own] for hidden, own in zip(call.hidden, groups.instruction, strict=True)]
+
+
+def _compared(one: Tensor, two: Tensor) -> Tensor:
+    """Both prompts end alike; where a different number of pictures changes what stands in between, the ends count."""
+    shared = min(len(one), len(two))
+    return cross_modal_similarity(one[len(one) - shared :], two[len(two) - shared :])
+
+
+def other_pictures(samples: Sequence[Sample]) -> list[int | None]:
+    """For each sample, which next one has pictures that are neither its own nor the first sample's.
+
+    `None` where there is no such sample.
+    """
+    names = [_names(sample) for sample in samples]
+    return [
+        next(
+            (j % len(names) for j in range(i + 1, i + len(names)) if names[j % len(names)] not in (own, names[0])), None
+        )
+        for i, own in enumerate(names)
+    ]
+
+
+def _names(sample: Sample) -> tuple[str, ...]:
+    return tuple(picture.name for picture in sample.pictures)

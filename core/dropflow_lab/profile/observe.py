@@ -1,0 +1,70 @@
+"""Watches one prefill through a stage that is asked at every boundary and drops nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+import dropflow
+from dropflow import PruneCall, Stage, StageOptions, hookimpl
+from dropflow.policy import policy_from_dict
+
+
+class WatchOptions(StageOptions):
+    """Who is told of each boundary."""
+
+    see: Callable[[PruneCall], None]
+
+
+class Watch(Stage[WatchOptions]):
+    """Tells somebody of the live tokens in front of every layer in which vision takes part."""
+
+    Options = WatchOptions
+    summary = "watches every boundary"
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """Every boundary at which vision is live."""
+        return tuple(range(self.context.window.entry, self.context.window.exit))
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> None:
+        """Drop nothing."""
+        self.options.see(call)
+
+
+@contextmanager
+def watching(model: Any, see: Callable[[PruneCall], None]) -> Iterator[None]:
+    """Call `see` at every boundary 0..L-1 of each prefill inside the block."""
+    policy = policy_from_dict({"name": "profile", "stages": {"watch": {"use": Watch, "see": see}}})
+    with dropflow.attach(model, policy), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which tokens (or slots) of a prompt are of which modality; newline tokens of a picture are of none."""
+
+    system: Bool[Tensor, "B T"]
+    """Text in front of the first visual token."""
+    visual: Bool[Tensor, "B T"]
+    instruction: Bool[Tensor, "B T"]
+    """Text behind the last visual token."""
+
+    @classmethod
+    def of(cls, call: PruneCall) -> Groups:
+        """Tell the modalities of the slots of a call apart."""
+        visual = call.image >= 0
+        seen = visual.long().cumsum(1)
+        return cls(call.text & (seen == 0), visual, call.text & (seen == seen[:, -1:]) & (seen > 0))
+
+
+def visual_attention(call: PruneCall) -> Float[Tensor, "B H T"]:
+    """Return the attention from the last token of each prompt to every slot, in the layer behind the boundary."""
+    return call.attention_rows(call.boundary, call.queries[:, -1:])[:, :, 0, -call.index.shape[1] :]

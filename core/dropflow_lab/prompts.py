@@ -1,0 +1,39 @@
+"""Turns questions about pictures into a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Question = tuple[Sequence["Image"], str]
+"""Pictures, and what is asked about all of them."""
+
+
+def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
+    """Return the model's inputs for a batch of questions, padded on the left, as generation needs it.
+
+    The processor's chat template says how pictures and question stand; without one, the pictures come first. A
+    tokenizer without a padding token pads with its end token.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padding: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(questions) > 1 else {}
+    if getattr(processor, "chat_template", None) is None:
+        texts = [f"{processor.image_token}\n" * len(images) + question for images, question in questions]
+        return processor(images=[list(images) for images, _ in questions], text=texts, return_tensors="pt", **padding)
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": _content(images, question)}] for images, question in questions],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=padding,
+    )
+
+
+def _content(images: Sequence[Image], question: str) -> list[dict[str, Any]]:
+    return [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]

@@ -1,0 +1,110 @@
+"""The code blocks of a document, and what it takes to run them in order."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dropflow
+
+ROOT = Path(__file__).parents[1]
+EXTENSION = ROOT / "tests" / "extension"
+"""The package that the tutorials build."""
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block."""
+
+    language: str
+    title: str
+    """What `title="..."` says: the file of the extension that the block is a part of, or `output`."""
+    text: str
+    line: int
+
+
+def blocks(name: str, language: str | None = None) -> list[Block]:
+    """The fenced blocks of a document, of one language or of all."""
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside the tests")
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for fence in FENCE.finditer(text):
+        title = re.search(r'title="([^"]*)"', fence[2])
+        line = text.count("\n", 0, fence.start()) + 1
+        found.append(Block(fence[1], title[1] if title else "", fence[3], line))
+    return [block for block in found if language in (None, block.language)]
+
+
+def files_of(name: str) -> dict[str, str]:
+    """Title -> the blocks of that title, joined: the files that a tutorial writes."""
+    found: dict[str, str] = {}
+    for block in blocks(name):
+        if "." in block.title:
+            found[block.title] = found.get(block.title, "") + block.text
+    return found
+
+
+def without_blank_lines(text: str) -> list[str]:
+    """Lines that say something: how far apart two parts of a file stand is left to its formatter."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def run(name: str, cli: Callable[..., Any]) -> int:
+    """Run a document from top to bottom; returns how many blocks ran.
+
+    Python blocks share one namespace. YAML blocks with `stages` are read as policies. Of sh blocks, the lines
+    `dropflow ...` are run; others (`pip`, `pytest`, `make`) are not. A block titled `output` is what the block in
+    front of it must print.
+    """
+    printed, ran = "", 0
+    with _namespace(Path(name).stem) as module:
+        for block in blocks(name):
+            where = f"{name}:{block.line}"
+            if block.title == "output":
+                assert " ".join(printed.split()) == " ".join(block.text.split()), f"{where}: it printed\n{printed}"
+            elif block.language == "python":
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(compile("\n" * block.line + block.text, str(ROOT / name), "exec"), module.__dict__)
+                printed = out.getvalue()
+            elif block.language == "yaml" and "stages" in (content := yaml.safe_load(block.text)):
+                dropflow.load_policy(content)
+            elif block.language == "sh":
+                printed = "".join(_call(cli, line, where) for line in block.text.splitlines())
+            else:
+                continue
+            ran += 1
+    return ran
+
+
+def _call(cli: Callable[..., Any], line: str, where: str) -> str:
+    words = shlex.split(line, comments=True)
+    if not words or words[0] != "dropflow":
+        return ""
+    result = cli(*words[1:])
+    assert result.exit_code == 0, f"{where}: `{line}` ended with {result.exit_code}: {result.output}"
+    return str(result.stdout)
+
+
+@contextlib.contextmanager
+def _namespace(name: str) -> Iterator[types.ModuleType]:
+    """A module that classes of the document can be found in, as pydantic does."""
+    module = types.ModuleType(f"document_{name.replace('-', '_')}")
+    sys.modules[module.__name__] = module
+    try:
+        yield module
+    finally:
+        del sys.modules[module.__name__]

@@ -1,0 +1,1 @@
+"""One stage, one adapter and one policy for Dropflow; entry points name them."""

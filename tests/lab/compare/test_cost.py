@@ -1,0 +1,95 @@
+"""Cost: FLOPs by counter and by formula, the cache's real bytes, and a clock that loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dropflow
+from dropflow.backbone import backbone_for
+from dropflow_lab.bench.selection import SelectionMeter
+from dropflow_lab.compare.cost import NEW_TOKENS, measure_cost
+from dropflow_lab.compare.stopwatch import Stopwatch
+from dropflow_lab.data import Sample, read_samples
+from dropflow_lab.models import load_model
+from dropflow_lab.prompts import build_inputs
+
+SHIPPED = sorted(dropflow.registry.policy_files())
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> tuple[Any, Any]:
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return read_samples("digits", 2)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, Any]:
+    return load_model()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_counted_flops_are_those_of_the_formula_for_every_shipped_policy(
+    embedded: tuple[Any, Any], samples: list[Sample], name: str
+) -> None:
+    policy = dropflow.load_policy(name, ["rescale=true"])
+    work = measure_cost(*embedded, policy, samples[:1], rounds=0).work
+    assert work.flops_counted == pytest.approx(work.flops_formula, rel=0.01)
+    assert work.flops_formula > 0
+
+
+def test_work_is_what_the_report_and_the_cache_say(loaded: tuple[Any, Any], samples: list[Sample], mild: Path) -> None:
+    model, processor = loaded
+    policy = dropflow.load_policy(mild)
+    cost = measure_cost(model, processor, policy, samples[:1], rounds=0)
+    prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
+    with torch.no_grad(), dropflow.attach(model, policy) as flow:
+        model(**prompt)
+    report = flow.report()
+    assert cost.times is None
+    assert cost.work.flops_counted == cost.work.flops_formula == report.flops
+    assert cost.dense.flops_counted == cost.dense.flops_formula == report.flops_dense
+    assert (cost.work.kv_bytes, cost.dense.kv_bytes) == (report.kv_bytes, report.kv_bytes_dense)
+    assert cost.work.flops_selection > cost.dense.flops_selection == 0
+    assert cost.work.flops_vision == cost.dense.flops_vision > 0
+    assert 0 < cost.work.peak_bytes < cost.dense.peak_bytes
+
+
+def test_times_are_ratios_to_the_same_model(loaded: tuple[Any, Any], samples: list[Sample], mild: Path) -> None:
+    times = measure_cost(*loaded, dropflow.load_policy(mild), samples[:1], rounds=2).times
+    assert times is not None
+    parts = [times.vision_share, times.selection_share, times.prefill_share, times.decode_share]
+    assert all(part.median > 0 for part in parts)
+    assert sum(part.low for part in parts) <= times.total.high + 1e-9
+    assert sum(part.high for part in parts) >= times.total.low - 1e-9
+
+
+def test_the_clock_gives_every_stretch_to_one_part(
+    loaded: tuple[Any, Any], samples: list[Sample], mild: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks at every reading, the stretches between readings add up to all forwards."""
+    model, processor = loaded
+    backbone = backbone_for(model)
+    prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
+    plan = dropflow.plan.resolve(dropflow.load_policy(mild), backbone.shape)
+    meter = SelectionMeter(plan)
+    with dropflow.Flow(backbone, plan), monkeypatch.context() as patched:
+        ticks = itertools.count()
+        patched.setattr(time, "perf_counter", lambda: float(next(ticks)))
+        split = Stopwatch(backbone, meter).split(
+            lambda: model.generate(**prompt, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+        )
+    # one stage ranks and one exits, each a stretch of one tick; so is the vision tower, and every decode step
+    assert (split.selection, split.vision, split.decode) == (2.0, 1.0, NEW_TOKENS - 1.0)
+    assert split.total == split.vision + split.selection + split.prefill + split.decode
+    assert "forward" not in backbone.text.__dict__
+    assert "get_image_features" not in backbone.core.__dict__
