@@ -18,7 +18,7 @@ from dropflow import Entry, PruneCall, Stage, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.merging import mean_into
 from dropflow.plan import resolve
-from dropflow.testing import MaskedOracle
+from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
 from dropflow.units import Shape
 from dropflow_sparsevlm import TextGuided
 from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
@@ -209,6 +209,12 @@ def test_forecast_counts_survivors_and_clusters(llava: Any) -> None:
         assert [layer.visual_tokens for layer in flow.report().layers] == [16, 16, 9, 9, 4, 4]
     by_rank = policy(sparse={"use": "sparsevlm/text-guided", "rank": {"at": [2], "scale": 2.0}})
     assert resolve(dropflow.load_policy(by_rank), Shape(6, 16)).schedule().per_layer == (16, 16, None, None, None, None)
+
+
+def test_the_adaptive_number_keeps_the_guarantees() -> None:
+    options = {"rank": {"at": [0.35, 0.7], "scale": 1.5, "bias": 1.0}, "recycle_share": 0.6, "cluster_size": 2}
+    (cell,) = assert_stage_conforms("sparsevlm/text-guided", options, {"llava": tiny_models()["llava"]})
+    assert cell.outcome == "run"
 
 
 @torch.no_grad()
