@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from documents import ROOT, blocks, files_of, run, without_blank_lines
+from tiny import prompt, tiny_llava
 from typer.testing import CliRunner
 
 import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.cli import app
+from dropflow_lab.listing import renew_table
 
 TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 
@@ -31,6 +35,22 @@ def test_a_block_that_prints_something_else_than_the_document_says_is_found(tmp_
     document.write_text(f'{fence}python\nprint(1 + 1)\n{fence}\n{fence}text title="output"\n3\n{fence}\n')
     with pytest.raises(AssertionError, match=r"wrong\.md:4: it printed\n2"):
         run(str(document), CliRunner().invoke)
+
+
+def test_the_stage_of_the_page_on_soft_selection_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "softly.py"
+    file.write_text(blocks("docs/soft-selection.md", "python")[0].text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ranked = importlib.import_module("softly").Ranked
+    model = tiny_llava().train()
+    ranking = model.get_decoder().layers[2].self_attn
+    torch.nn.init.zeros_(ranking.o_proj.weight)
+    inputs = prompt([(3, "I", 5)])
+    with dropflow.attach(model, {"name": "soft", "stages": {"s": {"use": ranked}}}) as flow:
+        model(**inputs, labels=inputs["input_ids"].where(torch.arange(25) > 22, -100)).loss.backward()
+        visual = [layer.visual_tokens for layer in flow.report().layers]
+    assert visual == [16, 16, 8, 8, 8, 8]
+    assert ranking.q_proj.weight.grad.abs().max() > 1e-5
 
 
 def test_the_tutorials_build_the_extension() -> None:
@@ -84,3 +104,14 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
         resolve(policy, Shape(12, 144))
         assert f"| `{policy.name}` |" in table
+
+
+def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) -> None:
+    document = ROOT / "docs" / "methods.md"
+    if not document.exists():
+        pytest.skip("the documents are not beside the tests")
+    renewed = tmp_path / "methods.md"
+    renewed.write_text(document.read_text(encoding="utf-8"), encoding="utf-8")
+    renew_table(renewed)
+    same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
+    assert same, "renew it: dropflow list stages --into docs/methods.md"

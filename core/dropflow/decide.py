@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +51,8 @@ class Standing:
     hidden: Float[Tensor, "batch slots dim"]
     embeds: Float[Tensor, "batch tokens dim"]
     """What entered the decoder."""
+    training: bool = False
+    """Whether the model trains, so that stages that ask for gradients get them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +65,14 @@ class Decision:
     """By stage name, over the slots in front of the boundary."""
     merge_into: Int[Tensor, "batch slots"] | None
     """Slot that each slot's state is merged into; `None` where no stage merges."""
+    log_weights: Float[Tensor, "batch tokens"] | None
+    """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
 
 def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention) -> Decision:
     """Ask every stage of a boundary.
 
-    Keeps intersect; text and protected tokens stay in any case. One stage may merge.
+    Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
     """
     live, boundary = standing.live, standing.boundary
     valid = live.take(standing.want)
@@ -93,23 +97,34 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     merge_into: Tensor | None = None
+    log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
-        answer = plan.hooks.prune(call, stage)
-        if answer is not None:
-            _check_keep(answer, valid, name, boundary)
-            drop |= ~answer.mask
-            if answer.scores is not None:
-                scores[name] = answer.scores
-            if answer.merge_into is not None:
-                if merge_into is not None:
-                    raise DecisionError(
-                        f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune "
-                        "at another boundary"
-                    )
-                merge_into = _checked_merge(answer.merge_into, image, name, boundary)
+        asked = replace(call, differentiable=standing.training and stage.differentiable)
+        answer = plan.hooks.prune(asked, stage)
+        if answer is None:
+            continue
+        _check_keep(answer, valid, name, boundary)
+        drop |= ~answer.mask
+        if answer.scores is not None:
+            scores[name] = answer.scores.detach()
+        if answer.merge_into is not None:
+            if merge_into is not None:
+                raise DecisionError(
+                    f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
+                    "another boundary"
+                )
+            merge_into = _checked_merge(answer.merge_into, image, name, boundary)
+        if answer.weights is not None and asked.differentiable:
+            weighted = answer.mask & (image >= 0) & ~protected
+            _check_weights(answer.weights, weighted, name, boundary)
+            own = torch.where(weighted, answer.weights, 1).log()
+            log_weights = own if log_weights is None else log_weights + own
     drop &= (image >= 0) & ~protected
     dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    return Decision(prompt.without_widows(standing.want & ~dropped), scores, merge_into)
+    want = prompt.without_widows(standing.want & ~dropped)
+    if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
+        log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
+    return Decision(want, scores, merge_into, log_weights)
 
 
 def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:
@@ -125,6 +140,19 @@ def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int
     if not bool(((target == into) & (image.gather(1, target) == image) & (into.gather(1, target) == target)).all()):
         raise DecisionError(f"{told} with a token merged into no slot of its own image, or into one that is merged too")
     return into
+
+
+def _check_weights(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> None:
+    """Soft weights are one float per slot, positive and finite for the visual tokens that the stage keeps."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned weights"
+    if not weights.is_floating_point() or weights.shape != weighted.shape:
+        raise DecisionError(
+            f"{told} of {weights.dtype} {tuple(weights.shape)}, expected a float dtype and {tuple(weighted.shape)} "
+            "(batch, slots)"
+        )
+    own = weights.detach()[weighted]
+    if not bool((torch.isfinite(own) & (own > 0)).all()):
+        raise DecisionError(f"{told} that are not positive and finite for every visual token it keeps; give 1 to these")
 
 
 def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:

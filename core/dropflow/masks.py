@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.keys import KeyIndex
@@ -52,7 +52,7 @@ def gather_mask(mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash:
     keys) boolean for SDPA or additive for eager. `flash` says which kind replaces a `None` that cannot stay.
     """
     if mask is None:
-        return None if keys.valid is None else (keys.valid if flash else _causal(queries, keys))
+        return None if keys.valid is None else (keys.valid if flash else causal_mask(queries, keys))
     logical = keys.logical.to(mask.device)
     if mask.dim() == 2:
         columns = mask.expand(logical.shape[0], -1).gather(1, logical)
@@ -68,11 +68,12 @@ def gather_mask(mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash:
     return (picked & ~hidden) | _own_slot(queries, keys)
 
 
-def _causal(queries: LiveSet, keys: KeyIndex) -> Tensor:
-    """Boolean (batch, 1, queries, keys): each query sees valid keys that are not later than itself."""
+def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Each query sees valid keys that are not later than itself."""
     start = keys.length - queries.total
     seen = (start + queries.index)[:, :, None] >= keys.logical[:, None, :]
-    assert keys.valid is not None  # asked for only where something is padded
+    if keys.valid is None:
+        return seen[:, None]
     return (seen & keys.valid[:, None, :])[:, None] | _own_slot(queries, keys)
 
 

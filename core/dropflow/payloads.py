@@ -73,6 +73,9 @@ class PruneCall:
     """Where vision enters and exits in this call."""
     entry: Entry
     attention: RowAttention
+    differentiable: bool = False
+    """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
+    `hidden` then carry them, and `Keep.weights` are applied."""
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
         """Attention probabilities of a few query rows of one layer, as the eager model would show them.
@@ -81,8 +84,12 @@ class PruneCall:
         the cache), or an earlier layer the stage lists in `taps`. `rows` are slots. Softmax runs in float32 over all
         keys the row may see, so values over the visual tokens do not sum to 1. The last M keys are the slots; keys of
         earlier turns, if any, come first. Only R rows are computed, never a K x K map.
+
+        Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
+        stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
         """
-        return self.attention(layer, rows)
+        with torch.set_grad_enabled(self.differentiable):
+            return self.attention(layer, rows)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,12 @@ class Keep:
     The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
     layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
     image; a named token names its own slot. Entries of text and padding are ignored.
+    """
+    weights: Float[Tensor, "batch slots"] | None = None
+    """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
+
+    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
+    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
     """
 
 

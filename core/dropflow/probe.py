@@ -43,6 +43,7 @@ class LayerProbe:
         self._layer, self._hidden, self._make_arguments = layer, hidden, arguments
         self._implementation, self._projections, self._past = implementation, projections, past
         self._keys: QueryKey | None = None
+        self._with_gradient = False
 
     @functools.cached_property
     def _arguments(self) -> Arguments:
@@ -50,9 +51,9 @@ class LayerProbe:
         return self._make_arguments()
 
     def rows(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention probabilities of the query rows in the given slots."""
-        if self._keys is None:
-            self._keys = self._all_keys()
+        """Attention probabilities of the query rows in the given slots, with gradients where they are enabled."""
+        if self._keys is None or (torch.is_grad_enabled() and not self._with_gradient):
+            self._keys, self._with_gradient = self._all_keys(), torch.is_grad_enabled()
         if self._projections is None:
             return row_attention(self._keys, rows)
         return attend(self._keys, self._query(rows, self._projections), rows)
@@ -72,7 +73,7 @@ class LayerProbe:
 
     def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
         args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
-        with torch.no_grad(), _without_checkpointing(self._layer), _unread(unread):
+        with _without_checkpointing(self._layer), _unread(unread):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 

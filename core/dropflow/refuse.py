@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -69,6 +70,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             "attn_implementation: flex_attention masks cannot be gathered; load the model with 'sdpa', 'eager' or a "
             "flash_attention implementation"
         )
+    _check_gradients(backbone, plan)
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModel(
             f"text decoder: {config.num_kv_shared_layers} layers share the keys of others, so that layers cannot hold "
@@ -96,6 +98,17 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         asked = arguments.get(name)
         if asked if asked is not None else getattr(config, name, False):
             raise UnsupportedCall(f"{name}: not available under a policy: {instead}, or detach the policy")
+
+
+def _check_gradients(backbone: Backbone, plan: Plan) -> None:
+    """Refuse to train a selection where the layers' attention cannot take soft weights."""
+    implementation = backbone.text.config._attn_implementation
+    names = [name for stages in plan.prune_at.values() for name, stage in stages if stage.differentiable]
+    if names and torch.is_grad_enabled() and backbone.text.training and "flash" in implementation:
+        raise UnsupportedCall(
+            f"stages.{names[0]}: its selection trains through additive masks, which {implementation!r} does not take; "
+            "load the model with 'sdpa' or 'eager', or set a hard selection in this stage"
+        )
 
 
 def check_positions(plan: Plan, position_ids: Tensor | None) -> None:

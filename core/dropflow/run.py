@@ -15,7 +15,7 @@ from dropflow.decide import Standing, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.masks import OWN_WAY, gather_mask, restrict_argument
+from dropflow.masks import OWN_WAY, causal_mask, gather_mask, restrict_argument
 from dropflow.merging import mean_into
 from dropflow.payloads import BoundaryEvent
 from dropflow.positions import renumbered
@@ -24,6 +24,7 @@ from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
 from dropflow.stage import Stage
 from dropflow.tap import tap, uncompiled
+from dropflow.weights import weighted_mask, with_positional_mask
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -64,6 +65,8 @@ class Run:
         self._taps = {layer for stage in self.cache_stages for layer in stage.taps}
         if prompt is None:
             self._taps |= {layer for stage in self.cache_stages for layer in stage.decode_taps}
+        self._log_weights: Tensor | None = None
+        """Logarithm of the soft weights that stages gave so far (batch, tokens); 0 where there is none."""
         self.record: CallRecord | None = None
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
@@ -84,6 +87,8 @@ class Run:
             return layer(*args, **(kwargs | self._renumbered(number, kwargs) if self.compact else kwargs))
         keys = self._keys(number)
         args, kwargs = self._restricted(number, args, kwargs, keys)
+        if self._log_weights is not None:
+            args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
             with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
                 output = uncompiled(layer)(*args, **kwargs)
@@ -162,13 +167,15 @@ class Run:
         merged: Tensor | None = None
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
-            standing = Standing(number, window, self.live, self.want, hidden, self.embeds)
+            training = torch.is_grad_enabled() and self.backbone.text.training
+            standing = Standing(number, window, self.live, self.want, hidden, self.embeds, training)
             decided = decide_keeps(
                 self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
             )
             if decided.merge_into is not None:
                 hidden, merged = mean_into(hidden, decided.merge_into), self.live.to_tokens(decided.merge_into)
             hidden, scores = self._move(decided.want, hidden, None), decided.scores
+            self._weigh(decided.log_weights)
         if self.record is not None:
             self.record.add(number, self.want, merged)
         if self.plan.hooks.implementers("observe"):
@@ -213,6 +220,20 @@ class Run:
         self._memo.clear()
         return hidden
 
+    def _weigh(self, log_weights: Tensor | None) -> None:
+        """Multiply the soft weights of a boundary with those of the ones before."""
+        if log_weights is not None and log_weights.requires_grad:
+            self._log_weights = log_weights if self._log_weights is None else self._log_weights + log_weights
+            self._memo.clear()
+
+    def _weighted(self, mask: Tensor | None, keys: KeyIndex, dtype: torch.dtype) -> Tensor:
+        """The layer's mask, made for `keys`, with the soft weights of the live tokens; earlier turns have none."""
+        assert self._log_weights is not None
+        with torch.enable_grad():  # a stage that ranks without gradients may be the first to ask
+            log_weights = self.live.take(self._log_weights)
+            own = torch.nn.functional.pad(log_weights, (len(keys) - log_weights.shape[1], 0))
+            return weighted_mask(causal_mask(self.live, keys) if mask is None else mask, own, dtype)
+
     def _restricted(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
         """Everything but hidden states and cache, as the live tokens and the held keys need it."""
         positions = self._renumbered(number, kwargs)
@@ -221,6 +242,10 @@ class Run:
             flash = "flash" in self.implementation
             make = lambda: gather_mask(mask, self.live, keys, flash=flash)  # noqa: E731
             kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
+        if self._log_weights is not None:
+            fitted, dtype = kwargs.get("attention_mask"), _hidden(args, kwargs).dtype
+            make = lambda: self._weighted(fitted, keys, dtype)  # noqa: E731
+            kwargs = kwargs | {"attention_mask": self._shared(("weights", id(fitted), id(keys)), (fitted, keys), make)}
         if self.live.everything:
             return args, kwargs | positions
         kwargs = {k: v if k in OWN_WAY or k in positions else self._restrict(v) for k, v in kwargs.items()} | positions

@@ -117,6 +117,8 @@ class Stage(Generic[O_co]):
     """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Backbone facts it cannot do without: any of `cls`, `grid`, `vision_layers`."""
+    training_free: ClassVar[bool] = True
+    """False where the published method trains the model through this stage; it runs without, with less accuracy."""
 
     def __init__(self, options: O_co, context: StageContext) -> None:
         self.options = options
@@ -136,6 +138,11 @@ class Stage(Generic[O_co]):
     def taps(self) -> tuple[int, ...]:
         """Decoder layers whose own attention rows `prune` reads *after* they ran (layer < boundary)."""
         return ()
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `prune` wants gradients while the model trains: of its attention rows, and through `Keep.weights`."""
+        return False
 
     @property
     def vision_taps(self) -> tuple[int, ...]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from dropflow import load_policy, registry
+from dropflow import Stage, load_policy, registry
 from dropflow.errors import DropflowError
+from dropflow.hooks import HOOKS, PROJECT
+from dropflow.plan import resolve
+from dropflow.units import Shape
+from dropflow_lab.errors import InputError
 
 Row = dict[str, Any]
+TABLE_START, TABLE_END = "<!-- table of stages -->", "<!-- end of table -->"
 
 
 def stages() -> list[Row]:
@@ -36,8 +42,39 @@ def _row(name: str, describe: Callable[[str], Row]) -> Row:
 
 def _stage(name: str) -> Row:
     stage = registry.load(registry.STAGES, name)
-    options = {option: field.description for option, field in stage.Options.model_fields.items()}
-    return {"summary": stage.summary, "paper": stage.paper, "options": options}
+    return {
+        "summary": stage.summary,
+        "paper": stage.paper,
+        "options": {option: field.description for option, field in stage.Options.model_fields.items()},
+        "hooks": [hook for hook in HOOKS if hasattr(getattr(stage, hook, None), f"{PROJECT}_impl")],
+        "needs": sorted(stage.needs),
+        "training_free": stage.training_free,
+        "tokens": _tokens(name, stage),
+    }
+
+
+def _tokens(name: str, stage: type[Stage[Any]]) -> str:
+    """What decides how many visual tokens a stage leaves, by its example on a model of LLaVA-1.5-7B's shape."""
+    example = {"name": name, "stages": {"only": {"use": name, **stage.example}}}
+    forecast = resolve(load_policy(example), Shape(32, 576)).forecasts["only"]
+    if forecast.entry is not None or forecast.exit is not None:
+        return "all or none, by layer"
+    budgets = [*forecast.keeps.values(), *([] if forecast.encoded is None else [forecast.encoded])]
+    if not budgets:
+        return "as many as before"
+    return "by the data" if any(budget in (None, "data") for budget in budgets) else "as set"
+
+
+def stages_in_markdown() -> str:
+    """Every registered stage as a table in Markdown; `docs/methods.md` holds it."""
+    head = ("stage", "what it does", "hooks", "needs", "tokens left", "training-free", "knobs", "paper")
+    lines = [head, ("---",) * len(head)]
+    for row in stages():
+        if "error" not in row:
+            hooks, needs, knobs = (", ".join(f"`{one}`" for one in row[key]) for key in ("hooks", "needs", "options"))
+            free = "yes" if row["training_free"] else "no"
+            lines.append((f"`{row['name']}`", row["summary"], hooks, needs, row["tokens"], free, knobs, row["paper"]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _policy(name: str) -> Row:
@@ -53,3 +90,12 @@ def _policy(name: str) -> Row:
 def _adapter(name: str) -> Row:
     adapter = registry.load(registry.ADAPTERS, name)
     return {"summary": (inspect.getdoc(adapter) or "").partition("\n")[0]}
+
+
+def renew_table(document: Path) -> None:
+    """Put the table of stages between the two marks in a Markdown file; raises `InputError` where they are missing."""
+    before, start, rest = document.read_text(encoding="utf-8").partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not start or not end:
+        raise InputError(f"{document}: expected the lines {TABLE_START!r} and {TABLE_END!r}, found no such pair")
+    document.write_text(f"{before}{start}\n\n{stages_in_markdown()}\n\n{end}{after}", encoding="utf-8")

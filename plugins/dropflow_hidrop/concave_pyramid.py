@@ -14,6 +14,7 @@ from dropflow.ranking import instruction_scores
 from dropflow.schedule import first_keep
 from dropflow.selection import divide, keep_top
 from dropflow.units import Budget, Depth, Tokens
+from dropflow_hidrop.topk import soft_weights
 
 
 class AverageBudget(StageOptions):
@@ -37,9 +38,16 @@ class ConcavePyramidOptions(StageOptions):
         description="what a count of `keep` is for: every image, or all images of a sample together; shares are always "
         "per image",
     )
-    select: Literal["exact", "reference"] = Field(
+    select: Literal["exact", "reference", "soft"] = Field(
         default="exact",
-        description="`exact` keeps exactly k, ties to the lowest index; `reference` keeps tie groups, as published",
+        description="`exact` keeps exactly k, ties to the lowest index; `reference` keeps tie groups, as published; "
+        "`soft` keeps what `exact` keeps and, in training, passes gradients to the scores",
+    )
+    temperature: float = Field(
+        default=0.5,
+        gt=0,
+        description="of `select: soft`, in standard deviations of an image's log scores: how far from the threshold a "
+        "token still gets gradient",
     )
 
 
@@ -50,11 +58,14 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     instruction token of every round), by the norm, q and k of the layer behind the boundary, averaged over heads; the
     softmax runs over all keys (HiDrop, section 3.2, after PyramidDrop). A sample without an instruction token, such as
     one whose labels are all -100, is not pruned.
+
+    With `select: soft` the choice is trained: see `dropflow_hidrop.topk.soft_weights` for the estimator.
     """
 
     Options = ConcavePyramidOptions
     summary = "attention-ranked pruning at a few boundaries, fast first and then slowly"
     paper = "arXiv:2602.23699, section 3.2"
+    training_free = False
     example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.2}}
 
     def __init__(self, options: ConcavePyramidOptions, context: StageContext) -> None:
@@ -65,6 +76,11 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     def prune_at(self) -> tuple[int, ...]:
         """The boundaries of `keep`."""
         return tuple(self._keeps)
+
+    @property
+    def differentiable(self) -> bool:
+        """With `select: soft`."""
+        return self.options.select == "soft"
 
     def forecast(self) -> Forecast:
         """The keeps, the solved one included."""
@@ -79,7 +95,10 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         ranking = scores.masked_fill(call.protected, torch.inf)
         keep = keep_top(ranking, call.image, counts, keep_ties=self.options.select == "reference")
         unranked = ~call.query_valid.any(1, keepdim=True)
-        return Keep(keep | unranked, scores)
+        if not call.differentiable:
+            return Keep(keep | unranked, scores)
+        chosen = call.image.masked_fill(call.protected | unranked, -1)
+        return Keep(keep | unranked, scores, soft_weights(scores, chosen, keep, self.options.temperature))
 
     def _counts(self, call: PruneCall, budget: Budget) -> list[int]:
         """Tokens that stay of each image, by image number."""

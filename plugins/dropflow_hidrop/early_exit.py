@@ -23,6 +23,7 @@ class EarlyExit(Stage[EarlyExitOptions]):
     Options = EarlyExitOptions
     summary = "every visual token is gone from a boundary on"
     paper = "arXiv:2602.23699, section 3.3"
+    training_free = False
     example: ClassVar[Mapping[str, Any]] = {"at": 0.8}
 
     def __init__(self, options: EarlyExitOptions, context: StageContext) -> None:

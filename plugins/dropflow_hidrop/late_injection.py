@@ -26,6 +26,7 @@ class LateInjection(Stage[LateInjectionOptions]):
     Options = LateInjectionOptions
     summary = "vision skips the first layers and enters untransformed at a boundary"
     paper = "arXiv:2602.23699, section 3.1"
+    training_free = False
     example: ClassVar[Mapping[str, Any]] = {"at": 0.2}
 
     def __init__(self, options: LateInjectionOptions, context: StageContext) -> None:

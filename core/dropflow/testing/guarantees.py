@@ -18,6 +18,7 @@ from dropflow.flow import Flow
 from dropflow.testing.case import BUDGET, Case, layer_inputs, relative_error, text_embeddings
 from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.probes import EVERYTHING
+from dropflow.testing.selection import GivenWeights
 
 NO_OP = "1 (no-op identity)"
 MASK = "2 (drop = mask)"
@@ -137,15 +138,18 @@ def evicts_while_decoding(flow: Flow) -> bool:
 def _check_training(case: Case) -> float:
     model, inputs = case.model.train(), labelled(case)
     try:
-        with case.attach() as flow, text_embeddings(case) as embeds:
+        with case.attach() as flow, text_embeddings(case) as embeds, GivenWeights(flow) as given:
             loss = model(**inputs).loss
             live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
-            loss.backward()
+            log_weights = given.log_weights(*live.shape)
+            loss.backward(retain_graph=log_weights is not None)
         got = _gradients(model)
         replaced = embeds[0] if encodes else None
-        with MaskedOracle(model, live, case.adapter, embeds=replaced, merges=merges):
+        changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
+        with MaskedOracle(model, live, case.adapter, **changes):
             expected_loss = model(**inputs, use_cache=False).loss
             expected_loss.backward()
+        given.backward()
         expected = _gradients(model)
     finally:
         model.eval()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.backbone import Backbone, backbone_for
@@ -25,7 +25,8 @@ class MaskedOracle:
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
     dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
     tokens of the prompt the tokens behind it still see, where a stage evicts cache entries. `merges` (boundary ->
-    (batch, tokens)) says into which token's state each one's is averaged in front of a layer.
+    (batch, tokens)) says into which token's state each one's is averaged in front of a layer. `log_weights` (layers,
+    batch, tokens) are added to the attention scores of each layer's keys, for stages that give soft weights.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class MaskedOracle:
         embeds: Tensor | None = None,
         held: Bool[Tensor, "layers batch tokens"] | None = None,
         merges: Mapping[int, Int[Tensor, "batch tokens"]] | None = None,
+        log_weights: Float[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
-        self._live, self._embeds, self._held = live, embeds, held
+        self._live, self._embeds, self._held, self._log_weights = live, embeds, held, log_weights
         self._merges = merges or {}
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
@@ -121,6 +123,9 @@ class MaskedOracle:
             held = self._of(number, hidden, self._held)
             seen = seen & (held[:, None, None, :] | ~later)
         seen = seen | own
+        if self._log_weights is not None:
+            added = self._log_weights[number][:, None, None, :].to(hidden.dtype)
+            return torch.where(seen, added, torch.finfo(hidden.dtype).min)
         if mask.dtype == torch.bool:
             return seen
         return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,10 +33,19 @@ _COLUMNS: dict[Kind, tuple[str, ...]] = {
 def list_names(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: AsJson = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Renew the table of stages in a Markdown file instead."),
+    ] = None,
 ) -> None:
     """List the installed stages, policies or adapters, those of third-party packages too."""
     from dropflow_lab import listing
 
+    if into is not None:
+        if kind is not Kind.STAGES:
+            raise typer.BadParameter("only stages are written as Markdown: `dropflow list stages --into FILE`")
+        listing.renew_table(into)
+        return
     with chatter_to_stderr():
         find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}
         rows = find[kind]()

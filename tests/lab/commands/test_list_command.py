@@ -21,7 +21,7 @@ def test_every_registered_name_is_listed_with_a_line_about_it(cli, kind) -> None
 
 def test_stages_are_listed_with_their_options(cli) -> None:
     rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
-    assert set(rows["hidrop/concave-pyramid"]["options"]) == {"keep", "budget", "split", "select"}
+    assert set(rows["hidrop/concave-pyramid"]["options"]) == {"keep", "budget", "split", "select", "temperature"}
     assert rows["hidrop/early-exit"]["paper"].startswith("arXiv:2602.23699")
 
 
@@ -51,3 +51,20 @@ def test_a_broken_package_hides_no_other(cli, monkeypatch) -> None:
     assert rows["hidrop/early-exit"]["error"] == "hidrop/early-exit cannot be imported"
     assert "summary" in rows["hidrop/late-injection"]
     assert "cannot be imported" in " ".join(cli("list", "stages").stdout.split())
+
+
+def test_the_table_in_a_document_is_renewed_between_its_marks(cli, refused, tmp_path) -> None:
+    document = tmp_path / "methods.md"
+    document.write_text("before\n<!-- table of stages -->\nfrom-before\n<!-- end of table -->\nafter\n")
+    assert cli("list", "stages", "--into", document).exit_code == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- table of stages -->\n\n| stage |")
+    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert "from-before" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `hidrop/early-exit` |")]
+    assert [cell.strip() for cell in row.split("|")[3:8]] == ["`exit`", "", "all or none, by layer", "no", "`at`"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| `mustdrop/spatial-merge` |")]
+    assert [cell.strip() for cell in row.split("|")[3:7]] == ["`encode`", "`grid`", "by the data", "yes"]
+    document.write_text("no marks")
+    assert f"{document}: expected the lines" in refused("list", "stages", "--into", document)
+    assert "only stages" in refused("list", "policies", "--into", document)

@@ -1,0 +1,106 @@
+"""Pure functions behind trained selection: a top-k mask of each image that is differentiable in the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+HALVINGS = 64
+"""Bisection steps of a threshold: as many as float64 can tell apart."""
+
+
+def straight_through(soft: Float[Tensor, "batch slots"]) -> Float[Tensor, "batch slots"]:
+    """Exactly 1 in value, with the gradient of `soft`: 1 + (soft - stop_gradient(soft)).
+
+    The straight-through estimator (Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through
+    Stochastic Neurons", 2013) for tokens that a hard mask keeps.
+    """
+    return 1 + (soft - soft.detach())
+
+
+def soft_top(
+    scores: Float[Tensor, "batch slots"],
+    image: Int[Tensor, "batch slots"],
+    keep: Bool[Tensor, "batch slots"],
+    *,
+    temperature: float,
+) -> Float[Tensor, "batch slots"]:
+    """Soft mask m_i = sigmoid((s_i - tau) / T) of each image, with tau such that it sums to k, the tokens kept of it.
+
+    It solves max <s, m> + T * (binary entropy of m) over m in [0, 1]^n with sum(m) = k: top-k with an entropy
+    regulariser, as by optimal transport in Xie et al., "Differentiable Top-k with Optimal Transport", 2020. tau is
+    found by bisection and differentiated by the implicit function theorem: with a_i = m_i (1 - m_i),
+    d tau / d s_j = a_j / sum(a), so d m_i / d s_j = a_i / T * ([i = j] - a_j / sum(a)). A token gains only what others
+    of its image lose, and nearly all of it near the threshold. As T -> 0 the mask becomes `keep`, if that is a top-k.
+
+    `image` holds image numbers, -1 for slots that are not chosen among; these may hold anything and get 0. An image of
+    which all tokens stay, or none, gets ones, or zeros, and no gradient. First derivatives only.
+    """
+    groups = _Groups.of(image)
+    flat = torch.where(image < 0, 0, scores).flatten()
+    size, k = groups.total(torch.ones_like(flat)), groups.total(keep.flatten().to(flat))
+    undecided = ((k > 0) & (k < size))[groups.number]
+    with torch.no_grad():
+        tau = _threshold(flat, groups, k, size, temperature)[groups.number]
+        x = (flat - tau) / temperature
+        part = groups.softmax(logsigmoid(x) + logsigmoid(-x))  # a / sum(a), which cannot underflow to 0 / 0
+    follows = groups.total(part * (flat - flat.detach()))[groups.number]  # 0, with the gradient of tau
+    soft = torch.sigmoid((flat - tau - follows) / temperature)
+    mask: Tensor = torch.where(undecided, soft, (keep & (image >= 0)).flatten().to(flat))
+    return mask.view(scores.shape)
+
+
+def standardised(
+    scores: Float[Tensor, "batch slots"], image: Int[Tensor, "batch slots"], *, floor: float = 1e-2
+) -> Float[Tensor, "batch slots"]:
+    """Scores less their image's mean, over their standard deviation; differentiable.
+
+    `floor` is added to the deviation in quadrature, so that images of equal scores have no steep gradient. Slots of no
+    image (-1) may hold anything and get 0.
+    """
+    groups = _Groups.of(image)
+    flat = torch.where(image < 0, 0, scores).flatten()
+    size = groups.total(torch.ones_like(flat)).clamp(min=1)
+    centred = flat - (groups.total(flat) / size)[groups.number]
+    deviation = (groups.total(centred.square()) / size + floor**2).sqrt()
+    return (centred / deviation[groups.number]).view(scores.shape)
+
+
+def _threshold(flat: Tensor, groups: _Groups, k: Tensor, size: Tensor, temperature: float) -> Tensor:
+    """The threshold of each group, by bisection; any finite number where nothing is to be decided."""
+    offset = temperature * torch.logit((k / size.clamp(min=1)).clamp(1e-6, 1 - 1e-6))
+    # with tau = lowest - offset no value is below k / size, with tau = highest - offset none is above
+    low, high = groups.extreme(flat, "amin") - offset, groups.extreme(flat, "amax") - offset
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        above = groups.total(torch.sigmoid((flat - middle[groups.number]) / temperature)) > k
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Sums over the tokens of every image, in every sample apart; the last group holds the slots of no image."""
+
+    number: Int[Tensor, "slots"]
+    count: int
+
+    @classmethod
+    def of(cls, image: Int[Tensor, "batch slots"]) -> _Groups:
+        batch, images = image.shape[0], int(image.max()) + 1
+        number = image + images * torch.arange(batch, device=image.device)[:, None]
+        return cls(torch.where(image < 0, batch * images, number).flatten(), batch * images + 1)
+
+    def total(self, values: Float[Tensor, "slots"]) -> Float[Tensor, "groups"]:
+        return values.new_zeros(self.count).scatter_add(0, self.number, values)
+
+    def extreme(self, values: Float[Tensor, "slots"], which: str) -> Float[Tensor, "groups"]:
+        return values.new_zeros(self.count).scatter_reduce(0, self.number, values, which, include_self=False)
+
+    def softmax(self, values: Float[Tensor, "slots"]) -> Float[Tensor, "slots"]:
+        power = (values - self.extreme(values, "amax")[self.number]).exp()
+        return power / self.total(power)[self.number]
