@@ -100,18 +100,18 @@ class Keep:
     """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
     scores: Float[Tensor, "batch slots"] | None = None
     """What the stage ranked by, for observers."""
+    weights: Float[Tensor, "batch slots"] | None = None
+    """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
+
+    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
+    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
+    """
     merge_into: Int[Tensor, "batch slots"] | None = None
     """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
 
     The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
     layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
     image; a named token names its own slot. Entries of text and padding are ignored.
-    """
-    weights: Float[Tensor, "batch slots"] | None = None
-    """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
-
-    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
-    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
     """
 
 

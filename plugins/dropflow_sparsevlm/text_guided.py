@@ -152,7 +152,7 @@ class TextGuided(Stage[TextGuidedOptions]):
                 centres, cluster = clusters(call.hidden[sample, slots], count)
                 into[sample, slots] = slots[centres][cluster]
                 keep[sample, slots[centres]] = True
-        return Keep(keep, scores, into)
+        return Keep(keep, scores, merge_into=into)
 
 
 def _raters(
