@@ -6,12 +6,16 @@ import importlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from documents import ROOT, blocks, files_of, run, without_blank_lines
-from tiny import prompt, tiny_llava
+from tiny import HIDROP, prompt, tiny_llava
+from training import Prompts, collate, freeze_tower
 from typer.testing import CliRunner
 
 import dropflow
@@ -106,6 +110,27 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
         assert f"| `{policy.name}` |" in table
 
 
+def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    Path("my-policy.yaml").write_text(yaml.safe_dump(HIDROP))
+    data = Prompts()
+    known: dict[str, Any] = {"model": freeze_tower(tiny_llava()), "dataset": data, "collate": collate}
+    known["loader"] = [collate([data[0], data[1]]), collate([data[3], data[4]])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Trainer, PEFT and the CPU: this is about our lines
+        for block in blocks("docs/training.md", "python"):
+            exec(block.text, known)
+    assert known["flow"].policy == dropflow.load_policy(HIDROP)
+    for folder in ("trained", "trained-again", "merged"):
+        assert '"dropflow"' in Path(folder, "config.json").read_text()
+    (extending,) = blocks("docs/training.md", "yaml")
+    Path("captions.yaml").write_text(extending.text)
+    stages = dropflow.load_policy("captions.yaml", ["rescale=true"]).to_dict()["stages"]
+    assert stages["exit"] == {"use": "hidrop/early-exit", "at": 24, "keep_last": True}
+
+
 def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) -> None:
     document = ROOT / "docs" / "methods.md"
     if not document.exists():
@@ -115,3 +140,16 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
     renew_table(renewed)
     same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
     assert same, "renew it: dropflow list stages --into docs/methods.md"
+
+
+def test_the_code_about_traces_runs(tmp_path: Path) -> None:
+    from dropflow_lab import digits
+    from dropflow_lab.prompts import build_inputs
+
+    model, processor = digits.load()
+    picture = digits.sample_image()
+    inputs = build_inputs(processor, [([picture], "what digit is yellow ?")])
+    names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
+    for block in blocks("docs/trace.md", "python"):
+        exec(block.text, names)
+    assert names["html"].startswith("<!doctype html>")

@@ -2,16 +2,17 @@
 
 from dropflow import errors
 from dropflow.backbone import Backbone, Projections, VisionEncoder
+from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
 from dropflow.payloads import (
-    BoundaryEvent,
     CacheCall,
     CacheKeep,
     CacheView,
     Encode,
     EncodeCall,
     Entry,
+    Exit,
     Keep,
     PruneCall,
     WindowCall,
@@ -26,11 +27,16 @@ __all__ = [
     "Backbone",
     "BoundaryEvent",
     "CacheCall",
+    "CacheEvent",
     "CacheKeep",
     "CacheView",
     "Encode",
     "EncodeCall",
+    "EncodeEvent",
+    "EncodeStep",
     "Entry",
+    "Eviction",
+    "Exit",
     "Flow",
     "Forecast",
     "Keep",

@@ -16,6 +16,7 @@ from dropflow.flops import TextShape
 from dropflow.registry import ADAPTERS, load, names
 from dropflow.units import Shape
 from dropflow.views import View
+from dropflow.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from dropflow.testing.tiny import Tiny
@@ -225,9 +226,11 @@ def text_shape(config: Any) -> TextShape:
 def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Backbone:
     """Wrap a model in its adapter: a class, a registered name, or by default the name that is its `model_type`.
 
-    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape.
+    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. Of a
+    model wrapped by PEFT or DistributedDataParallel, the one inside is served, by whichever it is then called.
     Raises `UnsupportedModel` for a model that cannot be served, saying why.
     """
+    model = unwrapped(model)
     if isinstance(adapter, type):
         return adapter(model)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.errors import DecisionError
+from dropflow.events import Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Entry, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Entry, Exit, Keep, PruneCall, RowAttention, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -24,19 +25,38 @@ if TYPE_CHECKING:
     from dropflow.plan import Plan
 
 
-def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> Window:
+@dataclass(frozen=True)
+class WindowDecision:
     """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers)."""
+
+    window: Window
+    keep_asking: bool
+    """Whether visual tokens that an answer is predicted from outlive the exit."""
+    by: dict[int, tuple[str, ...]]
+    """The stages that answered so, for these two boundaries."""
+
+
+def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecision:
+    """Ask the `inject` and `exit` stages."""
     call = WindowCall(backbone, (prompt.present & prompt.visual).sum(1), prompt.text.sum(1))
     layers = plan.shape.layers
-    entry = max(_boundaries(plan.hooks.inject(call), "inject", layers), default=0)
-    return Window(entry, min(_boundaries(plan.hooks.exit(call), "exit", layers), default=layers))
+    entries = _boundaries(plan.hooks.inject(call), "inject", layers)
+    answered = {name: one if isinstance(one, Exit) else Exit(one) for name, one in plan.hooks.exit(call)}
+    exits = _boundaries(((name, one.boundary) for name, one in answered.items()), "exit", layers)
+    window = Window(max(entries.values(), default=0), min(exits.values(), default=layers))
+    by = {
+        boundary: tuple(name for name, answer in answers.items() if answer == boundary)
+        for boundary, answers in ((window.entry, entries), (window.exit, exits))
+    }
+    return WindowDecision(window, any(answered[name].keep_asking for name in by[window.exit] if name in exits), by)
 
 
-def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> Iterator[int]:
-    for name, boundary in answers:
+def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> dict[str, int]:
+    found = dict(answers)
+    for name, boundary in found.items():
         if not 0 <= boundary <= layers:
             raise DecisionError(f"stages.{name}: `{hook}` answered {boundary}, expected a boundary from 0 to {layers}")
-        yield boundary
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +81,13 @@ class Decision:
 
     want: Bool[Tensor, "batch tokens"]
     """Tokens that stay live."""
-    scores: dict[str, Tensor]
+    scores: dict[str, Tensor] = field(default_factory=dict)
     """By stage name, over the slots in front of the boundary."""
-    merge_into: Int[Tensor, "batch slots"] | None
+    keeps: dict[str, Tensor] = field(default_factory=dict)
+    """What each stage answered, by its name, over the same slots."""
+    merge_into: Int[Tensor, "batch slots"] | None = None
     """Slot that each slot's state is merged into; `None` where no stage merges."""
-    log_weights: Float[Tensor, "batch tokens"] | None
+    log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
 
@@ -97,6 +119,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     merge_into: Tensor | None = None
+    keeps: dict[str, Tensor] = {}
     log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
         asked = replace(call, differentiable=standing.training and stage.differentiable)
@@ -105,6 +128,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
             continue
         _check_keep(answer, valid, name, boundary)
         drop |= ~answer.mask
+        keeps[name] = answer.mask
         if answer.scores is not None:
             scores[name] = answer.scores.detach()
         if answer.merge_into is not None:
@@ -124,7 +148,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     want = prompt.without_widows(standing.want & ~dropped)
     if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
         log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
-    return Decision(want, scores, merge_into, log_weights)
+    return Decision(want, scores, keeps, merge_into, log_weights)
 
 
 def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:
@@ -165,13 +189,22 @@ def _check_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> None:
 
 
 def decide_cache(
-    plan: Plan, stages: Sequence[Stage[Any]], cache: Cache, step: int, tokens: int, attention: RowAttention
+    plan: Plan,
+    stages: Sequence[Stage[Any]],
+    cache: Cache,
+    step: int,
+    tokens: int,
+    attention: RowAttention,
+    told: list[Eviction] | None = None,
 ) -> None:
-    """Ask the cache stages one after the other, each seeing what the one before has left."""
+    """Ask the cache stages one after the other, each seeing what the one before has left.
+
+    With a list in `told`, what they decided is appended to it.
+    """
     names = {id(stage): name for name, stage in plan.stages}
     for stage in stages:
         name = names[id(stage)]
-        views = tuple(_view(number, layer.known(), layer.recall(name)) for number, layer in enumerate(cache.layers))
+        views = cache_views(cache, name)
         answer = plan.hooks.decode_cache(CacheCall(step, tokens, views, attention), stage)
         if answer is None:
             continue
@@ -186,6 +219,9 @@ def decide_cache(
             if same not in made:
                 kept = LiveSet.of((keep | (view.image < 0) | view.protected) & view.valid)
                 made[same] = (kept, layer.known().compacted(kept))
+            if told is not None:
+                stays = (keep | (view.image < 0) | view.protected) & view.valid
+                told.append(Eviction(name, number, view.index, stays, answer.memory.get(number)))
             layer.evict(*made[same])
 
 
@@ -201,6 +237,11 @@ def _check_entries(
             f"stages.{name}: `decode_cache` answered {answer.dtype} {tuple(answer.shape)} for layer {number}, "
             f"expected {expected}"
         )
+
+
+def cache_views(cache: Cache, stage: str = "") -> tuple[CacheView, ...]:
+    """What each layer's cache holds, with the notes of `stage`."""
+    return tuple(_view(number, layer.known(), layer.recall(stage)) for number, layer in enumerate(cache.layers))
 
 
 def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dropflow.attention import QueryKey, row_attention
 from dropflow.errors import DecisionError
+from dropflow.events import EncodeStep
 from dropflow.payloads import Encode, EncodeCall
 from dropflow.tap import tap, uncompiled
 from dropflow.views import View, flags, split
@@ -48,6 +49,8 @@ class EncodeRun:
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
+        self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
+        """What the stages decided, if somebody watches."""
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows the stages left."""
@@ -188,7 +191,11 @@ class EncodeRun:
                 applied = [
                     _apply(answer, i, f, r, where) for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
                 ]
+                before = tuple(rows.places for rows in self._rows)
                 features, self._rows = [f for f, _ in applied], [r for _, r in applied]
+                if self.steps is not None:
+                    places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
+                    self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
         return features
 
     def _absolute(self, layer: int) -> int:

@@ -18,6 +18,7 @@ from dropflow.plan import Plan, resolve
 from dropflow.policy import Policy
 from dropflow.policy_file import Source, load_policy
 from dropflow.record import CallRecord, Report
+from dropflow.recorded import Recording, recorded_policy
 from dropflow.service import Service
 from dropflow.versions import warn_if_untested
 
@@ -26,12 +27,18 @@ _attached: weakref.WeakKeyDictionary[Any, weakref.ref[Flow]] = weakref.WeakKeyDi
 
 
 def attach(
-    model: Any, policy: Source, *, overrides: Sequence[str] = (), adapter: str | type[Backbone] | None = None
+    model: Any,
+    policy: Source | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    adapter: str | type[Backbone] | None = None,
 ) -> Flow:
     """Let `policy` govern every forward of `model` until the flow is detached or its `with` block ends.
 
-    `policy` is a name, a path, a mapping or a `Policy`; `overrides` are `path=value`. `adapter` names a backbone
-    adapter where the model's `model_type` does not. Nothing of the model is changed but a few removable hooks.
+    `policy` is a name, a path, a mapping or a `Policy`; without one, the policy recorded in the model's config counts.
+    `overrides` are `path=value`. `adapter` names a backbone adapter where the model's `model_type` does not. Nothing of
+    the model is changed but a few removable hooks, and `config.dropflow`, which holds the policy while it is attached:
+    a model saved meanwhile, such as by a trainer, records it (see `Flow.record`).
 
     Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
     (or has a flow attached already).
@@ -42,7 +49,8 @@ def attach(
     if present is not None:
         name = present.policy.name
         raise UnsupportedModel(f"attach: the policy {name!r} is attached to this model already; detach it first")
-    return Flow(backbone, resolve(load_policy(policy, overrides), backbone.shape))
+    source = recorded_policy(backbone.model.config) if policy is None else policy
+    return Flow(backbone, resolve(load_policy(source, overrides), backbone.shape))
 
 
 def _flow_of(backbone: Backbone) -> Flow | None:
@@ -57,6 +65,8 @@ class Flow:
         refuse.check_model(backbone, plan)
         self._backbone, self._plan = backbone, plan
         self._service = Service(backbone, plan)
+        self._service.flow = self
+        self._recording = Recording(backbone.model.config, plan.policy)
         _attached[backbone.core] = weakref.ref(self)
 
     @property
@@ -103,9 +113,18 @@ class Flow:
         finally:
             self._service.stated.visual = None
 
+    def record(self) -> None:
+        """Leave the policy in the model's config for good, so that models saved after `detach` record it, too.
+
+        Raises `PolicyError` for a policy that `attach` could not read back, such as one whose stages are no entry
+        points of an installed package.
+        """
+        self._recording.keep()
+
     def detach(self) -> None:
         """Take every hook off the model; harmless when done before."""
         self._service.remove()
+        self._recording.remove()
         if _flow_of(self._backbone) is self:
             del _attached[self._backbone.core]
 

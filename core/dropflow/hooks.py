@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 if TYPE_CHECKING:
-    from dropflow.payloads import BoundaryEvent, CacheCall, CacheKeep, Encode, EncodeCall, Keep, PruneCall, WindowCall
+    from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent
+    from dropflow.payloads import CacheCall, CacheKeep, Encode, EncodeCall, Exit, Keep, PruneCall, WindowCall
     from dropflow.stage import Stage
 
 PROJECT = "dropflow"
@@ -32,7 +33,7 @@ class Lifecycle:
         """Return which live tokens stay, at a boundary the stage names in `prune_at`."""
 
     @hookspec
-    def exit(self, call: WindowCall) -> int | None:
+    def exit(self, call: WindowCall) -> int | Exit | None:
         """Return the boundary (0..L) from which no vision is live; asked once per prefill."""
 
     @hookspec
@@ -40,8 +41,16 @@ class Lifecycle:
         """Return the cache entries to keep per layer, after prefill and at decode steps the stage asks for."""
 
     @hookspec
+    def observe_encode(self, event: EncodeEvent) -> None:
+        """Watch what became of the images of one call of the vision encoder; an observer can change nothing."""
+
+    @hookspec
     def observe(self, event: BoundaryEvent) -> None:
         """Watch what was applied at a boundary; an observer can change nothing."""
+
+    @hookspec
+    def observe_cache(self, event: CacheEvent) -> None:
+        """Watch what the caches hold behind the prefill or a decode step; an observer can change nothing."""
 
 
 HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))
@@ -69,6 +78,10 @@ class Hooks:
         """Stages that implement `hook`, in policy order, with their names in the policy."""
         return [(name, stage) for name, stage, _ in self._callers[hook]]
 
+    def watched(self, hook: str) -> bool:
+        """Whether any stage implements `hook`."""
+        return bool(self._callers[hook])
+
     def encode(self, call: EncodeCall, stage: Stage[Any]) -> Encode | None:
         """The answer of one stage at one boundary of the vision encoder, or on its output."""
         return cast("Encode | None", next((answer for _, answer in self._ask("encode", stage, call=call)), None))
@@ -81,17 +94,28 @@ class Hooks:
         """The answer of one stage at one boundary."""
         return cast("Keep | None", next((answer for _, answer in self._ask("prune", stage, call=call)), None))
 
-    def exit(self, call: WindowCall) -> Iterator[tuple[str, int]]:
+    def exit(self, call: WindowCall) -> Iterator[tuple[str, int | Exit]]:
         """Boundaries from which no vision is live, as answered in policy order."""
-        return cast("Iterator[tuple[str, int]]", self._ask("exit", None, call=call))
+        return cast("Iterator[tuple[str, int | Exit]]", self._ask("exit", None, call=call))
 
     def decode_cache(self, call: CacheCall, stage: Stage[Any]) -> CacheKeep | None:
         """The answer of one stage about the cache."""
         return cast("CacheKeep | None", next((a for _, a in self._ask("decode_cache", stage, call=call)), None))
 
+    def observe_encode(self, event: EncodeEvent) -> None:
+        """Tell every observer; what they return is ignored, here and below."""
+        self._tell("observe_encode", event)
+
     def observe(self, event: BoundaryEvent) -> None:
-        """Tell every observer; what they return is ignored."""
-        for _ in self._ask("observe", None, event=event):
+        """Tell every observer of boundaries."""
+        self._tell("observe", event)
+
+    def observe_cache(self, event: CacheEvent) -> None:
+        """Tell every observer of caches."""
+        self._tell("observe_cache", event)
+
+    def _tell(self, hook: str, event: object) -> None:
+        for _ in self._ask(hook, None, event=event):
             pass
 
     def _ask(self, hook: str, only: Stage[Any] | None, **payload: Any) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RowAttention = Callable[[int, Tensor], Tensor]
 Columns = Callable[[int], tuple[Tensor, ...]]
+Lazily = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Entry:
     """Text embeddings and projected image features, those that an `encode` stage made included."""
     image: Int[Tensor, "batch tokens"]
     """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Decision of `exit`, where it is more than the boundary."""
+
+    boundary: int
+    """From which no vision is live."""
+    keep_asking: bool = False
+    """Let visual tokens that an answer is predicted from live to the end; no stage may drop them."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,10 @@ class Encode:
     """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
     protect: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows, among those present after this decision, that no later stage may drop."""
+    shares: Lazily | None = None
+    """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before."""
+    scores: Lazily | None = None
+    """For observers: makes, per image, what the stage ranked each row before by; NaN where it had no say."""
 
 
 @dataclass(frozen=True)
@@ -234,20 +249,3 @@ class CacheKeep:
     Notes are kept with the cache, so that they follow their entries through evictions, crops and beams, and calls of
     other conversations never see them.
     """
-
-
-@dataclass(frozen=True)
-class BoundaryEvent:
-    """What was applied at one LLM boundary, for observers."""
-
-    boundary: int
-    stages: tuple[str, ...]
-    """Names, in the policy, of the stages that had a say."""
-    live: Bool[Tensor, "batch tokens"]
-    """Tokens of this call that are live in front of this layer."""
-    image: Int[Tensor, "batch tokens"]
-    """Image number of visual tokens; -1 for text and padding."""
-    scores: Mapping[str, Float[Tensor, "batch slots"]]
-    """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""
-    merged_into: Int[Tensor, "batch tokens"] | None = None
-    """Logical index of the token that each one's state was merged into, its own for most; `None` without merging."""

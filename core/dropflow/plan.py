@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dropflow.errors import PolicyError
-from dropflow.hooks import Hooks
+from dropflow.hooks import HOOKS, Hooks
 from dropflow.policy import Policy
 from dropflow.schedule import Schedule, schedule
 from dropflow.stage import Forecast, Stage, StageContext, Window
@@ -52,9 +52,7 @@ class Plan:
     @property
     def idle(self) -> bool:
         """True when no stage can change anything, so that nothing needs to be installed."""
-        return not any(
-            self.hooks.implementers(h) for h in ("encode", "inject", "prune", "exit", "decode_cache", "observe")
-        )
+        return not any(self.hooks.watched(hook) for hook in HOOKS)
 
     def schedule(self, visual_tokens: int | None = None) -> Schedule:
         """Visual tokens per layer for one image (by default of the shape's size), as forecast."""

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dropflow.attention import QueryKey, attend, row_attention
 from dropflow.backbone import Projections
+from dropflow.errors import UnsupportedCall
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, restrict_argument
 from dropflow.tap import probe
@@ -73,7 +75,8 @@ class LayerProbe:
 
     def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
         args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
-        with _without_checkpointing(self._layer), _unread(unread):
+        _gather_shards(self._layer)
+        with _ranking(self._layer), _unread(unread):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
@@ -98,11 +101,26 @@ def _unread(projections: tuple[Any, ...]) -> Iterator[None]:
             del projection.forward
 
 
+def _gather_shards(layer: nn.Module) -> None:
+    """Gather the parameters of a layer that FSDP2 shards, as its own hooks would; they stay until it has run next."""
+    if not isinstance(layer, FSDPModule):
+        return
+    if torch.is_grad_enabled():
+        raise UnsupportedCall(
+            "FSDP2: a stage asks for gradients through its ranking, but a sharded layer lets its parameters go before "
+            "they are needed again; shard the model as one, use DistributedDataParallel, or select without gradients"
+        )
+    layer.unshard()
+
+
 @contextmanager
-def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
-    training, layer.training = layer.training, False
+def _ranking(layer: nn.Module) -> Iterator[None]:
+    """Rank as at inference: no dropout (such as LoRA's) in q and k, and no layer that checkpoints itself."""
+    training = [module for module in layer.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        layer.training = training
+        for module in training:
+            module.training = True

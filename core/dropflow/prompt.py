@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,17 @@ class Prompt:
         alive = want & self.visual & ~self.extra
         count = torch.zeros(want.shape[0], int(self.line.max()) + 1, dtype=torch.long, device=want.device)
         count.scatter_add_(1, self.line, alive.long())
-        return want & ~(self.extra & (count.gather(1, self.line) == 0))
+        return want & ~(self.extra & ~self.protected & (count.gather(1, self.line) == 0))
+
+    @property
+    def asking(self) -> Bool[Tensor, "batch tokens"]:
+        """Visual tokens that an answer is predicted from, as where a caption follows its image at once."""
+        asks = torch.zeros_like(self.image).scatter_add_(1, self.queries, self.query_valid.long()) > 0
+        return asks & self.visual & self.present
+
+    def keeping_asking(self) -> Prompt:
+        """The same, with those tokens protected."""
+        return replace(self, protected=self.protected | self.asking)
 
     @property
     def visual(self) -> Bool[Tensor, "batch tokens"]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dropflow.attention import QueryKey, row_attention
 from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
-from dropflow.decide import Standing, decide_cache, decide_keeps, decide_window
+from dropflow.decide import Decision, Standing, cache_views, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
+from dropflow.events import BoundaryEvent, CacheEvent, Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, causal_mask, gather_mask, restrict_argument
 from dropflow.merging import mean_into
-from dropflow.payloads import BoundaryEvent
 from dropflow.positions import renumbered
 from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
@@ -70,7 +70,11 @@ class Run:
         self.record: CallRecord | None = None
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
-            self.window = decide_window(plan, backbone, prompt)
+            decided = decide_window(plan, backbone, prompt)
+            self.window, self._turned_by = decided.window, decided.by
+            if decided.keep_asking:
+                self.prompt = prompt = prompt.keeping_asking()
+            self._outlive = prompt.asking if decided.keep_asking else None
             self.want = prompt.valid
             self.image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
             self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
@@ -100,10 +104,13 @@ class Run:
         return output if number >= len(self._added) else self._with_added(number, output)
 
     def finish(self) -> None:
-        """Ask the cache stages, now that every layer has written its entries."""
-        if self.cache_stages and is_flow_cache(self.cache):
-            tokens = self.embeds.shape[1]
-            decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows)
+        """Ask the cache stages, now that every layer has written its entries, and tell those who watch."""
+        hooks, tokens = self.plan.hooks, self.embeds.shape[1]
+        told: list[Eviction] | None = [] if hooks.watched("observe_cache") else None
+        if (self.cache_stages or told is not None) and is_flow_cache(self.cache):
+            decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows, told)
+            if told is not None:
+                hooks.observe_cache(CacheEvent(self.step, tuple(told), cache_views(self.cache)))
 
     def _fits(self, number: int, kwargs: dict[str, Any]) -> bool:
         """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""
@@ -161,27 +168,57 @@ class Run:
             return args, kwargs
         hidden = _hidden(args, kwargs)
         if turns:
-            want = prompt.present if window.entry <= number < window.exit else prompt.text
+            want = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
-        scores: dict[str, Tensor] = {}
+        shown, decision = self.live, Decision(self.want)
         merged: Tensor | None = None
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
             training = torch.is_grad_enabled() and self.backbone.text.training
             standing = Standing(number, window, self.live, self.want, hidden, self.embeds, training)
-            decided = decide_keeps(
+            decision = decide_keeps(
                 self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
             )
-            if decided.merge_into is not None:
-                hidden, merged = mean_into(hidden, decided.merge_into), self.live.to_tokens(decided.merge_into)
-            hidden, scores = self._move(decided.want, hidden, None), decided.scores
-            self._weigh(decided.log_weights)
+            if decision.merge_into is not None:
+                hidden, merged = mean_into(hidden, decision.merge_into), shown.to_tokens(decision.merge_into)
+            hidden = self._move(decision.want, hidden, None)
+            self._weigh(decision.log_weights)
         if self.record is not None:
             self.record.add(number, self.want, merged)
-        if self.plan.hooks.implementers("observe"):
-            names = tuple(name for name, _ in stages)
-            self.plan.hooks.observe(BoundaryEvent(number, names, self.want, prompt.image, scores, merged))
+        if self.plan.hooks.watched("observe"):
+            self._tell(number, tuple(name for name, _ in stages), shown, prompt, decision, merged)
         return with_hidden(hidden, args, kwargs)
+
+    def _outside(self, prompt: Prompt, number: int) -> Tensor:
+        """Tokens that are live outside the window: text, and behind the exit what a stage lets outlive it."""
+        if self._outlive is None or number < self.window.exit:
+            return prompt.text
+        return prompt.text | (self._outlive & prompt.present)
+
+    def _tell(
+        self,
+        number: int,
+        names: tuple[str, ...],
+        shown: LiveSet,
+        prompt: Prompt,
+        decision: Decision,
+        merged: Tensor | None,
+    ) -> None:
+        """Tell those who watch what was applied; `shown` are the slots that the stages saw."""
+        event = BoundaryEvent(
+            boundary=number,
+            stages=names,
+            turned_by=self._turned_by.get(number, ()),
+            window=self.window,
+            prompt=prompt,
+            live=self.want,
+            image=prompt.image,
+            index=shown.index,
+            scores=decision.scores,
+            keeps=decision.keeps,
+            merged_into=merged,
+        )
+        self.plan.hooks.observe(event)
 
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

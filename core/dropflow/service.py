@@ -23,6 +23,7 @@ from dropflow.record import CallRecord
 from dropflow.run import Run
 from dropflow.stand_in import StandIn
 from dropflow.vision import Vision, take_flags, with_flags
+from dropflow.wrapped import check_called
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -44,6 +45,8 @@ class Service:
         self._undo: list[Callable[[], None]] = []
         self.stated = threading.local()
         """Its `visual` holds the visual tokens a caller states for the calls of this thread."""
+        self.flow: object = None
+        """What attached this service: alive as long as the hooks are, whoever else holds it."""
         self.record: CallRecord | None = None
         """What happened in the last prefill that brought images."""
         if not plan.idle:
@@ -53,6 +56,7 @@ class Service:
         """Take every hook off the model; harmless when done before."""
         while self._undo:
             self._undo.pop()()
+        self.flow = None
         self._close()
 
     def _install(self) -> None:
@@ -142,6 +146,7 @@ class Service:
         args, kwargs = _named(core, args, kwargs)
         call = self._lock.mine()
         if call is None or call.owner is core:
+            check_called(self._backbone.model)
             call = self._open(core)
             refuse.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
         call.attention_mask = kwargs.get("attention_mask")

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dropflow.encode import EncodeRun
 from dropflow.errors import UnsupportedModel
+from dropflow.events import EncodeEvent, EncodeStep
 from dropflow.plan import Plan
 from dropflow.stand_in import StandIn
 from dropflow.views import View, flags
@@ -53,6 +54,8 @@ class Vision:
         """
         if not self._plan.encode_at:
             output = features()
+            if self._plan.hooks.watched("observe_encode"):
+                self._tell(modality, _views_of(self._backbone, modality, output, arguments), ())
             return output, plain_flags(self._backbone, modality, output, arguments)
         run = EncodeRun(self._plan, self._backbone)
         if self._stand_in is None:
@@ -65,9 +68,15 @@ class Vision:
                 self._stand_in.remove()
         name, pooled = _features(output)
         found = _entries(pooled)
-        full, tables = run.finish(
-            found, lambda sizes: _views(self._backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
-        )
+        views: list[list[View]] = []
+
+        def views_of(sizes: Sequence[int]) -> list[list[View]]:
+            views[:] = _views(self._backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+            return views
+
+        full, tables = run.finish(found, views_of)
+        if run.steps is not None:
+            self._tell(modality, views, run.steps)
         if isinstance(pooled, Tensor):
             output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
         else:
@@ -77,16 +86,20 @@ class Vision:
             ]
         return output, tables
 
+    def _tell(self, modality: str, views: Sequence[Sequence[View]], steps: Sequence[EncodeStep]) -> None:
+        encoder = self._backbone.vision
+        flat = tuple(view for own in views for view in own)
+        prefix = 0 if encoder is None else encoder.select_prefix
+        self._plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
+
 
 def plain_flags(
     backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
 ) -> list[Float[Tensor, "rows 5"]]:
     """Flags of features from which no stage has dropped anything."""
-    pooled = _features(output)[1]
-    entries = _entries(pooled)
-    views = _views(backbone, modality, [len(rows) for rows in entries], arguments, isinstance(pooled, Tensor))
+    entries = _entries(_features(output)[1])
     tables, first = [], 0
-    for own, rows in zip(views, entries, strict=True):
+    for own, rows in zip(_views_of(backbone, modality, output, arguments), entries, strict=True):
         tables.append(flags(own, first, rows.device))
         first += len(own)
     return tables
@@ -132,6 +145,13 @@ def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
     """Features entry by entry: a list, or a tensor with or without a dimension for entries."""
     entries = [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled)
     return [rows.flatten(0, -2) if rows.dim() > 2 else rows for rows in entries]
+
+
+def _views_of(backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[list[View]]:
+    """The images in features from which no stage has dropped anything."""
+    pooled = _features(output)[1]
+    sizes = [len(rows) for rows in _entries(pooled)]
+    return _views(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
 
 
 def _views(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from dropflow_lab.commands import bench, check, compare, digits, explain, list_names, profile, run, schema
+from dropflow_lab.commands import bench, check, compare, digits, explain, list_names, profile, run, schema, trace
 from dropflow_lab.one_line_errors import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
 app.command("run")(run.run)
+app.command("trace")(trace.trace)
 app.command("compare")(compare.compare)
 app.command("explain")(explain.explain)
 app.command("check")(check.check)

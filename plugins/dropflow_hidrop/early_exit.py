@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dropflow import Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
+from dropflow import Exit, Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
 from dropflow.units import Depth
 
 
@@ -15,10 +15,20 @@ class EarlyExitOptions(StageOptions):
     """Options of `hidrop/early-exit`."""
 
     at: Depth = Field(description="first boundary without vision; the published `early_exit_layer` less one")
+    keep_last: bool = Field(
+        default=False,
+        description="let the last visual token live to the end where an answer follows the image at once, as captions "
+        "do in pretraining, so that the first word is predicted from it; published: false, from the text in front",
+    )
 
 
 class EarlyExit(Stage[EarlyExitOptions]):
-    """All remaining visual tokens are dropped at the boundary `at`; the caches of earlier layers keep theirs."""
+    """All remaining visual tokens are dropped at the boundary `at`; the caches of earlier layers keep theirs.
+
+    Where an answer follows the image at once (pretraining on BOS, image, caption), its first word is then predicted
+    from the last text token in front of the image, which has not seen it. `keep_last` keeps the last visual token for
+    it, through pruning and behind the exit; prompts with text behind the image are not touched.
+    """
 
     Options = EarlyExitOptions
     summary = "every visual token is gone from a boundary on"
@@ -35,6 +45,6 @@ class EarlyExit(Stage[EarlyExitOptions]):
         return Forecast(exit=self._at)
 
     @hookimpl
-    def exit(self, call: WindowCall) -> int:  # noqa: ARG002  # the published schedule is fixed
+    def exit(self, call: WindowCall) -> Exit:  # noqa: ARG002  # the published schedule is fixed
         """Boundary from which no vision is live."""
-        return self._at
+        return Exit(self._at, self.options.keep_last)

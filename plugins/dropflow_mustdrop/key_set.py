@@ -49,7 +49,7 @@ class KeySet(Stage[KeySetOptions]):
         with torch.no_grad():
             layer = self.options.layer
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
-        return Encode(protect=tuple(self._protected(own) for own in scores))
+        return Encode(protect=tuple(self._protected(own) for own in scores), scores=lambda: scores)
 
     def _protected(self, scores: Float[Tensor, "rows"]) -> Tensor:
         protected = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)

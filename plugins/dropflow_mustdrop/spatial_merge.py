@@ -92,7 +92,15 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
             self._merged(features, places, windows, chosen)
             for features, places, windows, chosen in zip(call.features, call.places, members, taken, strict=True)
         ]
-        return Encode(rows=tuple(rows for rows, _ in merged), places=tuple(places for _, places in merged))
+        return Encode(
+            rows=tuple(rows for rows, _ in merged),
+            places=tuple(places for _, places in merged),
+            shares=lambda: tuple(
+                self._merged(torch.eye(len(own), device=own.device), places, windows, chosen)[0]
+                for own, places, windows, chosen in zip(call.features, call.places, members, taken, strict=True)
+            ),
+            scores=lambda: tuple(map(window_scores, call.features, members, similar)),
+        )
 
     @property
     def _members(self) -> int:
@@ -137,3 +145,12 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
             return rows, places[: len(rows)]
         order = torch.sort(torch.cat((members[taken][:, -1], left)))
         return rows[order.indices], places[order.values]
+
+
+def window_scores(
+    features: Float[Tensor, "rows dim"], members: Int[Tensor, "windows members"], similar: Float[Tensor, "windows"]
+) -> Float[Tensor, "rows"]:
+    """The similarity of the window that each row is in; NaN for rows in none."""
+    scores = torch.full((len(features),), torch.nan, device=features.device)
+    scores[members] = similar.to(scores)[:, None].expand_as(members)
+    return scores

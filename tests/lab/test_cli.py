@@ -29,7 +29,10 @@ def test_without_a_command_the_help_is_shown(cli) -> None:
     assert all(f" {command} " in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "digits train", "digits evaluate", "digits sample", "bench engine"])
+@pytest.mark.parametrize(
+    "command",
+    [*COMMANDS, "digits train", "digits evaluate", "digits sample", "bench engine", "bench train", "bench gpu"],
+)
 def test_every_command_has_help(cli, command) -> None:
     result = cli(*command.split(), "--help")
     assert result.exit_code == 0

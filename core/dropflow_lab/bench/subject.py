@@ -28,6 +28,13 @@ class SubjectShape:
     vision_hidden: int = 64
     """Width of the vision tower; its heads are 64 wide, too."""
     vision_layers: int = 1
+    vision_intermediate: int = 0
+    """Width of the vision tower's MLP; 0 is twice its width."""
+    batch: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    """Attention implementation, by its name in transformers."""
 
     @property
     def visual_tokens(self) -> int:
@@ -35,8 +42,25 @@ class SubjectShape:
         return self.image_side**2
 
 
+SHAPES = {
+    "bench": SubjectShape(),
+    "llava-7b": SubjectShape(
+        layers=32,
+        hidden=4096,
+        intermediate=11008,
+        heads=32,
+        vocabulary=32064,
+        vision_hidden=1024,
+        vision_layers=24,
+        vision_intermediate=4096,
+    ),
+    "tiny": SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32),
+}
+"""Shapes by name: of the CPU benchmarks, of LLaVA-1.5-7B with its CLIP tower, and one to see that things run."""
+
+
 def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
-    """Return the model in float32 with SDPA attention, always with the same weights."""
+    """Return the model, always with the same weights on one kind of device."""
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -48,7 +72,7 @@ def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
     )
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_hidden,
-        intermediate_size=2 * shape.vision_hidden,
+        intermediate_size=shape.vision_intermediate or 2 * shape.vision_hidden,
         num_hidden_layers=shape.vision_layers,
         num_attention_heads=shape.vision_hidden // 64,
         image_size=shape.image_side * 14,
@@ -61,11 +85,11 @@ def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
         image_token_id=_IMAGE_TOKEN,
         image_seq_length=shape.visual_tokens,
         vision_feature_layer=-1,
-        attn_implementation="sdpa",
     )
-    with torch.random.fork_rng(devices=[]):
+    made = {"dtype": getattr(torch, shape.dtype), "attn_implementation": shape.attention}
+    with torch.random.fork_rng(devices=[]), torch.device(shape.device):
         torch.manual_seed(0)
-        return LlavaForConditionalGeneration(config).eval()
+        return LlavaForConditionalGeneration._from_config(config, **made).eval()
 
 
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -74,14 +98,25 @@ def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
 
 
 def build_prompt(shape: SubjectShape) -> dict[str, Any]:
-    """Return the inputs of one prefill: text, one image, text."""
+    """Return the inputs of one prefill, for every sample: text, one image, text."""
     before = shape.text_tokens // 2
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, shape.vocabulary, (1, shape.text_tokens + shape.visual_tokens), generator=generator)
+    tokens = shape.text_tokens + shape.visual_tokens
+    ids = torch.randint(2, shape.vocabulary, (shape.batch, tokens), generator=generator)
     ids[:, before : before + shape.visual_tokens] = _IMAGE_TOKEN
     side = shape.image_side * 14
-    pixels = torch.randn((1, 3, side, side), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    pixels = torch.randn((shape.batch, 3, side, side), generator=generator).to(getattr(torch, shape.dtype))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return {name: value.to(shape.device) for name, value in inputs.items()}
+
+
+def build_batch(shape: SubjectShape) -> dict[str, Any]:
+    """Return the inputs of one training step: the same, with the last quarter of the text as the answer."""
+    inputs = build_prompt(shape)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    answer = max(1, shape.text_tokens // 4)
+    labels[:, -answer:] = inputs["input_ids"][:, -answer:]
+    return inputs | {"labels": labels}
 
 
 def prefill_of(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:

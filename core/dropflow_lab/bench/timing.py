@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -55,10 +57,18 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
+    _finish_queued()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    _finish_queued()
     return (time.perf_counter() - start) / repeats
+
+
+def _finish_queued() -> None:
+    """Wait for the work that a GPU has only been given."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.cuda.synchronize()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropflow_lab.commands import bench_training
 from dropflow_lab.commands.digits import require_scikit_learn
 from dropflow_lab.commands.options import AsJson
 from dropflow_lab.output import chatter_to_stderr, emit
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from dropflow_lab.bench.timing import Spread
 
 app = typer.Typer(help="Measure what the engine, the stages and whole policies cost and save.")
+
+app.command("train")(bench_training.train)
+app.command("gpu")(bench_training.gpu)
 
 _QUICK_ROUNDS = 3
 

@@ -1,0 +1,114 @@
+"""The training benchmark: forward, backward and optimiser of one step, dense and through HiDrop-64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import dropflow
+from dropflow_lab.bench.flop_count import count_flops
+from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
+from dropflow_lab.bench.memory import peak_bytes
+from dropflow_lab.bench.subject import SHAPES, SubjectShape, build_batch, build_model, twin
+from dropflow_lab.bench.timing import Spread, interleaved, ratio
+
+POLICY, OVERRIDES = "hidrop-64", ("rescale=true",)
+"""HiDrop at 64 tokens, in proportion to the depth and the tokens of the model."""
+SHAPE = replace(SHAPES["bench"], batch=4)
+
+_REPEATS = {"policy": 3}  # steps per sample, so that it takes about as long as one dense step
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """One training step without a policy over one with it."""
+
+    step_speedup: Spread
+    """Time of a dense step over time of a step through the policy."""
+    flops_ratio: float
+    """FLOPs of forward and backward, dense over policy, ranking included (the optimiser's are not counted)."""
+    peak_memory_ratio: float
+    """Bytes held at the peak of a step, dense over policy: weights, optimiser state, gradients and activations."""
+    efficiency: Spread
+    """Speed-up over FLOPs ratio: 1 where every dropped FLOP saves its time."""
+    dense_step_seconds: Spread
+    policy_step_seconds: Spread
+    dense_peak_bytes: int
+    policy_peak_bytes: int
+    state_bytes: int
+    """Weights and optimiser state, the same for both and part of both peaks."""
+    visual_tokens: tuple[int, ...]
+    """Visual tokens of one image in front of each layer, as measured in a step through the policy."""
+    rounds: int
+    subject: SubjectShape
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with the policy."""
+        return asdict(self) | {"policy": dropflow.load_policy(POLICY, OVERRIDES).to_dict()}
+
+
+def bench_train(
+    shape: SubjectShape | None = None, *, rounds: int = 7, threads: int = 1, checkpointing: bool = False
+) -> TrainBench:
+    """Measure in this process, both steps in turn, on the same weights, by AdamW with a frozen vision tower.
+
+    `checkpointing` recomputes activations in the backward pass. Torch's number of threads is set for the time of the
+    measurement.
+    """
+    shape = shape or SHAPE
+    with torch_threads(threads):
+        dense = build_model(shape).train()
+        dense.model.vision_tower.requires_grad_(False)
+        if checkpointing:
+            # transformers 5.23 renames the call, 5.20 knows only the second name
+            enable = getattr(dense, "activation_checkpointing_enable", None) or dense.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        model, batch = twin(dense), build_batch(shape)
+        optimizer = torch.optim.AdamW([w for w in dense.parameters() if w.requires_grad], lr=1e-6)
+        with dropflow.attach(model, POLICY, overrides=OVERRIDES) as flow:
+            steps = {"dense": _step(dense, batch, optimizer), "policy": _step(model, batch, optimizer)}
+            steps["policy"]()  # the optimiser makes its state at its first step
+            visual = tuple(round(layer.visual_tokens) for layer in flow.report().layers)
+            state = _state_bytes(dense, optimizer)
+            peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
+            flops = {name: count_flops(step) for name, step in steps.items()}
+            seconds = interleaved(steps, rounds, _REPEATS)
+    return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)
+
+
+def _summary(
+    seconds: Mapping[str, list[float]], flops: Mapping[str, int], peaks: Mapping[str, int], **known: Any
+) -> TrainBench:
+    speedup = ratio(seconds["dense"], seconds["policy"])
+    flops_ratio = flops["dense"] / flops["policy"]
+    return TrainBench(
+        step_speedup=speedup,
+        flops_ratio=flops_ratio,
+        peak_memory_ratio=peaks["dense"] / peaks["policy"],
+        efficiency=speedup.over(flops_ratio),
+        dense_step_seconds=Spread.of(seconds["dense"]),
+        policy_step_seconds=Spread.of(seconds["policy"]),
+        dense_peak_bytes=peaks["dense"],
+        policy_peak_bytes=peaks["policy"],
+        machine=this_machine(),
+        **known,
+    )
+
+
+def _step(model: Any, batch: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the weights and of what the optimiser keeps of each."""
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *kept))

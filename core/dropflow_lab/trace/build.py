@@ -1,0 +1,184 @@
+"""Turns what observers were told into plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Policy, Report
+from dropflow.prompt import Prompt
+from dropflow_lab.errors import InputError
+from dropflow_lab.trace.replay import original_of
+from dropflow_lab.trace.schema import (
+    EncodedImage,
+    Merge,
+    Pruning,
+    Scores,
+    TracedBoundary,
+    TracedCall,
+    TracedEncode,
+    TracedEviction,
+    TracedImage,
+    TracedLayer,
+    TracedRun,
+)
+
+if TYPE_CHECKING:
+    from dropflow_lab.trace.recorder import Recorder
+
+
+def traced_images(prompt: Prompt, encoded: Sequence[EncodeEvent]) -> list[TracedImage]:
+    """The images of a prompt of one sample, by number."""
+    image, patches = prompt.image[0], prompt.scored[0]
+    views = [view for event in sorted(encoded, key=lambda event: event.modality) for view in event.views]
+    count = int(image.max()) + 1
+    grids = [view.grid for view in views] if len(views) == count else [None] * count
+    return [
+        TracedImage(
+            index=(patches == number).nonzero()[:, 0].tolist(),
+            extra=((image == number) & (patches < 0)).nonzero()[:, 0].tolist(),
+            grid=grids[number],
+        )
+        for number in range(count)
+    ]
+
+
+def traced_run(
+    policy: Policy,
+    report: Report,
+    recorder: Recorder,
+    images: Sequence[TracedImage],
+    tokens: Sequence[tuple[int, str]],
+    answer: str,
+) -> TracedRun:
+    """One run; `tokens` are the generated ones, each with its text."""
+    first, data = recorder.boundaries[0], original_of(policy) or policy.to_dict()
+    flops = [layer.flops for layer in report.layers]
+    return TracedRun(
+        name=policy.name,
+        policy=json.loads(json.dumps(data)),
+        positions=policy.positions,
+        entry=first.window.entry,
+        exit=first.window.exit,
+        entered_by=_turned_by(recorder.boundaries, first.window.entry),
+        exited_by=_turned_by(recorder.boundaries, first.window.exit),
+        encode=_encode(recorder.encoded),
+        boundaries=[_boundary(event, images) for event in recorder.boundaries if event.keeps],
+        layers=_layers(recorder.boundaries, flops),
+        calls=[
+            TracedCall(step=event.step, token=token, text=text, kv_entries=held, evicted=_evicted(event))
+            for event, held, (token, text) in zip(recorder.caches, recorder.held, tokens, strict=True)
+        ],
+        answer=answer,
+    )
+
+
+def _turned_by(events: Sequence[BoundaryEvent], boundary: int) -> list[str]:
+    return [name for event in events if event.boundary == boundary for name in event.turned_by]
+
+
+def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:
+    deciding = [event for event in events if event.steps]
+    if len(deciding) > 1:
+        raise InputError(
+            "trace: `encode` stages were asked in several calls of the vision encoder (pictures and videos in one "
+            "prompt?); trace a prompt with one kind of images"
+        )
+    return [
+        TracedEncode(
+            stage=step.stage,
+            boundary=step.boundary,
+            shift=0 if step.boundary is None else event.prefix,
+            images=[_encoded(step, image) for image in range(len(step.places))],
+        )
+        for event in deciding
+        for step in event.steps
+    ]
+
+
+def _encoded(step: EncodeStep, image: int) -> EncodedImage:
+    before, places, answer = step.before[image].tolist(), step.places[image].tolist(), step.answer
+    merged: list[Merge] | None = []
+    if answer.rows is not None:
+        merged = None if answer.shares is None else _merges(answer.shares()[image], before, places)
+    scores: Scores | None = None
+    if answer.scores is not None:
+        scores = [None] * (max(before, default=-1) + 1)
+        for patch, score in zip(before, rounded(answer.scores()[image]), strict=True):
+            scores[patch] = score
+    protected = step.places[image][step.protected[image]].tolist()
+    return EncodedImage(kept=places, merged=merged, protected=protected, scores=scores)
+
+
+def _merges(shares: Tensor, before: Sequence[int], places: Sequence[int]) -> list[Merge]:
+    """Rows that are not simply the row of their own patch; `shares` is (new rows, old rows)."""
+    found = []
+    for place, row in zip(places, shares.detach().to("cpu", torch.float32), strict=True):
+        used = row.nonzero()[:, 0]
+        of, weights = [before[i] for i in used.tolist()], row[used].tolist()
+        if of == [place] and weights == [1.0]:
+            continue
+        plain = all(math.isclose(weight, 1 / len(of), rel_tol=1e-5) for weight in weights)
+        found.append(Merge(into=place, of=of, shares=None if plain else weights))
+    return found
+
+
+def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoundary:
+    live, index = event.live[0], event.index[0]
+    shown = torch.zeros_like(live).scatter(0, index, True)  # live in front of the stages' decision
+    shielded = event.prompt.protected[0]
+    by = []
+    for name, keep in event.keeps.items():
+        lost = torch.zeros_like(live).scatter(0, index, ~keep[0]) & shown & ~shielded
+        scores = event.scores.get(name)
+        ranked = None
+        if scores is not None:
+            known = torch.full(live.shape, torch.nan).scatter(0, index.cpu(), scores[0].detach().float().cpu())
+            ranked = [rounded(known[image.index]) for image in images]
+        by.append(Pruning(stage=name, dropped=_patches(lost, images), scores=ranked))
+    return TracedBoundary(boundary=event.boundary, kept=_patches(live, images), by=by)
+
+
+def _patches(tokens: Tensor, images: Iterable[TracedImage]) -> list[list[int]]:
+    """Per image, its patches among `tokens`, a boolean over the prompt."""
+    return [tokens[image.index].nonzero()[:, 0].tolist() for image in images]
+
+
+def _layers(events: Sequence[BoundaryEvent], flops: Sequence[float]) -> list[TracedLayer]:
+    """Tokens in front of each layer, counted in the live sets that observers were told."""
+    layers = []
+    for number, work in enumerate(flops):
+        event = [event for event in events if event.boundary <= number][-1]
+        visual = int((event.live[0] & event.prompt.visual[0]).sum())
+        layers.append(TracedLayer(visual_tokens=visual, kv_entries=int(event.live[0].sum()), flops=work))
+    return layers
+
+
+def _evicted(event: CacheEvent) -> list[TracedEviction]:
+    """What went; layers that lost the same entries together, unless the stage noted something of each."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    notes: dict[tuple[Any, ...], Scores] = {}
+    for eviction in event.evictions:
+        gone = ~eviction.kept[0]
+        tokens = tuple(eviction.index[0][gone].tolist())
+        if not tokens:
+            continue
+        key: tuple[Any, ...] = (eviction.stage, tokens)
+        if eviction.notes is not None:
+            key += (eviction.layer,)
+            notes[key] = rounded(eviction.notes[0][gone])
+        found.setdefault(key, []).append(eviction.layer)
+    return [
+        TracedEviction(stage=key[0], layers=layers, tokens=list(key[1]), notes=notes.get(key))
+        for key, layers in found.items()
+    ]
+
+
+def rounded(values: Tensor) -> Scores:
+    """Numbers with six significant digits; `None` for those that are not finite."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.detach().float().tolist()]

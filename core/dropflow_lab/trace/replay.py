@@ -1,0 +1,244 @@
+"""Forces the keeps of a trace, whatever the scores say: every stage of the traced policy becomes one that remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from dropflow import (
+    CacheCall,
+    CacheKeep,
+    Encode,
+    EncodeCall,
+    Forecast,
+    Keep,
+    Policy,
+    PruneCall,
+    Stage,
+    StageContext,
+    StageOptions,
+    WindowCall,
+    hookimpl,
+)
+from dropflow.errors import DecisionError, PolicyError
+from dropflow.policy import StageUse
+from dropflow_lab.trace.schema import EncodedImage, Merge, Pruning, Trace, TracedBoundary, TracedRun
+
+SUFFIX = " (replay)"
+
+
+class ReplayOptions(StageOptions):
+    """Options of `Replay`."""
+
+    trace: Trace = Field(description="the trace")
+    run: int = Field(0, ge=0, description="which of its runs to replay")
+    stage: str = Field(description="the stage of that run whose part this one plays")
+
+
+def replay_policy(trace: Trace, run: int = 0) -> Policy:
+    """A policy that repeats one run of `trace`: the same stages by name, each forcing what it decided then.
+
+    Attach it with `dropflow.attach` to the same model and give it the same prompt, or one with its images in the same
+    places. Raises `PolicyError` when attached to a model of another depth, or for a run that cannot be repeated.
+    """
+    if not 0 <= run < len(trace.runs):
+        raise PolicyError(f"run: expected 0 to {len(trace.runs) - 1}, got {run}; the trace has {len(trace.runs)} runs")
+    traced = trace.runs[run]
+    options = {name: ReplayOptions(trace=trace, run=run, stage=name) for name in _stages(traced)}
+    return Policy(
+        name=traced.name.removesuffix(SUFFIX) + SUFFIX,
+        stages={name: StageUse("trace/replay", Replay, own) for name, own in options.items()},
+        positions=traced.positions,
+    )
+
+
+def original_of(policy: Policy) -> dict[str, Any] | None:
+    """The policy that was traced, if this one replays a trace."""
+    for use in policy.stages.values():
+        if isinstance(use.options, ReplayOptions):
+            return use.options.trace.runs[use.options.run].policy
+    return None
+
+
+def _stages(run: TracedRun) -> list[str]:
+    """Names of the run's stages in policy order, those an edit has added last."""
+    pruned = [pruning.stage for boundary in run.boundaries for pruning in boundary.by]
+    evicted = [eviction.stage for call in run.calls for eviction in call.evicted]
+    encoded = [step.stage for step in run.encode]
+    return list(dict.fromkeys([*run.policy.get("stages", {}), *encoded, *pruned, *evicted]))
+
+
+class Replay(Stage[ReplayOptions]):
+    """Repeats what one stage of a trace decided: rows, merges, protection, window, keeps and evictions."""
+
+    Options = ReplayOptions
+    summary = "forces the keeps of a trace, whatever the scores say"
+
+    def __init__(self, options: ReplayOptions, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._images = options.trace.prompt.images
+        run = self._run = options.trace.runs[options.run]
+        depth, name = options.trace.depth, options.stage
+        if context.scale.target.layers != depth:
+            raise PolicyError(
+                f"stages.{name}: the trace was made on a model of {depth} layers (a {options.trace.model}), but this "
+                f"one has {context.scale.target.layers}; replay it on the model it was made on"
+            )
+        self._encodes = {step.boundary: step for step in run.encode if step.stage == name}
+        if any(image.merged is None for step in self._encodes.values() for image in step.images):
+            raise PolicyError(
+                f"stages.{name}: put new rows in the place of old ones and did not say from which (`Encode.shares`), "
+                "so that they cannot be made again; such a run can be looked at, but not replayed"
+            )
+        self._prunes = {b.boundary: b for b in run.boundaries if any(own.stage == name for own in b.by)}
+        self._evictions = {
+            call.step: own for call in run.calls if (own := [e for e in call.evicted if e.stage == name])
+        }
+
+    @property
+    def encode_at(self) -> tuple[int | None, ...]:
+        """Where the traced stage decided about rows."""
+        return tuple(self._encodes)
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """Where the traced stage pruned."""
+        return tuple(self._prunes)
+
+    @property
+    def decode_every(self) -> int:
+        """Every token where the traced stage evicted while decoding."""
+        return int(any(self._evictions))
+
+    def forecast(self) -> Forecast:
+        """The traced window and boundaries."""
+        run, name = self._run, self.options.stage
+        return Forecast(
+            entry=run.entry if name in run.entered_by else None,
+            exit=run.exit if name in run.exited_by else None,
+            keeps=dict.fromkeys(self._prunes),
+        )
+
+    @hookimpl
+    def inject(self, call: WindowCall) -> int | None:  # noqa: ARG002  # the trace says it
+        """Boundary at which the traced stage let vision in."""
+        return self.forecast().entry
+
+    @hookimpl
+    def exit(self, call: WindowCall) -> int | None:  # noqa: ARG002  # the trace says it
+        """Boundary at which the traced stage let vision go."""
+        return self.forecast().exit
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Make the same rows again."""
+        step = self._encodes[call.boundary]
+        if len(step.images) != len(call.features):
+            raise self._misfit(f"{len(step.images)} images, but this call encodes {len(call.features)}")
+        held = [places.tolist() for places in call.places]
+        for number, (image, own) in enumerate(zip(step.images, held, strict=True)):
+            missing = {*image.kept, *(p for merge in image.merged or () for p in merge.of)} - set(own)
+            if missing:
+                raise self._misfit(f"an image {number} with patch {min(missing)}, which is not there")
+        pairs = list(zip(step.images, call.features, strict=True))
+        protect = tuple(_mask(image.kept, image.protected, features) for image, features in pairs)
+        if not any(image.merged for image in step.images):
+            keep = tuple(_mask(own, image.kept, features) for own, (image, features) in zip(held, pairs, strict=True))
+            return Encode(keep=keep, protect=protect)
+        return Encode(
+            rows=tuple(_rows(features, own, image) for own, (image, features) in zip(held, pairs, strict=True)),
+            places=tuple(torch.tensor(image.kept, device=features.device) for image, features in pairs),
+            protect=protect,
+            shares=lambda: tuple(
+                _rows(torch.eye(len(own), device=features.device), own, image)
+                for own, (image, features) in zip(held, pairs, strict=True)
+            ),
+        )
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Drop what the traced stage dropped; the first stage of a boundary sees to it that its `kept` is obeyed."""
+        self._check_layout(call)
+        boundary = self._prunes[call.boundary]
+        gone = [image.index[p] for image, own in zip(self._images, self._gone(boundary), strict=True) for p in own]
+        dropped = torch.tensor(gone, dtype=torch.long, device=call.index.device)
+        return Keep(~torch.isin(call.index, dropped))
+
+    @hookimpl
+    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
+        """Evict the same entries."""
+        keeps: dict[int, Bool[Tensor, "batch keys"]] = {}
+        for eviction in self._evictions.get(call.step, ()):
+            made: dict[int, Tensor] = {}  # one for all layers that hold the same, so that the engine treats them as one
+            for number in eviction.layers:
+                index = call.layers[number].index
+                if id(index) not in made:
+                    tokens = torch.tensor(eviction.tokens, dtype=torch.long, device=index.device)
+                    made[id(index)] = ~torch.isin(index, tokens)
+                keeps[number] = made[id(index)]
+        return CacheKeep(keeps) if keeps else None
+
+    def _gone(self, boundary: TracedBoundary) -> list[set[int]]:
+        """Per image, the patches this stage drops: its own, and for the first stage what no other one drops, either."""
+        others: list[set[int]] = [set() for _ in self._images]
+        own = [set(dropped) for pruning in boundary.by if self._plays(pruning) for dropped in pruning.dropped]
+        for pruning in boundary.by:
+            if not self._plays(pruning):
+                others = [theirs | set(dropped) for theirs, dropped in zip(others, pruning.dropped, strict=True)]
+        if self._plays(boundary.by[0]):
+            whole = [set(range(len(image.index))) for image in self._images]
+            own = [mine | (every - theirs) for mine, every, theirs in zip(own, whole, others, strict=True)]
+        return [dropped - set(kept) for dropped, kept in zip(own, boundary.kept, strict=True)]
+
+    def _plays(self, pruning: Pruning) -> bool:
+        return pruning.stage == self.options.stage
+
+    def _check_layout(self, call: PruneCall) -> None:
+        """Live patches stand where the trace has patches of the same image, and text, which is all live, where not."""
+        if len(call.image_sizes) != len(self._images):
+            raise self._misfit(f"{len(self._images)} images, but this prompt has {len(call.image_sizes)}")
+        length = 1 + max([self.options.trace.prompt.tokens, *(i for image in self._images for i in image.index)])
+        owner = torch.full((length,), -1, device=call.index.device)
+        for number, image in enumerate(self._images):
+            owner[image.index] = number
+        traced = torch.where(call.index < length, owner[call.index.clamp(max=length - 1)], -1)
+        if bool((((call.image >= 0) & (call.image != traced)) | (call.text & (traced >= 0))).any()):
+            raise self._misfit("its images in other places of the prompt than they have here")
+
+    def _misfit(self, what: str) -> DecisionError:
+        return DecisionError(
+            f"stages.{self.options.stage}: the trace does not fit this prompt: it has {what}; replay it with the "
+            "prompt and the pictures it was made with"
+        )
+
+
+def _mask(rows: Sequence[int], chosen: Sequence[int], like: Tensor) -> Bool[Tensor, "rows"]:
+    picked = set(chosen)
+    return torch.tensor([row in picked for row in rows], dtype=torch.bool, device=like.device)
+
+
+def _rows(features: Float[Tensor, "rows dim"], held: Sequence[int], image: EncodedImage) -> Float[Tensor, "kept dim"]:
+    """Rows of one image behind a step that merged; means are taken as the plain mean of the members."""
+    slot = {place: i for i, place in enumerate(held)}
+    merged: Mapping[int, Merge] = {merge.into: merge for merge in image.merged or ()}
+    rows = features[[slot[p] if p not in merged else 0 for p in image.kept]]
+    groups: dict[int, list[int]] = {}
+    for n, place in enumerate(image.kept):
+        if place in merged:
+            groups.setdefault(len(merged[place].of), []).append(n)
+    for numbers in groups.values():
+        merges = [merged[image.kept[n]] for n in numbers]
+        members = features[torch.tensor([[slot[p] for p in merge.of] for merge in merges])]  # (merges, members, dim)
+        new = members.mean(1)
+        weighted = [n for n, merge in enumerate(merges) if merge.shares is not None]
+        if weighted:
+            shares = torch.tensor([merges[n].shares for n in weighted], device=features.device)
+            sums = (members[weighted] * shares.to(features.dtype)[:, :, None]).sum(1)
+            new = new.index_copy(0, torch.tensor(weighted, device=features.device), sums)
+        rows = rows.index_copy(0, torch.tensor(numbers, device=features.device), new)
+    return rows

@@ -1,0 +1,212 @@
+"""What a trace file says: one prompt, and what each policy did to its visual tokens. The models are its JSON Schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dropflow_lab.errors import InputError
+from dropflow_lab.output import write_text
+
+Numbers = list[int]
+Scores = list[float | None]
+"""One number per patch; null where the stage ranked none, or gave no finite number."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TracedImage(_Part):
+    """One image of the prompt: a picture, a tile of a large one, or a frame of a video."""
+
+    index: Numbers = Field(description="logical index, in the prompt, of each patch, row by row of the grid")
+    extra: Numbers = Field(
+        default=[], description="logical indices of its tokens that are no patches, such as newlines"
+    )
+    grid: tuple[int, int] | None = Field(description="rows and columns of patches; null where the backbone cannot tell")
+
+
+class Merge(_Part):
+    """A row of the vision encoder that stands for other patches than its own."""
+
+    into: int = Field(description="patch whose place the row takes")
+    of: Numbers = Field(min_length=1, description="patches whose rows were summed up")
+    shares: list[float] | None = Field(default=None, description="weight of each in the sum; null for a plain mean")
+
+
+class EncodedImage(_Part):
+    """What one stage left of one image."""
+
+    kept: Numbers = Field(description="patches whose rows are present behind the step, ascending")
+    merged: list[Merge] | None = Field(
+        default=[], description="rows that stand for other patches than their own; null where the stage does not tell"
+    )
+    protected: Numbers = Field(default=[], description="patches that no stage may drop from here on")
+    scores: Scores | None = Field(default=None, description="what the stage ranked each patch by")
+
+
+class TracedEncode(_Part):
+    """What one stage decided at one boundary of the vision encoder, or on its output."""
+
+    stage: str = Field(description="its name in the policy")
+    boundary: int | None = Field(description="vision encoder boundary; null for the output in front of the LLM")
+    shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
+    images: list[EncodedImage]
+
+
+class Pruning(_Part):
+    """What one stage had to say at one boundary of the LLM."""
+
+    stage: str = Field(description="its name in the policy")
+    dropped: list[Numbers] = Field(description="per image: live patches that it dropped, protected ones left out")
+    scores: list[Scores] | None = Field(default=None, description="per image: what it ranked each patch by")
+
+
+class TracedBoundary(_Part):
+    """What was left behind one boundary of the LLM at which stages pruned. A replay obeys `kept`."""
+
+    boundary: int = Field(ge=0, description="layer in front of which it lies")
+    kept: list[Numbers] = Field(description="per image: patches that are live from here on")
+    by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
+
+
+class TracedEviction(_Part):
+    """Entries that one stage took out of the caches of some layers in one call."""
+
+    stage: str = Field(description="its name in the policy")
+    layers: Numbers
+    tokens: Numbers = Field(description="logical indices of the visual tokens whose keys and values went")
+    notes: Scores | None = Field(default=None, description="what the stage noted of each of them, such as attention")
+
+
+class TracedCall(_Part):
+    """One call of the model: the prefill, or a decode step."""
+
+    step: int = Field(ge=0, description="tokens generated before it: 0 for the prefill")
+    token: int = Field(description="the token it produced")
+    text: str = Field(description="that token as text")
+    kv_entries: Numbers = Field(description="entries that each layer's cache holds behind the call")
+    evicted: list[TracedEviction] = []
+
+
+class TracedLayer(_Part):
+    """One decoder layer in the prefill."""
+
+    visual_tokens: int
+    kv_entries: int = Field(description="entries it wrote in the prefill, text included, before any eviction")
+    flops: float = Field(description="multiply-adds, text included, by closed formula")
+
+
+class TracedRun(_Part):
+    """What one policy did."""
+
+    name: str = Field(description="name of the policy")
+    policy: dict[str, Any] = Field(description="the policy, as its YAML file would say it")
+    positions: Literal["persistent", "compact"] = "persistent"
+    entry: int = Field(description="boundary from which vision is live")
+    exit: int = Field(description="boundary from which no vision is live; the number of layers for none")
+    entered_by: list[str] = Field(default=[], description="stages that set `entry`")
+    exited_by: list[str] = Field(default=[], description="stages that set `exit`")
+    encode: list[TracedEncode] = []
+    boundaries: list[TracedBoundary] = []
+    layers: list[TracedLayer]
+    calls: list[TracedCall]
+    answer: str
+
+
+class TracedPrompt(_Part):
+    """What the model was asked."""
+
+    question: str
+    tokens: int = Field(description="logical tokens of the prompt")
+    images: list[TracedImage]
+    pictures: list[str] = Field(default=[], description="SHA-256 of each picture's size and RGB bytes")
+
+
+class Trace(_Part):
+    """A trace file."""
+
+    format: Literal["dropflow-trace/1"] = Field(default="dropflow-trace/1", description="version of this format")
+    model: str = Field(description="`model_type` of the model's config")
+    depth: int = Field(gt=0, description="decoder layers")
+    prompt: TracedPrompt
+    runs: list[TracedRun] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Patches stand in their image, never come back, and protected ones never go."""
+        faults = [fault for n, run in enumerate(self.runs) for fault in _faults(self, run, f"runs.{n}")]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read a trace file; raises `InputError` naming what is wrong in it."""
+        if not path.is_file():
+            raise InputError(f"{path}: no such trace file")
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, ValidationError) as error:
+            raise InputError("\n".join(f"{path}: {line}" for line in _lines(error))) from None
+
+    def save(self, path: Path) -> None:
+        """Write the trace file, making its folder."""
+        write_text(path, self.model_dump_json() + "\n")
+
+    def entering(self, run: TracedRun) -> list[list[int]]:
+        """Per image: patches whose rows reach the LLM, in the prompt's numbers."""
+        present = [list(range(len(image.index))) for image in self.prompt.images]
+        for step in run.encode:
+            if step.shift:
+                present = [[*range(step.shift), *(p + step.shift for p in one.kept)] for one in step.images]
+            else:
+                present = [list(one.kept) for one in step.images]
+        return present
+
+    def protected(self, run: TracedRun) -> list[list[int]]:
+        """Per image: patches that no stage of the LLM may drop, in the prompt's numbers."""
+        if not run.encode:
+            return [[] for _ in self.prompt.images]
+        last = run.encode[-1]
+        return [[p + last.shift for p in one.protected] for one in last.images]
+
+
+def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
+    images = trace.prompt.images
+    for n, step in enumerate(run.encode):
+        if len(step.images) != len(images):
+            return [f"{path}.encode.{n}.images: {len(step.images)} entries for {len(images)} images"]
+    faults = []
+    if len(run.layers) != trace.depth:
+        faults.append(f"{path}.layers: {len(run.layers)} entries for {trace.depth} layers")
+    if not 0 <= run.entry <= trace.depth or not 0 <= run.exit <= trace.depth:
+        faults.append(f"{path}: entry {run.entry} and exit {run.exit}, expected boundaries from 0 to {trace.depth}")
+    before, since, protected = trace.entering(run), "the vision encoder", trace.protected(run)
+    for n, boundary in enumerate(run.boundaries):
+        where = f"{path}.boundaries.{n}.kept"
+        if len(boundary.kept) != len(images):
+            return [*faults, f"{where}: {len(boundary.kept)} entries for {len(images)} images"]
+        for i, kept in enumerate(boundary.kept):
+            gone = sorted(set(kept) - set(before[i]))
+            lost = sorted(set(protected[i]) - set(kept))
+            if gone:
+                faults.append(f"{where}.{i}: patch {gone[0]} was gone behind {since} already; keep it there, too")
+            if lost:
+                faults.append(f"{where}.{i}: patch {lost[0]} is protected and cannot be dropped")
+        before, since = [list(kept) for kept in boundary.kept], f"boundary {boundary.boundary}"
+    return faults
+
+
+def _lines(error: UnicodeDecodeError | ValidationError) -> list[str]:
+    if isinstance(error, UnicodeDecodeError):
+        return [f"not a trace file: {error}"]
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        lines += [f"{where}: {line}" if where else line for line in message.splitlines()]
+    return lines

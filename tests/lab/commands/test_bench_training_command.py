@@ -1,0 +1,42 @@
+"""`dropflow bench train` and `dropflow bench gpu`, on a tiny shape on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = ("--shape", "tiny", "--batch", 1, "--repeats", 2)
+
+
+def test_train_as_json(cli) -> None:
+    told = json.loads(cli("bench", "train", *TINY, "--json").stdout)
+    assert set(told["step_speedup"]) == set(told["efficiency"]) == {"median", "low", "high"}
+    assert told["flops_ratio"] > 1
+    assert told["peak_memory_ratio"] > 1
+    assert told["policy"]["name"] == "hidrop-64"
+    assert (told["rounds"], told["subject"]["layers"], told["subject"]["batch"]) == (2, 16, 1)
+
+
+def test_train_as_a_table(cli) -> None:
+    shown = cli("bench", "train", *TINY, "--quick").stdout
+    assert all(word in shown for word in ("step speed-up", "FLOPs ratio", "peak memory ratio", "efficiency"))
+    assert "2 rounds on 1 thread(s)" in shown
+
+
+def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "gpu.md"
+    shown = cli("bench", "gpu", *TINY, "--device", "cpu", "--dtype", "bfloat16", "--out", out).stdout
+    assert "cpu, sdpa: prefill" in shown
+    page = out.read_text()
+    assert "`dropflow bench gpu --shape tiny --batch 1 --device cpu --dtype bfloat16 --repeats 2`" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| sdpa |")]
+    speedup = row.split("|")[4].strip()
+    assert f"speed-up {speedup}; training step" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_one_is_refused(refused) -> None:
+    assert "torch sees no CUDA device" in refused("bench", "gpu", *TINY)

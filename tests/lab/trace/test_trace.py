@@ -1,0 +1,142 @@
+"""Traces say what happened: counts, rows, protection, scores and evictions, and their schema holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from lab_tracing import ENCODE, EVICTS, POLICIES, STEPS, Words, tiny_trace
+from tiny import HIDROP, policy, prompt, tiny_llava
+from transformers import DynamicCache
+
+import dropflow
+from dropflow_lab.errors import InputError
+from dropflow_lab.trace import Trace, record_inputs
+
+
+@pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
+@torch.no_grad()
+def test_counts_are_those_of_the_report_and_of_the_real_caches(which: dict[str, Any]) -> None:
+    model, inputs, trace = tiny_trace(which)
+    (run,) = trace.runs
+    with dropflow.attach(model, which) as flow:
+        behind_prefill = DynamicCache()
+        model(**inputs, past_key_values=behind_prefill)
+        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
+        report, live = flow.report(), flow.live()
+    assert [layer.visual_tokens for layer in run.layers] == [layer.visual_tokens for layer in report.layers]
+    assert [layer.kv_entries for layer in run.layers] == [layer.kv_entries for layer in report.layers]
+    assert [layer.flops for layer in run.layers] == [layer.flops for layer in report.layers]
+    assert sum(map(len, trace.entering(run))) == report.entry_visual_tokens
+    assert run.calls[0].kv_entries == [layer.keys.shape[-2] for layer in behind_prefill.layers]
+    assert run.calls[-1].kv_entries == [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    assert [call.token for call in run.calls] == out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    for boundary in run.boundaries:
+        kept = [
+            live[boundary.boundary, 0, image.index].nonzero()[:, 0].tolist()
+            for image in trace.prompt.images
+        ]  # fmt: skip
+        assert boundary.kept == kept
+
+
+def test_images_and_who_set_the_window() -> None:
+    _, inputs, trace = tiny_trace(HIDROP)
+    visual = (inputs["input_ids"][0] == 98).nonzero()[:, 0].tolist()
+    assert [image.index for image in trace.prompt.images] == [visual[:16], visual[16:]]
+    assert [image.grid for image in trace.prompt.images] == [(4, 4), (4, 4)]
+    (run,) = trace.runs
+    assert (run.entry, run.entered_by, run.exit, run.exited_by) == (1, ["inject"], 5, ["exit"])
+    assert run.policy["stages"]["pyramid"]["keep"] == {"2": 7, "4": 2}
+
+
+def test_merged_rows_say_what_they_are_made_of() -> None:
+    *_, trace = tiny_trace(policy(**ENCODE), parts=((3, "I", 5),))
+    merge, keys = trace.runs[0].encode
+    assert (merge.stage, merge.boundary, keys.stage, keys.boundary) == ("merge", 1, "keys", None)
+    (image,) = merge.images
+    assert image.kept == list(range(10))  # 16 - 2 * 3 rows, moved to the first places
+    windows = [own.of for own in image.merged or () if len(own.of) == 4]
+    assert [own.into for own in image.merged or () if len(own.of) == 4] == [0, 1]
+    corners = {tuple(r * 4 + c + o for o in (0, 1, 4, 5)) for r in (0, 2) for c in (0, 2)}
+    assert {tuple(own) for own in windows} < corners
+    alone = [own.of[0] for own in image.merged or () if len(own.of) == 1]
+    assert alone == sorted(set(range(16)).difference(*windows))[-len(alone) :]
+    scores = image.scores or []
+    assert {scores[p] for p in windows[0]} == {max(score for score in scores if score is not None)}
+    assert len(keys.images[0].protected) == 2
+    best = sorted(range(10), key=lambda p: -((keys.images[0].scores or [])[p] or 0))[:2]
+    assert sorted(best) == keys.images[0].protected == trace.protected(trace.runs[0])[0]
+    assert all(set(keys.images[0].protected) <= set(boundary.kept[0]) for boundary in trace.runs[0].boundaries)
+
+
+def test_scores_and_who_dropped_what() -> None:
+    *_, trace = tiny_trace(POLICIES["two stages at one boundary"], parts=((3, "I", 5),))
+    (boundary,) = trace.runs[0].boundaries
+    assert [own.stage for own in boundary.by] == ["one", "two"]
+    for own in boundary.by:
+        assert own.scores is not None
+        ranked = sorted(range(16), key=lambda p: own.scores[0][p])  # type: ignore[index,arg-type,return-value]
+        assert own.dropped == [sorted(ranked[:8])]
+    both = {p for own in boundary.by for p in own.dropped[0]}
+    assert boundary.kept == [sorted(set(range(16)) - both)]
+
+
+def test_evictions_while_decoding() -> None:
+    *_, trace = tiny_trace(policy(**EVICTS), parts=((3, "I", 5),))
+    calls = trace.runs[0].calls
+    assert [call.step for call in calls if call.evicted] == [0, 2]  # the prefill, and then those not attended to
+    assert [(e.stage, e.layers) for e in calls[0].evicted] == [("cache", [1])]
+    assert len(calls[0].evicted[0].tokens) == 16 - 9
+    later = calls[2].evicted
+    assert [e.layers for e in later] == [[layer] for layer in range(1, 6)]
+    assert all(len(e.tokens) == len(e.notes or ()) == 9 - 4 for e in later)
+    assert [b - a for a, b in zip(calls[1].kv_entries, calls[2].kv_entries, strict=True)] == [1] + [1 - 5] * 5
+
+
+def test_what_cannot_be_traced() -> None:
+    model, two = tiny_llava(), prompt([(3, "I", 5), (3, "I", 5)])
+    with pytest.raises(InputError, match="a batch of 2"):
+        record_inputs(model, Words, two, [dropflow.load_policy(HIDROP)])
+    assert torch.isfinite(model(**two).logits).all()
+
+
+def test_the_schema_holds_and_files_are_read_back(tmp_path: Any) -> None:
+    schema = Trace.model_json_schema()
+    for which in (POLICIES["compact positions"], POLICIES["eviction while decoding"]):
+        *_, trace = tiny_trace(which)
+        trace.save(tmp_path / "trace.json")
+        jsonschema.validate(json.loads((tmp_path / "trace.json").read_text()), schema)
+        assert Trace.load(tmp_path / "trace.json") == trace
+
+
+def test_faults_in_a_file_are_named(tmp_path: Any) -> None:
+    *_, trace = tiny_trace(POLICIES["compact positions"])
+    path = tmp_path / "trace.json"
+
+    def complaint(change: Any) -> str:
+        data = json.loads(trace.model_dump_json())
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(InputError) as error:
+            Trace.load(path)
+        return str(error.value)
+
+    shielded = trace.protected(trace.runs[0])[0][0]
+    run = "runs.0"
+    assert f"{run}.boundaries.1.kept.0: patch 15 was gone behind boundary 2" in complaint(
+        lambda data: data["runs"][0]["boundaries"][1]["kept"][0].append(15)
+    )
+    assert f"patch {shielded} is protected" in complaint(
+        lambda data: data["runs"][0]["boundaries"][1]["kept"][0].remove(shielded)
+    )
+    assert f"{run}.layers: 5 entries for 6 layers" in complaint(lambda data: data["runs"][0]["layers"].pop())
+    assert "format" in complaint(lambda data: data.update(format="dropflow-trace/9"))
+    assert "runs.0.entry" in complaint(lambda data: data["runs"][0].pop("entry"))
+    path.write_text("no json")
+    with pytest.raises(InputError, match=r"trace\.json"):
+        Trace.load(path)
+    with pytest.raises(InputError, match="no such trace file"):
+        Trace.load(tmp_path / "other.json")

@@ -1,0 +1,210 @@
+"""A replay forces the keeps of a trace: same tokens, same logits, whatever the scores say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lab_tracing import ENCODE, EVICTS, POLICIES, STEPS, Words, tiny_trace
+from PIL import ImageOps
+from tiny import HIDROP, policy, prompt, tiny_llava
+
+import dropflow
+from dropflow import Encode, EncodeCall, Stage, hookimpl, load_policy
+from dropflow.errors import DecisionError, PolicyError
+from dropflow_lab import digits
+from dropflow_lab.errors import InputError
+from dropflow_lab.prompts import build_inputs
+from dropflow_lab.trace import Trace, drop_patches, keep_patches, record, record_inputs, replay_policy
+from dropflow_lab.trace.edit import read_patches
+
+
+@torch.no_grad()
+def generated(model: Any, inputs: Any, which: Any) -> tuple[list[int], torch.Tensor]:
+    """Tokens and logits of every step under a policy."""
+    with dropflow.attach(model, which):
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True
+        )
+    return out.sequences[0].tolist(), torch.stack(out.logits)
+
+
+def same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
+    tokens, logits = generated(model, inputs, which)
+    again, forced = generated(model, inputs, replay_policy(trace))
+    assert again == tokens
+    torch.testing.assert_close(forced, logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
+def test_replay_gives_the_same_tokens_and_logits_and_the_same_trace(which: dict[str, Any]) -> None:
+    model, inputs, trace = tiny_trace(which)
+    same(model, inputs, which, trace)
+    again = record_inputs(model, Words, inputs, [replay_policy(trace)], STEPS)
+    assert without_scores(again) == without_scores(trace)
+
+
+def without_scores(trace: Trace) -> dict[str, Any]:
+    """The trace as data, less what a replay has no say about."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: stripped(v) for k, v in value.items() if k not in ("scores", "notes", "name")}
+        return [stripped(item) for item in value] if isinstance(value, list) else value
+
+    data: dict[str, Any] = stripped(trace.model_dump())
+    for run in data["runs"]:
+        for call in run["calls"]:  # without notes, layers that lost the same stand together
+            each = {layer: e["tokens"] for e in call["evicted"] for layer in e["layers"]}
+            call["evicted"] = sorted(each.items())
+    return data
+
+
+@pytest.mark.parametrize("name", ["hidrop-64", "mustdrop-digits", "mixed-digits", "digits-mild"])
+def test_published_policies_on_the_embedded_model(name: str) -> None:
+    model, processor = digits.load()
+    picture = digits.sample_image()
+    pictures = [picture, ImageOps.mirror(picture)] if name == "mixed-digits" else [picture]
+    question = "read all digits row by row ."
+    which = load_policy(name, ["rescale=true"])
+    trace = record(model, processor, pictures, question, [which], STEPS)
+    same(model, build_inputs(processor, [(pictures, question)]), which, trace)
+
+
+@torch.no_grad()
+def test_keeps_are_forced_whatever_the_scores_say() -> None:
+    _, inputs, trace = tiny_trace(HIDROP)
+    other = tiny_llava(seed=3)
+    kept = torch.tensor([i for n, image in enumerate(trace.prompt.images)
+                         for i in (image.index[p] for p in trace.runs[0].boundaries[0].kept[n])])  # fmt: skip
+    with dropflow.attach(other, HIDROP) as flow:
+        other(**inputs)
+        own = flow.live()[2, 0]
+    with dropflow.attach(other, replay_policy(trace)) as flow:
+        other(**inputs)
+        forced = flow.live()[2, 0]
+    visual = inputs["input_ids"][0] == 98
+    assert (forced & visual).nonzero()[:, 0].tolist() == kept.tolist()
+    assert not torch.equal(own, forced)
+
+
+def test_what_if_a_patch_had_stayed_or_gone() -> None:
+    which = policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 6, 4: 3}})
+    model, inputs, trace = tiny_trace(which)
+    run = trace.runs[0]
+    lost = next(p for p in range(16) if p not in run.boundaries[0].kept[1])
+    stays = record_inputs(model, Words, inputs, [replay_policy(keep_patches(trace, [lost], image=1))], 1).runs[0]
+    assert [b.kept[1] for b in stays.boundaries] == [sorted([*b.kept[1], lost]) for b in run.boundaries]
+    assert [b.kept[0] for b in stays.boundaries] == [b.kept[0] for b in run.boundaries]
+    assert [layer.visual_tokens for layer in stays.layers] == [32, 32, 13, 13, 7, 7]
+    goes = drop_patches(trace, [lost, run.boundaries[-1].kept[1][0]], image=1, at=1)
+    gone = record_inputs(model, Words, inputs, [replay_policy(goes)], 1).runs[0]
+    assert [layer.visual_tokens for layer in gone.layers] == [32, 30, 11, 11, 5, 5]
+    assert [own.stage for own in gone.boundaries[0].by] == ["edit"]
+
+
+def test_a_patch_that_stays_is_kept_by_encoder_and_caches_too() -> None:
+    which = policy(r={"use": "control/random", "encode": 9})
+    model, inputs, trace = tiny_trace(which)
+    lost = next(p for p in range(16) if p not in trace.entering(trace.runs[0])[0])
+    kept = keep_patches(trace, [lost])
+    stays = record_inputs(model, Words, inputs, [replay_policy(kept)], 1).runs[0]
+    assert {layer.visual_tokens for layer in stays.layers} == {19}
+    model, inputs, trace = tiny_trace(policy(**EVICTS))
+    index = trace.prompt.images[0].index
+    evicted = {token for call in trace.runs[0].calls[1:] for e in call.evicted for token in e.tokens}
+    patch = next(p for p, token in enumerate(index) if token in evicted)
+    before, after = trace, record_inputs(model, Words, inputs, [replay_policy(keep_patches(trace, [patch]))], STEPS)
+    held = [sum(call.kv_entries) for call in before.runs[0].calls[-1:]]
+    assert sum(after.runs[0].calls[-1].kv_entries) > held[0]
+
+
+def test_edits_that_cannot_be() -> None:
+    *_, trace = tiny_trace(policy(**ENCODE))
+    run = trace.runs[0]
+    merged = next(p for m in run.encode[0].images[0].merged or () for p in m.of if p > 9)
+    with pytest.raises(InputError, match=f"patch {merged}: the stage 'merge' merged it"):
+        keep_patches(trace, [merged])
+    with pytest.raises(InputError, match="an encode stage protects it"):
+        drop_patches(trace, trace.protected(run)[0][:1])
+    for call, told in (
+        (lambda: keep_patches(trace, [16]), "image 0 has patches 0 to 15"),
+        (lambda: keep_patches(trace, [1], image=2), "images 0 to 1"),
+        (lambda: drop_patches(trace, [1], at=6), "live from boundary 0 to before 6"),
+    ):
+        with pytest.raises(InputError, match=told):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("17", (0, [17], None)), ("1/17,18", (1, [17, 18], None)), ("17@6", (0, [17], 6)), ("2/3, 4@5", (2, [3, 4], 5))],
+)
+def test_patches_as_text(text: str, expected: Any) -> None:
+    assert read_patches(text, "--drop") == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "1/", "3@", "1,,2", "5@6"])
+def test_patches_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(InputError, match="--keep: expected patches such as 17,18"):
+        read_patches(text, "--keep")
+
+
+MISFITS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], str]] = {
+    "another depth": (lambda: tiny_llava(layers=4), lambda: prompt((("I", 2, "I", 9),)), "a model of 6 layers"),
+    "fewer images": (tiny_llava, lambda: prompt(((3, "I", 5),)), "2 images, but"),
+    "images elsewhere": (tiny_llava, lambda: prompt(((4, "I", 2, "I", 9),)), "in other places"),
+    "a smaller grid": (lambda: tiny_llava(grid=3), lambda: prompt((("I", 2, "I", 9),), grid=3), "patch|other places"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("which", [HIDROP, policy(**ENCODE)], ids=["prune", "encode"])
+def test_a_trace_that_does_not_fit_is_refused(misfit: Any, which: dict[str, Any]) -> None:
+    build, inputs, told = misfit
+    *_, trace = tiny_trace(which)
+    model = build()
+    plain = model(**inputs()).logits
+    with pytest.raises((PolicyError, DecisionError), match=told), dropflow.attach(model, replay_policy(trace)):
+        model(**inputs())
+    assert torch.equal(model(**inputs()).logits, plain)
+
+
+def test_rows_of_unknown_origin_are_traced_but_not_replayed() -> None:
+    class Halved(Stage[Any]):
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            rows = tuple(features[::2] + 1 for features in call.features)
+            return Encode(rows=rows, places=tuple(places[::2] for places in call.places))
+
+    *_, trace = tiny_trace(policy(half={"use": Halved}))
+    assert trace.entering(trace.runs[0]) == [list(range(0, 16, 2))] * 2
+    with pytest.raises(PolicyError, match=r"stages\.half: put new rows .*`Encode\.shares`"):
+        dropflow.attach(tiny_llava(), replay_policy(trace))
+    with pytest.raises(PolicyError, match="run: expected 0 to 0, got 1"):
+        replay_policy(trace, 1)
+
+
+def test_weighted_sums_are_made_again() -> None:
+    class Blended(Stage[Any]):
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            count = len(call.features[0])
+            weights = torch.rand(count // 2, count, generator=torch.Generator().manual_seed(0))
+            weights = torch.where(weights < 0.7, 0, weights)
+            weights[0] = 0
+            weights[0, 3] = 0.5
+            rows = tuple(weights @ features for features in call.features)
+            places = tuple(own[1::2] for own in call.places)
+            return Encode(rows=rows, places=places, shares=lambda: tuple(weights for _ in call.features))
+
+    which = policy(blend={"use": Blended}, pyramid={"use": "hidrop/concave-pyramid", "keep": {3: 4}})
+    model, inputs, trace = tiny_trace(which)
+    first = (trace.runs[0].encode[0].images[0].merged or [])[0]
+    assert (first.into, first.of, first.shares) == (1, [3], [0.5])
+    tokens, logits = generated(model, inputs, which)
+    again, forced = generated(model, inputs, replay_policy(trace))
+    assert again == tokens
+    torch.testing.assert_close(forced, logits, rtol=1e-5, atol=1e-5)  # the sums run in another order
