@@ -75,6 +75,8 @@ class BoundaryEvent:
     """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""
     keeps: Mapping[str, Bool[Tensor, "batch slots"]]
     """What each stage answered, by stage name; text and protected tokens stay whatever it says."""
+    merged_into: Int[Tensor, "batch tokens"] | None = None
+    """Logical index of the token that each one's state was merged into, its own for most; `None` without merging."""
 
 
 @dataclass(frozen=True)

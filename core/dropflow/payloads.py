@@ -38,6 +38,16 @@ class WindowCall:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What entered the LLM in this call, by logical token, before any layer ran."""
+
+    embeds: Float[Tensor, "batch tokens dim"]
+    """Text embeddings and projected image features, those that an `encode` stage made included."""
+    image: Int[Tensor, "batch tokens"]
+    """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
+
+
+@dataclass(frozen=True)
 class Exit:
     """Decision of `exit`, where it is more than the boundary."""
 
@@ -75,6 +85,7 @@ class PruneCall:
     """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
     window: Window
     """Where vision enters and exits in this call."""
+    entry: Entry
     attention: RowAttention
     tapped: Tapped
     final_norm: Callable[[Tensor], Tensor] | None
@@ -119,6 +130,13 @@ class Keep:
 
     From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
     changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
+    """
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
+
+    The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
+    layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
+    image; a named token names its own slot. Entries of text and padding are ignored.
     """
 
 

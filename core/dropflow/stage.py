@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from dropflow.units import Budget, Scale
+from dropflow.errors import PolicyError
+from dropflow.units import Budget, Rounding, Scale
 
 EncodeBoundary = int | float | Literal["features"] | None
 """A place on the vision side: in front of layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
@@ -57,6 +58,47 @@ class StageContext:
     def path(self, option: str) -> str:
         """Path of one of this stage's options in the policy file, for error messages."""
         return f"stages.{self.name}.{option}"
+
+    def boundaries(self, option: str, depths: Iterable[int | float]) -> tuple[int, ...]:
+        """An option that lists boundaries, ascending; raises `PolicyError` as `budgets` does."""
+        return tuple(sorted(self._distinct((self.path(option), depth) for depth in depths)))
+
+    def budgets(
+        self, option: str, values: Mapping[int | float, int | float], rounding: Rounding = "half_up"
+    ) -> dict[int, Budget]:
+        """An option `{boundary: tokens}` as budgets by boundary, ascending.
+
+        Raises `PolicyError` where a number does not fit the backbone, or two of them mean the same boundary.
+        """
+        found = self._distinct((self.path(f"{option}.{depth}"), depth) for depth in values)
+        return {
+            boundary: self.scale.tokens(values[depth], self.path(f"{option}.{depth}"), rounding)
+            for boundary, depth in sorted(found.items())
+        }
+
+    def _distinct(self, depths: Iterable[tuple[str, int | float]]) -> dict[int, int | float]:
+        found: dict[int, int | float] = {}
+        for path, depth in depths:
+            boundary = self.scale.boundary(depth, path)
+            if boundary in found:
+                layers = self.scale.target.layers
+                raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {layers} layers")
+            found[boundary] = depth
+        return found
+
+    def check_layer_in_front(self, option: str, boundaries: Iterable[int]) -> None:
+        """For stages that rank by the layer in front of a boundary: vision takes part in it, and in the one behind.
+
+        Raises `PolicyError` otherwise.
+        """
+        entry, end = self.window.entry, self.window.exit
+        for boundary in boundaries:
+            if not entry < boundary < end:
+                raise PolicyError(
+                    f"{self.path(option)}: boundary {boundary} is ranked by the attention of layer {boundary - 1}, but "
+                    f"vision takes part in layers {entry} to {end - 1}; expected a boundary from {entry + 1} to "
+                    f"{end - 1}"
+                )
 
 
 O_co = TypeVar("O_co", bound=StageOptions, covariant=True)

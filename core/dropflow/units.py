@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -32,6 +32,9 @@ Depth = Annotated[int | float, *_number("a boundary, the layer in front of which
 Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
 
+Rounding = Literal["half_up", "floor", "half_even"]
+"""How a share of an image's tokens becomes a number of tokens."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -49,12 +52,17 @@ class Budget:
 
     tokens: int | None = None
     share: float | None = None
+    rounding: Rounding = "half_up"
+    """Of shares: `half_up` keeps at least one token; `floor` and `half_even` are Python's `int` and `round`."""
 
     def of(self, visual_tokens: int) -> int:
-        """Tokens that stay of an image with `visual_tokens` tokens at entry (a share rounds half up, at least 1)."""
-        if self.share is not None:
-            return min(max(1, math.floor(self.share * visual_tokens + 0.5)), visual_tokens)
-        return min(self.tokens or 0, visual_tokens)
+        """Tokens that stay of an image with `visual_tokens` tokens at entry."""
+        if self.share is None:
+            return min(self.tokens or 0, visual_tokens)
+        exact = self.share * visual_tokens
+        if self.rounding == "half_up":
+            return min(max(1, math.floor(exact + 0.5)), visual_tokens)
+        return int(exact) if self.rounding == "floor" else round(exact)
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,10 @@ class Scale:
             )
         return value
 
-    def tokens(self, value: int | float, path: str) -> Budget:
+    def tokens(self, value: int | float, path: str, rounding: Rounding = "half_up") -> Budget:
         """Budget per image that `value` means on the target; raises `PolicyError` naming `path`."""
         if isinstance(value, float):
-            return Budget(share=value)
+            return Budget(share=value, rounding=rounding)
         tuned, target = self.tuned_for, self.target.visual_tokens
         if tuned is not None and tuned.visual_tokens is not None and tuned.visual_tokens != target:
             self._refuse_unless_rescaled(

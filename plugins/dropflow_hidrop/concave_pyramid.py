@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import PolicyError
+from dropflow.ranking import instruction_scores
 from dropflow.schedule import first_keep
 from dropflow.selection import divide, keep_top
 from dropflow.units import Budget, Depth, Tokens
@@ -111,14 +110,6 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
                 for image, share in zip(images, shares, strict=True):
                     counts[image] = share
         return counts
-
-
-def instruction_scores(call: PruneCall) -> Float[Tensor, "batch slots"]:
-    """Mean over heads and instruction tokens of the attention each live token receives at the boundary's layer."""
-    rows = call.attention_rows(call.boundary, call.queries).mean(1)  # (batch, rows, keys)
-    weight = call.query_valid.to(rows.dtype)[:, :, None]
-    scores = (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
-    return scores[:, -call.index.shape[1] :]  # keys of earlier turns come first
 
 
 def _budgets(options: ConcavePyramidOptions, context: StageContext) -> Mapping[int, Budget]:

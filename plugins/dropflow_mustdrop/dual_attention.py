@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.errors import PolicyError
+from dropflow.ranking import row_parts, text_rows
 from dropflow.selection import keep_top
 from dropflow.units import Budget, Depth, Tokens
 from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
@@ -93,7 +91,7 @@ class DualAttention(Stage[DualAttentionOptions]):
         if not bool(asks.any()):
             return None
         with torch.no_grad():
-            sums, peaks = attention_scores(_weights(call, rows, asks))
+            sums, peaks = attention_scores(row_parts(call, call.boundary - 1, rows, asks))
         totals = block_totals(sums.masked_fill(call.image < 0, 0), call.valid & ~call.text)
         thresholds = (self.options.global_threshold, self.options.individual_threshold)
         unranked = ~asks.any(1, keepdim=True)
@@ -106,46 +104,8 @@ class DualAttention(Stage[DualAttentionOptions]):
         return Keep(best | unranked, ranking)
 
 
-def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
-    """Slots of the text tokens behind each sample's first visual token, up to its last instruction token.
-
-    The second tensor is false where a sample has fewer of them than the longest. With labels the answer of the last
-    round is left out, and a sample without an instruction token has no rows.
-    """
-    slots = torch.arange(call.index.shape[1], device=call.index.device)
-    behind = (call.image >= 0).cumsum(1) > 0
-    last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
-    text = behind & call.text & (slots <= last)
-    count = int(text.sum(1).max())
-    rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, len(slots) - count :]
-    return rows, text.gather(1, rows)
-
-
-def _weights(call: PruneCall, rows: Tensor, asks: Tensor) -> Iterator[Float[Tensor, "batch heads rows slots"]]:
-    """Attention of `rows` to the slots, in parts far smaller than a map of all slots; zero where `asks` is false."""
-    slots, start, heads = call.index.shape[1], 0, 0
-    while start < rows.shape[1]:
-        step = max(1, slots // (4 * heads)) if heads else 1  # the first, single row tells the number of heads
-        own, real = rows[:, start : start + step], asks[:, start : start + step]
-        weights = call.attention_rows(call.boundary - 1, own)
-        heads, start = weights.shape[1], start + step
-        yield weights[..., -slots:] * real[:, None, :, None]
-
-
 def _boundaries(options: DualAttentionOptions, context: StageContext) -> Mapping[int, Budget | None]:
-    scale, window = context.scale, context.window
-    found: dict[int, Budget | None] = {}
-    entries = options.keep.items() if options.keep is not None else ((depth, None) for depth in options.at or ())
-    for depth, tokens in entries:
-        path = context.path("at" if tokens is None else f"keep.{depth}")
-        boundary = scale.boundary(depth, path)
-        if boundary in found:
-            raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {scale.target.layers} layers")
-        if not window.entry < boundary < window.exit:
-            raise PolicyError(
-                f"{path}: boundary {boundary} is filtered by the attention of layer {boundary - 1}, but vision takes "
-                f"part in layers {window.entry} to {window.exit - 1}; expected a boundary from {window.entry + 1} to "
-                f"{window.exit - 1}"
-            )
-        found[boundary] = None if tokens is None else scale.tokens(tokens, path)
-    return dict(sorted(found.items()))
+    option = "at" if options.keep is None else "keep"
+    found = dict.fromkeys(context.boundaries("at", options.at or ())) | context.budgets("keep", options.keep or {})
+    context.check_layer_in_front(option, found)
+    return found

@@ -170,8 +170,8 @@ def test_no_square_map_is_allocated() -> None:
     [
         ({}, r"stages\.f: expected either `at` .* or `keep`"),
         ({"at": [2], "keep": {2: 3}}, r"stages\.f: expected either `at` .* or `keep`"),
-        ({"at": [0]}, r"stages\.f\.at: boundary 0 is filtered by the attention of layer -1.* from 1 to 5"),
-        ({"at": [6]}, r"stages\.f\.at: boundary 6 is filtered by .* from 1 to 5"),
+        ({"at": [0]}, r"stages\.f\.at: boundary 0 is ranked by the attention of layer -1.* from 1 to 5"),
+        ({"at": [6]}, r"stages\.f\.at: boundary 6 is ranked by .* from 1 to 5"),
         ({"at": [2, 2]}, r"stages\.f\.at: boundary 2 is named twice"),
         ({"at": [2], "global_threshold": -1.0}, r"stages\.f\.global_threshold: input should be greater"),
         ({"keep": {2: 3}, "individual_threshold": 0.0}, r"stages\.f: with `keep` both thresholds weigh"),

@@ -16,8 +16,8 @@ from torch import Tensor
 import dropflow
 from dropflow import BoundaryEvent, Stage, hookimpl
 from dropflow.cache import FlowLayer
+from dropflow.ranking import text_rows
 from dropflow_mustdrop import DualAttention, equal_token_number
-from dropflow_mustdrop.dual_attention import text_rows
 
 LAYERS = 32
 PRUNED = (2, 6, 10, 14)

@@ -53,8 +53,8 @@ class TracedEncode(_Part):
 
     stage: str = Field(description="its name in the policy")
     boundary: int | float | Literal["features"] | None = Field(
-        description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector gets; "
-        "null for the output in front of the LLM"
+        description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector "
+        "gets; null for the output in front of the LLM"
     )
     shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     images: list[EncodedImage]
