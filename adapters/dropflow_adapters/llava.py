@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, Projections, VisionEncoder
+from dropflow import Backbone, Projections, Sublayers, VisionEncoder
 from dropflow.backbone import square
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
@@ -13,6 +13,11 @@ from dropflow.views import View
 
 PLAIN = {"clip_vision_model", "siglip_vision_model"}
 """Towers that give every image the same number of tokens, laid out row by row."""
+
+
+def sublayers(layer: Any) -> Sublayers:
+    """CLIP and SigLIP share the names of a layer's parts."""
+    return Sublayers(layer.self_attn, layer.mlp)
 
 
 class Llava(Backbone):
@@ -39,7 +44,9 @@ class Llava(Backbone):
         # hidden_states[0] is the embedding, so entry i is the output of layer i - 1
         layer = layer if layer >= 0 else layer + self._tower.num_hidden_layers + 1
         keeps_prefix = has_cls and config.vision_feature_select_strategy == "full"
-        return VisionEncoder(self.core.vision_tower.encoder, int(has_cls), has_cls, layer, int(keeps_prefix))
+        projector = None if keeps_prefix else self.core.multi_modal_projector
+        encoder = self.core.vision_tower.encoder
+        return VisionEncoder(encoder, int(has_cls), has_cls, layer, int(keeps_prefix), projector, sublayers)
 
     def projections(self, layer: Any) -> Projections:
         """Llama, Mistral and Qwen2 share the names of their projections."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dropflow import Backbone, VisionEncoder
+from dropflow import Backbone, Sublayers, VisionEncoder
 from dropflow.backbone import square
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
@@ -17,8 +17,16 @@ class PaliGemma(Backbone):
     @property
     def vision(self) -> VisionEncoder:
         """The tower's encoder: each patch is projected on its own, and there is no CLS row."""
-        encoder = self.core.vision_tower.encoder
-        return VisionEncoder(encoder, 0, False, self.model.config.vision_config.num_hidden_layers, 0)
+        encoder, depth = self.core.vision_tower.encoder, self.model.config.vision_config.num_hidden_layers
+        return VisionEncoder(
+            encoder,
+            prefix=0,
+            has_cls=False,
+            feature_layer=depth,
+            select_prefix=0,
+            projector=self.core.multi_modal_projector,
+            sublayers=lambda layer: Sublayers(layer.self_attn, layer.mlp),
+        )
 
     @property
     def tokens_per_image(self) -> int:

@@ -1,7 +1,7 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
 from dropflow import errors
-from dropflow.backbone import Backbone, Projections, VisionEncoder
+from dropflow.backbone import Backbone, Projections, Sublayers, VisionEncoder
 from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
@@ -11,6 +11,7 @@ from dropflow.payloads import (
     CacheView,
     Encode,
     EncodeCall,
+    Entry,
     Exit,
     Keep,
     PruneCall,
@@ -33,6 +34,7 @@ __all__ = [
     "EncodeCall",
     "EncodeEvent",
     "EncodeStep",
+    "Entry",
     "Eviction",
     "Exit",
     "Flow",
@@ -46,6 +48,7 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageOptions",
+    "Sublayers",
     "View",
     "VisionEncoder",
     "Window",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,8 +23,27 @@ if TYPE_CHECKING:
 
 MODALITIES = ("image", "video")
 """What a core encodes by `get_image_features` and `get_video_features`."""
+FACTS = {
+    "vision_layers": "its vision encoder's layers, which stages can work in front of",
+    "cls": "a CLS row in the vision encoder, whose attention ranks patches",
+    "projector": "a projector that maps the patch rows of the features one by one",
+    "sublayers": "the attention and feed-forward part of a vision layer, which stages can work between",
+    "grid": "the patch grid of every image",
+    "final_norm": "the norm behind the text decoder's last layer",
+}
+"""What a stage may need of a backbone, by name."""
 FALLBACK = "auto"
 """Name of the adapter that serves models whose `model_type` no adapter claims."""
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The two residual branches of one layer of a vision encoder."""
+
+    attention: Any
+    """Module that returns a pair whose first part is added to the residual."""
+    feed_forward: Any
+    """Module whose output is added to the residual."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,10 @@ class VisionEncoder:
     """Boundary whose tokens are handed to the projector: the output of layer `feature_layer - 1`."""
     select_prefix: int
     """Prefix tokens still present in the features handed to the projector."""
+    projector: Any = None
+    """Module that gets the features, patch rows alone, and maps them one by one; `None` where there is none such."""
+    sublayers: Callable[[Any], Sublayers] | None = None
+    """Attention and feed-forward module of a layer, for stages that work between the two; `None` where unknown."""
 
     @property
     def depth(self) -> int:
@@ -102,6 +125,12 @@ class Backbone:
         `None` (also right for a fused projection) makes the engine compute all three for all live tokens.
         """
         return None
+
+    @property
+    def final_norm(self) -> Callable[[Tensor], Tensor] | None:
+        """The norm behind the text decoder's last layer; `None` where it is not its module `norm`."""
+        norm: Callable[[Tensor], Tensor] | None = self.text._modules.get("norm")
+        return norm
 
     @property
     def linear_positions(self) -> bool:
@@ -194,10 +223,14 @@ class Backbone:
         return {**arguments, "deepstack_visual_embeds": None}, tuple((where, own) for own in rows)
 
     def facts(self) -> frozenset[str]:
-        """The facts this backbone can give: `vision_layers`, `cls`, `grid`."""
+        """The facts this backbone can give: those in `FACTS`."""
         vision, known = self.vision, set()
         if vision is not None:
-            known |= {"vision_layers", "cls"} if vision.has_cls else {"vision_layers"}
+            found = {"vision_layers": True, "cls": vision.has_cls, "projector": vision.projector is not None}
+            found["sublayers"] = vision.sublayers is not None
+            known |= {fact for fact, given in found.items() if given}
+        if self.final_norm is not None:
+            known.add("final_norm")
         fixed = self.tokens_per_image
         if self.gridded or (fixed is not None and self.grid(fixed) is not None):
             known.add("grid")

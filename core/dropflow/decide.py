@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.errors import DecisionError
 from dropflow.events import Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Exit, Keep, PruneCall, RowAttention, WindowCall
+from dropflow.payloads import CacheCall, CacheView, Entry, Exit, Keep, PruneCall, RowAttention, Tapped, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 
@@ -69,6 +69,9 @@ class Standing:
     want: Bool[Tensor, "batch tokens"]
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
+    final_norm: Callable[[Tensor], Tensor] | None
+    embeds: Float[Tensor, "batch tokens dim"]
+    """What entered the decoder."""
     training: bool = False
     """Whether the model trains, so that stages that ask for gradients get them."""
 
@@ -83,14 +86,16 @@ class Decision:
     """By stage name, over the slots in front of the boundary."""
     keeps: dict[str, Tensor] = field(default_factory=dict)
     """What each stage answered, by its name, over the same slots."""
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """Slot that each slot's state is merged into; `None` where no stage merges."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
 
-def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention) -> Decision:
+def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> Decision:
     """Ask every stage of a boundary.
 
-    Keeps intersect, soft weights multiply; text and protected tokens stay in any case.
+    Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
     """
     live, boundary = standing.live, standing.boundary
     valid = live.take(standing.want)
@@ -109,10 +114,14 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
         queries=slots.clamp(min=0),
         query_valid=prompt.query_valid & (slots >= 0),
         window=standing.window,
+        entry=Entry(standing.embeds, torch.where(prompt.present, prompt.scored, -1)),
         attention=attention,
+        tapped=tapped,
+        final_norm=standing.final_norm,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
+    merge_into: Tensor | None = None
     keeps: dict[str, Tensor] = {}
     log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
@@ -125,6 +134,13 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
         keeps[name] = answer.mask
         if answer.scores is not None:
             scores[name] = answer.scores.detach()
+        if answer.merge_into is not None:
+            if merge_into is not None:
+                raise DecisionError(
+                    f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
+                    "another boundary"
+                )
+            merge_into = _checked_merge(answer.merge_into, image, name, boundary)
         if answer.weights is not None and asked.differentiable:
             weighted = answer.mask & (image >= 0) & ~protected
             _check_weights(answer.weights, weighted, name, boundary)
@@ -135,7 +151,22 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     want = prompt.without_widows(standing.want & ~dropped)
     if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
         log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
-    return Decision(want, scores, keeps, log_weights)
+    return Decision(want, scores, keeps, merge_into, log_weights)
+
+
+def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:
+    """Targets of a merge, with every token that is no patch left to itself."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
+    if into.dtype != torch.long or into.shape != image.shape:
+        raise DecisionError(
+            f"{told} of {into.dtype} {tuple(into.shape)}, expected torch.int64 {tuple(image.shape)} (batch, slots)"
+        )
+    own = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    into = torch.where(image >= 0, into, own)
+    target = into.clamp(0, image.shape[1] - 1)
+    if not bool(((target == into) & (image.gather(1, target) == image) & (into.gather(1, target) == target)).all()):
+        raise DecisionError(f"{told} with a token merged into no slot of its own image, or into one that is merged too")
+    return into
 
 
 def _check_weights(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> None:

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dropflow.attention import QueryKey, row_attention
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, UnsupportedModel
 from dropflow.events import EncodeStep
-from dropflow.payloads import Encode, EncodeCall
+from dropflow.payloads import EncodeCall
+from dropflow.probe import Arguments, with_hidden
+from dropflow.rows import Rows, apply
+from dropflow.sublayers import in_two
 from dropflow.tap import tap, uncompiled
 from dropflow.views import View, flags, split
 
 if TYPE_CHECKING:
-    from dropflow.backbone import Backbone
+    from dropflow.backbone import Backbone, VisionEncoder
     from dropflow.plan import Plan
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The patch rows of one image that are left at some point of the encoder."""
-
-    places: Int[Tensor, "rows"]
-    """Patch each row stands for, counted inside the image."""
-    protected: Bool[Tensor, "rows"]
-    rewritten: int = 0
-    """How often a stage has put new rows, such as merged ones, in the place of old ones."""
+    from dropflow.stage import EncodeBoundary
 
 
 class EncodeRun:
@@ -39,13 +33,17 @@ class EncodeRun:
 
     def __init__(self, plan: Plan, backbone: Backbone) -> None:
         self._plan, self._backbone = plan, backbone
-        self._depth = 0 if backbone.vision is None else backbone.vision.depth
+        self._vision: VisionEncoder | None = backbone.vision
         self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
         self._extra = 0
         """Prefix tokens that have become rows: those still present in the encoder's output."""
         self._tapped: dict[int, QueryKey] = {}
-        self._at: list[list[Rows]] = []
-        """Rows behind each layer that has run."""
+        self._seen: list[list[Rows]] = []
+        """Rows that the attention of each layer that has run has seen."""
+        self._features: list[Rows] | None = None
+        """Rows of the features that the projector gets, once their layer has run."""
+        self._prefix_rows: Tensor | None = None
+        """Prefix rows (images, prefix, dim) beside these features."""
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
@@ -54,32 +52,42 @@ class EncodeRun:
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows the stages left."""
-        encoder = self._backbone.vision
-        assert encoder is not None
+        vision = self._vision
+        assert vision is not None
         hidden = args[0] if args else kwargs["hidden_states"]
         if number == 0:
-            self._begin([hidden.shape[1] - encoder.prefix] * hidden.shape[0], hidden)
-        implementation = encoder.owner.config._attn_implementation
-        stages = self._plan.encode_at.get(number, ())
-        if stages:
-            counts = [len(rows.places) for rows in self._rows]
-            features = [hidden[i, encoder.prefix : encoder.prefix + n] for i, n in enumerate(counts)]
-            decided = self._decide(number, features, stages, encoder.prefix)
-            hidden = torch.cat((hidden[:, : encoder.prefix], pad_sequence(decided, batch_first=True)), 1)
-        mask = self._mask(hidden, encoder.prefix, implementation)
-        if mask is not None:
-            if len(args) > 1:
-                args = (args[0], mask, *args[2:])
-            else:
-                kwargs = kwargs | {"attention_mask": mask}
-        args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+            self._begin([hidden.shape[1] - vision.prefix] * hidden.shape[0], hidden)
+        hidden = self._decide_inside(number, hidden)
+        args, kwargs = self._masked(*with_hidden(hidden, args, kwargs), hidden)
+        self._seen.append(list(self._rows))
         if number in self._taps:
-            with tap(implementation, lambda seen: self._keep_tapped(number, seen)):
-                output = uncompiled(layer)(*args, **kwargs)
+            with tap(vision.owner.config._attn_implementation, lambda seen: self._keep_tapped(number, seen)):
+                output = self._run(number, layer, (args, kwargs), tapped=True)
         else:
-            output = layer(*args, **kwargs)
-        self._at.append(list(self._rows))
+            output = self._run(number, layer, (args, kwargs), tapped=False)
+        if number == vision.feature_layer - 1:
+            self._features, self._prefix_rows = list(self._rows), output[:, : vision.prefix]
         return output
+
+    def _run(self, number: int, layer: nn.Module, arguments: Arguments, *, tapped: bool) -> Any:
+        args, kwargs = arguments
+        if not self._plan.encode_at.get(number + 0.5):
+            return (uncompiled(layer) if tapped else layer)(*args, **kwargs)
+        assert self._vision is not None
+        assert self._vision.sublayers is not None  # the policy is refused otherwise
+        parts = self._vision.sublayers(layer)
+        return in_two(layer, parts, arguments, partial(self._decide_inside, number + 0.5))
+
+    def features(self, rows: Float[Tensor, "images rows dim"]) -> Float[Tensor, "images rows dim"]:
+        """What the projector gets instead of `rows`: the features as the stages at `features` leave them."""
+        assert self._features is not None
+        assert self._vision is not None
+        assert self._prefix_rows is not None
+        self._rows, stages = self._features, self._plan.encode_at["features"]
+        own = [row[: len(left.places)] for row, left in zip(rows, self._rows, strict=True)]
+        decided = self._decide("features", own, stages, self._prefix_rows, self._vision.prefix)
+        self._features = list(self._rows)
+        return pad_sequence(decided, batch_first=True)
 
     def finish(
         self, entries: Sequence[Tensor], views_of: Callable[[Sequence[int]], list[list[View]]]
@@ -88,12 +96,11 @@ class EncodeRun:
 
         `views_of` says which images are inside entries of given sizes.
         """
-        encoder, extra = self._backbone.vision, 0
-        if self._at:
-            assert encoder is not None
-            extra = encoder.select_prefix
-            self._extra = extra
-            self._rows = [self._shifted(rows, extra) for rows in self._at[encoder.feature_layer - 1]]
+        vision, extra = self._vision, 0
+        if self._features is not None:
+            assert vision is not None
+            self._extra = extra = vision.select_prefix
+            self._rows = [rows.behind(extra) for rows in self._features]
             self._sizes = [size + extra for size in self._sizes]
             views = views_of(self._sizes)
             features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
@@ -108,7 +115,8 @@ class EncodeRun:
         stages = self._plan.encode_at.get(None, ())
         if stages:
             self._grids = [view.grid for own in views for view in own]
-            features = self._decide(None, features, stages, 0 if encoder is None else encoder.prefix - extra)
+            none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
+            features = self._decide(None, features, stages, none, 0 if vision is None else vision.prefix - extra)
         return self._refilled(views, whole, features, entries[0][:0])
 
     def _refilled(
@@ -133,63 +141,91 @@ class EncodeRun:
         return full, tables
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
-        self._tapped[number] = seen
+        self._tapped[number] = replace(seen, causal=False)
 
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
         self._grids = [self._backbone.grid(size) for size in sizes]
-        self._rows = [
-            Rows(torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.bool, device=like.device))
-            for n in sizes
-        ]
+        self._rows = [Rows.whole(n, like) for n in sizes]
 
-    @staticmethod
-    def _shifted(rows: Rows, extra: int) -> Rows:
-        """Rows of a tower whose prefix tokens reach the LLM too: they fill the first placeholders."""
-        if not extra:
-            return rows
-        first = torch.arange(extra, device=rows.places.device)
-        return Rows(
-            torch.cat((first, rows.places + extra)),
-            torch.cat((torch.zeros_like(first).bool(), rows.protected)),
-            rows.rewritten,
-        )
+    def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
+        """Arguments of a layer with the mask that its rows need, if any."""
+        mask = self._mask(hidden)
+        if mask is None:
+            return args, kwargs
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, kwargs | {"attention_mask": mask}
 
-    def _mask(self, hidden: Tensor, prefix: int, implementation: str) -> Tensor | None:
-        """Hides the padding of images that have fewer rows than others; `None` where all have the same number."""
+    def _mask(self, hidden: Tensor) -> Tensor | None:
+        """Hides the padding of images that have fewer rows than others, and lets merged rows weigh what they are.
+
+        `None` where all images have the same number of rows and no row weighs more than one.
+        """
+        assert self._vision is not None
+        prefix, implementation = self._vision.prefix, self._vision.owner.config._attn_implementation
         counts = [len(rows.places) for rows in self._rows]
-        if len(set(counts)) == 1:
+        weighs = any(rows.proportional for rows in self._rows)
+        if len(set(counts)) == 1 and not weighs:
             return None
         keys = torch.arange(hidden.shape[1], device=hidden.device)
         seen = keys < prefix + torch.tensor(counts, device=hidden.device)[:, None]
         if "flash" in implementation:
+            if weighs:
+                raise UnsupportedModel(
+                    "vision encoder: flash attention cannot weigh merged rows by their sizes; load the vision tower "
+                    "with 'sdpa' or 'eager' attention, or switch proportional attention off"
+                )
             return seen
         wide = seen[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
-        if implementation != "eager":
+        if implementation != "eager" and not weighs:
             return wide
-        return torch.zeros_like(wide, dtype=hidden.dtype).masked_fill(~wide, torch.finfo(hidden.dtype).min)
+        bias = torch.zeros(seen.shape, device=hidden.device)
+        for image, rows in enumerate(self._rows):
+            if rows.proportional:
+                bias[image, prefix : prefix + len(rows.places)] = rows.sizes.float().log()
+        bias = bias.to(hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        return bias[:, None, None, :].expand_as(wide)
+
+    def _decide_inside(self, boundary: int | float, hidden: Tensor) -> Tensor:
+        """Hidden states (images, prefix + rows, dim) as the stages at a boundary of the encoder leave them."""
+        stages = self._plan.encode_at.get(boundary, ())
+        if not stages:
+            return hidden
+        assert self._vision is not None
+        prefix = hidden[:, : self._vision.prefix]
+        own = [hidden[i, prefix.shape[1] :][: len(rows.places)] for i, rows in enumerate(self._rows)]
+        decided = self._decide(boundary, own, stages, prefix, prefix.shape[1])
+        return torch.cat((prefix, pad_sequence(decided, batch_first=True)), 1)
 
     def _decide(
-        self, boundary: int | None, features: list[Tensor], stages: Sequence[tuple[str, Any]], prefix: int
+        self,
+        boundary: EncodeBoundary,
+        features: list[Tensor],
+        stages: Sequence[tuple[str, Any]],
+        prefix_rows: Tensor,
+        prefix: int,
     ) -> list[Tensor]:
         """Ask the stages one after the other, each seeing the rows that the one before has left."""
-        encoder = self._backbone.vision
         for name, stage in stages:
             call = EncodeCall(
                 boundary=boundary,
                 features=tuple(features),
+                prefix_rows=prefix_rows,
                 places=tuple(rows.places for rows in self._rows),
+                sizes=tuple(rows.sizes for rows in self._rows),
                 grids=tuple(self._grids),
                 prefix=prefix,
-                has_cls=encoder is not None and encoder.has_cls,
-                attention=self._attention,
+                has_cls=self._vision is not None and self._vision.has_cls,
+                attention=lambda layer, rows: row_attention(self._query_key(layer), rows),
                 columns=self._columns,
+                tapped=self._query_key,
             )
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
-                where = f"stages.{name}"
                 applied = [
-                    _apply(answer, i, f, r, where) for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
+                    apply(answer, i, f, r, f"stages.{name}")
+                    for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
                 ]
                 before = tuple(rows.places for rows in self._rows)
                 features, self._rows = [f for f, _ in applied], [r for _, r in applied]
@@ -199,30 +235,30 @@ class EncodeRun:
         return features
 
     def _absolute(self, layer: int) -> int:
-        return layer if layer >= 0 else layer + self._depth
+        return layer if layer >= 0 or self._vision is None else layer + self._vision.depth
 
-    def _attention(self, layer: int, rows: Tensor) -> Tensor:
+    def _query_key(self, layer: int) -> QueryKey:
         number = self._absolute(layer)
         if number not in self._tapped:
             raise DecisionError(
                 f"attention of vision layer {layer}: list the layer in the stage's `vision_taps`, and ask for it at a "
                 "boundary behind it"
             )
-        return row_attention(replace(self._tapped[number], causal=False), rows)
+        return self._tapped[number]
 
     def _columns(self, layer: int) -> tuple[Tensor, ...]:
         """Keys of vision layer `layer` that the present rows were when it ran."""
-        encoder, number = self._backbone.vision, self._absolute(layer)
-        assert encoder is not None  # a policy with vision taps is refused without one
+        vision, number = self._vision, self._absolute(layer)
+        assert vision is not None  # a policy with vision taps is refused without one
         found = []
-        for now, then in zip(self._rows, self._at[number], strict=True):
+        for now, then in zip(self._rows, self._seen[number], strict=True):
             if now.rewritten != then.rewritten:
                 raise DecisionError(
                     f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
                     "them; read a layer behind the merging, or ask before it"
                 )
-            places = self._shifted(then, self._extra).places
-            found.append(torch.searchsorted(places, now.places) + encoder.prefix - self._extra)
+            places = then.behind(self._extra).places
+            found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
         return tuple(found)
 
 
@@ -233,37 +269,3 @@ def _filled(view: View, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
     patch = (~view.extra(own.device)).nonzero()[:, 0]
     full = own.new_zeros(view.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
     return torch.where(view.extra(own.device)[:, None], whole, full) if view.has_extra else full
-
-
-def _apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str) -> tuple[Tensor, Rows]:
-    """One image's part of a decision."""
-    if answer.rows is not None:
-        if answer.places is None or answer.keep is not None:
-            raise DecisionError(f"{where}: `encode` returned rows; they go with `places`, and not with `keep`")
-        features, places = answer.rows[image], answer.places[image]
-        held = rows.protected.new_zeros(int(rows.places.max()) + 1).index_copy(0, rows.places, rows.protected)
-        if (
-            len(features) != len(places)
-            or not bool(torch.isin(places, rows.places).all())
-            or bool((places.diff() <= 0).any())
-        ):
-            raise DecisionError(
-                f"{where}: `encode` returned {len(features)} rows and places {tuple(places.shape)} for image {image}; "
-                "expected one place per row, ascending, out of the payload's places"
-            )
-        rows = Rows(places, held[places], rows.rewritten + 1)
-    elif answer.keep is not None:
-        keep = _fits(answer.keep[image], rows, image, where) | rows.protected
-        features, rows = features[keep], replace(rows, places=rows.places[keep], protected=rows.protected[keep])
-    if answer.protect is not None:
-        rows = replace(rows, protected=rows.protected | _fits(answer.protect[image], rows, image, where))
-    return features, rows
-
-
-def _fits(mask: Tensor, rows: Rows, image: int, where: str) -> Tensor:
-    if mask.dtype != torch.bool or mask.shape != rows.places.shape:
-        raise DecisionError(
-            f"{where}: `encode` returned a mask of {mask.dtype} {tuple(mask.shape)} for image {image}, "
-            f"expected torch.bool {tuple(rows.places.shape)}"
-        )
-    return mask

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dropflow.payloads import CacheView, Encode
     from dropflow.prompt import Prompt
-    from dropflow.stage import Window
+    from dropflow.stage import EncodeBoundary, Window
     from dropflow.views import View
 
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class EncodeStep:
     """What one stage decided at one boundary of the vision encoder, or on its output."""
 
-    boundary: int | None
-    """Vision encoder boundary, or `None` for the projected output in front of the LLM."""
+    boundary: EncodeBoundary
+    """As in `EncodeCall.boundary`: `None` for the projected output in front of the LLM."""
     stage: str
     """Its name in the policy."""
     before: tuple[Int[Tensor, "rows"], ...]
@@ -75,6 +75,8 @@ class BoundaryEvent:
     """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""
     keeps: Mapping[str, Bool[Tensor, "batch slots"]]
     """What each stage answered, by stage name; text and protected tokens stay whatever it says."""
+    merged_into: Int[Tensor, "batch tokens"] | None = None
+    """Logical index of the token that each one's state was merged into, its own for most; `None` without merging."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow import refuse
@@ -89,6 +89,13 @@ class Flow:
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
         """Which tokens of the last prefill that brought images were live in front of each layer; errors as `report`."""
         return self._last().live()
+
+    def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
+        """Boundary -> logical index of the token that each one's state was merged into there; its own for most.
+
+        Boundaries where nothing was merged are left out. Of the last prefill that brought images; errors as `report`.
+        """
+        return dict(self._last().merges)
 
     def _last(self) -> CallRecord:
         if self._plan.idle:

@@ -65,6 +65,11 @@ class LiveSet:
         index = self.index.view(*self.index.shape, *[1] * (per_token.dim() - 2))
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
+    def to_tokens(self, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch tokens"]:
+        """Slots named by slots, as tokens named by tokens; tokens without a slot name themselves."""
+        own = torch.arange(self.total, device=slots.device).repeat(len(slots), 1)
+        return own.scatter_(1, self.index, self.index.gather(1, slots))
+
     def restrict(self, previous: LiveSet, states: Float[Tensor, "batch slots dim"], raw: Tensor | None) -> Tensor:
         """Move states from the slots of `previous` to the slots of this set.
 

@@ -1,4 +1,4 @@
-"""Pure functions that merge the patches of one image: windows of its grid, how alike they are, and their means."""
+"""Pure functions that merge tokens: windows of a patch grid, how alike they are, and means."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def merge_windows(
     left = torch.ones(len(features), dtype=torch.bool, device=features.device)
     left[inside.flatten()] = False
     return features[inside].mean(1), left.nonzero()[:, 0]
+
+
+def mean_into(
+    states: Float[Tensor, "batch slots dim"], into: Int[Tensor, "batch slots"]
+) -> Float[Tensor, "batch slots dim"]:
+    """States in which every slot that others name in `into` holds the mean of theirs and its own.
+
+    Slots that no other names keep their states bit by bit; means are taken in float32 at least.
+    """
+    count = torch.zeros(into.shape, device=states.device).scatter_add(1, into, torch.ones_like(into).float())
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    sums = torch.zeros_like(wide).scatter_add(1, into[:, :, None].expand_as(wide), wide)
+    means = (sums / count.clamp(min=1)[:, :, None]).to(states.dtype)
+    return torch.where((count > 1)[:, :, None], means, states)

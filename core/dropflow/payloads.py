@@ -15,12 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dropflow.attention import QueryKey
     from dropflow.backbone import Backbone
-    from dropflow.stage import Window
+    from dropflow.stage import EncodeBoundary, Window
 
 RowAttention = Callable[[int, Tensor], Tensor]
 Columns = Callable[[int], tuple[Tensor, ...]]
 Lazily = Callable[[], tuple[Tensor, ...]]
+Tapped = Callable[[int], "QueryKey"]
+HeadRows = Float[Tensor, "heads rows dim"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,16 @@ class WindowCall:
     """Visual tokens of each sample that reach the LLM."""
     text_tokens: Int[Tensor, "batch"]
     """Text tokens of each sample in this call, padding excluded."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What entered the LLM in this call, by logical token, before any layer ran."""
+
+    embeds: Float[Tensor, "batch tokens dim"]
+    """Text embeddings and projected image features, those that an `encode` stage made included."""
+    image: Int[Tensor, "batch tokens"]
+    """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +85,22 @@ class PruneCall:
     """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
     window: Window
     """Where vision enters and exits in this call."""
+    entry: Entry
     attention: RowAttention
+    tapped: Tapped
+    final_norm: Callable[[Tensor], Tensor] | None
+    """The norm behind the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
+
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
+
+    def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
+        """Keys of an earlier layer that the stage lists in `taps`, behind k-norm and RoPE, for the slots.
+
+        Raises `DecisionError` where the live set has changed since that layer ran.
+        """
+        return self.tapped(layer).key[:, :, -self.index.shape[1] :]
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
         """Attention probabilities of a few query rows of one layer, as the eager model would show them.
@@ -106,18 +131,29 @@ class Keep:
     From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
     changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
     """
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
+
+    The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
+    layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
+    image; a named token names its own slot. Entries of text and padding are ignored.
+    """
 
 
 @dataclass(frozen=True)
 class EncodeCall:
-    """Payload of `encode`: the rows of each image, at a boundary of the vision encoder or on its output."""
+    """Payload of `encode`: the rows of each image, inside the vision encoder or on its output."""
 
-    boundary: int | None
-    """Vision encoder boundary, or `None` for the projected output in front of the LLM."""
+    boundary: EncodeBoundary
+    """The one of the stage's `encode_at` that is being asked; `None` is the projected output in front of the LLM."""
     features: tuple[Float[Tensor, "rows dim"], ...]
     """Patch rows of each image (picture, tile or frame), without CLS and newline rows."""
+    prefix_rows: Float[Tensor, "images prefix dim"]
+    """Rows (such as CLS) that the encoder holds in front of the patches; behind the projector, none are given."""
     places: tuple[Int[Tensor, "rows"], ...]
     """For each row, which of the image's patches it stands for (0-based, ascending, row by row of the grid)."""
+    sizes: tuple[Float[Tensor, "rows"], ...]
+    """Patches that each row is the mean of, as the stages that merged them said; 1 for a row nobody has merged."""
     grids: tuple[tuple[int, int] | None, ...]
     """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
     prefix: int
@@ -127,6 +163,19 @@ class EncodeCall:
     attention: RowAttention
     columns: Columns
     """Which keys of a tapped layer the present rows of each image were."""
+    tapped: Tapped
+
+    def query_keys(
+        self, layer: int
+    ) -> tuple[tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads rows dim"]], ...]:
+        """q and k of a tapped vision layer for the prefix and the present rows of each image, before any scaling.
+
+        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention`.
+        """
+        seen, columns = self.tapped(layer), self.columns(layer)
+        first = torch.arange(self.prefix, device=seen.key.device)
+        own = [torch.cat((first, of_image)) for of_image in columns]
+        return tuple((seen.query[i, :, rows], seen.key[i, :, rows]) for i, rows in enumerate(own))
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "images rows"]) -> Float[Tensor, "images heads rows keys"]:
         """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
@@ -179,6 +228,11 @@ class Encode:
     """New rows that replace the present ones, such as merged tokens; goes with `places`, not with `keep`."""
     places: tuple[Int[Tensor, "merged"], ...] | None = None
     """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
+    sizes: tuple[Float[Tensor, "merged"], ...] | None = None
+    """Patches that each new row is the mean of, for `EncodeCall.sizes` of later calls; 1 each if left out."""
+    proportional: bool = False
+    """Whether each new row counts in the attention of the encoder's later layers as often as its size says (the
+    logarithm of the size is added to its logits), so that merged rows weigh what their members did."""
     protect: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows, among those present after this decision, that no later stage may drop."""
     shares: Lazily | None = None

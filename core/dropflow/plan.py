@@ -11,7 +11,7 @@ from dropflow.errors import PolicyError
 from dropflow.hooks import HOOKS, Hooks
 from dropflow.policy import Policy
 from dropflow.schedule import Schedule, schedule
-from dropflow.stage import Forecast, Stage, StageContext, Window
+from dropflow.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.units import Budget, Scale, Shape
 
 
@@ -41,9 +41,9 @@ class Plan:
         return asked
 
     @cached_property
-    def encode_at(self) -> dict[int | None, tuple[tuple[str, Stage[Any]], ...]]:
-        """Vision boundary (`None`: the output) -> stages asked to encode there, in policy order."""
-        asked: dict[int | None, tuple[tuple[str, Stage[Any]], ...]] = {}
+    def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
+        """Place on the vision side -> stages asked to encode there, in policy order."""
+        asked: dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]] = {}
         for name, stage in self.hooks.implementers("encode"):
             for boundary in stage.encode_at:
                 asked[boundary] = (*asked.get(boundary, ()), (name, stage))

@@ -62,10 +62,14 @@ class CallRecord:
     seen: int = 0
     """Logical tokens of earlier calls."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
+    merges: dict[int, Tensor] = field(default_factory=dict)
+    """Boundary -> logical index of the token that each one's state was merged into."""
 
-    def add(self, boundary: int, live: Tensor) -> None:
-        """Note that `live` (batch, tokens) holds from `boundary` on."""
+    def add(self, boundary: int, live: Tensor, merged: Tensor | None = None) -> None:
+        """Note that `live` (batch, tokens) holds from `boundary` on, and who was `merged` into whom there."""
         self.segments.append((boundary, live))
+        if merged is not None:
+            self.merges[boundary] = merged
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
         """Tokens that were live in front of each layer."""

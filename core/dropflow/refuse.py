@@ -15,6 +15,7 @@ from dropflow.vision import FlowFeatures
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
     from dropflow.plan import Plan
+    from dropflow.stage import EncodeBoundary
 
 
 def check_model(backbone: Backbone, plan: Plan) -> None:
@@ -48,16 +49,34 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     if vision is None:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [f"stages.{name}: works inside the vision encoder, which this adapter cannot reach" for name in names]
-    return [
+    faults = [
         f"stages.{name}: works at boundary {b} of the vision encoder, expected 0 to {vision.feature_layer - 1}, in "
         f"front of the layers that the features for the LLM pass through"
         for name, b in boundaries
-        if not 0 <= b < vision.feature_layer
-    ] + [
+        if not isinstance(b, str) and not (0 <= b < vision.feature_layer and b % 1 in (0, 0.5))
+    ]
+    lacking = {
+        name: what
+        for name, b in boundaries
+        for what, lacks in (
+            ("on what the projector gets", b == "features" and vision.projector is None),
+            ("between attention and feed-forward part of a layer", _inside_layer(b) and vision.sublayers is None),
+        )
+        if lacks
+    }
+    faults += [
+        f"stages.{name}: works {what}, which this adapter does not name; see `VisionEncoder`"
+        for name, what in lacking.items()
+    ]
+    return faults + [
         f"stages.{name}: reads vision layer {layer}, but the encoder has layers 0 to {vision.depth - 1}"
         for name, layer in taps
         if not -vision.depth <= layer < vision.depth
     ]
+
+
+def _inside_layer(boundary: EncodeBoundary) -> bool:
+    return isinstance(boundary, float) and boundary % 1 == 0.5
 
 
 def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings_images: bool) -> None:

@@ -17,6 +17,7 @@ from dropflow.events import BoundaryEvent, CacheEvent, Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
 from dropflow.masks import OWN_WAY, causal_mask, gather_mask, restrict_argument
+from dropflow.merging import mean_into
 from dropflow.positions import renumbered
 from dropflow.probe import Arguments, LayerProbe, with_hidden
 from dropflow.prompt import Prompt
@@ -170,19 +171,27 @@ class Run:
             want = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
         shown, decision = self.live, Decision(self.want)
+        merged: Tensor | None = None
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
             training = torch.is_grad_enabled() and self.backbone.text.training
-            standing = Standing(number, window, self.live, self.want, hidden, training)
+            norm = self.backbone.final_norm
+            standing = Standing(number, window, self.live, self.want, hidden, norm, self.embeds, training)
             decision = decide_keeps(
-                self.plan, prompt, standing, lambda asked, rows: self._attention_rows(asked, rows, probe)
+                self.plan,
+                prompt,
+                standing,
+                lambda asked, rows: self._attention_rows(asked, rows, probe),
+                self._seen_now,
             )
+            if decision.merge_into is not None:
+                hidden, merged = mean_into(hidden, decision.merge_into), shown.to_tokens(decision.merge_into)
             hidden = self._move(decision.want, hidden, None)
             self._weigh(decision.log_weights)
         if self.record is not None:
-            self.record.add(number, self.want)
+            self.record.add(number, self.want, merged)
         if self.plan.hooks.watched("observe"):
-            self._tell(number, tuple(name for name, _ in stages), shown, prompt, decision)
+            self._tell(number, tuple(name for name, _ in stages), shown, prompt, decision, merged)
         return with_hidden(hidden, args, kwargs)
 
     def _outside(self, prompt: Prompt, number: int) -> Tensor:
@@ -191,7 +200,15 @@ class Run:
             return prompt.text
         return prompt.text | (self._outlive & prompt.present)
 
-    def _tell(self, number: int, names: tuple[str, ...], shown: LiveSet, prompt: Prompt, decision: Decision) -> None:
+    def _tell(
+        self,
+        number: int,
+        names: tuple[str, ...],
+        shown: LiveSet,
+        prompt: Prompt,
+        decision: Decision,
+        merged: Tensor | None,
+    ) -> None:
         """Tell those who watch what was applied; `shown` are the slots that the stages saw."""
         event = BoundaryEvent(
             boundary=number,
@@ -204,6 +221,7 @@ class Run:
             index=shown.index,
             scores=decision.scores,
             keeps=decision.keeps,
+            merged_into=merged,
         )
         self.plan.hooks.observe(event)
 
@@ -223,16 +241,18 @@ class Run:
 
     def _attention_rows(self, layer: int, rows: Tensor, probe: LayerProbe | None = None) -> Tensor:
         """Attention rows of a tapped layer, or by `probe` of the layer in front of which the run stands."""
-        if layer in self._tapped:
-            live, seen = self._tapped[layer]
-            if live is not self.live:
-                raise DecisionError(f"attention_rows({layer}): the live set has changed since that layer ran")
-            return row_attention(seen, rows)
-        if probe is None or layer != probe.number:
-            raise DecisionError(
-                f"attention_rows({layer}): list the layer in the stage's `taps` to read it after it ran"
-            )
-        return probe.rows(rows)
+        if probe is not None and layer == probe.number:
+            return probe.rows(rows)
+        return row_attention(self._seen_now(layer), rows)
+
+    def _seen_now(self, layer: int) -> QueryKey:
+        """q and k of a tapped layer, if the tokens it saw are those that are live now."""
+        if layer not in self._tapped:
+            raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
+        live, seen = self._tapped[layer]
+        if live is not self.live:
+            raise DecisionError(f"layer {layer}: the live set has changed since its attention ran")
+        return seen
 
     def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""

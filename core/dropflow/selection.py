@@ -1,4 +1,4 @@
-"""Pure functions that choose tokens: top-k per image, with a stated rule for ties."""
+"""Pure functions that choose tokens: top-k, per image or for all, with a stated rule for ties."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def top(scores: Float[Tensor, "tokens"], count: int) -> Int[Tensor, "count"]:
+    """The `count` highest-scored tokens, best first, ties to the lowest index; all of them if there are fewer."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count]
 
 
 def keep_top(

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from dropflow.errors import PolicyError
 from dropflow.units import Budget, Rounding, Scale
 
+EncodeBoundary = int | float | Literal["features"] | None
+"""A place on the vision side: in front of layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
+and its feed-forward part; `features`, behind all layers, on what the projector gets; `None`, behind the projector."""
+
 
 class StageOptions(BaseModel):
     """Base of every stage's options: unknown keys are errors, values are frozen, defaults are validated."""
@@ -116,7 +120,7 @@ class Stage(Generic[O_co]):
     example: ClassVar[Mapping[str, Any]] = {}
     """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Backbone facts it cannot do without: any of `cls`, `grid`, `vision_layers`."""
+    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.backbone.FACTS`."""
     training_free: ClassVar[bool] = True
     """False where the published method trains the model through this stage; it runs without, with less accuracy."""
 
@@ -130,8 +134,8 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
-    def encode_at(self) -> tuple[int | None, ...]:
-        """Vision encoder boundaries at which `encode` is asked; `None` is the encoder's output before the LLM."""
+    def encode_at(self) -> tuple[EncodeBoundary, ...]:
+        """Where `encode` is asked; `None`, the encoder's output in front of the LLM, unless a stage says otherwise."""
         return (None,)
 
     @property

@@ -9,7 +9,8 @@ taken off before the model sees them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +62,8 @@ class Vision:
         if self._stand_in is None:
             output = features()
         else:
-            self._stand_in.install(run.layer)
-            try:
+            with self._inside(run):
                 output = features()
-            finally:
-                self._stand_in.remove()
         name, pooled = _features(output)
         found = _entries(pooled)
         views: list[list[View]] = []
@@ -91,6 +89,24 @@ class Vision:
         flat = tuple(view for own in views for view in own)
         prefix = 0 if encoder is None else encoder.select_prefix
         self._plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
+
+    @contextmanager
+    def _inside(self, run: EncodeRun) -> Iterator[None]:
+        """Let `run` call the encoder's layers, and see what the projector gets if a stage asks for it."""
+        vision = self._backbone.vision
+        assert self._stand_in is not None
+        assert vision is not None
+        self._stand_in.install(run.layer)
+        asked = vision.projector is not None and "features" in self._plan.encode_at
+        handle = None
+        if asked:
+            handle = vision.projector.register_forward_pre_hook(lambda _, args: (run.features(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            self._stand_in.remove()
+            if handle is not None:
+                handle.remove()
 
 
 def plain_flags(

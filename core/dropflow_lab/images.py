@@ -1,7 +1,9 @@
-"""Reads image files."""
+"""Reads image files, and makes pictures smaller: the control of fewer tokens by fewer pixels."""
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -18,3 +20,43 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not an image that can be read: {error}") from None
+
+
+def downsample(image: Image.Image, tokens: int, cell: int) -> Image.Image:
+    """The picture made so small that it has at most `tokens` cells of `cell` x `cell` pixels, near its aspect ratio.
+
+    `cell` is the side of the square that becomes one visual token: the patch size, times the merge size where a family
+    merges patches (14 x 2 for Qwen2-VL). What "as many tokens by fewer pixels" means depends on the backbone:
+
+    - Where a picture keeps its resolution (Qwen2-VL and the like), each cell becomes one token, so that the smaller
+      picture really costs `tokens`. Its processor must not enlarge it again: `tokens` times `cell` squared must be at
+      least its smallest number of pixels.
+    - Where the encoder has one resolution (CLIP or SigLIP in LLaVA-1.5), the processor enlarges the picture again. The
+      model then sees only what `tokens` cells can hold, but computes on as many tokens as before: this controls for
+      what is lost, not for what is saved. `control/pool` saves tokens there.
+    - Where a picture is cut into tiles (LLaVA-NeXT, InternVL), the same holds for every tile; fewer tokens come in
+      steps of whole tiles.
+
+    A picture that has no more cells already is returned as it is. Raises `ValueError` below one token or pixel.
+    """
+    if tokens < 1 or cell < 1:
+        raise ValueError(f"downsample: expected tokens and cell of at least 1, got {tokens} and {cell}")
+    width, height = image.size
+    if max(1, round(width / cell)) * max(1, round(height / cell)) <= tokens:
+        return image
+    rows, columns = grid_within(image.size, tokens)
+    return image.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+
+
+def grid_within(size: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Rows and columns of at most `tokens` cells for a picture of `size` (width, height), near its aspect ratio.
+
+    Of the whole numbers next to the ideal ones, those that make the most cells; among equals, the truest to the ratio.
+    """
+    width, height = size
+    ideal = math.sqrt(tokens * height / width), math.sqrt(tokens * width / height)
+    if min(ideal) < 1:
+        return (1, tokens) if width > height else (tokens, 1)
+    near = [(math.floor(side + 1e-9), math.ceil(side - 1e-9)) for side in ideal]
+    fits = [(rows, columns) for rows, columns in product(*near) if rows * columns <= tokens]
+    return max(fits, key=lambda grid: (grid[0] * grid[1], -abs(math.log(grid[1] * height / (grid[0] * width)))))

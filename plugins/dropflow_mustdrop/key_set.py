@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Stage, StageOptions, hookimpl
+from dropflow.selection import top
 
 
 class KeySetOptions(StageOptions):
@@ -59,5 +60,4 @@ class KeySet(Stage[KeySetOptions]):
 
 def key_indices(scores: Float[Tensor, "rows"], share: float) -> Int[Tensor, "keys"]:
     """The `ceil(share * rows)` best-scored rows in descending order, ties to the lowest index."""
-    count = math.ceil(share * len(scores))
-    return torch.sort(scores, descending=True, stable=True).indices[:count]
+    return top(scores, math.ceil(share * len(scores)))

@@ -36,6 +36,7 @@ class Pyramid(Stage[PyramidOptions]):
     Options = PyramidOptions
     summary = "at a few boundaries the tokens that the instruction attends to most stay, half as many each time"
     paper = "arXiv:2410.17247, section 3.2"
+    training_free = False
     example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.5, 0.7: 0.25}}
 
     def __init__(self, options: PyramidOptions, context: StageContext) -> None:

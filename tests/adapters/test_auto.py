@@ -108,7 +108,7 @@ def test_a_model_of_another_shape_is_refused_with_the_reason(build: Callable[[],
     assert not model._forward_hooks
 
 
-@pytest.mark.parametrize("fact", ["cls", "grid", "vision_layers"])
+@pytest.mark.parametrize("fact", ["cls", "grid", "projector", "sublayers", "vision_layers"])
 def test_a_stage_that_needs_what_cannot_be_known_is_refused(fact: str) -> None:
     class Needy(Ranked):
         needs: ClassVar[frozenset[str]] = frozenset({fact})
@@ -139,5 +139,5 @@ def test_a_type_without_an_adapter_gets_auto_by_itself() -> None:
         model(**inputs)
         visual = flow.live() & (inputs["input_ids"] == IMAGE)
     assert visual.sum(2).tolist() == [[0, 0, 0], [9, 18, 0], [5, 10, 0], [5, 10, 0], [2, 4, 0], [0, 0, 0]]
-    assert Auto(model).facts() == frozenset()
+    assert Auto(model).facts() == {"final_norm"}
     assert Auto(model).shape.visual_tokens is None

@@ -9,7 +9,7 @@ import torch
 from tiny import IMAGE, prompt, tiny_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig, ViTConfig
 
-from dropflow.backbone import backbone_for
+from dropflow.backbone import FACTS, backbone_for
 from dropflow.errors import UnsupportedModel
 from dropflow.units import Shape
 
@@ -23,7 +23,7 @@ def test_facts(tower: str) -> None:
     assert backbone.text is model.model.language_model
     assert backbone.grid(16) == (4, 4)
     assert backbone.grid(17) is None
-    assert backbone.facts() == ({"vision_layers", "cls", "grid"} if tower == "clip" else {"vision_layers", "grid"})
+    assert backbone.facts() == (set(FACTS) if tower == "clip" else set(FACTS) - {"cls"})
     vision = backbone.vision
     assert vision is not None
     assert vision.owner is model.model.vision_tower.encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, hookimpl
 from dropflow.errors import DecisionError, PolicyError, UnsupportedCall
 from dropflow.testing import MaskedOracle
+from dropflow_adapters.llava import Llava
 
 BUDGET = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
@@ -151,6 +153,62 @@ def test_cls_attention_equals_the_eager_map() -> None:
     siglip = tiny_llava(tower="siglip")
     with pytest.raises(PolicyError, match=r"stages\.look: needs cls"):
         dropflow.attach(siglip, policy(look={"use": Cls}))
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@torch.no_grad()
+def test_stages_on_the_features_see_what_the_projector_would_get(tower: str) -> None:
+    model, inputs = tiny_llava(tower=tower), prompt()
+    hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[3]
+    plain, prefix = model.get_image_features(inputs["pixel_values"]).pooler_output, int(tower == "clip")
+    seen: list[EncodeCall] = []
+
+    class OnFeatures(EveryOther):
+        vision_taps = (-1,)
+
+        @property
+        def encode_at(self) -> tuple[str]:  # type: ignore[override]
+            return ("features",)
+
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            seen.append(call)
+            return super().encode(call)
+
+    with dropflow.attach(model, policy(drop={"use": InsideEncoder}, on={"use": OnFeatures})):
+        model.get_image_features(inputs["pixel_values"])
+    assert [len(f) for f in seen[0].features] == [8, 6, 8]
+    with dropflow.attach(model, policy(on={"use": OnFeatures})):
+        output = model.get_image_features(inputs["pixel_values"])
+        queries, keys = seen[1].query_keys(-1)[1]
+    assert torch.equal(torch.stack(seen[1].features), hidden[:, prefix:])
+    assert torch.equal(seen[1].prefix_rows, hidden[:, :prefix])
+    attention = model.model.vision_tower.encoder.layers[3].self_attn
+    normed = model.model.vision_tower.encoder.layers[3].layer_norm1(hidden[1])
+    own = [*range(prefix), *range(prefix, 16 + prefix, 3)]  # asked behind the decision: of the rows that are left
+    for got, projection in ((queries, attention.q_proj), (keys, attention.k_proj)):
+        assert relative_error(got, projection(normed).unflatten(1, (2, -1)).transpose(0, 1)[:, own]) < 1e-5
+    for image, rows in enumerate(output.pooler_output):
+        kept = torch.arange(0, 16, 2 + image % 2)
+        assert relative_error(rows[kept], plain[image][kept]) < 1e-5
+        assert int((rows != 0).any(1).sum()) == len(kept)
+
+
+def test_places_that_a_backbone_does_not_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llava()
+    vision = replace(Llava(model).vision, projector=None, sublayers=None)
+    monkeypatch.setattr(Llava, "vision", vision)
+    for place, message in (
+        ("features", r"stages\.s: works on what the projector gets, which this adapter does not name"),
+        (1.5, r"stages\.s: works between attention and feed-forward part of a layer, which this adapter does not name"),
+        (1.25, r"stages\.s: works at boundary 1\.25 of the vision encoder, expected 0 to 2"),
+    ):
+
+        class Somewhere(EveryOther):
+            boundary = place  # type: ignore[assignment]
+
+        with pytest.raises(PolicyError, match=message):
+            dropflow.attach(model, policy(s={"use": Somewhere}))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import dropflow
-from dropflow import BoundaryEvent, PruneCall, Stage, StageContext, Window, hookimpl
+from dropflow import BoundaryEvent, Entry, PruneCall, Stage, StageContext, Window, hookimpl
 from dropflow.units import Scale, Shape
 from dropflow_adapters.llava import Llava
 
@@ -40,18 +40,20 @@ def prune_call(
     index = torch.arange(tokens).expand(batch, -1)
     visual = (index >= start) & (index < start + images)
     sample = torch.arange(batch)[:, None].expand(-1, tokens)
+    image = torch.where(visual, sample, -1)
     return PruneCall(
         boundary=boundary,
         hidden=torch.zeros(batch, tokens, 1),
         index=index,
         valid=torch.ones_like(visual),
-        image=torch.where(visual, sample, -1),
+        image=image,
         text=~visual,
         protected=torch.zeros_like(visual),
         image_sizes=(images,) * batch,
         queries=index[:, -1:],
         query_valid=torch.ones(batch, 1, dtype=torch.bool),
         window=Window(0, 32),
+        entry=Entry(torch.zeros(batch, tokens, 1), image),
         attention=attention,
     )
 

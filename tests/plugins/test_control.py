@@ -6,19 +6,31 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import IMAGE, MIXED, Parts, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl
-from dropflow.errors import PolicyError
+from dropflow.errors import DecisionError, PolicyError
 from dropflow.plan import resolve
 from dropflow.testing import MaskedOracle
 from dropflow.units import Shape
 from dropflow_control.draw import draw, fingerprint
+from dropflow_control.pool import pool
+from dropflow_control.stride import evenly, spread
 
 LAYERS = policy(random={"use": "control/random", "keep": {2: 7, 4: 2}})
 ENCODER = policy(random={"use": "control/random", "encode": 6})
 BOTH = [LAYERS, ENCODER]
+
+
+class Protect(Stage[Any]):
+    """Protects the first three patches."""
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        return Encode(protect=tuple(torch.arange(len(f)) < 3 for f in call.features))
 
 
 def alone(inputs: dict[str, Any], sample: int, image: int, images: int) -> dict[str, Any]:
@@ -132,11 +144,6 @@ def test_forecast_and_protected_tokens(llava: Any) -> None:
     assert plan.schedule().per_layer == (16, 16, 7, 7, 2, 2)
     assert resolve(dropflow.load_policy(ENCODER), Shape(6, 16)).schedule().per_layer == (6,) * 6
 
-    class Protect(Stage[Any]):
-        @hookimpl
-        def encode(self, call: EncodeCall) -> Encode:
-            return Encode(protect=tuple(torch.arange(len(f)) < 3 for f in call.features))
-
     with torch.no_grad():
         live = kept(llava, policy(protect={"use": Protect}, **LAYERS["stages"]), prompt([("I", 5)]))
     visual = live[:, 0, 1:17]
@@ -153,6 +160,89 @@ def test_keep_all_is_the_model_itself(llava: Any) -> None:
         assert [layer.visual_tokens for layer in flow.report().layers] == [16] * 6
         assert flow.plan.schedule().per_layer == (16,) * 6
         assert tuple(flow.plan.prune_at) == tuple(range(6))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.data())
+def test_a_stride_is_exact_and_even(rows: int, columns: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, rows * columns))
+    mask = spread(count, (rows, columns)).view(rows, columns)
+    assert mask.sum() == count
+    used = mask.sum(1)[mask.any(1)]
+    assert not len(used) or used.max() - used.min() <= 1, "every row that is used has as many, give or take one"
+    line = evenly(torch.arange(rows * columns), count, rows * columns).nonzero()[:, 0]
+    assert len(line) == count
+    gaps = line.diff()
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1
+
+
+def test_a_quarter_of_a_grid_is_every_second_patch_of_every_second_row() -> None:
+    mask = spread(144, (24, 24)).view(24, 24)
+    assert mask.any(1).nonzero()[:, 0].diff().unique().tolist() == [2]
+    assert mask.any(0).nonzero()[:, 0].diff().unique().tolist() == [2]
+    assert torch.equal(mask, mask.any(1)[:, None] & mask.any(0)[None])
+
+
+@torch.no_grad()
+def test_a_stride_keeps_its_number_in_front_of_the_llm_and_inside(llava: Any) -> None:
+    inputs = prompt()
+    visual = inputs["input_ids"] == IMAGE
+    live = kept(llava, policy(stride={"use": "control/stride", "keep": {2: 7, 4: 2}}), inputs)
+    assert [(own & visual).sum(1).tolist() for own in live] == [[16, 32, 0]] * 2 + [[7, 14, 0]] * 2 + [[2, 4, 0]] * 2
+    first = live[2, 1, visual[1]].view(2, 16)
+    assert torch.equal(first[0], first[1])
+    assert first[0].tolist() == evenly(torch.arange(16), 7, 16).tolist()
+    live = kept(llava, policy(stride={"use": "control/stride", "encode": 4}), inputs)
+    assert live[0, 0, visual[0]].tolist() == spread(4, (4, 4)).tolist()
+    assert live[:, 1, visual[1]].sum(1).tolist() == [8] * 6
+
+
+def test_a_stride_counts_protected_tokens_and_spreads_over_the_others(llava: Any) -> None:
+    which = policy(protect={"use": Protect}, stride={"use": "control/stride", "keep": {2: 7, 4: 1}})
+    with torch.no_grad():
+        live = kept(llava, which, prompt([("I", 5)]))[:, 0, 1:17]
+    assert live.sum(1).tolist() == [16, 16, 7, 7, 3, 3]
+    assert live[:, :3].all()
+    assert live[2, 3:].tolist() == evenly(torch.arange(13), 4, 13).tolist()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5))
+def test_pooling_is_the_mean_of_each_window(rows: int, columns: int, high: int, wide: int) -> None:
+    features = torch.randn(rows * columns, 3, generator=torch.Generator().manual_seed(rows * 13 + columns))
+    pooled, places = pool(features, (rows, columns), (high, wide))
+    grid = torch.arange(rows * columns).view(rows, columns)
+    windows = [grid[r : r + high, c : c + wide] for r in range(0, rows, high) for c in range(0, columns, wide)]
+    expected = torch.stack([features[own.flatten()].mean(0) for own in windows])
+    assert (pooled - expected).abs().max() < 1e-6
+    middles = [int(own[(own.shape[0] - 1) // 2, (own.shape[1] - 1) // 2]) for own in windows]
+    assert places.tolist() == middles == sorted(middles)
+
+
+@torch.no_grad()
+def test_pooled_tokens_reach_the_llm_in_the_middle_of_their_windows(llava: Any) -> None:
+    inputs, seen = prompt([(3, "I", 5)]), []
+    handle = llava.get_decoder().register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    llava(**inputs)
+    with dropflow.attach(llava, policy(pool={"use": "control/pool", "window": (2, 2)})) as flow:
+        llava(**inputs)
+        live = flow.live()[0, 0, 4:20]
+        assert flow.report().entry_visual_tokens == 4
+    handle.remove()
+    expected, places = pool(seen[0][0, 4:20], (4, 4), (2, 2))
+    assert live.nonzero()[:, 0].tolist() == places.tolist() == [0, 2, 8, 10]
+    assert relative_error(seen[1][0, 4:20][places], expected) < 1e-6
+
+
+def test_pooling_needs_the_whole_grid(llava: Any) -> None:
+    which = policy(random={"use": "control/random", "encode": 6}, pool={"use": "control/pool"})
+    with (
+        dropflow.attach(llava, which),
+        pytest.raises(DecisionError, match=r"image 0 has 6 rows.*\(4, 4\); pool before"),
+    ):
+        llava(**prompt([(3, "I", 5)]))
 
 
 @pytest.mark.parametrize(

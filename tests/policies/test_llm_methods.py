@@ -18,6 +18,10 @@ SEGMENTS = {
     "fastv-k3-r75": [(576, 3), (144, 29)],
     "pyramiddrop": [(576, 8), (288, 8), (144, 8), (72, 8)],
     "pyramiddrop-13b": [(576, 8), (288, 8), (144, 8), (72, 16)],
+    "sparsevlm-192": [(576, 3), (309, 4), (204, 9), (113, 16)],
+    "sparsevlm-128": [(576, 3), (312, 4), (117, 9), (39, 16)],
+    "sparsevlm-96": [(576, 3), (249, 4), (55, 9), (27, 16)],
+    "sparsevlm-64": [(576, 3), (82, 4), (32, 9), (18, 16)],
     "vtw-15": [(576, 15), (0, 17)],
     "vtw-16": [(576, 16), (0, 16)],
     "vtw-13b": [(576, 20), (0, 20)],
@@ -31,6 +35,10 @@ AVERAGES = {
     "fastv-k3-r75": 184.5,
     "pyramiddrop": 270,
     "pyramiddrop-13b": 230.4,
+    "sparsevlm-192": 206.5,
+    "sparsevlm-128": 145.40625,
+    "sparsevlm-96": 114.09375,
+    "sparsevlm-64": 82.25,
     "vtw-15": 270,
     "vtw-16": 288,
     "vtw-13b": 288,
@@ -48,6 +56,28 @@ def test_tokens_in_front_of_every_layer_and_their_average(name: str) -> None:
     tokens = per_layer(name)
     assert tokens == [count for count, layers in SEGMENTS[name] for _ in range(layers)]
     assert sum(tokens) / len(tokens) == AVERAGES[name]
+
+
+EQUAL_TOKENS = {"sparsevlm-192": 192.03, "sparsevlm-128": 128.63, "sparsevlm-96": 96.94, "sparsevlm-64": 64.81}
+"""What the released code prints: tokens of each layer counted behind its own cut."""
+
+
+@pytest.mark.parametrize("name", EQUAL_TOKENS)
+def test_equal_tokens_are_those_that_the_released_code_prints(name: str) -> None:
+    tokens = per_layer(name)
+    assert sum([*tokens[1:], tokens[-1]]) / 32 == pytest.approx(EQUAL_TOKENS[name], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "bias"),
+    [("sparsevlm-rank-192", 13.5, 0), ("sparsevlm-rank-128", 9.0, 6), ("sparsevlm-rank-64", 0.8, 0)],
+)
+def test_adaptive_numbers_are_left_to_the_data(name: str, scale: float, bias: float) -> None:
+    plan = resolve(dropflow.load_policy(name), Shape(32, 576))
+    rank = plan.stages[0][1].options.rank
+    assert (rank.scale, rank.bias) == (scale, bias)
+    assert tuple(plan.prune_at) == (3, 7, 16, 20)
+    assert plan.schedule().per_layer == (576,) * 3 + (None,) * 29
 
 
 def test_images_of_llava_next_are_halved_by_their_own_size() -> None:

@@ -75,8 +75,9 @@ def _check_prefill(case: Case) -> float:
     real = case.real
     with case.attach() as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
         logits, encodes = case.model(**case.inputs).logits, flow.plan.encode_at
-        live = flow.live()
-    with MaskedOracle(case.model, live, case.adapter, embeds=embeds[0] if encodes else None) as oracle:
+        live, merges = flow.live(), flow.merges()
+    replaced = embeds[0] if encodes else None
+    with MaskedOracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
         expected = case.model(**case.inputs, use_cache=False).logits
     worst, compacted = 0.0, False
     for layer, states in enumerate(got):
@@ -116,12 +117,13 @@ def _check_decoding(case: Case) -> None:
     model = left.model
     with left.attach() as flow, text_embeddings(left) as embeds:
         tokens = model.generate(**left.inputs, **BUDGET)
-        live, encodes = flow.live(), flow.plan.encode_at
+        live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
         evicting = flow.plan.hooks.implementers("decode_cache")
     if evicts_while_decoding(flow):
         return  # the kit notes it on the cell
     held = _held(left, live.shape[2]) if evicting else None
-    with MaskedOracle(model, live, left.adapter, embeds=embeds[0] if encodes else None, held=held):
+    replaced = embeds[0] if encodes else None
+    with MaskedOracle(model, live, left.adapter, embeds=replaced, held=held, merges=merges):
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
@@ -138,12 +140,13 @@ def _check_training(case: Case) -> float:
     try:
         with case.attach() as flow, text_embeddings(case) as embeds, GivenWeights(flow) as given:
             loss = model(**inputs).loss
-            live, encodes = flow.live(), flow.plan.encode_at
+            live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
             log_weights = given.log_weights(*live.shape)
             loss.backward(retain_graph=log_weights is not None)
         got = _gradients(model)
         replaced = embeds[0] if encodes else None
-        with MaskedOracle(model, live, case.adapter, embeds=replaced, log_weights=log_weights):
+        changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
+        with MaskedOracle(model, live, case.adapter, **changes):
             expected_loss = model(**inputs, use_cache=False).loss
             expected_loss.backward()
         given.backward()

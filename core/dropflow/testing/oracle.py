@@ -6,6 +6,7 @@ one boolean per layer and token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,8 @@ class MaskedOracle:
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
     dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
-    tokens of the prompt the tokens behind it still see, where a stage evicts cache entries. `log_weights` (layers,
+    tokens of the prompt the tokens behind it still see, where a stage evicts cache entries. `merges` (boundary ->
+    (batch, tokens)) says into which token's state each one's is averaged in front of a layer. `log_weights` (layers,
     batch, tokens) are added to the attention scores of each layer's keys, for stages that give soft weights.
     """
 
@@ -35,10 +37,12 @@ class MaskedOracle:
         *,
         embeds: Tensor | None = None,
         held: Bool[Tensor, "layers batch tokens"] | None = None,
+        merges: Mapping[int, Int[Tensor, "batch tokens"]] | None = None,
         log_weights: Float[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
         self._live, self._embeds, self._held, self._log_weights = live, embeds, held, log_weights
+        self._merges = merges or {}
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
         """Input of every layer in the last forward, each (batch, tokens, dim)."""
@@ -73,11 +77,25 @@ class MaskedOracle:
             if number:
                 entering = live & ~self._of(number - 1, hidden)
                 hidden = torch.where(entering[:, :, None], self._raw, hidden)
+            if number in self._merges:
+                hidden = self._merged(hidden, self._merges[number])
             self.hidden.append(hidden)
             mask = self._mask(kwargs["attention_mask"], live, hidden, number)
             return (hidden, *args[1:]), kwargs | {"attention_mask": mask, "past_key_values": None, "use_cache": False}
 
         return before
+
+    @staticmethod
+    def _merged(hidden: Tensor, into: Tensor) -> Tensor:
+        """Every token that others name holds the mean of theirs and its own state."""
+        into = into.repeat_interleave(hidden.shape[0] // into.shape[0], 0)
+        rows = list(hidden.unbind(0))
+        for sample, own in enumerate(into.tolist()):
+            for target in {t for token, t in enumerate(own) if t != token}:
+                members = [token for token, t in enumerate(own) if t == target]
+                mean = torch.stack([hidden[sample, member] for member in members]).mean(0)
+                rows[sample] = torch.cat((rows[sample][:target], mean[None], rows[sample][target + 1 :]))
+        return torch.stack(rows)
 
     def _replace(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self._embeds is not None

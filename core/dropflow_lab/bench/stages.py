@@ -26,6 +26,21 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "keep-all": {MEASURED: {"use": "control/keep-all"}},
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
     "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
+    "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
+    "dominant and contextual, 192": {
+        MEASURED: {"use": "visionzip/dominant-contextual", "dominant": 162, "contextual": 30},
+    },
+    "pruned and merged to an eighth": {
+        MEASURED: {"use": "prumerge/prune-merge", "variant": "prumerge", "ratio": 0.125},
+    },
+    "token merging, 128 in each of three layers": {
+        MEASURED: {"use": "tome/token-merging", "r": 128, "layers": 3},
+    },
+    "duplication at 2, to 128": {MEASURED: {"use": "dart/duplication", "at": 2, "keep": 128}},
+    "stride at four layers": {MEASURED: {"use": "control/stride", "keep": _FOUR_KEEPS}},
+    "stride in front of the LLM": {MEASURED: {"use": "control/stride", "encode": 192}},
+    "pool by 2 x 2": {MEASURED: {"use": "control/pool", "window": (2, 2)}},
+    "FastV at 2": {MEASURED: {"use": "fastv/attention-rank", "at": 2, "keep": 0.5}},
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},
     "pyramid of HiDrop at 64": {
         MEASURED: {"use": "hidrop/concave-pyramid", "keep": {10: 215, 14: 10, 16: 5, 18: 1}},
@@ -46,6 +61,12 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
         "filter": _FILTER,
         MEASURED: {"use": "mustdrop/output-aware-cache", "at": 2},
     },
+    "PyramidDrop": {MEASURED: {"use": "pyramiddrop/pyramid", "keep": {8: 0.5, 16: 0.25, 24: 0.125}}},
+    "SparseVLM at 192": {MEASURED: {"use": "sparsevlm/text-guided", "keep": {3: 300, 7: 200, 16: 110}}},
+    "SparseVLM by rank": {
+        MEASURED: {"use": "sparsevlm/text-guided", "rank": {"at": [3, 7, 16, 20], "scale": 13.5}},
+    },
+    "withdrawal at 16": {MEASURED: {"use": "vtw/withdrawal", "at": 16}},
 }
 """Stages by what they are run as; numbers are for 32 layers and 576 visual tokens, and scale to other shapes."""
 

@@ -69,6 +69,6 @@ def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
 def _cell(value: Any) -> str:
     if value is None:
         return "any shape"
-    if isinstance(value, dict) and "layers" in value:
+    if isinstance(value, dict) and value.keys() >= {"layers", "visual_tokens"}:
         return f"{value['layers']} layers, {value['visual_tokens']} visual tokens"
     return ", ".join(value) if isinstance(value, dict) else str(value)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 GONE = -1
 """Place of a patch that no row stands for."""
+_OUTSIDE_LAYERS: dict[Any, str] = {None: "the encoder's output", "features": "what the projector gets"}
 
 
 def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:
@@ -103,7 +104,7 @@ def _follow(trace: Trace, run: TracedRun) -> tuple[list[list[int]], list[Any], l
     lost: list[dict[int, str]] = [{} for _ in places]
     scores: list[dict[str, Any]] = []
     for step in run.encode:
-        at = "the encoder's output" if step.boundary is None else f"vision boundary {step.boundary}"
+        at = _OUTSIDE_LAYERS.get(step.boundary, f"vision boundary {step.boundary}")
         ranked = [image.scores for image in step.images]
         if any(own is not None for own in ranked):
             values = [_of_cells(own or [], p, step.shift) for own, p in zip(ranked, places, strict=True)]

@@ -27,6 +27,7 @@ from dropflow import (
 )
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy import StageUse
+from dropflow.stage import EncodeBoundary
 from dropflow_lab.trace.schema import EncodedImage, Merge, Pruning, Trace, TracedBoundary, TracedRun
 
 SUFFIX = " (replay)"
@@ -101,7 +102,7 @@ class Replay(Stage[ReplayOptions]):
         }
 
     @property
-    def encode_at(self) -> tuple[int | None, ...]:
+    def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """Where the traced stage decided about rows."""
         return tuple(self._encodes)
 

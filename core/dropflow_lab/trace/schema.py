@@ -52,7 +52,10 @@ class TracedEncode(_Part):
     """What one stage decided at one boundary of the vision encoder, or on its output."""
 
     stage: str = Field(description="its name in the policy")
-    boundary: int | None = Field(description="vision encoder boundary; null for the output in front of the LLM")
+    boundary: int | float | Literal["features"] | None = Field(
+        description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector "
+        "gets; null for the output in front of the LLM"
+    )
     shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     images: list[EncodedImage]
 

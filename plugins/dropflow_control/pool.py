@@ -1,0 +1,69 @@
+"""Average pooling: the plainest merging that there is, blind to what patches show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
+from dropflow.errors import DecisionError
+
+
+class PoolOptions(StageOptions):
+    """Options of `control/pool`."""
+
+    window: tuple[PositiveInt, PositiveInt] = Field(
+        default=(2, 2), description="rows and columns of patches that become one token; 2 x 2 leaves a quarter"
+    )
+
+
+class Pool(Stage[PoolOptions]):
+    """Every window of the patch grid becomes one token, the mean of its rows in the vision encoder's output.
+
+    Windows at the right and lower edge hold the patches that are left there. A token takes the place, and so the
+    position, of the patch in the middle of its window. Protected patches are pooled like any other. Raises
+    `DecisionError` for an image without a patch grid, or reduced by an earlier stage.
+    """
+
+    Options = PoolOptions
+    summary = "a control: windows of patches are averaged"
+    needs = frozenset({"grid"})
+    example: ClassVar[Mapping[str, Any]] = {"window": (2, 2)}
+
+    def forecast(self) -> Forecast:
+        """How many windows an image has is up to its grid."""
+        return Forecast(encoded="data")
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Average the windows of every image."""
+        pooled = []
+        for image, (features, grid) in enumerate(zip(call.features, call.grids, strict=True)):
+            if grid is None or len(features) != grid[0] * grid[1]:
+                raise DecisionError(
+                    f"stages.{self.context.name}: image {image} has {len(features)} rows, expected those of its whole "
+                    f"patch grid {grid}; pool before other stages drop patches"
+                )
+            pooled.append(pool(features, grid, self.options.window))
+        return Encode(rows=tuple(rows for rows, _ in pooled), places=tuple(places for _, places in pooled))
+
+
+def pool(
+    features: Float[Tensor, "patches dim"], grid: tuple[int, int], window: tuple[int, int]
+) -> tuple[Float[Tensor, "windows dim"], Int[Tensor, "windows"]]:
+    """Mean of each window of the grid in raster order, and the raster index of the patch in its middle."""
+    maps = features.T.reshape(1, -1, *grid)
+    means = torch.nn.functional.avg_pool2d(maps, window, ceil_mode=True, count_include_pad=False)
+    rows, columns = (_middles(size, step).to(features.device) for size, step in zip(grid, window, strict=True))
+    return means.flatten(2)[0].T, (rows[:, None] * grid[1] + columns).flatten()
+
+
+def _middles(size: int, step: int) -> Int[Tensor, "windows"]:
+    first = torch.arange(0, size, step)
+    last = (first + step).clamp(max=size) - 1
+    return (first + last) // 2

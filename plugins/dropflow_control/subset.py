@@ -1,0 +1,93 @@
+"""What controls that keep part of an image share: how many tokens stay, where, and how protected ones count."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Generic, Self, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dropflow import Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow.selection import keep_top
+from dropflow.units import Depth, Tokens
+
+
+class SubsetOptions(StageOptions):
+    """Options of controls that keep a number of tokens of every image."""
+
+    keep: dict[Depth, Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="boundary -> visual tokens per image that stay behind it, protected ones included",
+    )
+    encode: Tokens | None = Field(
+        default=None, description="instead of `keep`: visual tokens of each image that reach the LLM"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.keep is None) == (self.encode is None):
+            raise ValueError("expected either `keep` (at boundaries of the LLM) or `encode` (in front of it)")
+        return self
+
+
+O_co = TypeVar("O_co", bound=SubsetOptions, covariant=True)
+
+
+class Subset(Stage[O_co], Generic[O_co]):
+    """Keeps as many tokens of every image as its options say; a subclass says which.
+
+    Tokens that an earlier `encode` stage protects count against `keep`, and stay on top of the number in `encode`.
+    """
+
+    def __init__(self, options: O_co, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._keeps = context.budgets("keep", options.keep or {})
+        self._encoded = None if options.encode is None else context.scale.tokens(options.encode, context.path("encode"))
+
+    @abstractmethod
+    def rank(self, call: PruneCall, counts: list[int]) -> Float[Tensor, "batch slots"]:
+        """Scores by which `counts` tokens of each image stay, protected ones in any case."""
+
+    @abstractmethod
+    def rows(
+        self, features: Float[Tensor, "rows dim"], count: int, grid: tuple[int, int] | None
+    ) -> Bool[Tensor, "rows"]:
+        """Which `count` rows of one image stay; `grid` is that of the image, if all its patches are present."""
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """The boundaries of `keep`."""
+        return tuple(self._keeps)
+
+    @property
+    def encode_at(self) -> tuple[int | None, ...]:
+        """The output of the vision encoder, with `encode`."""
+        return () if self._encoded is None else (None,)
+
+    def forecast(self) -> Forecast:
+        """The budgets."""
+        return Forecast(encoded=self._encoded, keeps=self._keeps)
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode | None:
+        """Keep rows of every image."""
+        if self._encoded is None:
+            return None
+        masks = []
+        for features, grid in zip(call.features, call.grids, strict=True):
+            whole = grid if grid is not None and len(features) == grid[0] * grid[1] else None
+            masks.append(self.rows(features, self._encoded.of(len(features)), whole).to(features.device))
+        return Encode(keep=tuple(masks))
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Keep tokens of every image."""
+        budget = self._keeps[call.boundary]
+        counts = [budget.of(size) for size in call.image_sizes]
+        with torch.no_grad():
+            scores = self.rank(call, counts)
+        return Keep(keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts), scores)

@@ -1,0 +1,5 @@
+"""DART (arXiv:2502.11494): a few pivot tokens, and the visual tokens that duplicate them least."""
+
+from dropflow_dart.duplication import Duplication
+
+__all__ = ["Duplication"]

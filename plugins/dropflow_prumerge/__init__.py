@@ -1,0 +1,5 @@
+"""LLaVA-PruMerge (arXiv:2403.15388): outliers of CLS attention stay, with the patches alike to them merged in."""
+
+from dropflow_prumerge.prune_merge import PruneMerge
+
+__all__ = ["PruneMerge"]

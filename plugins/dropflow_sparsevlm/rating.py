@@ -1,0 +1,35 @@
+"""Which text tokens rate a picture, and how many of its tokens their attention tells apart."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def relevance(visual: Float[Tensor, "visual dim"], text: Float[Tensor, "text dim"]) -> Float[Tensor, "text"]:
+    """How much each text token has to do with the picture, summing to 1 (SparseVLM, text rater selection).
+
+    Softmax over the text tokens of each visual token's dot products with them, mean over visual tokens, in float32.
+    """
+    return torch.softmax(visual.float() @ text.float().T, -1).mean(0)
+
+
+def raters(relevance: Float[Tensor, "text"]) -> Bool[Tensor, "text"]:
+    """Text tokens whose relevance is above the mean; all of them where none is, as with a single one.
+
+    (The released code ranks by no row at all there, and keeps an arbitrary subset.)
+    """
+    above = relevance > relevance.mean()
+    return above if bool(above.any()) else torch.ones_like(above)
+
+
+def adaptive_count(attention: Float[Tensor, "raters visual"], scale: float, bias: float, *, most: int) -> int:
+    """Tokens that stay by the rank of the raters' attention to a picture (SparseVLM, sparsification level adaptation).
+
+    `int(scale * rank + bias)`, at least 0 and at most `most`; all of them where the rank is full. The rank is taken
+    in float32, with singular values below max(shape) * eps * the largest counted as 0.
+    """
+    visual = attention.shape[1]
+    rank = int(torch.linalg.matrix_rank(attention.float()))
+    return visual if rank == visual else max(0, min(int(rank * scale + bias), most))

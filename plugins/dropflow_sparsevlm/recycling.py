@@ -1,0 +1,73 @@
+"""Recycling: the best of the dropped tokens are clustered, and every cluster stays as one token (SparseVLM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dropflow.units import Budget
+
+NOISE = 1e-6
+"""Largest amount by which the released code disturbs densities to separate ties."""
+
+
+def recycled(dropped: int, share: float = 0.3, cluster_size: int = 10) -> tuple[int, int]:
+    """Of `dropped` tokens, how many are recycled, and into how many clusters; (0, 0) where none was dropped."""
+    if not dropped:
+        return 0, 0
+    count = min(int(share * dropped) + 1, dropped)
+    return count, min(int(count / cluster_size) + 1, count)
+
+
+def clusters(
+    states: Float[Tensor, "tokens dim"], count: int, noise: Float[Tensor, "tokens"] | None = None
+) -> tuple[Int[Tensor, "clusters"], Int[Tensor, "tokens"]]:
+    """Density peaks: the tokens that are centres of `count` clusters, best first, and the cluster of every token.
+
+    Distances are Euclidean, over sqrt(dim). Density: exp(-mean squared distance to the `count` nearest tokens, itself
+    included). Centres are those with the largest density times distance to the nearest token of higher density; for
+    the densest, the largest distance of all. Every other token joins its nearest centre, ties to the first. Equal
+    densities count as falling in token order; the released code disturbs them by `noise` in [0, 1) times 1e-6 instead.
+    """
+    states = states.float()
+    distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5
+    nearest = distance.topk(count, largest=False).values
+    density = torch.exp(-(nearest**2).mean(-1))
+    if noise is not None:
+        density = density + NOISE * noise
+    order = torch.sort(density, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    higher = rank[None, :] < rank[:, None]
+    apart = torch.where(higher, distance, torch.inf).amin(-1)
+    apart = torch.where(higher.any(-1), apart, distance.max())
+    centres = torch.sort(apart * density, descending=True, stable=True).indices[:count]
+    cluster = distance[:, centres].argmin(1)
+    cluster[centres] = torch.arange(len(centres), device=centres.device)
+    return centres, cluster
+
+
+@dataclass(frozen=True)
+class RecyclingBudget(Budget):
+    """What is left of an image behind the last of several boundaries: survivors, and a token for every cluster."""
+
+    steps: tuple[Budget, ...] = ()
+    """Survivors at each boundary up to this one."""
+    recycle: tuple[float, int] | None = None
+    """Share that is recycled and tokens of a cluster; `None` where nothing is."""
+    at_least_one_goes: bool = False
+
+    def of(self, visual_tokens: int) -> int:
+        """Tokens that stay of an image with `visual_tokens` tokens at entry."""
+        left = count = visual_tokens
+        for step in self.steps:
+            kept = step.tokens if step.tokens is not None else step.of(visual_tokens)
+            if self.at_least_one_goes:
+                kept = min(kept, left - 1)
+            made = recycled(max(left - kept, 0), *self.recycle)[1] if self.recycle else 0
+            count = kept + made
+            left = min(left, count)
+        return count

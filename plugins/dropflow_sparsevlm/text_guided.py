@@ -1,0 +1,170 @@
+"""Text-guided pruning: the text tokens that have to do with the picture rate its tokens, and the rest is recycled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow.ranking import row_parts, text_rows
+from dropflow.selection import keep_top
+from dropflow.units import Budget, Depth, Tokens
+from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
+from dropflow_sparsevlm.recycling import RecyclingBudget, clusters, recycled
+
+
+class RankBudget(StageOptions):
+    """How many tokens stay, by the rank of the raters' attention to an image."""
+
+    at: list[Depth] = Field(min_length=1, description="boundaries to prune at, the published layers plus one")
+    scale: float = Field(gt=0, description="tokens that stay for each rank")
+    bias: float = Field(default=0, description="tokens that stay in any case")
+
+
+class TextGuidedOptions(StageOptions):
+    """Options of `sparsevlm/text-guided`."""
+
+    keep: dict[Depth, Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="boundary -> visual tokens per image that survive it, protected ones included and clusters not; "
+        "the layer in front of it ranks, so that these are the published pruning layers plus one",
+    )
+    rank: RankBudget | None = Field(
+        default=None,
+        description="instead of `keep`: int(scale * rank + bias) tokens of an image survive each boundary, so that the "
+        "number follows from picture and question, as in the paper's first version",
+    )
+    recycle: bool = Field(
+        default=True, description="cluster the best of the tokens that go, and keep the mean of every cluster"
+    )
+    recycle_share: float = Field(default=0.3, gt=0, le=1, description="share of the dropped tokens that is recycled")
+    cluster_size: int = Field(default=10, ge=1, description="recycled tokens for every cluster, about")
+    reference: bool = Field(
+        default=False, description="as released, at least one token of an image goes at each boundary, whatever `keep`"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.keep is None) == (self.rank is None):
+            raise ValueError("expected either `keep` (a number of tokens) or `rank` (a number that adapts)")
+        return self
+
+
+class TextGuided(Stage[TextGuidedOptions]):
+    """At each boundary the tokens that the raters attend to most survive, and clusters of the others join them.
+
+    Raters are the text tokens behind the first image, up to the last instruction token, whose embedding has more than
+    average to do with the image's embeddings as both enter the LLM. Score of a token: attention probability from the
+    raters in the layer in front of the boundary, mean over heads and raters; the softmax runs over all keys. Of the
+    tokens that go, the best 30 % are clustered by density peaks, image by image, and each cluster's mean takes the
+    place of its centre, which stays: it keeps the centre's position, where the released code puts clusters behind the
+    survivors. A cluster is a token like any other at later boundaries. A sample without text behind its image is not
+    pruned. Raises `PolicyError` where vision takes no part in a ranking layer.
+    """
+
+    Options = TextGuidedOptions
+    summary = "text that has to do with the picture rates its tokens; the best of the dropped live on as clusters"
+    paper = "arXiv:2410.04417, section 3"
+    example: ClassVar[Mapping[str, Any]] = {"keep": {0.35: 0.4, 0.7: 0.2}, "recycle_share": 0.6, "cluster_size": 2}
+
+    def __init__(self, options: TextGuidedOptions, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._keeps: dict[int, Budget | None]
+        if options.rank is None:
+            self._keeps = {**context.budgets("keep", options.keep or {})}
+        else:
+            self._keeps = dict.fromkeys(context.boundaries("rank.at", options.rank.at))
+        context.check_layer_in_front("keep" if options.rank is None else "rank.at", self._keeps)
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """The boundaries of `keep` or `rank`."""
+        return tuple(self._keeps)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers in front of the boundaries."""
+        return tuple(boundary - 1 for boundary in self._keeps)
+
+    def forecast(self) -> Forecast:
+        """Survivors and clusters; with `rank` the data decides."""
+        options, steps, keeps = self.options, list(self._keeps.values()), {}
+        recycle = (options.recycle_share, options.cluster_size) if options.recycle else None
+        for number, boundary in enumerate(self._keeps, 1):
+            known = tuple(budget for budget in steps[:number] if budget is not None)
+            whole = RecyclingBudget(steps=known, recycle=recycle, at_least_one_goes=options.reference)
+            keeps[boundary] = whole if len(known) == number else None
+        return Forecast(keeps=keeps)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep | None:
+        """Keep what the raters attend to, and clusters of the rest."""
+        rows, asks = text_rows(call)
+        if not bool(asks.any()):
+            return None
+        with torch.no_grad():
+            rows, asks = _raters(call, rows, asks)
+            parts = [part.float().mean(1) for part in row_parts(call, call.boundary - 1, rows, asks)]
+            attention = torch.cat(parts, 1)  # (batch, raters, slots), zero where a sample has fewer raters
+            scores = attention.sum(1) / asks.sum(1, keepdim=True).clamp(min=1)
+            counts = self._counts(call, attention, asks)
+            best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts)
+            keep = best | ~asks.any(1, keepdim=True)
+            return self._with_clusters(call, keep, scores) if self.options.recycle else Keep(keep, scores)
+
+    def _counts(
+        self, call: PruneCall, attention: Float[Tensor, "batch raters slots"], asks: Bool[Tensor, "batch raters"]
+    ) -> list[int]:
+        """Tokens that survive of each image, by image number."""
+        budget, rank, counts = self._keeps[call.boundary], self.options.rank, []
+        for image, size in enumerate(call.image_sizes):
+            own = call.image == image
+            sample = int(own.any(1).long().argmax())  # an image belongs to one sample, or to all beams of it
+            left = int(own[sample].sum())
+            most = left - 1 if self.options.reference else left
+            if budget is not None:
+                counts.append(max(0, min(budget.of(size), most)))
+            elif rank is not None and left and bool(asks[sample].any()):
+                block = attention[sample][asks[sample]][:, own[sample]]
+                counts.append(adaptive_count(block, rank.scale, rank.bias, most=most))
+            else:
+                counts.append(left)
+        return counts
+
+    def _with_clusters(
+        self, call: PruneCall, keep: Bool[Tensor, "batch slots"], scores: Float[Tensor, "batch slots"]
+    ) -> Keep:
+        """The best of the dropped tokens merged into the centres of their clusters, which stay."""
+        keep = keep.clone()
+        into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
+        gone = (call.image >= 0) & ~keep & ~call.protected
+        for sample, own in enumerate(gone):
+            for image in sorted(set(call.image[sample, own].tolist())):
+                slots = (own & (call.image[sample] == image)).nonzero()[:, 0]
+                size, count = recycled(len(slots), self.options.recycle_share, self.options.cluster_size)
+                slots = slots[torch.sort(scores[sample, slots], descending=True, stable=True).indices[:size]]
+                centres, cluster = clusters(call.hidden[sample, slots], count)
+                into[sample, slots] = slots[centres][cluster]
+                keep[sample, slots[centres]] = True
+        return Keep(keep, scores, merge_into=into)
+
+
+def _raters(
+    call: PruneCall, rows: Int[Tensor, "batch rows"], asks: Bool[Tensor, "batch rows"]
+) -> tuple[Int[Tensor, "batch raters"], Bool[Tensor, "batch raters"]]:
+    """Slots of the raters among the text tokens `rows`, and which entries count."""
+    rate = torch.zeros_like(asks)
+    index = call.index.gather(1, rows)
+    for sample, own in enumerate(asks):
+        visual = call.entry.embeds[sample, call.entry.image[sample] >= 0]
+        if bool(own.any()):
+            rate[sample, own] = raters(relevance(visual, call.entry.embeds[sample, index[sample, own]]))
+    count = int(rate.sum(1).max())
+    order = torch.argsort(rate.to(torch.uint8), dim=1, stable=True)[:, rows.shape[1] - count :]
+    return rows.gather(1, order), rate.gather(1, order)

@@ -1,0 +1,46 @@
+"""The maths of VisionZip: dominant tokens by attention, contextual tokens by merging what is left (section 3)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dropflow.selection import top
+
+
+def split(scores: Float[Tensor, "patches"], dominant: int) -> tuple[Int[Tensor, "dominant"], Int[Tensor, "left"]]:
+    """The `dominant` best-scored patches and all the others, both in raster order."""
+    chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    chosen[top(scores, dominant)] = True
+    return chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
+
+
+def targets(left: int, contextual: int, device: torch.device) -> Int[Tensor, "contextual"]:
+    """Positions, among `left` left-over patches, that contextual tokens grow from: evenly spaced, from the first on.
+
+    The step is left // contextual, so that the tail behind the last target holds none.
+    """
+    count = min(contextual, left)
+    return torch.arange(count, device=device) * (left // max(count, 1))
+
+
+def contextual_tokens(
+    features: Float[Tensor, "left dim"], metric: Float[Tensor, "left width"], contextual: int
+) -> Float[Tensor, "contextual dim"]:
+    """Each target plus the mean of the left-over patches that are most alike to it, by cosine of `metric`.
+
+    A sum of the target and the mean of its members, as released, and no average of both; a target without members
+    stays as it is.
+    """
+    aim = targets(len(features), contextual, features.device)
+    if not len(aim):
+        return features[:0]
+    others = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    others[aim] = False
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize(metric.float(), dim=1)
+        assigned = (unit[others] @ unit[aim].T).argmax(1)
+        members = torch.bincount(assigned, minlength=len(aim)).clamp(min=1)
+    sums = torch.zeros_like(features[aim]).index_add(0, assigned, features[others])
+    return features[aim] + sums / members[:, None].to(sums.dtype)

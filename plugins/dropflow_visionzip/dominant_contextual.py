@@ -1,0 +1,91 @@
+"""Dominant and contextual tokens: what the vision tower looks at stays, the rest is summed up (VisionZip)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
+from dropflow.stage import EncodeBoundary
+from dropflow.units import Budget, Tokens
+from dropflow_visionzip.contextual import contextual_tokens, split
+
+
+class DominantContextualOptions(StageOptions):
+    """Options of `visionzip/dominant-contextual`."""
+
+    dominant: Tokens = Field(
+        default=191,
+        description="tokens of an image that stay as they are: those CLS attends to most, the CLS row itself included",
+    )
+    contextual: Tokens = Field(
+        default=30, description="tokens that sum up the patches which are not dominant; 0 drops these"
+    )
+    layer: int = Field(
+        default=-2,
+        description="vision encoder layer whose attention and keys decide; negative ones count from its end. The "
+        "published one (22 of 24) is the layer whose output the LLM gets",
+    )
+
+
+class DominantContextual(Stage[DominantContextualOptions]):
+    """The rows that CLS attends to most stay in raster order behind the CLS row; the others are merged.
+
+    Score of a patch: attention from CLS in one layer, summed over heads. Of the patches left over, evenly spaced ones
+    are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and
+    a contextual token is its target plus the mean of those that joined it. All of it happens on what the projector
+    gets, so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention
+    a patch gets from all of them, and there is no CLS row to keep. More tokens than the image has patches are refused
+    by leaving contextual ones out. Rows fill the image's first placeholders, in the published order.
+    """
+
+    Options = DominantContextualOptions
+    summary = "the patches CLS attends to most stay, the others are merged into a few contextual tokens"
+    paper = "arXiv:2412.04467, section 3"
+    example: ClassVar[Mapping[str, Any]] = {"dominant": 0.3, "contextual": 0.2}
+    needs = frozenset({"vision_layers", "projector"})
+
+    def __init__(self, options: DominantContextualOptions, context: StageContext) -> None:
+        super().__init__(options, context)
+        self._dominant = context.scale.tokens(options.dominant, context.path("dominant"))
+        self._contextual = context.scale.tokens(options.contextual, context.path("contextual"))
+
+    @property
+    def encode_at(self) -> tuple[EncodeBoundary, ...]:
+        """On what the projector gets."""
+        return ("features",)
+
+    @property
+    def vision_taps(self) -> tuple[int, ...]:
+        """The deciding layer."""
+        return (self.options.layer,)
+
+    def forecast(self) -> Forecast:
+        """Dominant and contextual tokens together."""
+        tokens = self.context.scale.target.visual_tokens
+        return Forecast(encoded="data" if tokens is None else Budget(tokens=sum(self._counts(tokens))))
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Reduce every image."""
+        layer = self.options.layer
+        with torch.no_grad():
+            scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
+            metric = [key[:, call.prefix :].mean(0) for _, key in call.query_keys(layer)]
+        rows = tuple(self._reduced(*each) for each in zip(call.features, call.prefix_rows, scores, metric, strict=True))
+        return Encode(rows=rows, places=tuple(own[: len(r)] for own, r in zip(call.places, rows, strict=True)))
+
+    def _counts(self, patches: int) -> tuple[int, int]:
+        dominant = self._dominant.of(patches)
+        return dominant, min(self._contextual.of(patches), patches - dominant)
+
+    def _reduced(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
+        dominant, contextual = self._counts(len(features))
+        cls = prefix[:1]
+        kept, left = split(scores, max(dominant - len(cls), 0))
+        merged = contextual_tokens(features[left], metric[left], contextual)
+        return torch.cat((cls, features[kept], merged))
