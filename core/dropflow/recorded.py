@@ -43,7 +43,7 @@ class Recording:
 
     def __init__(self, config: Any, policy: Policy) -> None:
         self._config, self._policy = config, policy
-        self._own = _Entry(to_jsonable_python(policy.to_dict()))
+        self._own = _Entry(to_jsonable_python(policy.to_dict(), fallback=repr))
         self._own.before = getattr(config, FIELD, None)
         setattr(config, FIELD, self._own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny import HIDROP, RAGGED, policy, prompt, tiny_llava
 from transformers import AutoModelForImageTextToText
 
 import dropflow
-from dropflow import Stage
+from dropflow import Stage, StageOptions
 from dropflow.errors import PolicyError, UnsupportedModel
 
 FULL = {
@@ -122,6 +123,21 @@ def test_a_stage_of_no_package_cannot_be_recorded(llava: Any) -> None:
     with dropflow.attach(llava, policy(cut={"use": Nameless})) as flow, pytest.raises(PolicyError, match=expected):
         flow.record()
     assert not hasattr(llava.config, "dropflow")
+
+
+def test_an_option_that_is_no_plain_data_does_not_keep_a_policy_from_being_attached() -> None:
+    class Options(StageOptions):
+        see: Callable[[], None]
+
+    class Watch(Stage[Options]):
+        pass
+
+    Watch.Options = Options
+    model = tiny_llava()
+    watch = policy(watch={"use": Watch, "see": gc.collect})
+    with dropflow.attach(model, watch) as flow, pytest.raises(PolicyError, match="register them as entry points"):
+        flow.record()
+    assert not hasattr(model.config, "dropflow")
 
 
 def test_a_flow_that_nobody_holds_stays_attached() -> None:
