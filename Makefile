@@ -12,9 +12,10 @@ SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__py
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
 
-# The suite runs on the installed wheel, not on the source tree. FLAGS="-m slow" runs the heavy matrices.
+# The suite runs on the installed wheel, not on the source tree, file by file on every core. FLAGS="-m slow" runs the
+# heavy matrices.
 test: check
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FLAGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(FLAGS)
 
 # The engine's own tests on the oldest supported transformers, in an environment of their own.
 test-oldest:

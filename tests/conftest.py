@@ -19,6 +19,8 @@ from tiny import tiny_llava
 torch.set_num_threads(1)
 collect_ignore = ["extension"]  # a package of its own: `test_extension.py` installs it and runs its tests
 
+pytest_plugins = ["conformance_matrix"]
+
 
 @pytest.fixture(scope="session")
 def _shared_llava() -> Any:

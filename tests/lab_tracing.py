@@ -40,6 +40,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "two stages at one boundary": policy(
         one={"use": "control/random", "keep": {2: 8}}, two={"use": "hidrop/concave-pyramid", "keep": {2: 8}}
     ),
+    "clusters inside the LLM": policy(
+        guided={"use": "sparsevlm/text-guided", "keep": {2: 8, 4: 4}, "recycle_share": 0.6, "cluster_size": 2}
+    ),
     "one budget for two images": policy(
         pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 9, 3: 0.2}, "split": "total"},
         exit={"use": "hidrop/early-exit", "at": 4},

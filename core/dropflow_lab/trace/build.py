@@ -58,7 +58,7 @@ def traced_run(
 ) -> TracedRun:
     """One run; `tokens` are the generated ones, each with its text."""
     first, data = recorder.boundaries[0], original_of(policy) or policy.to_dict()
-    flops = [layer.flops for layer in report.layers]
+    layers = _layers(recorder.boundaries, [layer.flops for layer in report.layers])
     return TracedRun(
         name=policy.name,
         policy=json.loads(json.dumps(data)),
@@ -67,9 +67,10 @@ def traced_run(
         exit=first.window.exit,
         entered_by=_turned_by(recorder.boundaries, first.window.entry),
         exited_by=_turned_by(recorder.boundaries, first.window.exit),
+        keep_asking=any(layer.visual_tokens for layer in layers[first.window.exit :]),
         encode=_encode(recorder.encoded),
         boundaries=[_boundary(event, images) for event in recorder.boundaries if event.keeps],
-        layers=_layers(recorder.boundaries, flops),
+        layers=layers,
         calls=[
             TracedCall(step=event.step, token=token, text=text, kv_entries=held, evicted=_evicted(event))
             for event, held, (token, text) in zip(recorder.caches, recorder.held, tokens, strict=True)
@@ -141,7 +142,17 @@ def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoun
             known = torch.full(live.shape, torch.nan).scatter(0, index.cpu(), scores[0].detach().float().cpu())
             ranked = [rounded(known[image.index]) for image in images]
         by.append(Pruning(stage=name, dropped=_patches(lost, images), scores=ranked))
-    return TracedBoundary(boundary=event.boundary, kept=_patches(live, images), by=by)
+    merged = [] if event.merged_into is None else [_clusters(event.merged_into[0], image) for image in images]
+    return TracedBoundary(boundary=event.boundary, kept=_patches(live, images), by=by, merged=merged)
+
+
+def _clusters(merged_into: Tensor, image: TracedImage) -> list[Merge]:
+    """States of one image that others were merged into; `merged_into` are logical indices, one per token."""
+    patch = {token: number for number, token in enumerate(image.index)}
+    members: dict[int, list[int]] = {}
+    for number, into in enumerate(merged_into[image.index].tolist()):
+        members.setdefault(patch[into], []).append(number)
+    return [Merge(into=into, of=of) for into, of in members.items() if of != [into]]
 
 
 def _patches(tokens: Tensor, images: Iterable[TracedImage]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from dropflow import (
     CacheKeep,
     Encode,
     EncodeCall,
+    Exit,
     Forecast,
     Keep,
     Policy,
@@ -131,9 +132,10 @@ class Replay(Stage[ReplayOptions]):
         return self.forecast().entry
 
     @hookimpl
-    def exit(self, call: WindowCall) -> int | None:  # noqa: ARG002  # the trace says it
+    def exit(self, call: WindowCall) -> Exit | None:  # noqa: ARG002  # the trace says it
         """Boundary at which the traced stage let vision go."""
-        return self.forecast().exit
+        at = self.forecast().exit
+        return None if at is None else Exit(at, keep_asking=self._run.keep_asking)
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
@@ -168,7 +170,20 @@ class Replay(Stage[ReplayOptions]):
         boundary = self._prunes[call.boundary]
         gone = [image.index[p] for image, own in zip(self._images, self._gone(boundary), strict=True) for p in own]
         dropped = torch.tensor(gone, dtype=torch.long, device=call.index.device)
-        return Keep(~torch.isin(call.index, dropped))
+        first = self._plays(boundary.by[0])
+        return Keep(~torch.isin(call.index, dropped), merge_into=self._merged(boundary, call.index) if first else None)
+
+    def _merged(self, boundary: TracedBoundary, index: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch slots"] | None:
+        """The slot that each slot's state was merged into; `None` where none was."""
+        if not any(boundary.merged):
+            return None
+        into = torch.arange(int(index.max()) + 1, device=index.device)
+        for image, merges in zip(self._images, boundary.merged, strict=True):
+            for merge in merges:
+                into[[image.index[patch] for patch in merge.of]] = image.index[merge.into]
+        slot = torch.zeros((len(index), len(into)), dtype=torch.long, device=index.device)
+        slot.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        return slot.gather(1, into[index])
 
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep | None:

@@ -30,7 +30,7 @@ class TracedImage(_Part):
 
 
 class Merge(_Part):
-    """A row of the vision encoder that stands for other patches than its own."""
+    """A row of the vision encoder, or a state inside the LLM, that stands for other patches than its own."""
 
     into: int = Field(description="patch whose place the row takes")
     of: Numbers = Field(min_length=1, description="patches whose rows were summed up")
@@ -74,6 +74,7 @@ class TracedBoundary(_Part):
     boundary: int = Field(ge=0, description="layer in front of which it lies")
     kept: list[Numbers] = Field(description="per image: patches that are live from here on")
     by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
+    merged: list[list[Merge]] = Field(default=[], description="per image: states that became the mean of several")
 
 
 class TracedEviction(_Part):
@@ -113,6 +114,9 @@ class TracedRun(_Part):
     exit: int = Field(description="boundary from which no vision is live; the number of layers for none")
     entered_by: list[str] = Field(default=[], description="stages that set `entry`")
     exited_by: list[str] = Field(default=[], description="stages that set `exit`")
+    keep_asking: bool = Field(
+        default=False, description="visual tokens that an answer is predicted from outlive the exit"
+    )
     encode: list[TracedEncode] = []
     boundaries: list[TracedBoundary] = []
     layers: list[TracedLayer]

@@ -46,6 +46,14 @@ def test_replay_gives_the_same_tokens_and_logits_and_the_same_trace(which: dict[
     assert without_scores(again) == without_scores(trace)
 
 
+def test_a_token_that_outlives_the_exit_does_so_again() -> None:
+    exit_at_4 = {"use": "hidrop/early-exit", "at": 4, "keep_last": True}
+    which = policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 6}}, exit=exit_at_4)
+    model, inputs, trace = tiny_trace(which, parts=((3, "I"),))
+    assert [layer.visual_tokens for layer in trace.runs[0].layers] == [16, 16, 6, 6, 1, 1]
+    same(model, inputs, which, trace)
+
+
 def without_scores(trace: Trace) -> dict[str, Any]:
     """The trace as data, less what a replay has no say about."""
 
