@@ -22,7 +22,8 @@ import dropflow
 from dropflow.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.cli import app
-from dropflow_lab.listing import renew_table
+from dropflow_lab.listing import stages_in_markdown
+from dropflow_lab.markdown import renew
 
 TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 
@@ -137,7 +138,7 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
         pytest.skip("the documents are not beside the tests")
     renewed = tmp_path / "methods.md"
     renewed.write_text(document.read_text(encoding="utf-8"), encoding="utf-8")
-    renew_table(renewed)
+    renew(renewed, "table of stages", stages_in_markdown())
     same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
     assert same, "renew it: dropflow list stages --into docs/methods.md"
 

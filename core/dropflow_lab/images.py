@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -60,3 +61,13 @@ def grid_within(size: tuple[int, int], tokens: int) -> tuple[int, int]:
     near = [(math.floor(side + 1e-9), math.ceil(side - 1e-9)) for side in ideal]
     fits = [(rows, columns) for rows, columns in product(*near) if rows * columns <= tokens]
     return max(fits, key=lambda grid: (grid[0] * grid[1], -abs(math.log(grid[1] * height / (grid[0] * width)))))
+
+
+def cell_of(config: Any) -> int | None:
+    """Side in pixels of the square that becomes one visual token, by a model's config; `None` where it does not tell.
+
+    The encoder's patch size, times the side of the square of patches that a family merges into one.
+    """
+    vision = getattr(config, "vision_config", None)
+    patch = getattr(vision, "patch_size", None)
+    return patch * (getattr(vision, "spatial_merge_size", None) or 1) if isinstance(patch, int) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from dropflow import Stage, load_policy, registry
@@ -12,10 +11,9 @@ from dropflow.errors import DropflowError
 from dropflow.hooks import HOOKS, PROJECT
 from dropflow.plan import resolve
 from dropflow.units import Shape
-from dropflow_lab.errors import InputError
+from dropflow_lab.markdown import table
 
 Row = dict[str, Any]
-TABLE_START, TABLE_END = "<!-- table of stages -->", "<!-- end of table -->"
 
 
 def stages() -> list[Row]:
@@ -68,13 +66,13 @@ def _tokens(name: str, stage: type[Stage[Any]]) -> str:
 def stages_in_markdown() -> str:
     """Every registered stage as a table in Markdown; `docs/methods.md` holds it."""
     head = ("stage", "what it does", "hooks", "needs", "tokens left", "training-free", "knobs", "paper")
-    lines = [head, ("---",) * len(head)]
-    for row in stages():
-        if "error" not in row:
-            hooks, needs, knobs = (", ".join(f"`{one}`" for one in row[key]) for key in ("hooks", "needs", "options"))
-            free = "yes" if row["training_free"] else "no"
-            lines.append((f"`{row['name']}`", row["summary"], hooks, needs, row["tokens"], free, knobs, row["paper"]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table(head, [_cells(row) for row in stages() if "error" not in row])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    hooks, needs, knobs = (", ".join(f"`{one}`" for one in row[key]) for key in ("hooks", "needs", "options"))
+    free = "yes" if row["training_free"] else "no"
+    return f"`{row['name']}`", row["summary"], hooks, needs, row["tokens"], free, knobs, row["paper"]
 
 
 def _policy(name: str) -> Row:
@@ -90,12 +88,3 @@ def _policy(name: str) -> Row:
 def _adapter(name: str) -> Row:
     adapter = registry.load(registry.ADAPTERS, name)
     return {"summary": (inspect.getdoc(adapter) or "").partition("\n")[0]}
-
-
-def renew_table(document: Path) -> None:
-    """Put the table of stages between the two marks in a Markdown file; raises `InputError` where they are missing."""
-    before, start, rest = document.read_text(encoding="utf-8").partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
-    if not start or not end:
-        raise InputError(f"{document}: expected the lines {TABLE_START!r} and {TABLE_END!r}, found no such pair")
-    document.write_text(f"{before}{start}\n\n{stages_in_markdown()}\n\n{end}{after}", encoding="utf-8")

@@ -43,12 +43,21 @@ def compare(
     control_seeds: Annotated[
         int, typer.Option(min=0, help="Seeds of random pruning at equal average tokens, beside every policy.")
     ] = 1,
+    downsample: Annotated[
+        str,
+        typer.Option(
+            metavar="N,M", help="Also ask without a policy about pictures that keep N tokens' worth of pixels."
+        ),
+    ] = "",
     timed: Annotated[int, typer.Option(min=0, help="Questions on which FLOPs, memory and time are measured.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of paired timing.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     overrides: Overrides = None,
+    into: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Renew the table of the comparison in a Markdown file, too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on the same questions: answers, visual tokens, FLOPs, memory and time.
@@ -68,6 +77,7 @@ def compare(
     from dropflow_lab.data import DIGITS, read_samples
     from dropflow_lab.errors import InputError
     from dropflow_lab.finished import Finished
+    from dropflow_lab.markdown import renew
     from dropflow_lab.models import load_model
 
     if data == DIGITS:
@@ -84,7 +94,7 @@ def compare(
         fit, refused = fitting(loaded, sources, settings)
         if refused and named != [_ALL]:
             raise InputError("\n".join(f"--policies: {name}: {reason}" for name, reason in refused.items()))
-        rules = Rules(batch, max_new_tokens, control_seeds, timed, rounds)
+        rules = Rules(batch, max_new_tokens, control_seeds, timed, rounds, _numbers(downsample))
         rows = list(Comparing(loaded, processor, samples, Finished(out / "finished"), rules).rows(fit))
         result = {
             "data": data,
@@ -96,9 +106,20 @@ def compare(
         }
         write_text(out / "compare.json", json.dumps(result, indent=2))
         draw(rows, out)
+        if into is not None:
+            renew(into, "comparison", f"{len(samples)} questions, seed {seed}.\n\n{_markdown(rows)}")
     told = [f"{name}: {reason}" for name, reason in refused.items()]
     told += [f"{len(samples)} questions; intervals are 95 %; written to {out}"]
     emit(result, as_json, _answers(rows), *([_costs(rows)] if timed else []), "\n".join(told))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(
+            f"expected numbers above 0 with commas in between, got {text!r}", param_hint="--downsample"
+        )
+    return tuple(int(part) for part in parts)
 
 
 def _answers(rows: Sequence[Row]) -> Table:
@@ -120,6 +141,30 @@ def _answers(rows: Sequence[Row]) -> Table:
             _NONE if control is None else _percent(control.gain, sign="+"),
         )
     return table
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    from dropflow_lab.markdown import table
+
+    head = ("policy", "average tokens", "at entry", "accuracy", "random", "gain", "FLOPs", "KV", "prefill time")
+    return table(head, [_line(row, rows[0].cost) for row in rows])
+
+
+def _line(row: Row, dense: Cost | None) -> list[str]:
+    control, cost = row.control, row.cost
+    shares = [_NONE] * 3
+    if cost is not None and dense is not None:
+        flops, kv = (getattr(cost.work, name) / getattr(dense.work, name) for name in ("flops_formula", "kv_bytes"))
+        shares = [f"{flops:.1%}", f"{kv:.1%}", _NONE if cost.times is None else _ratio(cost.times.prefill)]
+    return [
+        f"`{row.policy}`",
+        f"{row.average_visual_tokens:.1f}",
+        f"{row.entry_visual_tokens:.1f}",
+        _percent(row.accuracy or row.agreement),
+        _NONE if control is None else _percent(control.accuracy or control.agreement),
+        _NONE if control is None else _percent(control.gain, sign="+"),
+        *shares,
+    ]
 
 
 def _costs(rows: Sequence[Row]) -> Table:

@@ -40,11 +40,12 @@ def list_names(
 ) -> None:
     """List the installed stages, policies or adapters, those of third-party packages too."""
     from dropflow_lab import listing
+    from dropflow_lab.markdown import renew
 
     if into is not None:
         if kind is not Kind.STAGES:
             raise typer.BadParameter("only stages are written as Markdown: `dropflow list stages --into FILE`")
-        listing.renew_table(into)
+        renew(into, "table of stages", listing.stages_in_markdown())
         return
     with chatter_to_stderr():
         find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import dropflow
@@ -16,8 +16,10 @@ from dropflow_lab.bench.timing import Spread
 from dropflow_lab.compare.answers import Answers, ask
 from dropflow_lab.compare.cost import Cost, Times, Work, measure_cost
 from dropflow_lab.compare.rows import Row, make_row
-from dropflow_lab.data import Sample
+from dropflow_lab.data import Picture, Sample
+from dropflow_lab.errors import InputError
 from dropflow_lab.finished import Finished, digest_of_code, digest_of_weights
+from dropflow_lab.images import cell_of, downsample
 
 DENSE = "dense"
 """Name of the row without a policy."""
@@ -37,6 +39,8 @@ class Rules:
     """First questions on which cost is measured; 0 leaves cost out."""
     rounds: int = 3
     """Rounds of paired timing; 0 counts work and times nothing."""
+    downsample: tuple[int, ...] = ()
+    """Visual tokens whose worth of pixels a picture keeps, each a row of the model without a policy."""
 
 
 def fitting(
@@ -65,12 +69,15 @@ class Comparing:
     ) -> None:
         self._model, self._processor, self._samples = model, processor, samples
         self._finished, self._rules = finished, rules or Rules()
-        self._facts = {"weights": digest_of_weights(model), "questions": _digest_of(samples)}
+        self._weights = digest_of_weights(model)
 
     def rows(self, policies: Sequence[Policy]) -> Iterator[Row]:
         """Yield the row of the model without a policy, then one per policy, each as soon as it is measured."""
         dense = self._answers(None)
         yield make_row(DENSE, self._samples, dense, dense, cost=self._cost(None))
+        for tokens in self._rules.downsample:
+            answers = self._answers(None, smaller(self._samples, tokens, self._cell()), f"downsample-{tokens}")
+            yield make_row(f"downsample-{tokens}", self._samples, answers, dense)
         for policy in policies:
             answers = self._answers(policy)
             seeds = range(self._rules.control_seeds)
@@ -86,29 +93,33 @@ class Comparing:
         stage = {"use": "control/random", "encode": keep, "seed": seed}
         return dropflow.load_policy({"name": f"random-{average:.0f}-seed-{seed}", "stages": {"random": stage}})
 
-    def _answers(self, policy: Policy | None) -> Answers:
-        rules = self._rules
-        facts = self._facts | _about(policy) | {"max_new_tokens": rules.max_new_tokens}
-        name = f"answers-{DENSE if policy is None else policy.name}"
-        found = self._finished.read(name, facts)
-        if found is None:
-            answers = ask(
-                self._model,
-                self._processor,
-                policy,
-                self._samples,
-                batch=rules.batch,
-                max_new_tokens=rules.max_new_tokens,
-            )
-            self._finished.write(name, facts, asdict(answers))
-            return answers
-        return Answers(tuple(found["said"]), found["average_visual_tokens"], found["entry_visual_tokens"])
+    def _answers(self, policy: Policy | None, asked: Sequence[Sample] = (), name: str = "") -> Answers:
+        """Answers to `asked` (the questions of the comparison, if empty), under the name of the policy or another."""
+        rules, samples = self._rules, asked or self._samples
+        facts = self._facts(samples) | _about(policy) | {"max_new_tokens": rules.max_new_tokens}
+        file = f"answers-{name or (DENSE if policy is None else policy.name)}"
+        found = self._finished.read(file, facts)
+        if found is not None:
+            return Answers(tuple(found["said"]), found["average_visual_tokens"], found["entry_visual_tokens"])
+        how = {"batch": rules.batch, "max_new_tokens": rules.max_new_tokens}
+        answers = ask(self._model, self._processor, policy, samples, **how)
+        self._finished.write(file, facts, asdict(answers))
+        return answers
+
+    def _facts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {"weights": self._weights, "questions": _digest_of(samples)}
+
+    def _cell(self) -> int:
+        cell = cell_of(self._model.config)
+        if cell is None:
+            raise InputError("downsample: this model's config names no patch size, so pixels per token are not known")
+        return cell
 
     def _cost(self, policy: Policy | None) -> Cost | None:
         rules = self._rules
         if not rules.timed:
             return None
-        facts = self._facts | _about(policy) | {"timed": rules.timed, "rounds": rules.rounds}
+        facts = self._facts(self._samples) | _about(policy) | {"timed": rules.timed, "rounds": rules.rounds}
         name = f"cost-{DENSE if policy is None else policy.name}"
         found = self._finished.read(name, facts)
         if found is None:
@@ -117,6 +128,15 @@ class Comparing:
             self._finished.write(name, facts, asdict(cost))
             return cost
         return _read_cost(found)
+
+
+def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
+    """Return the samples with pictures of at most `tokens` cells (see `images.downsample`), made when opened."""
+
+    def shrunk(picture: Picture) -> Picture:
+        return Picture(f"{picture.name}@{tokens}", lambda: downsample(picture.open(), tokens, cell))
+
+    return [replace(sample, pictures=tuple(map(shrunk, sample.pictures))) for sample in samples]
 
 
 def _about(policy: Policy | None) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def test_a_broken_package_hides_no_other(cli, monkeypatch) -> None:
 
 def test_the_table_in_a_document_is_renewed_between_its_marks(cli, refused, tmp_path) -> None:
     document = tmp_path / "methods.md"
-    document.write_text("before\n<!-- table of stages -->\nfrom-before\n<!-- end of table -->\nafter\n")
+    document.write_text("before\n<!-- table of stages -->\nfrom-before\n<!-- end of table of stages -->\nafter\n")
     assert cli("list", "stages", "--into", document).exit_code == 0
     text = document.read_text()
     assert text.startswith("before\n<!-- table of stages -->\n\n| stage |")
-    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert text.endswith("<!-- end of table of stages -->\nafter\n")
     assert "from-before" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `hidrop/early-exit` |")]
-    assert [cell.strip() for cell in row.split("|")[3:8]] == ["`exit`", "", "all or none, by layer", "no", "`at`"]
+    assert [cell.strip() for cell in row.split("|")[3:8]] == ["`exit`", "", "all or none, by layer", "no", "`at`, `keep_last`"]
     (row,) = [line for line in text.splitlines() if line.startswith("| `mustdrop/spatial-merge` |")]
     assert [cell.strip() for cell in row.split("|")[3:7]] == ["`encode`", "`grid`", "by the data", "yes"]
     document.write_text("no marks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from dropflow_lab.compare import comparing
 from dropflow_lab.compare.answers import Answers
-from dropflow_lab.compare.comparing import Comparing, Rules, fitting
+from dropflow_lab.compare.comparing import Comparing, Rules, fitting, smaller
 from dropflow_lab.compare.rows import make_row
 from dropflow_lab.data import Sample, read_samples
 from dropflow_lab.finished import Finished
@@ -78,6 +79,19 @@ def test_finished_measurements_are_not_run_again(
     assert len(asked) == 7  # other questions are other measurements
 
 
+def test_downsampled_pictures_are_other_questions_on_the_same_model(
+    subject: tuple[Any, Any], samples: list[Sample], tmp_path: Path
+) -> None:
+    few = smaller(samples, 36, 8)
+    assert few[0].images()[0].size == (48, 48)  # 6 x 6 cells of 8 pixels
+    assert [sample.question for sample in few] == [sample.question for sample in samples]
+    rules = replace(RULES, downsample=(36, 144), timed=0)
+    dense, at_36, at_144 = Comparing(*subject, samples, Finished(tmp_path), rules).rows([])
+    assert [row.policy for row in (dense, at_36, at_144)] == ["dense", "downsample-36", "downsample-144"]
+    assert at_36.average_visual_tokens == 144  # CLIP enlarges the picture again: what is lost, not what is saved
+    assert at_144.agreement.value == 1  # as many cells as the picture has
+
+
 def test_policies_that_do_not_fit_say_why(subject: tuple[Any, Any]) -> None:
     fit, refused = fitting(subject[0], [HALF, "hidrop-64", "no-such-policy"])
     assert [policy.name for policy in fit] == ["half"]
@@ -133,3 +147,9 @@ def test_a_folder_of_questions_by_the_command(cli: Any, refused: Any, model_fold
     assert "agreement" in shown.stdout
     assert "half" in shown.stdout
     assert "--policies: nope: " in refused("compare", model_folder, "--policies", "nope", *options)
+    assert "--downsample" in refused("compare", model_folder, "--downsample", "few", *options)
+    document = tmp_path / "results.md"
+    document.write_text("# Results\n<!-- comparison -->\n<!-- end of comparison -->\n")
+    assert cli("compare", model_folder, "--policies", policy, *options, "--into", document).exit_code == 0
+    shown = [line for line in document.read_text().splitlines() if line.startswith("| `")]
+    assert [line.split("|")[1].strip() for line in shown] == ["`dense`", "`half`"]

@@ -1,0 +1,27 @@
+"""Tables in Markdown documents, and how they are renewed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dropflow_lab.errors import InputError
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table, one line per row."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def renew(document: Path, name: str, text: str) -> None:
+    """Put `text` between the lines `<!-- name -->` and `<!-- end of name -->` of a document.
+
+    Raises `InputError` where they are missing.
+    """
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, start, rest = document.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end:
+        raise InputError(f"{document}: expected the lines {first!r} and {last!r}, found no such pair")
+    document.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
