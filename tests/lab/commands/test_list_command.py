@@ -62,7 +62,13 @@ def test_the_table_in_a_document_is_renewed_between_its_marks(cli, refused, tmp_
     assert text.endswith("<!-- end of table of stages -->\nafter\n")
     assert "from-before" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `hidrop/early-exit` |")]
-    assert [cell.strip() for cell in row.split("|")[3:8]] == ["`exit`", "", "all or none, by layer", "no", "`at`, `keep_last`"]
+    assert [cell.strip() for cell in row.split("|")[3:8]] == [
+        "`exit`",
+        "",
+        "all or none, by layer",
+        "no",
+        "`at`, `keep_last`",
+    ]
     (row,) = [line for line in text.splitlines() if line.startswith("| `mustdrop/spatial-merge` |")]
     assert [cell.strip() for cell in row.split("|")[3:7]] == ["`encode`", "`grid`", "by the data", "yes"]
     document.write_text("no marks")
