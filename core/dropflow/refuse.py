@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,11 +50,15 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     if vision is None:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [f"stages.{name}: works inside the vision encoder, which this adapter cannot reach" for name in names]
-    faults = [
-        f"stages.{name}: works at boundary {b} of the vision encoder, expected 0 to {vision.feature_layer - 1}, in "
-        f"front of the layers that the features for the LLM pass through"
+    outside = [
+        (name, b)
         for name, b in boundaries
         if not isinstance(b, str) and not (0 <= b < vision.feature_layer and b % 1 in (0, 0.5))
+    ]
+    faults = [
+        f"stages.{name}: works at boundary {b} of the vision encoder{more}, expected 0 to {vision.feature_layer - 1}, "
+        "in front of the layers that the features for the LLM pass through"
+        for name, b, more in _first_of_each(outside)
     ]
     lacking = {
         name: what
@@ -68,11 +73,19 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
         f"stages.{name}: works {what}, which this adapter does not name; see `VisionEncoder`"
         for name, what in lacking.items()
     ]
+    beyond = [(name, layer) for name, layer in taps if not -vision.depth <= layer < vision.depth]
     return faults + [
-        f"stages.{name}: reads vision layer {layer}, but the encoder has layers 0 to {vision.depth - 1}"
-        for name, layer in taps
-        if not -vision.depth <= layer < vision.depth
+        f"stages.{name}: reads vision layer {layer}{more}, but the encoder has layers 0 to {vision.depth - 1}"
+        for name, layer, more in _first_of_each(beyond)
     ]
+
+
+def _first_of_each(found: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, str]]:
+    """Of each stage the first place, and a word about how many there are more."""
+    places: dict[str, list[Any]] = {}
+    for name, place in found:
+        places.setdefault(name, []).append(place)
+    return [(name, own[0], f" and {len(own) - 1} more" if len(own) > 1 else "") for name, own in places.items()]
 
 
 def _inside_layer(boundary: EncodeBoundary) -> bool:

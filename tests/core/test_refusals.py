@@ -196,6 +196,6 @@ def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
 
     with (
         dropflow.attach(llava, policy(a={"use": Reads})),
-        pytest.raises(DropflowError, match="list the layer in the stage's `taps`"),
+        pytest.raises(DropflowError, match="list it in the stage's `taps`"),
     ):
         llava(**prompt())

@@ -55,7 +55,13 @@ def prune_call(
         window=Window(0, 32),
         entry=Entry(torch.zeros(batch, tokens, 1), image),
         attention=attention,
+        tapped=_nothing_tapped,
+        final_norm=None,
     )
+
+
+def _nothing_tapped(layer: int) -> Any:
+    raise AssertionError(f"layer {layer} is read")
 
 
 class Watch(Stage[Any]):
