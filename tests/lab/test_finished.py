@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dropflow
-from dropflow_lab.finished import Finished, digest_of_code
+from dropflow_lab.digits import build_model
+from dropflow_lab.finished import Finished, digest_of_code, digest_of_weights
 
 
 def test_a_measurement_is_found_under_its_own_facts(tmp_path: Path) -> None:
@@ -37,3 +40,13 @@ def test_changed_code_of_a_stage_is_other_code(tmp_path: Path, monkeypatch: pyte
     module.write_text(source + "# changed\n")
     assert digest_of_code(policy) != before
     del sys.modules["made_for_digests"]
+
+
+def test_the_weights_digest_sees_one_changed_number() -> None:
+    model = build_model(0, decoder_layers=2)
+    other = copy.deepcopy(model)
+    before = digest_of_weights(model)
+    assert before == digest_of_weights(other)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1
+    assert digest_of_weights(other) != before

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.progress import track
 
 import dropflow
 from dropflow import Policy
 from dropflow.backbone import backbone_for
 from dropflow.plan import resolve
-from dropflow_lab.digits.dataset import Example, examples
-from dropflow_lab.digits.evaluate import Score, answer, build_inputs
+from dropflow_lab.compare.answers import Answers, ask
+from dropflow_lab.data import DIGITS, Sample, read_samples
+from dropflow_lab.digits.evaluate import LONGEST_ANSWER, Score
+from dropflow_lab.finished import Finished, digest_of_code, digest_of_weights
 
 DENSE = "dense"
 """Name of the row without a policy."""
@@ -81,7 +76,7 @@ def bench_accuracy(
     """Yield a row for the model without a policy, and then one per policy, as soon as each is measured.
 
     Every policy is asked the same `questions` of the test split, drawn from `seed`. Each finished row is written to a
-    file in `out`, under a name that follows from policy, weights, questions and seed; a row that is there is read
+    file in `out`, under a name that follows from policy, code, weights, questions and seed; a row that is there is read
     and not measured again. Raises `PolicyError` for a policy that does not fit the model, before anything is measured.
     """
     bench = Bench(out, questions, seed)
@@ -96,24 +91,26 @@ class Bench:
     """Measures rows on the same `questions` of the test split, and keeps finished ones in the folder `out`."""
 
     def __init__(self, out: Path, questions: int, seed: int) -> None:
-        self._out, self._questions, self._seed = out, questions, seed
-        self._asked: list[Example] = []
+        self._finished, self._questions, self._seed = Finished(out), questions, seed
+        self._asked: list[Sample] = []
 
     def row(self, model: Any, processor: Any, policy: Policy | None) -> AccuracyRow:
         """Return the row of `model` under `policy`, read from its file or measured now."""
+        name = policy.name if policy is not None else DENSE
         facts = {
             "policy": policy.to_dict() if policy is not None else DENSE,
-            "weights": _digest_of_weights(model),
+            "code": digest_of_code(policy),
+            "weights": digest_of_weights(model),
             "questions": self._questions,
             "seed": self._seed,
-            "dropflow": version("dropflow"),
         }
-        path = self._out / f"{policy.name if policy is not None else DENSE}-{_digest(facts)}.json"
-        row = _read(path)
-        if row is None:
-            self._asked = self._asked or list(examples("test", self._questions, self._seed))
-            row = _measure(model, processor, policy, self._asked)
-            _write(path, {"measured": asdict(row), "facts": facts})
+        found = self._finished.read(name, facts)
+        if found is not None:
+            return _read(found)
+        self._asked = self._asked or read_samples(DIGITS, self._questions, self._seed)
+        answers = ask(model, processor, policy, self._asked, batch=BATCH, max_new_tokens=LONGEST_ANSWER)
+        row = _row(name, self._asked, answers)
+        self._finished.write(name, facts, asdict(row))
         return row
 
 
@@ -122,33 +119,10 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropflow" / "bench-accuracy"
 
 
-def _measure(model: Any, processor: Any, policy: Policy | None, asked: Sequence[Example]) -> AccuracyRow:
-    name = DENSE if policy is None else policy.name
-    batches = [list(asked[start : start + BATCH]) for start in range(0, len(asked), BATCH)]
-    said: list[str] = []
-    average = entry = 0.0
-    with nullcontext() if policy is None else dropflow.attach(model, policy) as flow:
-        for batch in track(batches, name):
-            said += answer(model, processor, batch)
-            if flow is None or not flow.plan.stages:
-                tokens = _placeholders(model, processor, batch)
-                average, entry = average + tokens, entry + tokens
-            else:
-                report = flow.report()
-                average += report.average_visual_tokens * len(batch)
-                entry += report.entry_visual_tokens * len(batch)
-    return _row(name, asked, said, average / len(asked), entry / len(asked))
-
-
-def _placeholders(model: Any, processor: Any, batch: list[Example]) -> int:
-    """Visual tokens of a batch when nothing is dropped."""
-    return int(backbone_for(model).placeholders(build_inputs(processor, batch)["input_ids"]).sum())
-
-
-def _row(name: str, asked: Sequence[Example], said: Sequence[str], average: float, entry: float) -> AccuracyRow:
+def _row(name: str, asked: Sequence[Sample], answers: Answers) -> AccuracyRow:
     right: dict[str, list[bool]] = {kind: [] for kind in APART}
-    for example, given in zip(asked, said, strict=True):
-        right.setdefault(example.kind, []).append(given == example.answer)
+    for sample, given in zip(asked, answers.said, strict=True):
+        right.setdefault(str(sample.kind), []).append(given == sample.answer)
     kinds = {kind: Score(sum(hits), len(hits)) for kind, hits in right.items()}
     main = [score for kind, score in kinds.items() if kind not in APART]
     overall = Share.of(Score(sum(score.right for score in main), sum(score.asked for score in main)))
@@ -158,39 +132,16 @@ def _row(name: str, asked: Sequence[Example], said: Sequence[str], average: floa
         accuracy=overall.accuracy,
         low=overall.low,
         high=overall.high,
-        average_visual_tokens=average,
-        entry_visual_tokens=entry,
+        average_visual_tokens=answers.average_visual_tokens,
+        entry_visual_tokens=answers.entry_visual_tokens,
         count=shares["count"],
         read=shares["read"],
         kinds=shares,
-        answers=tuple(said),
+        answers=answers.said,
     )
 
 
-def _read(path: Path) -> AccuracyRow | None:
-    if not path.is_file():
-        return None
-    row = json.loads(path.read_text(encoding="utf-8"))["measured"]
+def _read(row: dict[str, Any]) -> AccuracyRow:
     shares = {kind: Share(**row[kind]) for kind in APART}
     kinds = {kind: Share(**share) for kind, share in row["kinds"].items()}
     return AccuracyRow(**{**row, **shares, "kinds": kinds, "answers": tuple(row["answers"]), "by_seed": ()})
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write in one step, so that a run that is killed leaves no half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    part.replace(path)
-
-
-def _digest_of_weights(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

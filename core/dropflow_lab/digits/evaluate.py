@@ -16,7 +16,8 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from .dataset import Example, examples
 from .questions import KINDS
 
-_LONGEST_ANSWER = 12
+LONGEST_ANSWER = 12
+"""Tokens of the longest answer to a digits question, with some to spare."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Exampl
     """Return the model's greedy answers to a batch of examples."""
     inputs = build_inputs(processor, batch).to(model.device)
     with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_ANSWER)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import dropflow
 from dropflow.errors import PolicyError
 from dropflow_lab.bench import accuracy as bench
 from dropflow_lab.bench.accuracy import AccuracyRow, bench_accuracy
+from dropflow_lab.compare.answers import Answers
 from dropflow_lab.digits import KINDS, Score, build_model, build_processor, evaluate, examples
 
 PRUNED = dropflow.load_policy(
@@ -72,8 +72,8 @@ def test_count_and_read_are_shown_apart(subject: tuple[Any, Any], tmp_path: Path
     asked = list(examples("test", 40, 1))
     wrong = {"count": {3}, "read": {8, 18}, "pos": {0, 10, 20}}
     wrong_places = {place for places in wrong.values() for place in places}
-    said = iter(["?" if place in wrong_places else one.answer for place, one in enumerate(asked)])
-    monkeypatch.setattr(bench, "answer", lambda _model, _processor, batch: [next(said) for _ in batch])
+    said = tuple("?" if place in wrong_places else one.answer for place, one in enumerate(asked))
+    monkeypatch.setattr(bench, "ask", lambda *_, **__: Answers(said, 144, 144))
     (row,) = rows_of(subject, tmp_path, questions=40)
     assert [KINDS[place % 10] for places in wrong.values() for place in sorted(places)] == [
         kind for kind, places in wrong.items() for _ in places
@@ -95,13 +95,13 @@ def test_finished_rows_are_read_and_not_measured_again(
     rows, out = measured
     assert len(list(out.iterdir())) == 2
     asked: list[int] = []
-    real = bench.answer
+    real = bench.ask
 
-    def counted(model: Any, processor: Any, batch: list[Any]) -> list[str]:
-        asked.append(len(batch))
-        return real(model, processor, batch)
+    def counted(model: Any, processor: Any, policy: Any, samples: Any, **how: Any) -> Answers:
+        asked.append(len(samples))
+        return real(model, processor, policy, samples, **how)
 
-    monkeypatch.setattr(bench, "answer", counted)
+    monkeypatch.setattr(bench, "ask", counted)
     assert rows_of(subject, out, PRUNED) == rows
     assert asked == []
     other = dropflow.load_policy(PRUNED, ["stages.keep.keep.1=20"])
@@ -143,12 +143,3 @@ def test_a_policy_without_stages_counts_all_tokens(subject: tuple[Any, Any], tmp
 def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert bench.default_folder() == tmp_path / "dropflow" / "bench-accuracy"
-
-
-def test_the_weights_digest_sees_one_changed_number(subject: tuple[Any, Any]) -> None:
-    model = copy.deepcopy(subject[0])
-    before = bench._digest_of_weights(model)
-    assert before == bench._digest_of_weights(subject[0])
-    with torch.no_grad():
-        next(model.parameters()).view(-1)[0] += 1
-    assert bench._digest_of_weights(model) != before

@@ -11,6 +11,7 @@ import dropflow
 from dropflow.errors import PolicyError
 from dropflow_lab.bench.accuracy import Bench
 from dropflow_lab.bench.subjects import Subject, bench_subjects
+from dropflow_lab.compare.answers import Answers
 from dropflow_lab.digits import KINDS, Score, build_model, build_processor
 
 EXIT = "name: gone\nstages:\n  exit: {use: hidrop/early-exit, at: 1}\n"
@@ -51,11 +52,11 @@ def test_a_row_with_seeds_is_their_mean(tmp_path: Path, subject: tuple[Any, Any]
     right = iter([{"pos"}, set(KINDS), {"pos", "read", "sum", "d2c"}])
     known: dict[int, set[str]] = {}
 
-    def answer(model: Any, _processor: Any, batch: Any) -> list[str]:
+    def ask(model: Any, _processor: Any, _policy: Any, asked: Any, **_: Any) -> Answers:
         kinds = known.setdefault(id(model), next(right) if id(model) not in known else set())
-        return [one.answer if one.kind in kinds else "?" for one in batch]
+        return Answers(tuple(one.answer if one.kind in kinds else "?" for one in asked), 144, 144)
 
-    monkeypatch.setattr("dropflow_lab.bench.accuracy.answer", answer)
+    monkeypatch.setattr("dropflow_lab.bench.accuracy.ask", ask)
     loaded = {f"run-{seed}": (build_model(seed, decoder_layers=1).eval(), subject[1]) for seed in range(3)}
     (row,) = rows_of(tmp_path, loaded, "dense@run-{seed}")
     assert row.policy == "dense@run-{seed}"
