@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest docs check format clean
+.PHONY: demo test test-oldest docs results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -26,6 +26,11 @@ test-oldest:
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every shipped policy on the embedded model, into docs/results.md; what is finished is not measured again.
+results: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/dropflow compare --policies all --out results --into docs/results.md
+	cp results/compare.png docs/results/compare.png
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

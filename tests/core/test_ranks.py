@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from training import Prompts, collate, freeze_tower, trainer
 
 import dropflow
+from dropflow.errors import UnsupportedCall
 
 DATA = Prompts()
 STEPS = 4
@@ -52,6 +53,20 @@ def sharded(parts: Callable[[Any], list[Any]]) -> list[float]:
         return by_hand(model, distributed.get_rank(), 2)
 
 
+def refusal_of_soft_selection() -> str:
+    pyramid = HIDROP["stages"]["pyramid"] | {"select": "soft"}
+    model = freeze_tower(tiny_llava()).train()
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.get_decoder().layers, model):
+        fully_shard(part, mesh=mesh)
+    with dropflow.attach(model, HIDROP | {"stages": HIDROP["stages"] | {"pyramid": pyramid}}):
+        try:
+            by_hand(model, distributed.get_rank(), 2)
+        except UnsupportedCall as error:
+            return str(error)
+    return ""
+
+
 def replicated() -> list[float]:
     model = torch.nn.parallel.DistributedDataParallel(freeze_tower(tiny_llava()).train())
     with dropflow.attach(model, HIDROP):
@@ -71,21 +86,22 @@ def work(folder: Path) -> None:
     """What each of the two processes does; the first one writes down the losses."""
     warnings.simplefilter("ignore")
     AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests of the parent have left
-    losses = {"trainer": trained(folder)}
+    losses: dict[str, Any] = {"trainer": trained(folder)}
     losses["replicated"] = replicated()
     losses["sharded by layer"] = sharded(list)
     losses["sharded within layers"] = sharded(lambda layers: [part for x in layers for part in (x.self_attn, x)])
     losses["sharded as one"] = sharded(lambda _: [])
+    losses["refusal"] = refusal_of_soft_selection()
     if distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     debug_launcher(work, (folder,), num_processes=2)
-    losses: dict[str, list[float]] = json.loads((folder / "losses.json").read_text())
-    return losses
+    found: dict[str, Any] = json.loads((folder / "losses.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +117,7 @@ def one_rank() -> list[float]:
 def test_two_ranks_give_the_losses_of_one(two_ranks: Any, one_rank: list[float], how: str) -> None:
     assert two_ranks[how] == pytest.approx(one_rank, rel=1e-5)
     assert len(set(one_rank)) == STEPS
+
+
+def test_gradients_through_the_ranking_of_a_sharded_layer_are_refused(two_ranks: Any) -> None:
+    assert two_ranks["refusal"].startswith("FSDP2: a stage asks for gradients through its ranking")

@@ -14,6 +14,7 @@ from training import Prompts, collate, freeze_tower
 import dropflow
 from dropflow import BoundaryEvent, Stage, hookimpl
 from dropflow.testing import MaskedOracle
+from dropflow_hidrop import concave_pyramid
 
 IMAGE = 98
 SAMPLES = (("I", 6), (3, "I", 9), ("I", 2, "I", 12), (8,), (2, "I", 5))
@@ -157,3 +158,28 @@ def test_steps_around_an_aborted_one_equal_fresh_steps() -> None:
                     handle.remove()
         curves.append(losses)
     assert curves[0] == curves[1]
+
+
+def test_scores_that_choose_the_same_tokens_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient comes from the hard selection: only the chosen set counts, not the scores (hidrop, test 11)."""
+    made, inputs = tiny_llava().train(), batch("left")
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        made.zero_grad(set_to_none=True)
+        with dropflow.attach(made, HIDROP) as flow:
+            loss = made(**inputs).loss
+            live = flow.live()
+            loss.backward()
+        grads = {name: weight.grad.clone() for name, weight in made.named_parameters() if weight.grad is not None}
+        return loss.detach(), grads, live
+
+    loss, grads, live = step()
+    real = concave_pyramid.instruction_scores
+    monkeypatch.setattr(concave_pyramid, "instruction_scores", lambda call: real(call) ** 3 * 7 + 1)
+    again, others, same = step()
+    assert torch.equal(live, same)
+    assert torch.equal(loss, again)
+    assert grads.keys() == others.keys()
+    assert all(torch.equal(grads[name], others[name]) for name in grads)
+    monkeypatch.setattr(concave_pyramid, "instruction_scores", lambda call: -real(call))
+    assert not torch.equal(step()[2], live)
