@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import distribution
 
 import pytest
+from packages import PACKAGES
 
 
 def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
@@ -12,24 +13,7 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
     if not any(path.startswith("dropflow/") for path in files):
         pytest.skip("an editable install: the wheel is checked by `make test`")
     packages = {path.split("/")[0] for path in files if path.endswith(".py")}
-    assert packages == {
-        "dropflow",
-        "dropflow_lab",
-        "dropflow_control",
-        "dropflow_dart",
-        "dropflow_divprune",
-        "dropflow_fastv",
-        "dropflow_hidrop",
-        "dropflow_mustdrop",
-        "dropflow_prumerge",
-        "dropflow_pyramiddrop",
-        "dropflow_sparsevlm",
-        "dropflow_tome",
-        "dropflow_visionzip",
-        "dropflow_vtw",
-        "dropflow_adapters",
-        "dropflow_policies",
-    }
+    assert packages == set(PACKAGES)
     for needed in (
         "dropflow/py.typed",
         "dropflow_policies/hidrop-64.yaml",

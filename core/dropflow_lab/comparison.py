@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import dropflow
 from dropflow import Policy
 from dropflow.backbone import backbone_for
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.prompts import build_inputs, generate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,16 +53,8 @@ def compare(
     """
     inputs = build_inputs(processor, [(images, question)]).to(model.device, model.dtype)
     with dropflow.attach(model, policy) as flow:
-        answer = _generate(model, processor, inputs, max_new_tokens)
+        (answer,) = generate(model, processor, inputs, max_new_tokens)
         report = flow.report()
     visual_tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
-    answer_dense = _generate(plain or model, processor, inputs, max_new_tokens)
+    (answer_dense,) = generate(plain or model, processor, inputs, max_new_tokens)
     return Comparison(question, visual_tokens, answer_dense, answer, report)
-
-
-def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
-    with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    answers: list[str] = processor.batch_decode(new, skip_special_tokens=True)
-    return answers[0].strip()

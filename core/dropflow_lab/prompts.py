@@ -1,9 +1,11 @@
-"""Turns questions about pictures into a model's inputs."""
+"""Turns questions about pictures into a model's inputs, and these into its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,3 +39,12 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
 
 def _content(images: Sequence[Image], question: str) -> list[dict[str, Any]]:
     return [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+
+
+def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Return the greedy answers to a batch of prompts."""
+    inputs = inputs.to(model.device, model.dtype)
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -9,25 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-PACKAGES = [
-    "dropflow",
-    "dropflow_lab",
-    "dropflow_control",
-    "dropflow_dart",
-    "dropflow_divprune",
-    "dropflow_fastv",
-    "dropflow_hidrop",
-    "dropflow_mustdrop",
-    "dropflow_prumerge",
-    "dropflow_pyramiddrop",
-    "dropflow_sparsevlm",
-    "dropflow_tome",
-    "dropflow_visionzip",
-    "dropflow_vtw",
-    "dropflow_adapters",
-    "dropflow_policies",
-]
+from packages import PACKAGES
 
 
 def modules(package: str) -> Iterator[Path]:

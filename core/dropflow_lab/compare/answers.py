@@ -7,14 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.progress import track
 
 import dropflow
 from dropflow import Policy
 from dropflow.backbone import backbone_for
 from dropflow_lab.data import Sample
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.prompts import build_inputs, generate
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,3 @@ def ask(
                 average += report.average_visual_tokens * len(asked)
                 entry += report.entry_visual_tokens * len(asked)
     return Answers(tuple(said), average / len(samples), entry / len(samples))
-
-
-def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Return the greedy answers to a batch of prompts."""
-    inputs = inputs.to(model.device, model.dtype)
-    with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

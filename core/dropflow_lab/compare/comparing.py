@@ -124,7 +124,9 @@ class Comparing:
         found = self._finished.read(name, facts)
         if found is None:
             asked = self._samples[: rules.timed]
-            cost = measure_cost(self._model, self._processor, policy, asked, rounds=rules.rounds)
+            plain = None if policy is None else self._cost(None)
+            dense = None if plain is None else plain.work
+            cost = measure_cost(self._model, self._processor, policy, asked, rounds=rules.rounds, dense=dense)
             self._finished.write(name, facts, asdict(cost))
             return cost
         return _read_cost(found)

@@ -73,17 +73,26 @@ class Cost:
     rounds: int
 
 
-def measure_cost(model: Any, processor: Any, policy: Policy | None, samples: Sequence[Sample], *, rounds: int) -> Cost:
+def measure_cost(
+    model: Any,
+    processor: Any,
+    policy: Policy | None,
+    samples: Sequence[Sample],
+    *,
+    rounds: int,
+    dense: Work | None = None,
+) -> Cost:
     """Measure a policy (`None`: the model as it is) on some questions, one at a time.
 
     Every timed call of the policy stands next to one of the model without it, in alternating order, over `rounds`
-    rounds (0: nothing is timed). Work is counted in calls of their own, since counters slow what they watch.
+    rounds (0: nothing is timed). Work is counted in calls of their own, since counters slow what they watch. `dense` is
+    the work without a policy on the same questions, where it is known already.
     """
     backbone = backbone_for(model)
     name = "dense" if policy is None else policy.name
     prompts = [build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype) for one in samples]
     with torch.no_grad():
-        dense = _work(backbone, None, prompts)
+        dense = dense or _work(backbone, None, prompts)
         work = dense if policy is None else _work(backbone, policy, prompts)
         splits: list[tuple[Split, Split]] = []
         with no_garbage_collection():

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from rich.progress import track
 from rich.table import Table
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from dropflow_lab import prompts
 
 from .dataset import Example, examples
 from .questions import KINDS
@@ -106,29 +107,13 @@ def evaluate(
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Example]) -> list[str]:
     """Return the model's greedy answers to a batch of examples."""
-    inputs = build_inputs(processor, batch).to(model.device)
-    with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return prompts.generate(model, processor, build_inputs(processor, batch), LONGEST_ANSWER)
 
 
 def build_inputs(processor: ProcessorMixin, batch: list[Example]) -> BatchFeature:
     """Return the model's inputs for a batch of examples, padded, on the CPU."""
-    prompts = [
-        processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": example.question}],
-                }
-            ],
-            add_generation_prompt=True,
-        )
-        for example in batch
-    ]
-    images = [[example.image] for example in batch]
-    return processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    inputs: BatchFeature = prompts.build_inputs(processor, [([one.image], one.question) for one in batch])
+    return inputs
 
 
 def _batched(source: Iterable[Example], size: int) -> Iterator[list[Example]]:
