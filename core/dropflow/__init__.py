@@ -1,6 +1,7 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
 from dropflow import errors
+from dropflow.asking import asking
 from dropflow.backbone import Backbone, Projections, Sublayers, VisionEncoder
 from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
@@ -53,6 +54,7 @@ __all__ = [
     "VisionEncoder",
     "Window",
     "WindowCall",
+    "asking",
     "attach",
     "errors",
     "hookimpl",

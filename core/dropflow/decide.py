@@ -118,6 +118,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
         attention=attention,
         tapped=tapped,
         final_norm=standing.final_norm,
+        questions=prompt.questions,
     )
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
@@ -126,6 +127,8 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
         asked = replace(call, differentiable=standing.training and stage.differentiable)
+        if prompt.carried is not None and name in plan.carries:
+            asked = replace(asked, carried=live.take(prompt.carried[:, :, plan.carries[name]]))
         answer = plan.hooks.prune(asked, stage)
         if answer is None:
             continue

@@ -91,7 +91,7 @@ class EncodeRun:
 
     def finish(
         self, entries: Sequence[Tensor], views_of: Callable[[Sequence[int]], list[list[View]]]
-    ) -> tuple[list[Tensor], list[Float[Tensor, "rows 5"]]]:
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
         """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
 
         `views_of` says which images are inside entries of given sizes.
@@ -121,7 +121,7 @@ class EncodeRun:
 
     def _refilled(
         self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor], empty: Tensor
-    ) -> tuple[list[Tensor], list[Float[Tensor, "rows 5"]]]:
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
         """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
         full, tables, first = [], [], 0
         for own in views:
@@ -136,7 +136,11 @@ class EncodeRun:
             protected = [
                 torch.zeros_like(k).index_copy(0, r.places, r.protected) for k, r in zip(kept, rows, strict=True)
             ]
-            tables.append(flags(own, first, full[-1].device, kept, protected))
+            carried = [
+                r.carried.new_zeros(len(k), r.carried.shape[1]).index_copy(0, r.places, r.carried)
+                for k, r in zip(kept, rows, strict=True)
+            ]
+            tables.append(flags(own, first, full[-1].device, kept, protected, carried))
             first = last
         return full, tables
 
@@ -146,7 +150,8 @@ class EncodeRun:
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
         self._grids = [self._backbone.grid(size) for size in sizes]
-        self._rows = [Rows.whole(n, like) for n in sizes]
+        carries = sum(own.stop - own.start for own in self._plan.carries.values())
+        self._rows = [Rows.whole(n, like, carries) for n in sizes]
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
         """Arguments of a layer with the mask that its rows need, if any."""
@@ -224,12 +229,12 @@ class EncodeRun:
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
                 applied = [
-                    apply(answer, i, f, r, f"stages.{name}")
+                    apply(answer, i, f, r, f"stages.{name}", self._plan.carries.get(name, slice(0, 0)))
                     for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
                 ]
                 before = tuple(rows.places for rows in self._rows)
                 features, self._rows = [f for f, _ in applied], [r for _, r in applied]
-                if self.steps is not None:
+                if self.steps is not None and answer.decides:
                     places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
                     self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
         return features

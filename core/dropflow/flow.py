@@ -63,6 +63,8 @@ class Flow:
 
     def __init__(self, backbone: Backbone, plan: Plan) -> None:
         refuse.check_model(backbone, plan)
+        for _, stage in plan.stages:
+            stage.prepare(backbone)
         self._backbone, self._plan = backbone, plan
         self._service = Service(backbone, plan)
         self._service.flow = self

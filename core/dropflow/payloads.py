@@ -91,6 +91,10 @@ class PruneCall:
     final_norm: Callable[[Tensor], Tensor] | None
     """The norm behind the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
 
+    carried: Float[Tensor, "batch slots carries"] | None = None
+    """What this stage's `encode` gave each patch to carry (`Encode.carry`), float32; 0 for all other tokens."""
+    questions: tuple[str, ...] | None = None
+    """What each sample asks, as text, for stages with `reads_questions`."""
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
@@ -235,10 +239,18 @@ class Encode:
     logarithm of the size is added to its logits), so that merged rows weigh what their members did."""
     protect: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows, among those present after this decision, that no later stage may drop."""
+    carry: tuple[Float[Tensor, "rows carries"], ...] | None = None
+    """Numbers that each row present after this decision carries to `prune` of the same stage, as many as its
+    `Stage.carries` says. A row that another stage writes anew goes on carrying those of the row in its place."""
     shares: Lazily | None = None
     """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before."""
     scores: Lazily | None = None
     """For observers: makes, per image, what the stage ranked each row before by; NaN where it had no say."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether it says anything about which rows there are, or which stay."""
+        return any(part is not None for part in (self.keep, self.rows, self.protect))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,21 @@ class Plan:
                 asked[boundary] = (*asked.get(boundary, ()), (name, stage))
         return asked
 
+    @cached_property
+    def carries(self) -> dict[str, slice]:
+        """Stage that hands values from `encode` to `prune` -> its columns of all that a row carries."""
+        found: dict[str, slice] = {}
+        for name, stage in self.stages:
+            if stage.carries:
+                start = sum(own.stop - own.start for own in found.values())
+                found[name] = slice(start, start + stage.carries)
+        return found
+
+    @cached_property
+    def reads_questions(self) -> bool:
+        """Whether some stage reads the questions as text."""
+        return any(stage.reads_questions for _, stage in self.stages)
+
     @property
     def idle(self) -> bool:
         """True when no stage can change anything, so that nothing needs to be installed."""

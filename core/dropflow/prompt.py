@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.errors import UnsupportedModel
-from dropflow.views import EXTRA, IMAGE, KEPT, LINE, PROTECTED
+from dropflow.views import CARRIED, EXTRA, IMAGE, KEPT, LINE, PROTECTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,10 @@ class Prompt:
     """Visual tokens that are no patches, such as newlines (see `views.py`); `None` where there are none."""
     line: Int[Tensor, "batch tokens"] | None = None
     """Number of the line each visual token belongs to, 0 for all others; goes with `extra`."""
+    carried: Float[Tensor, "batch tokens carries"] | None = None
+    """What stages gave visual tokens to carry (`Plan.carries` says whose is where); `None` where nothing."""
+    questions: tuple[str, ...] | None = None
+    """What each sample asks, as text, where a stage reads it."""
 
     @property
     def scored(self) -> Int[Tensor, "batch tokens"]:
@@ -73,7 +77,7 @@ class Prompt:
 
 def make_prompt(
     visual: Bool[Tensor, "batch tokens"],
-    flags: Float[Tensor, "rows 5"] | None,
+    flags: Float[Tensor, "rows flags"] | None,
     valid: Bool[Tensor, "batch tokens"],
     instruction: tuple[Tensor, Tensor],
     tokens_per_image: int | None,
@@ -92,19 +96,23 @@ def make_prompt(
     image[visual] = flags[:, IMAGE].long()
     present[visual] &= flags[:, KEPT] > 0
     protected[visual] = flags[:, PROTECTED] > 0
+    carried = None
+    if flags.shape[1] > CARRIED:
+        carried = flags.new_zeros(*visual.shape, flags.shape[1] - CARRIED)
+        carried[visual] = flags[:, CARRIED:]
     if not bool((flags[:, EXTRA] > 0).any()):
-        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
+        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present), carried=carried)
     extra, line = torch.zeros_like(visual), torch.zeros_like(image)
     extra[visual] = flags[:, EXTRA] > 0
     own = flags[:, IMAGE] * (flags[:, LINE].max() + 1) + flags[:, LINE]
     line[visual] = torch.unique(own, return_inverse=True)[1]
     sizes = _sizes(image.masked_fill(extra, -1), present)
-    return Prompt(image, valid, present, protected, *instruction, sizes, extra, line)
+    return Prompt(image, valid, present, protected, *instruction, sizes, extra, line, carried)
 
 
 def join_flags(
-    visual: Mapping[str, Bool[Tensor, "batch tokens"]], flags: Mapping[str, Float[Tensor, "rows 5"]]
-) -> Float[Tensor, "rows 5"] | None:
+    visual: Mapping[str, Bool[Tensor, "batch tokens"]], flags: Mapping[str, Float[Tensor, "rows flags"]]
+) -> Float[Tensor, "rows flags"] | None:
     """Flags of all visual tokens in (batch, token) order; images of a later modality are numbered on.
 
     `None` where some modality was encoded without anybody seeing it. Raises `UnsupportedModel` where placeholders and
@@ -113,7 +121,8 @@ def join_flags(
     if not visual or not visual.keys() <= flags.keys():
         return None
     first = next(iter(visual.values()))
-    table = torch.zeros(*first.shape, 5, device=first.device)
+    columns = max(CARRIED, *(rows.shape[1] for rows in flags.values()))
+    table = torch.zeros(*first.shape, columns, device=first.device)
     anywhere, offset = torch.zeros_like(first), 0
     for modality, where in visual.items():
         rows = flags[modality].to(first.device)
@@ -122,7 +131,7 @@ def join_flags(
                 f"the prompt has {int(where.sum())} {modality} placeholders by the adapter's token ids, but the model "
                 f"encoded {len(rows)} rows of {modality} features; correct `modalities` or `visual_ids` of the adapter"
             )
-        table[where] = rows + offset * (torch.arange(5, device=rows.device) == IMAGE)
+        table[where] = rows + offset * (torch.arange(columns, device=rows.device) == IMAGE)
         anywhere |= where
         offset += int(rows[:, IMAGE].max()) + 1 if len(visual) > 1 and len(rows) else 0
     return table[anywhere]

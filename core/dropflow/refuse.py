@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dropflow.asking import questions_of
 from dropflow.cache import check_cache
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.vision import FlowFeatures
@@ -120,6 +121,9 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             "mm_encoder_outputs: encoded without the policy, whose `encode` stages would be left out; pass the pixels, "
             "or encode them while the policy is attached"
         )
+    if plan.reads_questions:
+        ids = arguments.get("input_ids")
+        questions_of(len(arguments["inputs_embeds"] if ids is None else ids))
     check_cache(arguments.get("past_key_values"), plan.shape.layers)
     check_positions(plan, arguments.get("position_ids"))
     for name, instead in (

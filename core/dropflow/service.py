@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dropflow import refuse
+from dropflow.asking import questions_of
 from dropflow.backbone import MODALITIES
 from dropflow.cache import is_flow_cache, serving
 from dropflow.call import Call, CallLock
@@ -206,6 +208,8 @@ class Service:
             flags = join_flags(call.modalities, call.flags)
             refuse.check_encoded(self._plan, flags)
             prompt = make_prompt(call.visual.to(embeds.device), flags, valid, instruction, fixed)
+            if self._plan.reads_questions:
+                prompt = replace(prompt, questions=questions_of(batch))
             kwargs, added = self._backbone.added(kwargs)
         step = 0 if prompt is not None else _generated(cache)
         self._run = Run(self._plan, self._backbone, prompt, embeds, step, added)

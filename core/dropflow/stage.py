@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from dropflow.errors import PolicyError
 from dropflow.units import Budget, Rounding, Scale
+
+if TYPE_CHECKING:
+    from dropflow.backbone import Backbone
 
 EncodeBoundary = int | float | Literal["features"] | None
 """A place on the vision side: in front of layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
@@ -159,9 +162,25 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def carries(self) -> int:
+        """Numbers per patch that `encode` hands to `prune` of the same stage (`Encode.carry`, `PruneCall.carried`)."""
+        return 0
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether `prune` reads the questions as text, which callers then state (see `dropflow.asking`)."""
+        return False
+
+    @property
     def decode_every(self) -> int:
         """Ask `decode_cache` again every so many generated tokens; 0 asks only after prefill."""
         return 0
+
+    def prepare(self, backbone: Backbone) -> None:
+        """Called once when the policy is attached, in front of everything else: load what the stage needs beside it.
+
+        Raises `PolicyError` naming the option (see `StageContext.path`) that does not fit `backbone`.
+        """
 
     def forecast(self) -> Forecast:
         """What this stage will do, from its options alone; used by checks and by `dropflow explain`."""

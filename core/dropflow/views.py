@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-KEPT, PROTECTED, IMAGE, LINE, EXTRA = range(5)
-"""Columns of the flags that every row of image features carries."""
+KEPT, PROTECTED, IMAGE, LINE, EXTRA, CARRIED = range(6)
+"""Columns of the flags of every row of image features; from `CARRIED` on, what stages gave the row to carry."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ def flags(
     device: torch.device,
     kept: Sequence[Bool[Tensor, "patches"]] | None = None,
     protected: Sequence[Bool[Tensor, "patches"]] | None = None,
-) -> Float[Tensor, "rows 5"]:
-    """Flags of the rows of `views`, numbered from `first`: kept, protected, image number, line, extra."""
+    carried: Sequence[Float[Tensor, "patches carries"]] = (),
+) -> Float[Tensor, "rows flags"]:
+    """Flags of the rows of `views`, numbered from `first`: kept, protected, image number, line, extra, carried."""
     tables = []
+    columns = CARRIED + (carried[0].shape[1] if carried else 0)
     for number, view in enumerate(views):
-        table = torch.zeros(view.tokens, 5, device=device)
+        table = torch.zeros(view.tokens, columns, device=device)
         table[:, KEPT] = 1.0 if kept is None else view.keep_of(kept[number]).float()
         table[:, IMAGE] = first + number
         if view.has_extra:
@@ -91,8 +93,10 @@ def flags(
             table[:, LINE] = view.line(device).float()
         if protected is not None:
             table[table[:, EXTRA] == 0, PROTECTED] = protected[number].float()
+        if columns > CARRIED:
+            table[table[:, EXTRA] == 0, CARRIED:] = carried[number].to(table)
         tables.append(table)
-    return torch.cat(tables) if tables else torch.zeros(0, 5, device=device)
+    return torch.cat(tables) if tables else torch.zeros(0, columns, device=device)
 
 
 def split(entries: Sequence[Tensor], views: Sequence[Sequence[View]]) -> Iterator[tuple[View, Tensor]]:

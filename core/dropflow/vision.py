@@ -48,7 +48,7 @@ class Vision:
 
     def encode(
         self, modality: str, features: Callable[[], Any], arguments: Mapping[str, Any]
-    ) -> tuple[Any, list[Float[Tensor, "rows 5"]]]:
+    ) -> tuple[Any, list[Float[Tensor, "rows flags"]]]:
         """Run `features()` with the encode stages; returns its output, one row per placeholder again, and the flags.
 
         `arguments` are those of the model's own method; flags come one table per entry of the features.
@@ -111,7 +111,7 @@ class Vision:
 
 def plain_flags(
     backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
-) -> list[Float[Tensor, "rows 5"]]:
+) -> list[Float[Tensor, "rows flags"]]:
     """Flags of features from which no stage has dropped anything."""
     entries = _entries(_features(output)[1])
     tables, first = [], 0
@@ -121,7 +121,7 @@ def plain_flags(
     return tables
 
 
-def with_flags(output: Any, tables: Sequence[Float[Tensor, "rows 5"]]) -> FlowFeatures:
+def with_flags(output: Any, tables: Sequence[Float[Tensor, "rows flags"]]) -> FlowFeatures:
     """The output with its flags attached, one table per entry of the features."""
     return _copy(output, [*(output.get("deepstack_features") or ()), list(tables)])
 

@@ -27,6 +27,7 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
     "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
     "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
+    "conditional DPP to 192": {MEASURED: {"use": "cdpruner/conditional-dpp", "keep": 192}},
     "dominant and contextual, 192": {
         MEASURED: {"use": "visionzip/dominant-contextual", "dominant": 162, "contextual": 30},
     },

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from dropflow import Flow, Policy, flops
+from dropflow import Flow, Policy, asking, flops
 from dropflow.backbone import Backbone, backbone_for
 from dropflow.plan import resolve
 from dropflow_lab.bench.flop_count import count_flops
@@ -90,15 +90,19 @@ def measure_cost(
     """
     backbone = backbone_for(model)
     name = "dense" if policy is None else policy.name
-    prompts = [build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype) for one in samples]
+    prompts = [
+        (build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype), one.question)
+        for one in samples
+    ]
     with torch.no_grad():
         dense = dense or _work(backbone, None, prompts)
         work = dense if policy is None else _work(backbone, policy, prompts)
         splits: list[tuple[Split, Split]] = []
         with no_garbage_collection():
             for number in track(range(rounds + 1), f"{name}: time", disable=not rounds):
-                for prompt in prompts if rounds else ():
-                    pair = _pair(backbone, policy, prompt, swap=bool(number % 2))
+                for prompt, question in prompts if rounds else ():
+                    with asking([question]):
+                        pair = _pair(backbone, policy, prompt, swap=bool(number % 2))
                     if number:  # the first round warms up
                         splits.append(pair)
     return Cost(work, dense, _times(splits, len(prompts)) if splits else None, len(samples), rounds)
@@ -117,8 +121,11 @@ def _split(backbone: Backbone, policy: Policy | None, prompt: Any) -> Split:
         return Stopwatch(backbone, meter).split(lambda: backbone.model.generate(**prompt, **options))
 
 
-def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[Any]) -> Work:
-    found = [_work_of(backbone, policy, prompt) for prompt in prompts]
+def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any, str]]) -> Work:
+    found = []
+    for prompt, question in prompts:
+        with asking([question]):
+            found.append(_work_of(backbone, policy, prompt))
     return Work(**{name: sum(getattr(one, name) for one in found) / len(found) for name in Work.__dataclass_fields__})
 
 

@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+import dropflow
 from dropflow_lab import prompts
 
 from .dataset import Example, examples
@@ -107,7 +108,8 @@ def evaluate(
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Example]) -> list[str]:
     """Return the model's greedy answers to a batch of examples."""
-    return prompts.generate(model, processor, build_inputs(processor, batch), LONGEST_ANSWER)
+    with dropflow.asking([one.question for one in batch]):
+        return prompts.generate(model, processor, build_inputs(processor, batch), LONGEST_ANSWER)
 
 
 def build_inputs(processor: ProcessorMixin, batch: list[Example]) -> BatchFeature:

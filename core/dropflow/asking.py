@@ -1,0 +1,39 @@
+"""What is asked, as text: the model gets token ids, but a stage may read the question with an encoder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from dropflow.errors import UnsupportedCall
+
+_asked: ContextVar[tuple[str, ...] | None] = ContextVar("dropflow_asked", default=None)
+
+
+@contextmanager
+def asking(questions: Sequence[str]) -> Iterator[None]:
+    """State the questions of the prompts that this thread runs inside the block, for stages with `reads_questions`.
+
+    One for each sample, without chat template; where `generate` repeats samples, such as for beams, each counts for
+    all copies of its own. A thread that is started inside the block does not see them: open the block in it.
+    """
+    if isinstance(questions, str):
+        raise TypeError("questions: expected one string per sample, such as ['What is this?'], got a single string")
+    token = _asked.set(tuple(questions))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def questions_of(batch: int) -> tuple[str, ...]:
+    """The question of each of `batch` samples; raises `UnsupportedCall` where none, or another number, was stated."""
+    asked = _asked.get()
+    if not asked or batch % len(asked):
+        stated = f"{len(asked)} stated" if asked else "none stated"
+        raise UnsupportedCall(
+            f"questions: {stated} for a batch of {batch}, but the policy has a stage that reads them as text; run the "
+            "model inside `with dropflow.asking([...]):`, one string for each sample"
+        )
+    return tuple(question for question in asked for _ in range(batch // len(asked)))

@@ -1,0 +1,5 @@
+"""CDPruner (arXiv:2506.10967): tokens that are diverse and have to do with the question, by a conditional DPP."""
+
+from dropflow_cdpruner.conditional_dpp import ConditionalDPP
+
+__all__ = ["ConditionalDPP"]
