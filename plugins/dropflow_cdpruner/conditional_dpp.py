@@ -123,20 +123,30 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
         with torch.no_grad():
             scores = torch.full(call.index.shape, torch.nan, device=call.index.device)
             keep = (call.image < 0) | call.protected
-            for sample, image in enumerate(call.image):
-                self._choose(call, sample, image, keep[sample], scores[sample])
+            for sample, text in enumerate(self._texts(call)):
+                self._choose(call, sample, text, keep[sample], scores[sample])
         return Keep(keep | ~call.query_valid.any(1, keepdim=True), scores)
 
-    def _choose(self, call: PruneCall, sample: int, image: Tensor, keep: Tensor, scores: Tensor) -> None:
+    def _texts(self, call: PruneCall) -> list[Float[Tensor, "texts dim"]]:
+        """What each sample asks, in the space that `_similarity` compares it in."""
+        if self._space is not None:
+            assert call.questions is not None
+            asked = {q: self._space.text(q, reference=self.options.reference) for q in dict.fromkeys(call.questions)}
+            return [asked[question] for question in call.questions]
+        rows, asks = text_rows(call)
+        index = call.index.gather(1, rows)
+        return [embeds[i[real]] for embeds, i, real in zip(call.entry.embeds, index, asks, strict=True)]
+
+    def _choose(self, call: PruneCall, sample: int, text: Tensor, keep: Tensor, scores: Tensor) -> None:
         """Fill in what stays of each image of one sample, and its relevance."""
-        numbers = torch.unique(image[image >= 0]).tolist()
+        image, projected = call.image[sample], call.entry.embeds[sample, call.index[sample]]
+        visual = image >= 0
+        numbers = torch.unique(image[visual]).tolist()
         if not numbers:
             return
-        visual = image >= 0
         similar = torch.zeros(image.shape, device=image.device)
-        similar[visual] = self._similarity(call, sample, visual)
+        similar[visual] = self._similarity(call, sample, projected, text).to(similar)[visual]
         low, high = (similar[visual].min(), similar[visual].max()) if self.options.reference else (None, None)
-        projected = call.entry.embeds[sample, call.index[sample]]
         for number in numbers:
             own = (image == number).nonzero()[:, 0]
             scores[own] = rescaled(similar[own], low, high)
@@ -146,18 +156,12 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
             free = own[~held]
             keep[free[greedy_map(projected[free], weight[~held], count)]] = True
 
-    def _similarity(self, call: PruneCall, sample: int, visual: Tensor) -> Float[Tensor, "patches"]:
+    def _similarity(
+        self, call: PruneCall, sample: int, projected: Float[Tensor, "slots dim"], text: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "slots"]:
         """How much each patch of a sample has to do with the question; 0 for all where nothing is asked."""
-        if self._space is not None:
-            assert call.questions is not None
-            assert call.carried is not None
-            patches = call.carried[sample, visual]
-            text = self._space.text(call.questions[sample], reference=self.options.reference)
-        else:
-            rows, asks = text_rows(call)
-            embeds, index = call.entry.embeds[sample], call.index[sample]
-            text, patches = embeds[index[rows[sample, asks[sample]]]], embeds[index[visual]]
-            if not len(text):
-                return patches.new_zeros(len(patches), dtype=torch.float32)
+        patches = projected if call.carried is None else call.carried[sample]
+        if not len(text):
+            return patches.new_zeros(len(patches))
         similar = mean_cosine(patches, text.to(patches.device))
         return -similar if self._negate else similar
