@@ -78,7 +78,7 @@ class Scale:
         depth = self.target.layers
         if isinstance(value, float):
             return math.floor(value * depth + 0.5)
-        if self.tuned_for is not None and self.tuned_for.layers != depth:
+        if value and self.tuned_for is not None and self.tuned_for.layers != depth:  # 0 is in front of any model
             self._refuse_unless_rescaled(path, value, f"{self.tuned_for.layers} layers", f"{depth}")
             value = math.floor(value * depth / self.tuned_for.layers + 0.5)
         if value > depth:

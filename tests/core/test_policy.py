@@ -101,6 +101,8 @@ def test_rescaling_keeps_the_proportions() -> None:
         PolicyError, match=r"stages\.pyramid\.keep\.10: the absolute number 215 was tuned for 576 visual tokens"
     ):
         per_layer("hidrop-64", Shape(32, None))
+    share = ["stages.dpp.keep=0.25"]  # boundary 0 is in front of any model, for whichever it was tuned
+    assert per_layer(dropflow.load_policy("cdpruner-llm-64", share), Shape(5, 40)) == (10,) * 5
 
 
 def test_every_fault_of_a_file_is_listed_at_once() -> None:
