@@ -81,6 +81,12 @@ class LayerProbe:
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a layer."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
+
+
 def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Arguments of a layer with other hidden states."""
     if "hidden_states" in kwargs:

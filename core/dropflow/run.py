@@ -1,9 +1,8 @@
-"""One pass through the text decoder under a policy: boundaries, restricted arguments, and the cache of each layer."""
+"""One pass through the text decoder under a policy: what crosses its boundaries, and what watches it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,17 +13,16 @@ from dropflow.cache import FlowLayer, convert_cache, is_flow_cache
 from dropflow.decide import Decision, Standing, cache_views, decide_cache, decide_keeps, decide_window
 from dropflow.errors import DecisionError
 from dropflow.events import BoundaryEvent, CacheEvent, Eviction
-from dropflow.keys import PADDING, PROTECTED, KeyIndex
+from dropflow.fitting import Fitting
+from dropflow.keys import PADDING, PROTECTED
 from dropflow.live import LiveSet
-from dropflow.masks import OWN_WAY, causal_mask, gather_mask, restrict_argument
 from dropflow.merging import mean_into
-from dropflow.positions import renumbered
-from dropflow.probe import Arguments, LayerProbe, with_hidden
+from dropflow.probe import Arguments, LayerProbe, hidden_of, with_hidden
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
 from dropflow.stage import Stage
 from dropflow.tap import tap, uncompiled
-from dropflow.weights import weighted_mask, with_positional_mask
+from dropflow.weights import with_positional_mask
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -53,20 +51,15 @@ class Run:
         """Raw embeddings (batch, tokens, dim): the state with which injected tokens enter."""
         self.step = step
         """Tokens generated since the last prompt; 0 while a prompt is read."""
-        self.compact = plan.policy.positions == "compact"
         self._added = added
         """What the model adds behind its first layers (see `Backbone.added`)."""
         self.implementation: str = backbone.text.config._attn_implementation
         self.cache: Any = None
-        self.live = LiveSet.whole(batch, tokens, embeds.device)
         self.cache_stages = [s for _, s in plan.hooks.implementers("decode_cache") if _asks(s, step)]
         self._tapped: dict[int, tuple[LiveSet, QueryKey]] = {}
-        self._memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._taps = {layer for stage in self.cache_stages for layer in stage.taps}
         if prompt is None:
             self._taps |= {layer for stage in self.cache_stages for layer in stage.decode_taps}
-        self._log_weights: Tensor | None = None
-        """Logarithm of the soft weights that stages gave so far (batch, tokens); 0 where there is none."""
         self.record: CallRecord | None = None
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
@@ -76,10 +69,22 @@ class Run:
                 self.prompt = prompt = prompt.keeping_asking()
             self._outlive = prompt.asking if decided.keep_asking else None
             self.want = prompt.valid
-            self.image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
+            image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
             self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
         else:
-            self.image = torch.full((batch, tokens), -1, device=embeds.device)
+            image = torch.full((batch, tokens), -1, device=embeds.device)
+        self._fitting = Fitting(
+            LiveSet.whole(batch, tokens, embeds.device),
+            image,
+            None if prompt is None else prompt.valid,
+            flash="flash" in self.implementation,
+            rotary=functools.partial(backbone.rotary, embeds) if plan.policy.positions == "compact" else None,
+        )
+
+    @property
+    def live(self) -> LiveSet:
+        """Tokens of this call that are live in front of the coming layer."""
+        return self._fitting.live
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on what is live in front of it."""
@@ -87,18 +92,19 @@ class Run:
             self._open_cache(kwargs.get("past_key_values"))
         if self.prompt is not None:
             args, kwargs = self._cross(number, layer, args, kwargs)
-        elif self._fits(number, kwargs) and number not in self._taps:
-            return layer(*args, **(kwargs | self._renumbered(number, kwargs) if self.compact else kwargs))
-        keys = self._keys(number)
-        args, kwargs = self._restricted(number, args, kwargs, keys)
-        if self._log_weights is not None:
+        held, fitting = self._held(number), self._fitting
+        if self.prompt is None and number not in self._taps and fitting.suits(held, kwargs):
+            positions = fitting.positions(held, kwargs)
+            return layer(*args, **(kwargs | positions if positions else kwargs))
+        keys = fitting.keys(held)
+        args, kwargs = fitting.arguments(args, kwargs, held, keys)
+        if fitting.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
             with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
                 output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
-        held = self._held(number)
         if self.prompt is not None and held is not None and held.is_initialized:
             held.settle(keys)
         return output if number >= len(self._added) else self._with_added(number, output)
@@ -111,14 +117,6 @@ class Run:
             decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows, told)
             if told is not None:
                 hooks.observe_cache(CacheEvent(self.step, tuple(told), cache_views(self.cache)))
-
-    def _fits(self, number: int, kwargs: dict[str, Any]) -> bool:
-        """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""
-        held = self._held(number)
-        index = None if held is None else held.index
-        return index is None or (
-            index.valid is None and (len(index) == index.length or kwargs["attention_mask"] is None)
-        )
 
     def _with_added(self, number: int, hidden: Tensor) -> Tensor:
         """Behind layer `number`: live visual tokens receive what the model itself would add to all of them."""
@@ -142,23 +140,6 @@ class Run:
         held: FlowLayer | None = None if self.cache is None else self.cache.layers[number]
         return held
 
-    def _keys(self, number: int) -> KeyIndex:
-        """What the layer's cache will hold after this call; shared by layers that hold the same."""
-        batch, device, held = self.embeds.shape[0], self.embeds.device, self._held(number)
-        index = None if held is None else held.index
-        length = 0 if held is None else held.length
-        past = self._shared(("past", id(index), length), index, lambda: _past(held, batch, device))
-        keys: KeyIndex = self._shared(
-            ("keys", id(past)), past, lambda: past.followed_by(self.live, self.image, self._dropped())
-        )
-        return keys
-
-    def _dropped(self) -> Tensor | None:
-        """Tokens of this call, by sample, that are not live; counted for compact positions only."""
-        if not self.compact or self.prompt is None or self.live.everything:
-            return None
-        return self.prompt.valid.sum(1) - self.want.sum(1)
-
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Apply what the policy says at the boundary in front of layer `number` to the hidden states."""
         prompt, window = self.prompt, self.window
@@ -166,7 +147,7 @@ class Run:
         turns = number in (0, window.entry, window.exit)
         if prompt is None or not (turns or stages):
             return args, kwargs
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_of(args, kwargs)
         if turns:
             want = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
             hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
@@ -187,7 +168,7 @@ class Run:
             if decision.merge_into is not None:
                 hidden, merged = mean_into(hidden, decision.merge_into), shown.to_tokens(decision.merge_into)
             hidden = self._move(decision.want, hidden, None)
-            self._weigh(decision.log_weights)
+            self._fitting = self._fitting.weighed(decision.log_weights)
         if self.record is not None:
             self.record.add(number, self.want, merged)
         if self.plan.hooks.watched("observe"):
@@ -228,12 +209,12 @@ class Run:
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LayerProbe:
-        held = self._held(number)
+        held, fitting = self._held(number), self._fitting
         return LayerProbe(
             number,
             layer,
             hidden,
-            lambda: self._restricted(number, args, kwargs, self._keys(number)),
+            lambda: fitting.arguments(args, kwargs, held, fitting.keys(held)),
             implementation=self.implementation,
             projections=self.backbone.projections(layer),
             past=held.keys if held is not None and held.length else None,
@@ -260,78 +241,9 @@ class Run:
             return hidden  # padding, too, stays where it is until a token really goes
         live = LiveSet.of(want)
         hidden = live.restrict(self.live, hidden, raw)
-        self.live, self.want = live, want
-        self._memo.clear()
+        self._fitting, self.want = self._fitting.moved(live, want), want
         return hidden
-
-    def _weigh(self, log_weights: Tensor | None) -> None:
-        """Multiply the soft weights of a boundary with those of the ones before."""
-        if log_weights is not None and log_weights.requires_grad:
-            self._log_weights = log_weights if self._log_weights is None else self._log_weights + log_weights
-            self._memo.clear()
-
-    def _weighted(self, mask: Tensor | None, keys: KeyIndex, dtype: torch.dtype) -> Tensor:
-        """The layer's mask, made for `keys`, with the soft weights of the live tokens; earlier turns have none."""
-        assert self._log_weights is not None
-        with torch.enable_grad():  # a stage that ranks without gradients may be the first to ask
-            log_weights = self.live.take(self._log_weights)
-            own = torch.nn.functional.pad(log_weights, (len(keys) - log_weights.shape[1], 0))
-            return weighted_mask(causal_mask(self.live, keys) if mask is None else mask, own, dtype)
-
-    def _restricted(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex) -> Arguments:
-        """Everything but hidden states and cache, as the live tokens and the held keys need it."""
-        positions = self._renumbered(number, kwargs)
-        mask = kwargs.get("attention_mask")
-        if not keys.complete:
-            flash = "flash" in self.implementation
-            make = lambda: gather_mask(mask, self.live, keys, flash=flash)  # noqa: E731
-            kwargs = kwargs | {"attention_mask": self._shared(("mask", id(mask), id(keys)), (mask, keys), make)}
-        if self._log_weights is not None:
-            fitted, dtype = kwargs.get("attention_mask"), _hidden(args, kwargs).dtype
-            make = lambda: self._weighted(fitted, keys, dtype)  # noqa: E731
-            kwargs = kwargs | {"attention_mask": self._shared(("weights", id(fitted), id(keys)), (fitted, keys), make)}
-        if self.live.everything:
-            return args, kwargs | positions
-        kwargs = {k: v if k in OWN_WAY or k in positions else self._restrict(v) for k, v in kwargs.items()} | positions
-        return (*args[:1], *(self._restrict(value) for value in args[1:])), kwargs
-
-    def _renumbered(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Position arguments that compact positions replace; shared by layers whose caches lack the same tokens."""
-        if not self.compact:
-            return {}
-        held = self._held(number)
-        dropped = None if held is None or held.index is None else held.index.dropped
-        if dropped is None and self.live.everything:
-            return {}
-        valid = None if self.prompt is None else self.prompt.valid
-        rotary = functools.partial(self.backbone.rotary, self.embeds)
-        found: dict[str, Any] = self._shared(
-            ("positions", id(dropped)),
-            (dropped, kwargs),
-            lambda: renumbered(kwargs, self.live, valid, dropped, rotary),
-        )
-        return found
-
-    def _restrict(self, value: Any) -> Any:
-        if not isinstance(value, Tensor | tuple | list):
-            return value
-        return self._shared(("value", id(value)), value, lambda: restrict_argument(value, self.live))
-
-    def _shared(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """Compute once per run of layers with one live set; `source` is kept alive, as its id is part of the key."""
-        if key not in self._memo:
-            self._memo[key] = (source, make())
-        return self._memo[key][1]
 
 
 def _asks(stage: Stage[Any], step: int) -> bool:
     return step == 0 or (stage.decode_every > 0 and step % stage.decode_every == 0)
-
-
-def _past(held: FlowLayer | None, batch: int, device: torch.device) -> KeyIndex:
-    return held.known() if held is not None and held.length else KeyIndex.plain(batch, 0, device)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return hidden

@@ -38,7 +38,7 @@ def test_what_the_model_adds_behind_layers_being_lost_breaks_the_first(monkeypat
 
 
 def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dropflow.run
+    import dropflow.fitting
 
     def first_positions(value: Any, live: Any) -> Any:
         if isinstance(value, tuple):
@@ -46,7 +46,7 @@ def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPa
         return value[..., : live.slots, :].expand(live.index.shape[0], -1, -1) if value.dim() == 3 else value
 
     assert 0 < check_drop_is_mask(case(WINDOW)) < 1e-5
-    monkeypatch.setattr(dropflow.run, "restrict_argument", first_positions)
+    monkeypatch.setattr(dropflow.fitting, "restrict_argument", first_positions)
     message = r"guarantee 2 \(drop = mask\) is broken: in front of layer 1, sample 0.*by \d.*allowed 1e-05"
     with pytest.raises(BrokenGuarantee, match=message):
         check_drop_is_mask(case(WINDOW))

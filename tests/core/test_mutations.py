@@ -68,14 +68,14 @@ def compact_positions(patch: Patch) -> None:
         ranks = torch.arange(live.slots).expand(live.index.shape)
         return restrict_argument(value, LiveSet(ranks, live.valid, live.total))
 
-    patch.setattr("dropflow.run.restrict_argument", renumbered)
+    patch.setattr("dropflow.fitting.restrict_argument", renumbered)
 
 
 def unmasked_padding(patch: Patch) -> None:
     def trusting(mask: Tensor | None, live: LiveSet, keys: KeyIndex, *, flash: bool) -> Tensor | None:
         return gather_mask(mask, live, KeyIndex(keys.logical, None, keys.image, keys.length), flash=flash)
 
-    patch.setattr("dropflow.run.gather_mask", trusting)
+    patch.setattr("dropflow.fitting.gather_mask", trusting)
 
 
 def forgotten_beam_reorder(patch: Patch) -> None:

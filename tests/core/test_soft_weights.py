@@ -189,8 +189,8 @@ def test_the_kit_catches_weights_that_are_applied_wrongly(monkeypatch: pytest.Mo
     def forgets(weights: Any) -> Any:
         return lambda mask, log_weights, dtype: weights(mask, log_weights.detach(), dtype)
 
-    from dropflow import run
+    from dropflow import fitting
 
-    monkeypatch.setattr(run, "weighted_mask", forgets(run.weighted_mask))
+    monkeypatch.setattr(fitting, "weighted_mask", forgets(fitting.weighted_mask))
     with pytest.raises(BrokenGuarantee, match=r"the gradient of .* differs from the masked run's"):
         assert_stage_conforms(Soft, options={}, models=models)
