@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,8 @@ class QueryKey:
     softcap: float | None = None
     sliding_window: int | None = None
     """Only where the kernel enforces the window itself (a two-dimensional mask or none)."""
+    rotary: Any = None
+    """The `position_embeddings` that a text decoder's layer was given, for its queries; `None` where it got none."""
 
 
 def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ FACTS = {
     "sublayers": "the attention and feed-forward part of a vision layer, which stages can work between",
     "grid": "the patch grid of every image",
     "final_norm": "the norm behind the text decoder's last layer",
+    "rotary": "the cos and sin by which every layer of the text decoder turns q and k",
 }
 """What a stage may need of a backbone, by name."""
 FALLBACK = "auto"
@@ -144,6 +146,20 @@ class Backbone:
         return self.text.rotary_emb(like, position_ids)
 
     @property
+    def turns_pairs(self) -> bool:
+        """Whether every layer turns pairs of q and k by the cos and sin (batch, tokens, dims) that it is given.
+
+        Not taken for granted where kinds of layers share one RoPE: in most such decoders one kind has no positions.
+        """
+        config = self.text.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        parameters = getattr(config, "rope_parameters", None) or {}
+        alike = len(kinds) < 2 or kinds <= parameters.keys()
+        layer = self.text._modules["layers"][0]
+        given = "position_embeddings" in inspect.signature(layer.forward).parameters
+        return given and alike and not hasattr(config, "no_rope_layers")
+
+    @property
     def shape(self) -> Shape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
         return Shape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)
@@ -231,6 +247,8 @@ class Backbone:
             known |= {fact for fact, given in found.items() if given}
         if self.final_norm is not None:
             known.add("final_norm")
+        if self.turns_pairs:
+            known.add("rotary")
         fixed = self.tokens_per_image
         if self.gridded or (fixed is not None and self.grid(fixed) is not None):
             known.add("grid")

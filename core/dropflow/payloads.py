@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.errors import DecisionError
+
 if TYPE_CHECKING:
     from dropflow.attention import QueryKey
     from dropflow.backbone import Backbone
@@ -105,6 +107,22 @@ class PruneCall:
         Raises `DecisionError` where the live set has changed since that layer ran.
         """
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
+
+    def rotary(self, layer: int) -> tuple[Float[Tensor, "batch slots dims"], Float[Tensor, "batch slots dims"]]:
+        """cos and sin by which an earlier layer that the stage lists in `taps` turned q and k of the slots.
+
+        Every angle stands twice, once for either number of the pair it turns; a head wider than `dims` is turned in
+        that part only. For stages that need the fact `rotary`. Raises `DecisionError` as `keys`, and where the layer
+        was given something else.
+        """
+        found = self.tapped(layer).rotary
+        if not isinstance(found, tuple) or len(found) != 2 or any(part.dim() != 3 for part in found):
+            raise DecisionError(
+                f"layer {layer}: expected cos and sin of shape (batch, tokens, dims) as its `position_embeddings`, got "
+                f"{type(found).__name__}; the adapter should not state the fact 'rotary' (see `Backbone.turns_pairs`)"
+            )
+        cos, sin = (part.to(self.index.device).expand(len(self.index), -1, -1) for part in found)
+        return cos, sin
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
         """Attention probabilities of a few query rows of one layer, as the eager model would show them.

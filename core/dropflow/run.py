@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from dropflow.fitting import Fitting
 from dropflow.keys import PADDING, PROTECTED
 from dropflow.live import LiveSet
 from dropflow.merging import mean_into
+from dropflow.positions import EMBEDDINGS
 from dropflow.probe import Arguments, LayerProbe, hidden_of, with_hidden
 from dropflow.prompt import Prompt
 from dropflow.record import CallRecord
@@ -98,10 +100,11 @@ class Run:
             return layer(*args, **(kwargs | positions if positions else kwargs))
         keys = fitting.keys(held)
         args, kwargs = fitting.arguments(args, kwargs, held, keys)
+        rotary = kwargs.get(EMBEDDINGS)
         if fitting.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
-            with tap(self.implementation, lambda seen: self._keep_tapped(number, seen)):
+            with tap(self.implementation, lambda seen: self._keep_tapped(number, seen, rotary)):
                 output = uncompiled(layer)(*args, **kwargs)
         else:
             output = layer(*args, **kwargs)
@@ -125,8 +128,8 @@ class Run:
         added = hidden.new_zeros(*where.shape[:2], hidden.shape[2]).masked_scatter(where, rows.to(hidden))
         return hidden + (added if self.live.everything else self.live.take(added))
 
-    def _keep_tapped(self, number: int, seen: QueryKey) -> None:
-        self._tapped[number] = (self.live, seen)
+    def _keep_tapped(self, number: int, seen: QueryKey, rotary: Any) -> None:
+        self._tapped[number] = (self.live, replace(seen, rotary=rotary))
 
     def _open_cache(self, cache: Any) -> None:
         if cache is not None and self.prompt is not None and not is_flow_cache(cache):

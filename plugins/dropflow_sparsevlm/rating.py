@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dropflow import PruneCall
+from dropflow.ranking import text_rows
 
 
 def relevance(visual: Float[Tensor, "visual dim"], text: Float[Tensor, "text dim"]) -> Float[Tensor, "text"]:
@@ -33,3 +36,24 @@ def adaptive_count(attention: Float[Tensor, "raters visual"], scale: float, bias
     visual = attention.shape[1]
     rank = int(torch.linalg.matrix_rank(attention.float()))
     return visual if rank == visual else max(0, min(int(rank * scale + bias), most))
+
+
+@torch.no_grad()
+def rater_rows(call: PruneCall) -> tuple[Int[Tensor, "batch raters"], Bool[Tensor, "batch raters"]] | None:
+    """Slots of the raters, and which entries count; `None` where no sample has text behind its image.
+
+    Raters are chosen among the text behind a sample's first image, up to its last instruction token, by what entered
+    the LLM, so that they are the same at every boundary.
+    """
+    rows, asks = text_rows(call)
+    if not bool(asks.any()):
+        return None
+    rate = torch.zeros_like(asks)
+    index = call.index.gather(1, rows)
+    for sample, own in enumerate(asks):
+        visual = call.entry.embeds[sample, call.entry.image[sample] >= 0]
+        if bool(own.any()):
+            rate[sample, own] = raters(relevance(visual, call.entry.embeds[sample, index[sample, own]]))
+    count = int(rate.sum(1).max())
+    order = torch.argsort(rate.to(torch.uint8), dim=1, stable=True)[:, rows.shape[1] - count :]
+    return rows.gather(1, order), rate.gather(1, order)

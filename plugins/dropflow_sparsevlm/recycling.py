@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from dropflow.units import Budget
 
 NOISE = 1e-6
 """Largest amount by which the released code disturbs densities to separate ties."""
@@ -48,26 +44,3 @@ def clusters(
     cluster = distance[:, centres].argmin(1)
     cluster[centres] = torch.arange(len(centres), device=centres.device)
     return centres, cluster
-
-
-@dataclass(frozen=True)
-class RecyclingBudget(Budget):
-    """What is left of an image behind the last of several boundaries: survivors, and a token for every cluster."""
-
-    steps: tuple[Budget, ...] = ()
-    """Survivors at each boundary up to this one."""
-    recycle: tuple[float, int] | None = None
-    """Share that is recycled and tokens of a cluster; `None` where nothing is."""
-    at_least_one_goes: bool = False
-
-    def of(self, visual_tokens: int) -> int:
-        """Tokens that stay of an image with `visual_tokens` tokens at entry."""
-        left = count = visual_tokens
-        for step in self.steps:
-            kept = step.tokens if step.tokens is not None else step.of(visual_tokens)
-            if self.at_least_one_goes:
-                kept = min(kept, left - 1)
-            made = recycled(max(left - kept, 0), *self.recycle)[1] if self.recycle else 0
-            count = kept + made
-            left = min(left, count)
-        return count

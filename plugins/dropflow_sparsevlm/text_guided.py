@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.ranking import row_parts, text_rows
+from dropflow.ranking import row_parts
 from dropflow.selection import keep_top
 from dropflow.units import Budget, Depth, Tokens
-from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
-from dropflow_sparsevlm.recycling import RecyclingBudget, clusters, recycled
+from dropflow_sparsevlm.rating import adaptive_count, rater_rows
+from dropflow_sparsevlm.recycling import clusters, recycled
+from dropflow_sparsevlm.survivors import forecast, images_left
 
 
 class RankBudget(StageOptions):
@@ -94,22 +95,18 @@ class TextGuided(Stage[TextGuidedOptions]):
 
     def forecast(self) -> Forecast:
         """Survivors and clusters; with `rank` the data decides."""
-        options, steps, keeps = self.options, list(self._keeps.values()), {}
+        options = self.options
         recycle = (options.recycle_share, options.cluster_size) if options.recycle else None
-        for number, boundary in enumerate(self._keeps, 1):
-            known = tuple(budget for budget in steps[:number] if budget is not None)
-            whole = RecyclingBudget(steps=known, recycle=recycle, at_least_one_goes=options.reference)
-            keeps[boundary] = whole if len(known) == number else None
-        return Forecast(keeps=keeps)
+        return forecast(self._keeps, recycle=recycle, at_least_one_goes=options.reference)
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep | None:
         """Keep what the raters attend to, and clusters of the rest."""
-        rows, asks = text_rows(call)
-        if not bool(asks.any()):
+        found = rater_rows(call)
+        if found is None:
             return None
+        rows, asks = found
         with torch.no_grad():
-            rows, asks = _raters(call, rows, asks)
             parts = [part.float().mean(1) for part in row_parts(call, call.boundary - 1, rows, asks)]
             attention = torch.cat(parts, 1)  # (batch, raters, slots), zero where a sample has fewer raters
             scores = attention.sum(1) / asks.sum(1, keepdim=True).clamp(min=1)
@@ -123,15 +120,12 @@ class TextGuided(Stage[TextGuidedOptions]):
     ) -> list[int]:
         """Tokens that survive of each image, by image number."""
         budget, rank, counts = self._keeps[call.boundary], self.options.rank, []
-        for image, size in enumerate(call.image_sizes):
-            own = call.image == image
-            sample = int(own.any(1).long().argmax())  # an image belongs to one sample, or to all beams of it
-            left = int(own[sample].sum())
+        for image, (sample, left) in enumerate(images_left(call)):
             most = left - 1 if self.options.reference else left
             if budget is not None:
-                counts.append(max(0, min(budget.of(size), most)))
+                counts.append(max(0, min(budget.of(call.image_sizes[image]), most)))
             elif rank is not None and left and bool(asks[sample].any()):
-                block = attention[sample][asks[sample]][:, own[sample]]
+                block = attention[sample][asks[sample]][:, call.image[sample] == image]
                 counts.append(adaptive_count(block, rank.scale, rank.bias, most=most))
             else:
                 counts.append(left)
@@ -153,18 +147,3 @@ class TextGuided(Stage[TextGuidedOptions]):
                 into[sample, slots] = slots[centres][cluster]
                 keep[sample, slots[centres]] = True
         return Keep(keep, scores, merge_into=into)
-
-
-def _raters(
-    call: PruneCall, rows: Int[Tensor, "batch rows"], asks: Bool[Tensor, "batch rows"]
-) -> tuple[Int[Tensor, "batch raters"], Bool[Tensor, "batch raters"]]:
-    """Slots of the raters among the text tokens `rows`, and which entries count."""
-    rate = torch.zeros_like(asks)
-    index = call.index.gather(1, rows)
-    for sample, own in enumerate(asks):
-        visual = call.entry.embeds[sample, call.entry.image[sample] >= 0]
-        if bool(own.any()):
-            rate[sample, own] = raters(relevance(visual, call.entry.embeds[sample, index[sample, own]]))
-    count = int(rate.sum(1).max())
-    order = torch.argsort(rate.to(torch.uint8), dim=1, stable=True)[:, rows.shape[1] - count :]
-    return rows.gather(1, order), rate.gather(1, order)

@@ -22,6 +22,10 @@ SEGMENTS = {
     "sparsevlm-128": [(576, 3), (312, 4), (117, 9), (39, 16)],
     "sparsevlm-96": [(576, 3), (249, 4), (55, 9), (27, 16)],
     "sparsevlm-64": [(576, 3), (82, 4), (32, 9), (18, 16)],
+    "sparsevlm-plus-192": [(576, 3), (300, 4), (200, 9), (118, 16)],
+    "sparsevlm-plus-128": [(576, 3), (238, 4), (108, 9), (60, 16)],
+    "sparsevlm-plus-96": [(576, 3), (246, 4), (54, 9), (28, 16)],
+    "sparsevlm-plus-64": [(576, 3), (66, 4), (34, 9), (20, 16)],
     "vtw-15": [(576, 15), (0, 17)],
     "vtw-16": [(576, 16), (0, 16)],
     "vtw-13b": [(576, 20), (0, 20)],
@@ -39,6 +43,10 @@ AVERAGES = {
     "sparsevlm-128": 145.40625,
     "sparsevlm-96": 114.09375,
     "sparsevlm-64": 82.25,
+    "sparsevlm-plus-192": 206.75,
+    "sparsevlm-plus-128": 144.125,
+    "sparsevlm-plus-96": 113.9375,
+    "sparsevlm-plus-64": 81.8125,
     "vtw-15": 270,
     "vtw-16": 288,
     "vtw-13b": 288,
@@ -58,7 +66,16 @@ def test_tokens_in_front_of_every_layer_and_their_average(name: str) -> None:
     assert sum(tokens) / len(tokens) == AVERAGES[name]
 
 
-EQUAL_TOKENS = {"sparsevlm-192": 192.03, "sparsevlm-128": 128.63, "sparsevlm-96": 96.94, "sparsevlm-64": 64.81}
+EQUAL_TOKENS = {
+    "sparsevlm-192": 192.03,
+    "sparsevlm-128": 128.63,
+    "sparsevlm-96": 96.94,
+    "sparsevlm-64": 64.81,
+    "sparsevlm-plus-192": 192.44,
+    "sparsevlm-plus-128": 128.00,
+    "sparsevlm-plus-96": 96.81,
+    "sparsevlm-plus-64": 64.44,
+}
 """What the released code prints: tokens of each layer counted behind its own cut."""
 
 

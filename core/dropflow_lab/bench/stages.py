@@ -67,6 +67,7 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "SparseVLM by rank": {
         MEASURED: {"use": "sparsevlm/text-guided", "rank": {"at": [3, 7, 16, 20], "scale": 13.5}},
     },
+    "SparseVLM+ at 192": {MEASURED: {"use": "sparsevlm/gravity-corrected", "keep": {3: 300, 7: 200, 16: 118}}},
     "withdrawal at 16": {MEASURED: {"use": "vtw/withdrawal", "at": 16}},
 }
 """Stages by what they are run as; numbers are for 32 layers and 576 visual tokens, and scale to other shapes."""

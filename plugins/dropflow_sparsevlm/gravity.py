@@ -1,0 +1,50 @@
+"""Gravity correction (SparseVLM+): attention without what RoPE alone gives to near tokens, and the heads that see best.
+
+RoPE lets attention fall with distance, whatever a token shows. How far is read off all-ones vectors: turned as q and k
+are, their product is W = (2 / sqrt(d)) * sum_i cos((p_q - p_k) * theta_i), and attention is divided by it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LEAST = 0.05
+"""W is taken as no less than this share of sqrt(d), its value at distance 0."""
+
+
+def gravity(
+    cos: Float[Tensor, "batch slots dims"],
+    sin: Float[Tensor, "batch slots dims"],
+    rows: Int[Tensor, "batch rows"],
+    head_dim: int,
+) -> Float[Tensor, "batch rows slots"]:
+    """W between query rows and all slots, in float32: an all-ones q by an all-ones k, over sqrt(d).
+
+    With (x, y) -> (x cos - y sin, y cos + x sin), a pair of ones at angles a and b gives 2 cos(a - b). Every angle
+    stands twice in `cos` and `sin`, once for each number of a pair; the other d - dims numbers of a head do not turn.
+    """
+    cos, sin = cos.float(), sin.float()
+    picked = rows[:, :, None].expand(-1, -1, cos.shape[2])
+    turned = cos.gather(1, picked) @ cos.mT + sin.gather(1, picked) @ sin.mT
+    return (turned + (head_dim - cos.shape[2])) * math.pow(head_dim, -0.5)
+
+
+def guarded(pull: Float[Tensor, "batch rows slots"], head_dim: int) -> Float[Tensor, "batch rows slots"]:
+    """W that may be divided by: never below `LEAST * sqrt(d)`, since it oscillates around 0 at long distances."""
+    return pull.clamp(min=LEAST * head_dim**0.5)
+
+
+def best_heads(
+    attention: Float[Tensor, "batch heads slots"], visual: Bool[Tensor, "batch slots"], share: float
+) -> Float[Tensor, "batch slots"]:
+    """Mean over the `share` of each sample's heads (at least one) with the most attention to visual tokens.
+
+    Ties go to the first head, halves of heads are rounded up.
+    """
+    heads = attention.shape[1]
+    count = max(1, int(share * heads + 0.5))
+    most = (attention * visual[:, None]).sum(2).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return attention.gather(1, most[:, :, None].expand(-1, -1, attention.shape[2])).mean(1)

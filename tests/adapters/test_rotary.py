@@ -1,0 +1,68 @@
+"""The cos and sin that a stage is shown turn q and k as the family's own code does, where the adapter says so."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from unseen import UNSEEN
+
+from dropflow import Keep, PruneCall, Stage, hookimpl
+from dropflow.testing import tiny_models
+from dropflow.testing.case import Case
+from dropflow.testing.probes import policy
+from dropflow_adapters.auto import Auto
+from dropflow_sparsevlm.gravity import gravity
+
+FAMILIES = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
+HYBRID = {"auto:cohere2_vision", "auto:exaone4_5"}
+"""Decoders of which one kind of layer has no positions at all."""
+
+
+class Turns(Stage[Any]):
+    """Computes W for all slots in the layer in front of either boundary, and drops tokens in between."""
+
+    prune_at = (1, 3)
+    taps = (0, 2)
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.found: dict[int, Tensor] = {}
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        layer, rows = call.boundary - 1, torch.arange(call.index.shape[1]).expand(len(call.index), -1)
+        self.found[layer] = gravity(*call.rotary(layer), rows, call.tapped(layer).query.shape[-1])
+        return Keep((call.image < 0) | (call.index % 3 > 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_all_ones_vectors_turn_as_in_the_familys_own_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(name, *FAMILIES[name], {})
+    backbone = case.adapter(case.model)
+    assert ("rotary" in backbone.facts()) == (name not in HYBRID)
+    if name in HYBRID:
+        return
+    module = sys.modules[type(backbone.text).__module__]
+    turn, expected = module.apply_rotary_pos_emb, []
+
+    def seen(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Any:
+        ones = turn(torch.ones_like(q), torch.ones_like(k), *rest, **more)
+        expected.append((ones[0][:, 0] @ ones[1][:, 0].mT, q.shape[-1]))
+        return turn(q, k, *rest, **more)
+
+    positions = "compact" if backbone.linear_positions else "persistent"
+    with case.attach(policy(turns={"use": Turns}) | {"positions": positions}) as flow:
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", seen)
+        case.model(**case.inputs)
+    ((_, stage),) = flow.plan.stages
+    head_dim = backbone.text_shape.head_dim
+    for layer in (0, 2):
+        product, turning = expected[layer]
+        w = (product + head_dim - turning) / head_dim**0.5
+        assert torch.allclose(stage.found[layer], w.expand_as(stage.found[layer]), atol=1e-4), layer
+    assert stage.found[2].shape[1] < stage.found[0].shape[1], "nothing was dropped between the two"
