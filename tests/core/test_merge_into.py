@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
+from watching import told, watched
 
 import dropflow
-from dropflow import BoundaryEvent, Keep, PruneCall, Stage, hookimpl
+from dropflow import Keep, PruneCall, Stage, hookimpl
 from dropflow.errors import DecisionError
 from dropflow.merging import mean_into
 from dropflow.testing import MaskedOracle
@@ -66,15 +67,9 @@ def test_generated_tokens_equal_the_masked_run_without_cache(llava: Any, mode: d
 
 @torch.no_grad()
 def test_observers_see_who_was_merged_into_whom(llava: Any) -> None:
-    events: list[BoundaryEvent] = []
-
-    class Watch(Stage[Any]):
-        @hookimpl
-        def observe(self, event: BoundaryEvent) -> None:
-            events.append(event)
-
-    with dropflow.attach(llava, policy(pairs={"use": Pairs}, watch={"use": Watch})):
+    with dropflow.attach(llava, watched(pairs={"use": Pairs})) as flow:
         llava(**prompt([(3, "I", 5)]))
+    events = told(flow)
     expected = list(range(25))
     assert [event.boundary for event in events] == [0, 1, 3]
     assert events[0].merged_into is None

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import dropflow
-from dropflow import BoundaryEvent, Entry, PruneCall, Stage, StageContext, Window, hookimpl
+from dropflow import Entry, PruneCall, Stage, StageContext, Window
 from dropflow.units import Scale, Shape
 from dropflow_adapters.llava import Llava
 
@@ -62,28 +61,6 @@ def prune_call(
 
 def _nothing_tapped(layer: int) -> Any:
     raise AssertionError(f"layer {layer} is read")
-
-
-class Watch(Stage[Any]):
-    """Keeps every boundary event."""
-
-    def __init__(self, options: Any, context: Any) -> None:
-        super().__init__(options, context)
-        self.events: list[BoundaryEvent] = []
-
-    @hookimpl
-    def observe(self, event: BoundaryEvent) -> None:
-        self.events.append(event)
-
-
-def watched(**stages: dict[str, Any]) -> dict[str, Any]:
-    """A policy of these stages and a `Watch`, with compact positions."""
-    return {"name": "recorded", "positions": "compact", "stages": {**stages, "watch": {"use": Watch}}}
-
-
-def events(flow: dropflow.Flow) -> list[BoundaryEvent]:
-    """What the `Watch` of a policy saw."""
-    return next(stage for _, stage in flow.plan.stages if isinstance(stage, Watch)).events
 
 
 class Runs(Llava):

@@ -8,29 +8,14 @@ import pytest
 import torch
 from tiny import HIDROP, policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache
+from watching import told, watched
 
 import dropflow
-from dropflow import BoundaryEvent, Stage, hookimpl
+from dropflow import Stage, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.plan import resolve
 from dropflow.units import Shape
 from dropflow_hidrop.topk import soft_mask
-
-
-class Watch(Stage[Any]):
-    """Keeps every boundary event."""
-
-    def __init__(self, options: Any, context: Any) -> None:
-        super().__init__(options, context)
-        self.events: list[BoundaryEvent] = []
-
-    @hookimpl
-    def observe(self, event: BoundaryEvent) -> None:
-        self.events.append(event)
-
-
-def watched(**stages: dict[str, Any]) -> dict[str, Any]:
-    return policy(**stages, watch={"use": Watch})
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral"])
@@ -43,7 +28,7 @@ def test_scores_are_the_last_prompt_row_of_the_boundarys_own_attention(text: str
     pyramid = {"use": "hidrop/concave-pyramid", "keep": {3: 6}}
     with dropflow.attach(model, watched(**stages, pyramid=pyramid)) as flow:
         model(**inputs)
-        event = flow.plan.stages[-1][1].events[-1]
+        event = told(flow)[-1]
         kept = flow.live()[3, 0, 4:20].nonzero()[:, 0]
     assert event.boundary == 3
 

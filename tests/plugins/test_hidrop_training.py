@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import HIDROP, policy, prompt, relative_error, tiny_llava
 from training import Prompts, collate, freeze_tower
+from watching import told, watched
 
 import dropflow
-from dropflow import BoundaryEvent, Stage, hookimpl
 from dropflow.testing import MaskedOracle
 from dropflow_hidrop import concave_pyramid
 
@@ -103,19 +103,6 @@ def test_a_caption_is_generated_from_the_same_token_as_in_training() -> None:
     assert torch.equal(said, expected)
 
 
-class Watch(Stage[Any]):
-    """Keeps the scores of the first keep."""
-
-    def __init__(self, options: Any, context: Any) -> None:
-        super().__init__(options, context)
-        self.scores: list[torch.Tensor] = []
-
-    @hookimpl
-    def observe(self, event: BoundaryEvent) -> None:
-        if event.boundary == 2:
-            self.scores.append(event.scores["pyramid"])
-
-
 @torch.no_grad()
 def test_a_dialogue_of_two_rounds_ranks_by_the_mean_of_both_questions() -> None:
     model, inputs = tiny_llava(), prompt([(3, "I", 12)])
@@ -126,10 +113,10 @@ def test_a_dialogue_of_two_rounds_ranks_by_the_mean_of_both_questions() -> None:
         for start, end in spans:
             labels[:, start:end] = ids[:, start:end]
         rounds.append(labels)
-    with dropflow.attach(model, policy(**HIDROP["stages"], watch={"use": Watch})) as flow:
+    with dropflow.attach(model, watched(**HIDROP["stages"])) as flow:
         for labels in rounds:
             model(**inputs, labels=labels)
-        first, second, both = flow.plan.stages[-1][1].scores
+        first, second, both = (event.scores["pyramid"] for event in told(flow) if event.boundary == 2)
     assert relative_error(both, (first + second) / 2) < 1e-6
     assert relative_error(both, second) > 0.05
 

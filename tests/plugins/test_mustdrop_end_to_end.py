@@ -12,9 +12,10 @@ import torch
 from mustdrop_goldens import PLACEHOLDER, Golden, golden, recorded_llava, recorded_names
 from tiny import relative_error
 from torch import Tensor
+from watching import Watch, told
 
 import dropflow
-from dropflow import BoundaryEvent, Stage, hookimpl
+from dropflow import hookimpl
 from dropflow.cache import FlowLayer
 from dropflow.ranking import text_rows
 from dropflow_mustdrop import DualAttention, equal_token_number
@@ -53,16 +54,6 @@ class Filter(DualAttention):
         weights = call.attention_rows(call.boundary - 1, rows).mean(1)[0, :, -call.index.shape[1] :]
         self.seen.append(weights[:, call.image[0] >= 0])
         return super().prune(call)
-
-
-class Watch(Stage[Any]):
-    """Remembers the scores that were given."""
-
-    events: list[BoundaryEvent] = []  # noqa: RUF012  # shared with the test on purpose
-
-    @hookimpl
-    def observe(self, event: BoundaryEvent) -> None:
-        self.events.append(event)
 
 
 @dataclass
@@ -118,7 +109,6 @@ def test_recorded_runs(name: str) -> None:
     model, inputs = prompt_of(recorded)
     start, text, images = recorded["v_token_start"], recorded["text_seq"], recorded["image_num"]
     Filter.seen.clear()
-    Watch.events.clear()
     with dropflow.attach(model, published(recorded)) as flow, watched(model) as calls:
         prefill = model(**inputs).logits
         live = flow.live()[:, 0]
@@ -137,7 +127,7 @@ def test_recorded_runs(name: str) -> None:
     )
     keys = recorded["key_set"].sort().values
     assert torch.equal(prompt.protected[0, merged].nonzero()[:, 0], keys)
-    events = {event.boundary: event for event in Watch.events}
+    events = {event.boundary: event for event in told(flow)}
     before = torch.arange(recorded["img_seq"])
     for stage, layer in enumerate(PRUNED):
         weights, record = stages[stage], f"stage{stage}"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm_goldens import Runs, events, golden, recorded_llama, watched
+from llm_goldens import Runs, golden, recorded_llama
 from tiny import policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache
+from watching import told, watched
 
 import dropflow
 from dropflow.units import Budget
@@ -47,9 +48,12 @@ def run(case: str, keep: float | int) -> tuple[Any, list[list[int]]]:
         .register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True)
     )
     pyramid = {"use": "pyramiddrop/pyramid", "keep": {0: keep}}
-    with dropflow.attach(model, watched(pyramid=pyramid), adapter=Runs) as flow, flow.visual(visual):
+    with (
+        dropflow.attach(model, watched(pyramid=pyramid) | {"positions": "compact"}, adapter=Runs) as flow,
+        flow.visual(visual),
+    ):
         model(inputs_embeds=features, attention_mask=mask, **labels)
-        event = events(flow)[-1]
+        event = told(flow)[-1]
     handle.remove()
     return (visual, mask.bool(), event), seen[0]
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_goldens import golden, prune_call, stage_of
 from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
+from watching import told, watched
 
 import dropflow
-from dropflow import Entry, PruneCall, Stage, hookimpl
+from dropflow import Entry, PruneCall
 from dropflow.errors import PolicyError
 from dropflow.merging import mean_into
 from dropflow.plan import resolve
@@ -220,24 +221,18 @@ def test_the_adaptive_number_keeps_the_guarantees() -> None:
 @torch.no_grad()
 def test_scores_are_the_raters_rows_of_the_eager_model() -> None:
     inputs = prompt([(3, "I", 5)])
-    seen: list[torch.Tensor] = []
-
-    class Watch(Stage[Any]):
-        @hookimpl
-        def observe(self, event: dropflow.BoundaryEvent) -> None:
-            seen.extend(event.scores.values())
-
     model, eager = tiny_llava(), tiny_llava(attention="eager")
     embeds: list[torch.Tensor] = []
     model.get_decoder().register_forward_pre_hook(
         lambda _, __, kwargs: embeds.append(kwargs["inputs_embeds"][0]), with_kwargs=True
     )
-    with dropflow.attach(model, policy(sparse=RECYCLING | {"keep": {2: 6}}, watch={"use": Watch})):
+    with dropflow.attach(model, watched(sparse=RECYCLING | {"keep": {2: 6}})) as flow:
         model(**inputs)
+    (scores,) = (event.scores["sparse"] for event in told(flow) if event.scores)
     rate = raters(relevance(embeds[0][4:20], embeds[0][20:]))
     assert 0 < rate.sum() < 5
     expected = eager(**inputs, output_attentions=True).attentions[1][0, :, 20:][:, rate].mean((0, 1))
-    assert relative_error(seen[0][0, 4:20], expected[4:20]) < 1e-5
+    assert relative_error(scores[0, 4:20], expected[4:20]) < 1e-5
 
 
 @pytest.mark.parametrize(

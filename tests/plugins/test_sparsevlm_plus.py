@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm_goldens import events, golden, prune_call, stage_of, watched
+from llm_goldens import golden, prune_call, stage_of
 from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
+from watching import told, watched
 
 import dropflow
 from dropflow import Entry, PruneCall
@@ -158,9 +159,9 @@ def test_scores_are_the_corrected_rows_of_the_eager_model(side: str) -> None:
     model.get_decoder().register_forward_pre_hook(
         lambda _, __, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    with dropflow.attach(model, policy(sparse=USE | {"keep": {2: 6}}, watch=watched()["stages"]["watch"])) as flow:
+    with dropflow.attach(model, watched(sparse=USE | {"keep": {2: 6}})) as flow:
         model(**inputs)
-    told = {event.boundary: event for event in events(flow)}[2]
+    event = next(event for event in told(flow) if event.boundary == 2)
     attention = eager(**inputs, output_attentions=True).attentions[1]
     for sample, own in enumerate(inputs["input_ids"] == IMAGE):
         visual = own.nonzero()[:, 0]
@@ -170,11 +171,11 @@ def test_scores_are_the_corrected_rows_of_the_eager_model(side: str) -> None:
         corrected = attention[sample][:, rate] / torch.from_numpy(w).clamp(min=0.05 * 8**0.5)
         best = corrected[..., visual].sum((1, 2)).topk(2).indices  # 14 of 32 of four heads
         expected = corrected[best].mean((0, 1))
-        scores = torch.zeros(len(own)).scatter(0, told.index[sample], told.scores["sparse"][sample])
+        scores = torch.zeros(len(own)).scatter(0, event.index[sample], event.scores["sparse"][sample])
         assert relative_error(scores[visual], expected[visual].float()) < 1e-5
         for image in visual.split(16):
             kept = image[expected[image].topk(6).indices].sort().values
-            assert told.live[sample, image].nonzero()[:, 0].tolist() == (kept - image[0]).tolist()
+            assert event.live[sample, image].nonzero()[:, 0].tolist() == (kept - image[0]).tolist()
 
 
 @torch.no_grad()
