@@ -133,8 +133,8 @@ class Stage(Generic[O_co]):
 
     @property
     def prune_at(self) -> tuple[int, ...]:
-        """LLM boundaries at which `prune` is asked."""
-        return ()
+        """LLM boundaries at which `prune` is asked: those of the forecast, unless a stage says otherwise."""
+        return tuple(self.forecast().keeps)
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:

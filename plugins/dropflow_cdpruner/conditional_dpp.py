@@ -88,11 +88,6 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
             self._space = JointSpace(self.options.clip, backbone, self.context.path("clip"))
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The one boundary."""
-        return (self._at,)
-
-    @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """With `clip`, what the projector gets: patches of the tower."""
         return () if self.options.clip is None else ("features",)

@@ -59,11 +59,6 @@ class Subset(Stage[O_co], Generic[O_co]):
         """Which `count` rows of one image stay; `grid` is that of the image, if all its patches are present."""
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `keep`."""
-        return tuple(self._keeps)
-
-    @property
     def encode_at(self) -> tuple[int | None, ...]:
         """The output of the vision encoder, with `encode`."""
         return () if self._encoded is None else (None,)

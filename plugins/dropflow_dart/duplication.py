@@ -70,11 +70,6 @@ class Duplication(Stage[DuplicationOptions]):
             )
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundary `at`."""
-        return (self._boundary,)
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """The layer in front of it."""
         return (self._boundary - 1,)

@@ -54,11 +54,6 @@ class AttentionRank(Stage[AttentionRankOptions]):
         context.check_layer_in_front("at", (self._at,))
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The one boundary."""
-        return (self._at,)
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """The layer in front of it."""
         return (self._at - 1,)

@@ -73,11 +73,6 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         self._keeps = _budgets(options, context)
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `keep`."""
-        return tuple(self._keeps)
-
-    @property
     def differentiable(self) -> bool:
         """With `select: soft`."""
         return self.options.select == "soft"

@@ -71,11 +71,6 @@ class DualAttention(Stage[DualAttentionOptions]):
         self._keeps = _boundaries(options, context)
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `at` or `keep`."""
-        return tuple(self._keeps)
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """The layers in front of the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)

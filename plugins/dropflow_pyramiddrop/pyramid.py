@@ -43,11 +43,6 @@ class Pyramid(Stage[PyramidOptions]):
         super().__init__(options, context)
         self._keeps = context.budgets("keep", options.keep, "floor")
 
-    @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `keep`."""
-        return tuple(self._keeps)
-
     def forecast(self) -> Forecast:
         """The budgets."""
         return Forecast(keeps=self._keeps)

@@ -64,11 +64,6 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
         context.check_layer_in_front("keep", self._keeps)
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `keep`."""
-        return tuple(self._keeps)
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """The layers in front of the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)

@@ -84,11 +84,6 @@ class TextGuided(Stage[TextGuidedOptions]):
         context.check_layer_in_front("keep" if options.rank is None else "rank.at", self._keeps)
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The boundaries of `keep` or `rank`."""
-        return tuple(self._keeps)
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """The layers in front of the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)

@@ -108,11 +108,6 @@ class Replay(Stage[ReplayOptions]):
         return tuple(self._encodes)
 
     @property
-    def prune_at(self) -> tuple[int, ...]:
-        """Where the traced stage pruned."""
-        return tuple(self._prunes)
-
-    @property
     def decode_every(self) -> int:
         """Every token where the traced stage evicted while decoding."""
         return int(any(self._evictions))

@@ -37,14 +37,9 @@ class TopP(Stage[TopPOptions]):
     summary = "the fewest tokens that hold a share of the attention to their image"
     example: ClassVar = {"at": 0.5, "mass": 0.6}
 
-    @property
-    def prune_at(self) -> tuple[int, ...]:
-        """The one boundary of `at`."""
-        return (self.context.scale.boundary(self.options.at, self.context.path("at")),)
-
     def forecast(self) -> Forecast:
-        """How many tokens stay depends on the picture."""
-        return Forecast(keeps=dict.fromkeys(self.prune_at))
+        """How many tokens stay behind the boundary `at` depends on the picture."""
+        return Forecast(keeps={self.context.scale.boundary(self.options.at, self.context.path("at")): None})
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
