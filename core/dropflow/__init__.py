@@ -3,13 +3,11 @@
 from dropflow import errors
 from dropflow.asking import asking
 from dropflow.backbone import Backbone, Projections, Sublayers, VisionEncoder
+from dropflow.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.flow import Flow, attach
 from dropflow.hooks import hookimpl
 from dropflow.payloads import (
-    CacheCall,
-    CacheKeep,
-    CacheView,
     Encode,
     EncodeCall,
     Entry,

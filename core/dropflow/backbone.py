@@ -172,7 +172,7 @@ class Backbone:
     @property
     def text_shape(self) -> TextShape:
         """Widths of the text decoder, for FLOPs and KV bytes."""
-        return text_shape(self.text.config)
+        return TextShape.of(self.text.config)
 
     @property
     def visual_ids(self) -> dict[str, int]:
@@ -259,19 +259,6 @@ def square(tokens: int) -> tuple[int, int] | None:
     """Square grid of `tokens` patches; `None` for a number that is no square."""
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else None
-
-
-def text_shape(config: Any) -> TextShape:
-    """Widths of a text decoder from its transformers config."""
-    heads = config.num_attention_heads
-    return TextShape(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocabulary=config.vocab_size,
-    )
 
 
 def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Backbone:

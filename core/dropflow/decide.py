@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.cache_payloads import CacheCall, CacheView
 from dropflow.errors import DecisionError
 from dropflow.events import Eviction
 from dropflow.keys import PADDING, PROTECTED, KeyIndex
 from dropflow.live import LiveSet
-from dropflow.payloads import CacheCall, CacheView, Entry, Exit, Keep, PruneCall, RowAttention, Tapped, WindowCall
+from dropflow.payloads import Entry, Exit, Keep, PruneCall, RowAttention, Tapped, WindowCall
 from dropflow.prompt import Prompt
 from dropflow.stage import Stage, Window
 

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dropflow.payloads import CacheView, Encode
+    from dropflow.cache_payloads import CacheView
+    from dropflow.payloads import Encode
     from dropflow.prompt import Prompt
     from dropflow.stage import EncodeBoundary, Window
     from dropflow.views import View

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 if TYPE_CHECKING:
+    from dropflow.cache_payloads import CacheCall, CacheKeep
     from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent
-    from dropflow.payloads import CacheCall, CacheKeep, Encode, EncodeCall, Exit, Keep, PruneCall, WindowCall
+    from dropflow.payloads import Encode, EncodeCall, Exit, Keep, PruneCall, WindowCall
     from dropflow.stage import Stage
 
 PROJECT = "dropflow"

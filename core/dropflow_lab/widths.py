@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dropflow.backbone import text_shape
 from dropflow.flops import TextShape
 from dropflow_lab.errors import InputError
 
@@ -20,6 +19,6 @@ def read_widths(folder: Path) -> tuple[TextShape, int]:
 
     try:
         text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        return text_shape(text), text.num_hidden_layers
+        return TextShape.of(text), text.num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {' '.join(str(error).split())}") from None
