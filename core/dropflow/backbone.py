@@ -149,7 +149,8 @@ class Backbone:
     def turns_pairs(self) -> bool:
         """Whether every layer turns pairs of q and k by the cos and sin (batch, tokens, dims) that it is given.
 
-        Not taken for granted where kinds of layers share one RoPE: in most such decoders one kind has no positions.
+        Not taken for granted where kinds of layers share one RoPE, as in some of these decoders one kind is not turned
+        at all; an adapter that knows its family overrides this.
         """
         config = self.text.config
         kinds = set(getattr(config, "layer_types", None) or ())

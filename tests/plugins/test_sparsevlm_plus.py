@@ -226,3 +226,16 @@ def test_what_is_no_cos_and_sin_is_refused(given: Any) -> None:
 def test_faults_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         dropflow.attach(tiny_llava(), policy(s=USE | options))
+
+
+@pytest.mark.parametrize(
+    "doubtful",
+    [{"layer_types": ["sliding_attention", "full_attention"] * 3}, {"no_rope_layers": [1, 1, 1, 0, 1, 1]}],
+    ids=["kinds of layers under one RoPE", "layers without positions"],
+)
+def test_a_decoder_whose_layers_may_not_turn_alike_is_refused(doubtful: dict[str, Any]) -> None:
+    model = tiny_llava()
+    for name, value in doubtful.items():
+        setattr(model.get_decoder().config, name, value)
+    with pytest.raises(PolicyError, match=r"stages\.s: needs rotary, which the adapter Llava cannot give"):
+        dropflow.attach(model, policy(s=USE | {"keep": {2: 4}}))
