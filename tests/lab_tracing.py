@@ -43,6 +43,24 @@ POLICIES: dict[str, dict[str, Any]] = {
     "clusters inside the LLM": policy(
         guided={"use": "sparsevlm/text-guided", "keep": {2: 8, 4: 4}, "recycle_share": 0.6, "cluster_size": 2}
     ),
+    "merged in every layer, weighed in attention": policy(
+        tome={"use": "tome/token-merging", "r": [3, 0, 4], "layers": 3}
+    ),
+    "merged twice, then dropped inside the encoder": policy(
+        tome={"use": "tome/token-merging", "r": 3, "layers": 2, "proportional": False},
+        random={"use": "control/random", "encode": 7},
+    ),
+    "CLS and contextual tokens": policy(
+        zip={"use": "visionzip/dominant-contextual", "dominant": 5, "contextual": 3, "layer": -2},
+        pyramid={"use": "hidrop/concave-pyramid", "keep": {3: 4}},
+    ),
+    "outliers with neighbours": policy(
+        merge={"use": "prumerge/prune-merge", "variant": "prumerge", "ratio": 0.25, "neighbours": 3}
+    ),
+    "outliers, a grid and a sum of the rest": policy(
+        merge={"use": "prumerge/prune-merge", "ratio": 0.2, "neighbours": 5}
+    ),
+    "pooled windows": policy(pool={"use": "control/pool", "window": [3, 3]}),
     "one budget for two images": policy(
         pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 9, 3: 0.2}, "split": "total"},
         exit={"use": "hidrop/early-exit", "at": 4},

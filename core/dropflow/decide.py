@@ -89,6 +89,8 @@ class Decision:
     """What each stage answered, by its name, over the same slots."""
     merge_into: Int[Tensor, "batch slots"] | None = None
     """Slot that each slot's state is merged into; `None` where no stage merges."""
+    merged_by: str | None = None
+    """Name of the stage that merges."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
@@ -124,6 +126,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     merge_into: Tensor | None = None
+    merged_by: str | None = None
     keeps: dict[str, Tensor] = {}
     log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
@@ -144,7 +147,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
                     f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
                     "another boundary"
                 )
-            merge_into = _checked_merge(answer.merge_into, image, name, boundary)
+            merge_into, merged_by = _checked_merge(answer.merge_into, image, name, boundary), name
         if answer.weights is not None and asked.differentiable:
             weighted = answer.mask & (image >= 0) & ~protected
             _check_weights(answer.weights, weighted, name, boundary)
@@ -155,7 +158,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     want = prompt.without_widows(standing.want & ~dropped)
     if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
         log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
-    return Decision(want, scores, keeps, merge_into, log_weights)
+    return Decision(want, scores, keeps, merge_into, merged_by, log_weights)
 
 
 def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:

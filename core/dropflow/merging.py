@@ -1,6 +1,8 @@
-"""Pure functions that merge tokens: windows of a patch grid, how alike they are, and means."""
+"""Pure functions that merge tokens: windows of a patch grid, how alike they are, means, and where new rows go."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +46,16 @@ def merge_windows(
     left = torch.ones(len(features), dtype=torch.bool, device=features.device)
     left[inside.flatten()] = False
     return features[inside].mean(1), left.nonzero()[:, 0]
+
+
+def first_places(
+    places: Sequence[Int[Tensor, "held"]], rows: Sequence[Float[Tensor, "new dim"]]
+) -> tuple[Int[Tensor, "new"], ...]:
+    """For each image, the first of its `places`: one for every new row, which keep their order.
+
+    For methods whose rows have no place in the raster. No image may have more new rows than places.
+    """
+    return tuple(held[: len(new)] for held, new in zip(places, rows, strict=True))
 
 
 def mean_into(

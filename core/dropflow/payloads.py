@@ -261,7 +261,10 @@ class Encode:
     """Numbers that each row present after this decision carries to `prune` of the same stage, as many as its
     `Stage.carries` says. A row that another stage writes anew goes on carrying those of the row in its place."""
     shares: Lazily | None = None
-    """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before."""
+    """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before.
+
+    Where `prefix_rows` take part, too, their columns follow those of the old rows.
+    """
     scores: Lazily | None = None
     """For observers: makes, per image, what the stage ranked each row before by; NaN where it had no say."""
 

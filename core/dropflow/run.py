@@ -206,6 +206,7 @@ class Run:
             scores=decision.scores,
             keeps=decision.keeps,
             merged_into=merged,
+            merged_by=decision.merged_by,
         )
         self.plan.hooks.observe(event)
 

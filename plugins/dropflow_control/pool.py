@@ -50,7 +50,15 @@ class Pool(Stage[PoolOptions]):
                     f"patch grid {grid}; pool before other stages drop patches"
                 )
             pooled.append(pool(features, grid, self.options.window))
-        return Encode(rows=tuple(rows for rows, _ in pooled), places=tuple(places for _, places in pooled))
+        return Encode(
+            rows=tuple(rows for rows, _ in pooled),
+            places=tuple(places for _, places in pooled),
+            shares=lambda: tuple(
+                pool(torch.eye(len(features), device=features.device), grid, self.options.window)[0]
+                for features, grid in zip(call.features, call.grids, strict=True)
+                if grid is not None  # refused above
+            ),
+        )
 
 
 def pool(

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
+from dropflow.merging import first_places
 from dropflow.selection import top
 from dropflow.stage import EncodeBoundary
 from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
@@ -90,13 +91,22 @@ class PruneMerge(Stage[PruneMergeOptions]):
             seen = call.query_keys(self.options.layer)
             scores = [cls_scores(query[:, 0], key, call.prefix) for query, key in seen]
             kept = [self._kept(s, count) for s, count in zip(scores, self._counts(scores), strict=True)]
-        rows = []
-        for features, (_, key), own, stays in zip(call.features, seen, scores, kept, strict=True):
-            keys = key[:, call.prefix :].transpose(0, 1).flatten(1)
-            merged = merge_neighbours(features, keys, own, stays, self.options.neighbours)
-            rows.append(torch.cat((merged, left_over(features, own, stays))))
-        places = tuple(own[: len(r)] for own, r in zip(call.places, rows, strict=True))
-        return Encode(rows=tuple(rows), places=places)
+            keys = [key[:, call.prefix :].transpose(0, 1).flatten(1) for _, key in seen]
+        rows = tuple(map(self._reduced, call.features, keys, scores, kept))
+        return Encode(
+            rows=rows,
+            places=first_places(call.places, rows),
+            shares=lambda: tuple(
+                self._reduced(torch.eye(len(features)).to(features), *each)
+                for features, *each in zip(call.features, keys, scores, kept, strict=True)
+            ),
+            scores=lambda: tuple(scores),
+        )
+
+    def _reduced(self, features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
+        """Kept patches with their neighbours merged in, then the sum of those left over."""
+        merged = merge_neighbours(features, keys, scores, kept, self.options.neighbours)
+        return torch.cat((merged, left_over(features, scores, kept)))
 
     def _counts(self, scores: Sequence[Tensor]) -> list[int]:
         """Patches of each image that stand out, at least one."""

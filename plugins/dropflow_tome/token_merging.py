@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
+from dropflow.merging import first_places
 from dropflow.stage import EncodeBoundary
 from dropflow.units import Budget
-from dropflow_tome.matching import match, merge, schedule
+from dropflow_tome.matching import Matching, match, merge, schedule
 
 
 class TokenMergingOptions(StageOptions):
@@ -90,17 +93,23 @@ class TokenMerging(Stage[TokenMergingOptions]):
         """Merge tokens of every image."""
         assert isinstance(call.boundary, float)
         layer, prefix = int(call.boundary), call.prefix
-        merged = []
-        for image, (_, keys) in enumerate(call.query_keys(layer)):
-            own = call.sizes[image]
-            sizes = torch.cat((own.new_ones(prefix), own))
-            tokens = torch.cat((call.prefix_rows[image], call.features[image]))
-            with torch.no_grad():
-                matching = match(keys.mean(0), self._r[layer], has_cls=call.has_cls)
-            merged.append([part[prefix:] for part in merge(matching, tokens, sizes)])
+        with torch.no_grad():
+            matchings = [
+                match(keys.mean(0), self._r[layer], has_cls=call.has_cls) for _, keys in call.query_keys(layer)
+            ]
+        weights = [torch.cat((own.new_ones(prefix), own)) for own in call.sizes]
+        tokens = map(torch.cat, zip(call.prefix_rows, call.features, strict=True))
+        rows, sizes = zip(*map(merge, matchings, tokens, weights), strict=True)
+        rows = tuple(own[prefix:] for own in rows)
         return Encode(
-            rows=tuple(rows for rows, _ in merged),
-            places=tuple(own[: len(rows)] for own, (rows, _) in zip(call.places, merged, strict=True)),
-            sizes=tuple(sizes for _, sizes in merged),
+            rows=rows,
+            places=first_places(call.places, rows),
+            sizes=tuple(own[prefix:] for own in sizes),
             proportional=self.options.proportional,
+            shares=lambda: tuple(_shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
         )
+
+
+def _shares(matching: Matching, weights: Float[Tensor, "tokens"], prefix: int) -> Float[Tensor, "new rows"]:
+    """Which rows each new one is the mean of: merging unit vectors instead of tokens; the prefix is in none."""
+    return merge(matching, torch.eye(len(weights), device=weights.device), weights)[0][prefix:, prefix:]

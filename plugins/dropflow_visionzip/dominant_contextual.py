@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
+from dropflow.merging import first_places
 from dropflow.stage import EncodeBoundary
 from dropflow.units import Budget, Tokens
 from dropflow_visionzip.contextual import contextual_tokens, split
@@ -76,8 +77,13 @@ class DominantContextual(Stage[DominantContextualOptions]):
         with torch.no_grad():
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
             metric = [key[:, call.prefix :].mean(0) for _, key in call.query_keys(layer)]
-        rows = tuple(self._reduced(*each) for each in zip(call.features, call.prefix_rows, scores, metric, strict=True))
-        return Encode(rows=rows, places=tuple(own[: len(r)] for own, r in zip(call.places, rows, strict=True)))
+        rows = tuple(map(self._reduced, call.features, call.prefix_rows, scores, metric))
+        return Encode(
+            rows=rows,
+            places=first_places(call.places, rows),
+            shares=lambda: tuple(map(self._shares, call.features, call.prefix_rows, scores, metric)),
+            scores=lambda: tuple(scores),
+        )
 
     def _counts(self, patches: int) -> tuple[int, int]:
         dominant = self._dominant.of(patches)
@@ -89,3 +95,8 @@ class DominantContextual(Stage[DominantContextualOptions]):
         kept, left = split(scores, max(dominant - len(cls), 0))
         merged = contextual_tokens(features[left], metric[left], contextual)
         return torch.cat((cls, features[kept], merged))
+
+    def _shares(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
+        """The same reduction of unit vectors (new rows, patches and prefix rows)."""
+        unit = torch.eye(len(features) + len(prefix)).to(features)
+        return self._reduced(unit[: len(features)], unit[len(features) :], scores, metric)

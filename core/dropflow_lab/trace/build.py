@@ -95,6 +95,7 @@ def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:
             stage=step.stage,
             boundary=step.boundary,
             shift=0 if step.boundary is None else event.prefix,
+            proportional=step.answer.proportional,
             images=[_encoded(step, image) for image in range(len(step.places))],
         )
         for event in deciding
@@ -105,27 +106,30 @@ def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:
 def _encoded(step: EncodeStep, image: int) -> EncodedImage:
     before, places, answer = step.before[image].tolist(), step.places[image].tolist(), step.answer
     merged: list[Merge] | None = []
+    sizes: list[float] | None = None
     if answer.rows is not None:
         merged = None if answer.shares is None else _merges(answer.shares()[image], before, places)
+        sizes = [1.0] * len(places) if answer.sizes is None else exactly(answer.sizes[image])
     scores: Scores | None = None
     if answer.scores is not None:
         scores = [None] * (max(before, default=-1) + 1)
         for patch, score in zip(before, rounded(answer.scores()[image]), strict=True):
             scores[patch] = score
     protected = step.places[image][step.protected[image]].tolist()
-    return EncodedImage(kept=places, merged=merged, protected=protected, scores=scores)
+    return EncodedImage(kept=places, merged=merged, sizes=sizes, protected=protected, scores=scores)
 
 
 def _merges(shares: Tensor, before: Sequence[int], places: Sequence[int]) -> list[Merge]:
-    """Rows that are not simply the row of their own patch; `shares` is (new rows, old rows)."""
+    """Rows that are not simply the row of their own patch; `shares` is (new rows, old rows and prefix rows)."""
     found = []
     for place, row in zip(places, shares.detach().to("cpu", torch.float32), strict=True):
-        used = row.nonzero()[:, 0]
-        of, weights = [before[i] for i in used.tolist()], row[used].tolist()
-        if of == [place] and weights == [1.0]:
+        used = row.nonzero()[:, 0].tolist()
+        of, prefix = [before[i] for i in used if i < len(before)], [i - len(before) for i in used if i >= len(before)]
+        weights = exactly(row[used])
+        if of == [place] and not prefix and weights == [1.0]:
             continue
-        plain = all(math.isclose(weight, 1 / len(of), rel_tol=1e-5) for weight in weights)
-        found.append(Merge(into=place, of=of, shares=None if plain else weights))
+        plain = all(math.isclose(weight, 1 / len(used), rel_tol=1e-5) for weight in weights)
+        found.append(Merge(into=place, of=of, prefix=prefix, shares=None if plain else weights))
     return found
 
 
@@ -143,7 +147,9 @@ def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoun
             ranked = [rounded(known[image.index]) for image in images]
         by.append(Pruning(stage=name, dropped=_patches(lost, images), scores=ranked))
     merged = [] if event.merged_into is None else [_clusters(event.merged_into[0], image) for image in images]
-    return TracedBoundary(boundary=event.boundary, kept=_patches(live, images), by=by, merged=merged)
+    return TracedBoundary(
+        boundary=event.boundary, kept=_patches(live, images), by=by, merged=merged, merged_by=event.merged_by
+    )
 
 
 def _clusters(merged_into: Tensor, image: TracedImage) -> list[Merge]:
@@ -188,6 +194,11 @@ def _evicted(event: CacheEvent) -> list[TracedEviction]:
         TracedEviction(stage=key[0], layers=layers, tokens=list(key[1]), notes=notes.get(key))
         for key, layers in found.items()
     ]
+
+
+def exactly(values: Tensor) -> list[float]:
+    """Numbers with as many digits as single precision has, by which they come back bit by bit."""
+    return [float(f"{value:.9g}") for value in values.detach().float().tolist()]
 
 
 def rounded(values: Tensor) -> Scores:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -29,7 +29,8 @@ from dropflow import (
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy import StageUse
 from dropflow.stage import EncodeBoundary
-from dropflow_lab.trace.schema import EncodedImage, Merge, Pruning, Trace, TracedBoundary, TracedRun
+from dropflow_lab.trace.rows import made_again, shares
+from dropflow_lab.trace.schema import Pruning, Trace, TracedBoundary, TracedRun
 
 SUFFIX = " (replay)"
 
@@ -143,19 +144,21 @@ class Replay(Stage[ReplayOptions]):
             missing = {*image.kept, *(p for merge in image.merged or () for p in merge.of)} - set(own)
             if missing:
                 raise self._misfit(f"an image {number} with patch {min(missing)}, which is not there")
-        pairs = list(zip(step.images, call.features, strict=True))
-        protect = tuple(_mask(image.kept, image.protected, features) for image, features in pairs)
-        if not any(image.merged for image in step.images):
-            keep = tuple(_mask(own, image.kept, features) for own, (image, features) in zip(held, pairs, strict=True))
+            behind = {p for merge in image.merged or () for p in merge.prefix} - set(range(call.prefix_rows.shape[1]))
+            if behind:
+                raise self._misfit(f"an image {number} with prefix row {min(behind)}, which is not there")
+        device = call.prefix_rows.device
+        protect = tuple(_mask(image.kept, image.protected, device) for image in step.images)
+        if not any(image.merged or image.sizes for image in step.images):
+            keep = tuple(_mask(own, image.kept, device) for own, image in zip(held, step.images, strict=True))
             return Encode(keep=keep, protect=protect)
         return Encode(
-            rows=tuple(_rows(features, own, image) for own, (image, features) in zip(held, pairs, strict=True)),
-            places=tuple(torch.tensor(image.kept, device=features.device) for image, features in pairs),
+            rows=tuple(map(made_again, call.features, call.prefix_rows, held, step.images)),
+            places=tuple(torch.tensor(image.kept, dtype=torch.long, device=device) for image in step.images),
+            sizes=tuple(torch.tensor(image.sizes or [1.0] * len(image.kept), device=device) for image in step.images),
+            proportional=step.proportional,
             protect=protect,
-            shares=lambda: tuple(
-                _rows(torch.eye(len(own), device=features.device), own, image)
-                for own, (image, features) in zip(held, pairs, strict=True)
-            ),
+            shares=lambda: tuple(map(shares, call.prefix_rows, held, step.images)),
         )
 
     @hookimpl
@@ -228,28 +231,6 @@ class Replay(Stage[ReplayOptions]):
         )
 
 
-def _mask(rows: Sequence[int], chosen: Sequence[int], like: Tensor) -> Bool[Tensor, "rows"]:
+def _mask(rows: Sequence[int], chosen: Sequence[int], device: torch.device) -> Bool[Tensor, "rows"]:
     picked = set(chosen)
-    return torch.tensor([row in picked for row in rows], dtype=torch.bool, device=like.device)
-
-
-def _rows(features: Float[Tensor, "rows dim"], held: Sequence[int], image: EncodedImage) -> Float[Tensor, "kept dim"]:
-    """Rows of one image behind a step that merged; means are taken as the plain mean of the members."""
-    slot = {place: i for i, place in enumerate(held)}
-    merged: Mapping[int, Merge] = {merge.into: merge for merge in image.merged or ()}
-    rows = features[[slot[p] if p not in merged else 0 for p in image.kept]]
-    groups: dict[int, list[int]] = {}
-    for n, place in enumerate(image.kept):
-        if place in merged:
-            groups.setdefault(len(merged[place].of), []).append(n)
-    for numbers in groups.values():
-        merges = [merged[image.kept[n]] for n in numbers]
-        members = features[torch.tensor([[slot[p] for p in merge.of] for merge in merges])]  # (merges, members, dim)
-        new = members.mean(1)
-        weighted = [n for n, merge in enumerate(merges) if merge.shares is not None]
-        if weighted:
-            shares = torch.tensor([merges[n].shares for n in weighted], device=features.device)
-            sums = (members[weighted] * shares.to(features.dtype)[:, :, None]).sum(1)
-            new = new.index_copy(0, torch.tensor(weighted, device=features.device), sums)
-        rows = rows.index_copy(0, torch.tensor(numbers, device=features.device), new)
-    return rows
+    return torch.tensor([row in picked for row in rows], dtype=torch.bool, device=device)

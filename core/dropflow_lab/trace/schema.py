@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dropflow_lab.errors import InputError
 from dropflow_lab.output import write_text
@@ -33,8 +41,25 @@ class Merge(_Part):
     """A row of the vision encoder, or a state inside the LLM, that stands for other patches than its own."""
 
     into: int = Field(description="patch whose place the row takes")
-    of: Numbers = Field(min_length=1, description="patches whose rows were summed up")
-    shares: list[float] | None = Field(default=None, description="weight of each in the sum; null for a plain mean")
+    of: Numbers = Field(default=[], description="patches whose rows were summed up")
+    prefix: Numbers = Field(
+        default=[], description="prefix rows of the vision encoder, such as 0 for CLS, that were summed up with them"
+    )
+    shares: list[float] | None = Field(
+        default=None, description="weight in the sum of each of `of`, then of each of `prefix`; null for a plain mean"
+    )
+
+    @model_validator(mode="after")
+    def _summed_up(self) -> Self:
+        members = len(self.of) + len(self.prefix)
+        if not members or (self.shares is not None and len(self.shares) != members):
+            raise ValueError("expected at least one row in `of` or `prefix`, and a share for each or `shares` null")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, as_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is empty: a stage that reorders rows makes a merge of each, in every layer."""
+        return {name: value for name, value in as_dict(self).items() if value not in (None, [])}
 
 
 class EncodedImage(_Part):
@@ -43,6 +68,9 @@ class EncodedImage(_Part):
     kept: Numbers = Field(description="patches whose rows are present behind the step, ascending")
     merged: list[Merge] | None = Field(
         default=[], description="rows that stand for other patches than their own; null where the stage does not tell"
+    )
+    sizes: list[float] | None = Field(
+        default=None, description="patches that each row of `kept` is the mean of; null where no row is new"
     )
     protected: Numbers = Field(default=[], description="patches that no stage may drop from here on")
     scores: Scores | None = Field(default=None, description="what the stage ranked each patch by")
@@ -57,6 +85,9 @@ class TracedEncode(_Part):
         "gets; null for the output in front of the LLM"
     )
     shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
+    proportional: bool = Field(
+        default=False, description="attention of later layers of the encoder counts each row as often as its size says"
+    )
     images: list[EncodedImage]
 
 
@@ -64,7 +95,9 @@ class Pruning(_Part):
     """What one stage had to say at one boundary of the LLM."""
 
     stage: str = Field(description="its name in the policy")
-    dropped: list[Numbers] = Field(description="per image: live patches that it dropped, protected ones left out")
+    dropped: list[Numbers] = Field(
+        description="per image: live patches whose tokens it took out, merged ones included, protected ones left out"
+    )
     scores: list[Scores] | None = Field(default=None, description="per image: what it ranked each patch by")
 
 
@@ -75,6 +108,7 @@ class TracedBoundary(_Part):
     kept: list[Numbers] = Field(description="per image: patches that are live from here on")
     by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
     merged: list[list[Merge]] = Field(default=[], description="per image: states that became the mean of several")
+    merged_by: str | None = Field(default=None, description="the stage that merged; null in older files, too")
 
 
 class TracedEviction(_Part):
@@ -197,6 +231,10 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
         where = f"{path}.boundaries.{n}.kept"
         if len(boundary.kept) != len(images):
             return [*faults, f"{where}: {len(boundary.kept)} entries for {len(images)} images"]
+        for i, merges in enumerate(boundary.merged):
+            absent = {p for merge in merges for p in (merge.into, *merge.of)}.difference(*before[i : i + 1])
+            if absent:
+                faults.append(f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone behind {since} already")
         for i, kept in enumerate(boundary.kept):
             gone = sorted(set(kept) - set(before[i]))
             lost = sorted(set(protected[i]) - set(kept))

@@ -35,7 +35,9 @@ def same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
     tokens, logits = generated(model, inputs, which)
     again, forced = generated(model, inputs, replay_policy(trace))
     assert again == tokens
-    torch.testing.assert_close(forced, logits, rtol=1e-6, atol=1e-6)
+    merges = [m for run in trace.runs for step in run.encode for image in step.images for m in image.merged or ()]
+    error = 1e-5 if any(merge.shares for merge in merges) else 1e-6  # weighted sums run in another order
+    torch.testing.assert_close(forced, logits, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
@@ -212,7 +214,4 @@ def test_weighted_sums_are_made_again() -> None:
     model, inputs, trace = tiny_trace(which)
     first = (trace.runs[0].encode[0].images[0].merged or [])[0]
     assert (first.into, first.of, first.shares) == (1, [3], [0.5])
-    tokens, logits = generated(model, inputs, which)
-    again, forced = generated(model, inputs, replay_policy(trace))
-    assert again == tokens
-    torch.testing.assert_close(forced, logits, rtol=1e-5, atol=1e-5)  # the sums run in another order
+    same(model, inputs, which, trace)
