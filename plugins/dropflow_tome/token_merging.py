@@ -98,13 +98,13 @@ class TokenMerging(Stage[TokenMergingOptions]):
                 match(keys.mean(0), self._r[layer], has_cls=call.has_cls) for _, keys in call.query_keys(layer)
             ]
         weights = [torch.cat((own.new_ones(prefix), own)) for own in call.sizes]
-        tokens = map(torch.cat, zip(call.prefix_rows, call.features, strict=True))
-        rows, sizes = zip(*map(merge, matchings, tokens, weights), strict=True)
-        rows = tuple(own[prefix:] for own in rows)
+        tokens = [torch.cat(own) for own in zip(call.prefix_rows, call.features, strict=True)]
+        merged = [merge(*each) for each in zip(matchings, tokens, weights, strict=True)]
+        rows = tuple(own[prefix:] for own, _ in merged)
         return Encode(
             rows=rows,
             places=first_places(call.places, rows),
-            sizes=tuple(own[prefix:] for own in sizes),
+            sizes=tuple(sizes[prefix:] for _, sizes in merged),
             proportional=self.options.proportional,
             shares=lambda: tuple(_shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
         )

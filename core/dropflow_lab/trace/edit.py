@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from dropflow_lab.errors import InputError
-from dropflow_lab.trace.schema import Trace, TracedRun
+from dropflow_lab.trace.follow import follow, follow_on, moves
+from dropflow_lab.trace.schema import EncodedImage, Trace, TracedRun
 
 EDIT = "edit"
 """Name of the stage that drops a patch where no stage of the policy pruned."""
@@ -27,53 +29,99 @@ def read_patches(text: str, option: str) -> tuple[int, list[int], int | None]:
 def keep_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int = 0) -> Trace:
     """A copy in which `patches` of one image stay as long as vision does, in the caches, too.
 
-    Patches are counted row by row from 0. Raises `InputError` for a patch that is not there, or that was merged into
-    another one, so that there is no row to keep.
+    Patches are counted row by row from 0. Of one that the vision encoder merged, the token stays that it is part of;
+    one that was merged inside the LLM stays on its own. Raises `InputError` for a patch that is not there.
     """
-    indices = _indices(trace, patches, image)
-    for patch in patches:
-        _check_not_merged(trace.runs[run], patch, image)
-
-    def step(data: dict[str, Any], shift: int) -> None:
-        own = data["images"][image]
-        own["kept"] = sorted({*own["kept"], *(patch - shift for patch in patches if patch >= shift)})
-
-    def boundary(data: dict[str, Any]) -> None:
-        data["kept"][image] = sorted({*data["kept"][image], *patches})
-        for pruning in data["by"]:
-            pruning["dropped"][image] = [p for p in pruning["dropped"][image] if p not in patches]
-
-    def eviction(data: dict[str, Any]) -> None:
-        stays = [n for n, token in enumerate(data["tokens"]) if token not in indices]
-        data["tokens"] = [data["tokens"][n] for n in stays]
-        if data["notes"] is not None:
-            data["notes"] = [data["notes"][n] for n in stays]
-
-    return _edited(trace, run, step, boundary, eviction)
+    _check_there(trace, patches, image)
+    traced = trace.runs[run]
+    data = traced.model_dump()
+    places = {
+        _kept_by_encoder(data["encode"], len(trace.prompt.images[image].index), patch, image) for patch in patches
+    }
+    tokens = {trace.prompt.images[image].index[place] for place in places}
+    for boundary in data["boundaries"]:
+        boundary["kept"][image] = sorted({*boundary["kept"][image], *places})
+        _leave_merges(boundary, image, places)
+        for pruning in boundary["by"]:
+            pruning["dropped"][image] = [p for p in pruning["dropped"][image] if p not in places]
+    for call in data["calls"]:
+        for eviction in call["evicted"]:
+            stays = [n for n, token in enumerate(eviction["tokens"]) if token not in tokens]
+            eviction["tokens"] = [eviction["tokens"][n] for n in stays]
+            if eviction["notes"] is not None:
+                eviction["notes"] = [eviction["notes"][n] for n in stays]
+        call["evicted"] = [each for each in call["evicted"] if each["tokens"]]
+    return _with_run(trace, run, data)
 
 
 def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int = 0, at: int | None = None) -> Trace:
     """A copy in which `patches` of one image are gone from boundary `at` on, by default as soon as vision enters.
 
-    Raises `InputError` for a patch that is not there or is protected, and for a boundary outside the traced window.
+    Of a merged patch, the token goes that it is part of. Raises `InputError` for a patch that is not there or is
+    protected, and for a boundary outside the traced window.
     """
-    _indices(trace, patches, image)
+    _check_there(trace, patches, image)
     traced = trace.runs[run]
     at = traced.entry if at is None else at
     if not traced.entry <= at < traced.exit:
         raise InputError(
             f"boundary {at}: vision is live from boundary {traced.entry} to before {traced.exit}; drop patches inside"
         )
-    lost = sorted(set(patches) & set(trace.protected(traced)[image]))
-    if lost:
-        raise InputError(f"patch {lost[0]}: an encode stage protects it, so that it cannot be dropped")
+    standing = follow(trace, traced, image).entering
+    for boundary in traced.boundaries:
+        if boundary.boundary < at:
+            standing = follow_on(standing, boundary, image)
+    shielded = set(trace.protected(traced)[image])
+    for patch in patches:
+        if standing[patch] in shielded:
+            raise InputError(f"patch {patch}: an encode stage protects it, so that it cannot be dropped")
+    places = {standing[patch] for patch in patches}
     data = traced.model_dump()
     if at not in [boundary.boundary for boundary in traced.boundaries]:
         data["boundaries"] = sorted([*data["boundaries"], _new(trace, traced, at)], key=lambda each: each["boundary"])
     for boundary in data["boundaries"]:
         if boundary["boundary"] >= at:
-            boundary["kept"][image] = [p for p in boundary["kept"][image] if p not in patches]
+            boundary["kept"][image] = [p for p in boundary["kept"][image] if p not in places]
+            _leave_merges(boundary, image, places)
+            if boundary.get("merged"):  # what would have been merged into a token that is gone goes, too
+                boundary["merged"][image] = [m for m in boundary["merged"][image] if m["into"] not in places]
     return _with_run(trace, run, data)
+
+
+def _kept_by_encoder(steps: Sequence[dict[str, Any]], patches: int, patch: int, image: int) -> int:
+    """See to it that a row of the patch reaches the LLM, in the steps themselves; returns the place of that row."""
+    place, before = patch, set(range(patches))
+    for step in steps:
+        own, shift = step["images"][image], step["shift"]
+        if place >= shift:
+            to, _ = moves(EncodedImage.model_validate(own)).get(place - shift, (None, 0))
+            if to is None:
+                free = {p - shift for p in before if p >= shift}.difference(own["kept"])
+                if not free:
+                    raise InputError(f"patch {patch}: the rows of stage {step['stage']!r} leave no place for it")
+                to = min(free, key=lambda other: abs(other - place + shift))
+                _add_row(own, place - shift, to)
+            place = to + shift
+        before = {*range(shift), *(p + shift for p in own["kept"])}
+    return place
+
+
+def _add_row(own: dict[str, Any], row: int, place: int) -> None:
+    """Let one more row of an image stay as it was, in a place that is free."""
+    position = bisect.bisect(own["kept"], place)
+    own["kept"].insert(position, place)
+    if own["sizes"] is not None:
+        own["sizes"].insert(position, 1.0)
+    if place != row:
+        own["merged"].append({"into": place, "of": [row]})
+
+
+def _leave_merges(boundary: dict[str, Any], image: int, places: set[int]) -> None:
+    """Take tokens out of the merges of a boundary, those apart that others are merged into."""
+    if boundary.get("merged"):
+        merges = boundary["merged"][image]
+        left = [m | {"of": [p for p in m["of"] if p == m["into"] or p not in places]} for m in merges]
+        boundary["merged"][image] = [merge for merge in left if len(merge["of"]) > 1]
 
 
 def _new(trace: Trace, run: TracedRun, at: int) -> dict[str, Any]:
@@ -84,46 +132,13 @@ def _new(trace: Trace, run: TracedRun, at: int) -> dict[str, Any]:
     return {"boundary": at, "kept": [list(own) for own in kept], "by": [{"stage": EDIT, "dropped": dropped}]}
 
 
-def _indices(trace: Trace, patches: Sequence[int], image: int) -> set[int]:
+def _check_there(trace: Trace, patches: Sequence[int], image: int) -> None:
     images = trace.prompt.images
     if not 0 <= image < len(images):
         raise InputError(f"image {image}: the trace has images 0 to {len(images) - 1}")
     for patch in patches:
         if not 0 <= patch < len(images[image].index):
             raise InputError(f"patch {patch}: image {image} has patches 0 to {len(images[image].index) - 1}")
-    return {images[image].index[patch] for patch in patches}
-
-
-def _check_not_merged(run: TracedRun, patch: int, image: int) -> None:
-    for step in run.encode:
-        own = step.images[image]
-        if patch - step.shift in own.kept or patch < step.shift:
-            continue
-        for merge in own.merged or ():
-            if patch - step.shift in merge.of:
-                raise InputError(
-                    f"patch {patch}: the stage {step.stage!r} merged it into patch {merge.into + step.shift}, so that "
-                    "there is no row of its own to keep; keep that one"
-                )
-
-
-def _edited(
-    trace: Trace,
-    run: int,
-    step: Callable[[dict[str, Any], int], None],
-    boundary: Callable[[dict[str, Any]], None],
-    eviction: Callable[[dict[str, Any]], None],
-) -> Trace:
-    data = trace.runs[run].model_dump()
-    for each in data["encode"]:
-        step(each, each["shift"])
-    for each in data["boundaries"]:
-        boundary(each)
-    for call in data["calls"]:
-        for each in call["evicted"]:
-            eviction(each)
-        call["evicted"] = [each for each in call["evicted"] if each["tokens"]]
-    return _with_run(trace, run, data)
 
 
 def _with_run(trace: Trace, run: int, data: dict[str, Any]) -> Trace:

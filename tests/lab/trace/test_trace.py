@@ -72,6 +72,31 @@ def test_merged_rows_say_what_they_are_made_of() -> None:
     assert all(set(keys.images[0].protected) <= set(boundary.kept[0]) for boundary in trace.runs[0].boundaries)
 
 
+def test_a_cls_row_among_the_rows_and_sizes_of_several_merges() -> None:
+    *_, trace = tiny_trace(POLICIES["CLS and contextual tokens"])
+    (zipped,) = trace.runs[0].encode
+    image = zipped.images[0]
+    cls, *others = image.merged or ()
+    assert (cls.into, cls.of, cls.prefix) == (0, [], [0])
+    assert sorted(p for own in others for p in own.of) == list(range(16))
+    assert max(len(own.of) for own in others) > 2
+    for own in others:  # a dominant patch as it was, or a target plus the mean of its members
+        joined = len(own.of) - 1
+        weights = own.shares or [1 / len(own.of)] * len(own.of)
+        assert sorted(weights, reverse=True) == pytest.approx([1.0] + [1 / joined] * joined if joined else [1.0])
+    *_, trace = tiny_trace(POLICIES["merged in every layer, weighed in attention"])
+    steps = trace.runs[0].encode
+    assert [(step.boundary, step.proportional) for step in steps] == [(0.5, True), (2.5, True)]
+    sizes: dict[int, float] = dict.fromkeys(range(16), 1.0)
+    for step in steps:
+        own = step.images[1]
+        made = {m.into: sum(sizes[p] for p in m.of) for m in own.merged or ()}
+        sizes = {p: made.get(p, sizes[p]) for p in own.kept}
+        assert own.sizes == list(sizes.values())
+    assert sum(sizes.values()) == 16
+    assert len(sizes) == 16 - 3 - 4
+
+
 def test_scores_and_who_dropped_what() -> None:
     *_, trace = tiny_trace(POLICIES["two stages at one boundary"], parts=((3, "I", 5),))
     (boundary,) = trace.runs[0].boundaries
@@ -105,7 +130,13 @@ def test_what_cannot_be_traced() -> None:
 
 def test_the_schema_holds_and_files_are_read_back(tmp_path: Any) -> None:
     schema = Trace.model_json_schema()
-    for which in (POLICIES["compact positions"], POLICIES["eviction while decoding"]):
+    for name in (
+        "compact positions",
+        "eviction while decoding",
+        "CLS and contextual tokens",
+        "clusters inside the LLM",
+    ):
+        which = POLICIES[name]
         *_, trace = tiny_trace(which)
         trace.save(tmp_path / "trace.json")
         jsonschema.validate(json.loads((tmp_path / "trace.json").read_text()), schema)
@@ -135,6 +166,14 @@ def test_faults_in_a_file_are_named(tmp_path: Any) -> None:
     assert f"{run}.layers: 5 entries for 6 layers" in complaint(lambda data: data["runs"][0]["layers"].pop())
     assert "format" in complaint(lambda data: data.update(format="dropflow-trace/9"))
     assert "runs.0.entry" in complaint(lambda data: data["runs"][0].pop("entry"))
+    *_, trace = tiny_trace(POLICIES["clusters inside the LLM"])
+    gone = next(p for p in range(16) if p not in trace.runs[0].boundaries[0].kept[0])
+    assert f"{run}.boundaries.1.merged.0: patch {gone} was gone behind boundary 2 already" in complaint(
+        lambda data: data["runs"][0]["boundaries"][1]["merged"][0][0]["of"].append(gone)
+    )
+    assert "a share for each" in complaint(
+        lambda data: data["runs"][0]["boundaries"][0]["merged"][0][0].update(shares=[1.0])
+    )
     path.write_text("no json")
     with pytest.raises(InputError, match=r"trace\.json"):
         Trace.load(path)

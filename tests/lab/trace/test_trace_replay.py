@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from dropflow_lab.errors import InputError
 from dropflow_lab.prompts import build_inputs
 from dropflow_lab.trace import Trace, drop_patches, keep_patches, record, record_inputs, replay_policy
 from dropflow_lab.trace.edit import read_patches
+from dropflow_lab.trace.follow import follow
+from dropflow_lab.trace.schema import TracedRun
 
 
 @torch.no_grad()
@@ -35,8 +38,10 @@ def same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
     tokens, logits = generated(model, inputs, which)
     again, forced = generated(model, inputs, replay_policy(trace))
     assert again == tokens
-    merges = [m for run in trace.runs for step in run.encode for image in step.images for m in image.merged or ()]
-    error = 1e-5 if any(merge.shares for merge in merges) else 1e-6  # weighted sums run in another order
+    encoded = [image for run in trace.runs for step in run.encode for image in step.images]
+    weighted = any(merge.shares for image in encoded for merge in image.merged or ())
+    weighted |= any(size > 1 for image in encoded for size in image.sizes or ())
+    error = 1e-5 if weighted else 1e-6  # the sums run in another order
     torch.testing.assert_close(forced, logits, rtol=error, atol=error)
 
 
@@ -46,6 +51,33 @@ def test_replay_gives_the_same_tokens_and_logits_and_the_same_trace(which: dict[
     same(model, inputs, which, trace)
     again = record_inputs(model, Words, inputs, [replay_policy(trace)], STEPS)
     assert without_scores(again) == without_scores(trace)
+
+
+def test_a_file_written_before_there_were_sizes_replays_as_ever() -> None:
+    sparse = {"use": "sparsevlm/text-guided", "keep": {3: 4}, "recycle_share": 0.6, "cluster_size": 2}
+    trace = Trace.load(Path(__file__).parents[2] / "data/trace/before-sizes.json")
+    model, inputs, _ = tiny_trace(HIDROP)
+    assert trace.runs[0].encode[0].images[0].sizes is None
+    assert trace.runs[0].boundaries[-1].merged_by is None
+    same(model, inputs, policy(merge=ENCODE["merge"], keys=ENCODE["keys"], guided=sparse), trace)
+
+
+def test_rows_put_in_anew_lose_their_sizes_in_the_replay_too() -> None:
+    class Renewed(Stage[Any]):
+        """Puts every row in the place of itself, and says nothing of its size."""
+
+        encode_at = (1,)
+
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            shares = tuple(torch.eye(len(features)) for features in call.features)
+            return Encode(rows=call.features, places=call.places, shares=lambda: shares)
+
+    which = policy(tome={"use": "tome/token-merging", "r": 6, "layers": 1}, renewed={"use": Renewed})
+    model, inputs, trace = tiny_trace(which)
+    assert trace.runs[0].encode[1].images[0].merged == []
+    assert max(trace.runs[0].encode[0].images[0].sizes or []) > 1
+    same(model, inputs, which, trace)
 
 
 def test_a_token_that_outlives_the_exit_does_so_again() -> None:
@@ -72,13 +104,24 @@ def without_scores(trace: Trace) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("name", ["hidrop-64", "mustdrop-digits", "mixed-digits", "digits-mild"])
-def test_published_policies_on_the_embedded_model(name: str) -> None:
+THREE_LAYERS = ["stages.merge.layers=3", "stages.merge.r=16"]
+"""The embedded model's vision tower is shallow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        *((name, []) for name in ("hidrop-64", "mustdrop-digits", "mixed-digits", "digits-mild", "sparsevlm-128")),
+        *((name, []) for name in ("visionzip-128", "prumerge", "prumerge-plus")),
+        ("tome-r16", THREE_LAYERS),
+    ],
+)
+def test_published_policies_on_the_embedded_model(name: str, overrides: list[str]) -> None:
     model, processor = digits.load()
     picture = digits.sample_image()
     pictures = [picture, ImageOps.mirror(picture)] if name == "mixed-digits" else [picture]
     question = "read all digits row by row ."
-    which = load_policy(name, ["rescale=true"])
+    which = load_policy(name, ["rescale=true", *overrides])
     trace = record(model, processor, pictures, question, [which], STEPS)
     same(model, build_inputs(processor, [(pictures, question)]), which, trace)
 
@@ -131,14 +174,80 @@ def test_a_patch_that_stays_is_kept_by_encoder_and_caches_too() -> None:
     assert sum(after.runs[0].calls[-1].kv_entries) > held[0]
 
 
+def after(model: Any, inputs: Any, trace: Trace) -> TracedRun:
+    """What a replay of a trace does."""
+    return record_inputs(model, Words, inputs, [replay_policy(trace)], STEPS).runs[0]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        policy(tome={"use": "tome/token-merging", "r": 3, "layers": 2}),
+        policy(merge=ENCODE["merge"]),
+        policy(zip={"use": "visionzip/dominant-contextual", "dominant": 5, "contextual": 3}),
+    ],
+    ids=["tome", "windows", "visionzip"],
+)
+def test_the_token_of_a_merged_patch_stays_or_goes_wherever_its_row_is(which: dict[str, Any]) -> None:
+    model, inputs, trace = tiny_trace(
+        policy(**which["stages"], pyramid={"use": "hidrop/concave-pyramid", "keep": {3: 4}})
+    )
+    run, entering = trace.runs[0], follow(trace, trace.runs[0], 1).entering
+    boundary = run.boundaries[0]
+    lost = next(p for p in range(16) if entering[p] not in boundary.kept[1] and entering.count(entering[p]) > 1)
+    stays = after(model, inputs, keep_patches(trace, [lost], image=1))
+    assert stays.boundaries[0].kept == [boundary.kept[0], sorted([*boundary.kept[1], entering[lost]])]
+    assert stays.encode == without_scores_of(run.encode)
+    kept = next(p for p in range(16) if entering[p] in boundary.kept[1])
+    goes = after(model, inputs, drop_patches(trace, [kept], image=1, at=3))
+    assert goes.boundaries[0].kept == [boundary.kept[0], [p for p in boundary.kept[1] if p != entering[kept]]]
+
+
+def without_scores_of(steps: Any) -> Any:
+    """Encode steps less what a replay has no say about."""
+    return [s.model_copy(update={"images": [i.model_copy(update={"scores": None}) for i in s.images]}) for s in steps]
+
+
+def test_a_patch_that_the_encoder_dropped_gets_a_row_of_its_own_again() -> None:
+    which = policy(zip={"use": "visionzip/dominant-contextual", "dominant": 6, "contextual": 0})
+    model, inputs, trace = tiny_trace(which)
+    found = follow(trace, trace.runs[0], 0).entering
+    first, last = found.index(-1), 15 - found[::-1].index(-1)
+    assert first != last
+    run = after(model, inputs, keep_patches(trace, [first, last]))
+    (image, other), before = run.encode[0].images, trace.runs[0].encode[0].images[0]
+    assert len(image.kept) == len(before.kept) + 2 == len(other.kept) + 2
+    told = Trace.model_validate(trace.model_dump() | {"runs": [run.model_dump()]})
+    again = follow(told, run, 0).entering
+    assert {first, last} == {p for p in range(16) if again[p] != -1 and found[p] == -1}
+    assert image.sizes == [1.0] * 8
+    assert {layer.visual_tokens for layer in run.layers} == {14}
+
+
+def test_a_patch_merged_inside_the_llm_stays_on_its_own_and_centres_can_go() -> None:
+    model, inputs, trace = tiny_trace(POLICIES["clusters inside the LLM"])
+    boundary = trace.runs[0].boundaries[0]
+    assert boundary.merged_by == "guided"
+    cluster = max(boundary.merged[0], key=lambda merge: len(merge.of))
+    member = next(p for p in cluster.of if p != cluster.into)
+    stays = after(model, inputs, keep_patches(trace, [member]))
+    assert stays.boundaries[0].kept[0] == sorted([*boundary.kept[0], member])
+    assert [m.of for m in stays.boundaries[0].merged[0] if m.into == cluster.into] == [
+        of for of in [[p for p in cluster.of if p != member]] if len(of) > 1
+    ]
+    early = after(model, inputs, drop_patches(trace, [cluster.into], at=1))
+    assert cluster.into not in early.boundaries[0].kept[0]
+    assert cluster.into not in [merge.into for merge in early.boundaries[1].merged[0]]
+    late = after(model, inputs, drop_patches(trace, [member], at=3))  # its state is in another token by then
+    assert late.boundaries[1].kept[0] == [p for p in boundary.kept[0] if p != cluster.into]
+
+
 def test_edits_that_cannot_be() -> None:
     *_, trace = tiny_trace(policy(**ENCODE))
     run = trace.runs[0]
-    merged = next(p for m in run.encode[0].images[0].merged or () for p in m.of if p > 9)
-    with pytest.raises(InputError, match=f"patch {merged}: the stage 'merge' merged it"):
-        keep_patches(trace, [merged])
-    with pytest.raises(InputError, match="an encode stage protects it"):
-        drop_patches(trace, trace.protected(run)[0][:1])
+    shielded = follow(trace, run, 0).entering.index(trace.protected(run)[0][0])
+    with pytest.raises(InputError, match=f"patch {shielded}: an encode stage protects it"):
+        drop_patches(trace, [shielded])
     for call, told in (
         (lambda: keep_patches(trace, [16]), "image 0 has patches 0 to 15"),
         (lambda: keep_patches(trace, [1], image=2), "images 0 to 1"),

@@ -1,0 +1,94 @@
+"""Follows the patches of a picture through the vision encoder and the LLM: which row or token stands for each one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dropflow_lab.trace.schema import EncodedImage, Trace, TracedBoundary, TracedRun
+
+GONE = -1
+"""Place of a patch that no row stands for."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The patches of one image on their way to the LLM. A place is the patch whose placeholder a row fills."""
+
+    places: list[list[int]]
+    """In front of each encode step, and behind the last: per patch, the place of the row that stands for it.
+
+    A row stands for a patch that has its largest share in it, the first such row if there are several.
+    """
+    weights: list[float]
+    """Share of each patch in its row behind the last step, over all steps."""
+    others: dict[int, int]
+    """Patch -> in how many more rows it has a share."""
+
+    @property
+    def entering(self) -> list[int]:
+        """Places at entry to the LLM."""
+        return self.places[-1]
+
+    def heads(self) -> dict[int, int]:
+        """Place of a merged row -> the one patch that makes up at least half of it, where there is one."""
+        groups: dict[int, list[int]] = {}
+        for patch, place in enumerate(self.entering):
+            if place != GONE:
+                groups.setdefault(place, []).append(patch)
+        heads = {}
+        for place, patches in groups.items():
+            half = sum(self.weights[patch] for patch in patches) / 2 * (1 - 1e-6)
+            most = [patch for patch in patches if self.weights[patch] >= half]
+            if len(patches) > 1 and len(most) == 1:
+                heads[place] = most[0]
+        return heads
+
+
+def follow(trace: Trace, run: TracedRun, image: int) -> Followed:
+    """Follow every patch of one image through the encode steps of a run."""
+    count = len(trace.prompt.images[image].index)
+    places, weights, others = [list(range(count))], [1.0] * count, dict[int, int]()
+    for step in run.encode:
+        own = step.images[image]
+        moved, replaced = moves(own), {merge.into for merge in own.merged or ()}
+        rows = Counter(place for merge in own.merged or () for place in merge.of)
+        behind = list(places[-1])
+        for patch, place in enumerate(behind):
+            if place == GONE or place < step.shift:
+                continue
+            to, share = moved.get(place - step.shift, (GONE - step.shift, 0.0))
+            behind[patch] = to + step.shift
+            weights[patch] *= share
+            elsewhere = rows[place - step.shift] - (to in replaced)
+            if elsewhere:
+                others[patch] = elsewhere
+        places.append(behind)
+    return Followed(places, weights, others)
+
+
+def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
+    """Place -> place, for the tokens of one image that live on in another one's state from this boundary on."""
+    kept = set(boundary.kept[image])
+    merges = boundary.merged[image] if boundary.merged else []
+    return {place: merge.into for merge in merges for place in merge.of if place != merge.into and place not in kept}
+
+
+def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> list[int]:
+    """Places of the tokens that stand for patches behind one boundary of the LLM; dropped ones stay as they were."""
+    into = merged_away(boundary, image)
+    return [into.get(place, place) for place in places]
+
+
+def moves(image: EncodedImage) -> dict[int, tuple[int, float]]:
+    """Place of a row before a step -> that of the row which stands for it behind, and its share; dropped ones are
+    missing."""
+    replaced = {merge.into for merge in image.merged or ()}
+    found = {place: (place, 1.0) for place in image.kept if place not in replaced}
+    for merge in image.merged or ():
+        shares = merge.shares or [1 / (len(merge.of) + len(merge.prefix))] * len(merge.of)
+        for place, share in zip(merge.of, shares, strict=False):  # those of prefix rows come last
+            if share > found.get(place, (GONE, 0.0))[1]:
+                found[place] = merge.into, share
+    return found
