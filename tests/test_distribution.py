@@ -17,7 +17,8 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
     for needed in (
         "dropflow/py.typed",
         "dropflow_policies/hidrop-64.yaml",
-        "dropflow_lab/trace/page.html",
+        "dropflow_lab/trace/web/page.html",
+        "dropflow_lab/trace/web/panels.js",
         "dropflow_lab/digits/checkpoints/dense/model.safetensors",
         "dropflow_lab/digits/checkpoints/dense/training-log.jsonl",
         "dropflow_lab/digits/checkpoints/hidrop/model.safetensors",

@@ -1,4 +1,4 @@
-"""The trace as one static HTML page: data in compact form, put into `page.html`, which draws it."""
+"""The trace as one static HTML page: data in compact form, put into the page in `web`, which draws it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from dropflow_lab.trace.follow import GONE, Followed, follow, follow_on, merged_away
 from dropflow_lab.trace.pictures import data_uris
 from dropflow_lab.trace.schema import Scores, Trace, TracedEncode, TracedEviction, TracedRun
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GONE = -1
-"""Place of a patch that no row stands for."""
+_SCRIPTS = ("fates.js", "drawing.js", "panels.js")
 _OUTSIDE_LAYERS: dict[Any, str] = {None: "the encoder's output", "features": "what the projector gets"}
 
 
@@ -24,7 +24,6 @@ def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:
 
     The page is self-contained and asks no network. Texts of the trace are only ever shown as text.
     """
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     shown = pictures or [None] * len(trace.prompt.images)
     data = {
         "model": trace.model,
@@ -41,7 +40,17 @@ def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:
     # so that no text can end the script element or open a comment in it
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return template.replace("{{data}}", text)
+    return _template().replace("{{data}}", text)
+
+
+def _template() -> str:
+    """The page without data."""
+
+    def read(name: str) -> str:
+        return resources.files(__package__).joinpath("web", name).read_text(encoding="utf-8")
+
+    script = "\n".join(map(read, _SCRIPTS))
+    return read("page.html").replace("{{style}}", read("page.css")).replace("{{script}}", script)
 
 
 def _strip(patches: int) -> tuple[int, int]:
@@ -52,13 +61,9 @@ def _strip(patches: int) -> tuple[int, int]:
 
 def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
     images = trace.prompt.images
-    places, lost, scores = _follow(trace, run)
-    for boundary in run.boundaries:
-        for pruning in boundary.by:
-            if pruning.scores is not None:
-                values = [_of_cells(own, place) for own, place in zip(pruning.scores, places, strict=True)]
-                scores.append({"stage": pruning.stage, "at": f"boundary {boundary.boundary}", "values": values})
+    followed = [follow(trace, run, image) for image in range(len(images))]
     where = {token: (i, p) for i, image in enumerate(images) for p, token in enumerate(image.index)}
+    entering = trace.entering(run)
     return {
         "name": run.name,
         "positions": run.positions,
@@ -67,24 +72,13 @@ def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
         "exit": run.exit,
         "enteredBy": run.entered_by,
         "exitedBy": run.exited_by,
-        "places": [None if own == list(range(len(own))) else own for own in places],
-        "encoded": [len(own) for own in trace.entering(run)],
-        "lost": lost,
+        "places": [None if own.entering == list(range(len(own.entering))) else own.entering for own in followed],
+        "heads": [own.heads() for own in followed],
+        "others": [own.others for own in followed],
+        "alone": [sorted(set(rows).difference(own.entering)) for rows, own in zip(entering, followed, strict=True)],
+        "lost": [_lost(run, own) for own in followed],
         "protected": trace.protected(run),
-        "boundaries": [
-            {
-                "at": boundary.boundary,
-                "kept": [_bits(own, len(image.index)) for own, image in zip(boundary.kept, images, strict=True)],
-                "by": [
-                    {
-                        "stage": pruning.stage,
-                        "dropped": [_bits(o, len(i.index)) for o, i in zip(pruning.dropped, images, strict=True)],
-                    }
-                    for pruning in boundary.by
-                ],
-            }
-            for boundary in run.boundaries
-        ],
+        "boundaries": _boundaries(trace, run),
         "layers": [[layer.visual_tokens, layer.kv_entries, round(layer.flops)] for layer in run.layers],
         "calls": [
             {
@@ -94,45 +88,70 @@ def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
             }
             for call in run.calls
         ],
-        "scores": scores,
+        "scores": [*_encoder_scores(run, followed), *_scores(run, followed)],
     }
 
 
-def _follow(trace: Trace, run: TracedRun) -> tuple[list[list[int]], list[Any], list[dict[str, Any]]]:
-    """Per image and patch, the place whose row stands for it at entry to the LLM; who dropped the others; scores."""
-    places = [list(range(len(image.index))) for image in trace.prompt.images]
-    lost: list[dict[int, str]] = [{} for _ in places]
-    scores: list[dict[str, Any]] = []
-    for step in run.encode:
-        at = _OUTSIDE_LAYERS.get(step.boundary, f"vision boundary {step.boundary}")
-        ranked = [image.scores for image in step.images]
-        if any(own is not None for own in ranked):
-            values = [_of_cells(own or [], p, step.shift) for own, p in zip(ranked, places, strict=True)]
-            scores.append({"stage": step.stage, "at": at, "values": values})
-        for number, own in enumerate(places):
-            moved = _moves(step, number)
-            for cell, place in enumerate(own):
-                if place == GONE or place < step.shift:
-                    continue
-                own[cell] = moved.get(place - step.shift, GONE - step.shift) + step.shift
-                if own[cell] == GONE:
-                    lost[number][cell] = f"{at} by {step.stage}"
-    return places, lost, scores
+def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
+    """What happened at each boundary; `gone` counts the tokens that were dropped, were merged, and became means."""
+    sizes = [len(image.index) for image in trace.prompt.images]
+    found, before = [], sum(map(len, trace.entering(run)))
+    for boundary in run.boundaries:
+        kept = sum(map(len, boundary.kept))
+        away = [merged_away(boundary, image) for image in range(len(sizes))]
+        merged = sum(map(len, away))
+        found.append(
+            {
+                "at": boundary.boundary,
+                "kept": list(map(_bits, boundary.kept, sizes)),
+                "by": [{"stage": own.stage, "dropped": list(map(_bits, own.dropped, sizes))} for own in boundary.by],
+                "into": away,
+                "mergedBy": boundary.merged_by,
+                "gone": [before - kept - merged, merged, sum(len(set(own.values())) for own in away)],
+            }
+        )
+        before = kept
+    return found
 
 
-def _moves(step: TracedEncode, image: int) -> dict[int, int]:
-    """Place of a row before the step -> place of the row that stands for it behind; dropped ones are missing."""
-    own = step.images[image]
-    replaced = {merge.into for merge in own.merged or ()}
-    moves = {place: place for place in own.kept if place not in replaced}
-    most: dict[int, float] = {}
-    for merge in own.merged or ():
-        shares = merge.shares or [1 / len(merge.of)] * len(merge.of)
-        for place, share in zip(merge.of, shares, strict=True):
-            if place not in moves and share > most.get(place, 0):
-                most[place] = share
-                moves[place] = merge.into
-    return moves
+def _lost(run: TracedRun, own: Followed) -> dict[int, str]:
+    """Where in the encoder each patch was dropped that does not reach the LLM."""
+    lost = {}
+    for step, before, behind in zip(run.encode, own.places[:-1], own.places[1:], strict=True):
+        for patch, place in enumerate(behind):
+            if place == GONE != before[patch]:
+                lost[patch] = f"{_place(step)} by {step.stage}"
+    return lost
+
+
+def _place(step: TracedEncode) -> str:
+    """Where on the vision side a stage worked."""
+    if isinstance(step.boundary, float):
+        return f"the middle of vision layer {int(step.boundary)}"
+    return _OUTSIDE_LAYERS.get(step.boundary, f"vision boundary {step.boundary}")
+
+
+def _encoder_scores(run: TracedRun, followed: Sequence[Followed]) -> list[dict[str, Any]]:
+    found = []
+    for number, step in enumerate(run.encode):
+        if any(image.scores is not None for image in step.images):
+            values = [
+                _of_cells(image.scores or [], own.places[number], step.shift)
+                for image, own in zip(step.images, followed, strict=True)
+            ]
+            found.append({"stage": step.stage, "at": _place(step), "values": values})
+    return found
+
+
+def _scores(run: TracedRun, followed: Sequence[Followed]) -> list[dict[str, Any]]:
+    found, places = [], [own.entering for own in followed]
+    for boundary in run.boundaries:
+        for pruning in boundary.by:
+            if pruning.scores is not None:
+                values = [_of_cells(own, place) for own, place in zip(pruning.scores, places, strict=True)]
+                found.append({"stage": pruning.stage, "at": f"boundary {boundary.boundary}", "values": values})
+        places = [follow_on(own, boundary, image) for image, own in enumerate(places)]
+    return found
 
 
 def _of_cells(scores: Scores, places: Sequence[int], shift: int = 0) -> Scores:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,27 @@ def noise(side: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def test_a_page_of_576_tokens_and_two_policies_is_small_even_with_noise() -> None:
+SPARSE = {"use": "sparsevlm/text-guided", "recycle_share": 1.0, "cluster_size": 4}
+"""Everything that goes is merged."""
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        [
+            policy(r={"use": "control/random", "keep": {b: 570 - 15 * b for b in range(2, 32, 3)}}),
+            policy(p={"use": "hidrop/concave-pyramid", "keep": {b: 560 - 15 * b for b in range(1, 32, 3)}}),
+        ],
+        [
+            policy(s=SPARSE | {"keep": {b: 560 - 15 * b for b in range(1, 32, 3)}}),
+            policy(t={"use": "tome/token-merging", "r": 60, "layers": 3}),
+        ],
+    ],
+    ids=["dropping", "merging"],
+)
+def test_a_page_of_576_tokens_and_two_policies_is_small_even_with_noise(keeps: list[dict[str, Any]]) -> None:
     model, inputs = tiny_llava(layers=32, grid=24), prompt(((3, "I", 5),), grid=24)
-    keeps = {
-        "random": policy(r={"use": "control/random", "keep": {b: 570 - 15 * b for b in range(2, 32, 3)}}),
-        "pyramid": policy(p={"use": "hidrop/concave-pyramid", "keep": {b: 560 - 15 * b for b in range(1, 32, 3)}}),
-    }
-    trace = record_inputs(model, Words, inputs, [load_policy(which) for which in keeps.values()], 8)
+    trace = record_inputs(model, Words, inputs, [load_policy(which) for which in keeps], 8)
     text = page(trace, [noise(672)])
     assert len(text.encode()) < 300_000
     assert text.count("data:image/") == 1
@@ -74,31 +86,16 @@ def traced_digits(question: str = "read all digits row by row .") -> tuple[Any, 
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Trace, list[str]]]:
-    """The page in headless Chromium, its trace, and everything the page complained of or asked for."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("there is no Chromium to look at the page with (Debian: apt-get install chromium)")
+def shown(tmp_path_factory: pytest.TempPathFactory, opened: Any) -> tuple[Any, Trace, list[str]]:
+    """A page of two policies, one of which evicts while decoding; its trace, and everything it complained of."""
     model, processor, trace = traced_digits()
     model.generation_config.eos_token_id = None
     trace = trace.model_copy(update={"prompt": trace.prompt.model_copy(update={"question": HOSTILE})})
     file: Path = tmp_path_factory.mktemp("page") / "trace.html"
     pictures = seen_pictures(processor, [digits.sample_image()], "what digit is red ?", 1)
     file.write_text(page(trace, pictures), encoding="utf-8")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab, noticed = browser.new_page(viewport={"width": 1100, "height": 900}), []
-        tab.on("pageerror", lambda error: noticed.append(str(error)))
-        tab.on("console", lambda message: noticed.append(message.text))
-        tab.on(
-            "request",
-            lambda request: None if request.url.startswith(("file:", "data:")) else noticed.append(request.url),
-        )
-        tab.goto(file.as_uri())
-        tab.wait_for_selector("body[data-ready=yes]")
-        yield tab, trace, noticed
-        browser.close()
+    tab, noticed = opened(file)
+    return tab, trace, noticed
 
 
 def numbers(tab: Any, selector: str) -> list[int]:
