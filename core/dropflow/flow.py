@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -81,6 +82,11 @@ class Flow:
         """The policy as resolved for this model."""
         return self._plan
 
+    @property
+    def attached(self) -> bool:
+        """Whether the policy still governs the model."""
+        return _flow_of(self._backbone) is self
+
     def report(self) -> Report:
         """Tokens per layer, FLOPs and KV bytes of the last prefill that brought images.
 
@@ -108,7 +114,15 @@ class Flow:
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
-        """State which tokens are visual, for prompts given as `inputs_embeds` with image features merged in already."""
+        """State which tokens are visual, for prompts given as `inputs_embeds` with image features merged in already.
+
+        It holds for this thread's calls of as many tokens, of any beam or returned sequence; those that continue a
+        cache with another number of tokens, as decoding does, bring text. Other calls raise `UnsupportedCall`.
+        """
+        if tokens.dtype != torch.bool or tokens.dim() != 2:
+            raise UnsupportedCall(
+                f"visual: expected a torch.bool tensor (batch, tokens), got {tokens.dtype} {tuple(tokens.shape)}"
+            )
         self._service.stated.visual = tokens
         try:
             yield
@@ -127,10 +141,14 @@ class Flow:
         """Take every hook off the model; harmless when done before."""
         self._service.remove()
         self._recording.remove()
-        if _flow_of(self._backbone) is self:
+        if self.attached:
             del _attached[self._backbone.core]
 
     def __enter__(self) -> Flow:
+        if not self.attached:
+            raise UnsupportedCall(
+                f"flow: the policy {self.policy.name!r} was detached, and a flow serves once; call `dropflow.attach` again"
+            )
         return self
 
     def __exit__(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow import flops
@@ -24,7 +24,7 @@ class LayerReport:
     layer: int
     visual_tokens: float
     kv_entries: float
-    """Tokens this layer's cache held behind the prefill, those of earlier turns included."""
+    """Tokens this layer's cache held behind the prefill and its `decode_cache` stages, those of earlier turns too."""
     flops: float
     """Multiply-adds of this layer, text included (`dropflow.flops.layer`)."""
 
@@ -34,7 +34,8 @@ class Report:
     """Tokens, work and memory of the last prefill that brought images; means over the samples of the batch.
 
     FLOPs are multiply-adds of the decoder layers by closed formula, text included, the work of ranking and the LM
-    head left out. KV bytes are those behind the prefill.
+    head left out. KV bytes are those behind the prefill and what `decode_cache` stages evicted then; entries that pad a
+    ragged batch are not counted.
     """
 
     policy: str
@@ -47,6 +48,20 @@ class Report:
     flops_dense: float
     kv_bytes: float
     kv_bytes_dense: float
+
+    def __str__(self) -> str:
+        """A table by layer, and what it sums up to."""
+        rows = [f"{row.layer:5} {row.visual_tokens:13.6g} {row.kv_entries:10.6g} {row.flops:13.4g}" for row in self.layers]
+        return "\n".join(
+            [
+                f"{self.policy}: {self.entry_visual_tokens:g} visual tokens at entry to the LLM, "
+                f"{self.average_visual_tokens:.2f} on average over {len(self.layers)} layers",
+                f"{'layer':>5} {'visual tokens':>13} {'KV entries':>10} {'multiply-adds':>13}",
+                *rows,
+                f"multiply-adds {self.flops:.4g} (dense {self.flops_dense:.4g}), "
+                f"KV bytes {self.kv_bytes:g} (dense {self.kv_bytes_dense:g})",
+            ]
+        )
 
 
 @dataclass
@@ -61,6 +76,8 @@ class CallRecord:
     """Entries that each layer's cache held before the call."""
     seen: int = 0
     """Logical tokens of earlier calls."""
+    held: tuple[Int[Tensor, "batch"], ...] = ()
+    """Tokens in each layer's cache once `decode_cache` stages were asked; empty where there are none."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
     """Boundary -> logical index of the token that each one's state was merged into."""
@@ -103,7 +120,8 @@ class CallRecord:
     def _layer(self, layer: int, text: list[int], past: int) -> LayerReport:
         visual = (self._live(layer) & self.prompt.visual).sum(1).tolist()
         work = [flops.layer(n + t, past + n + t, self.shape) for n, t in zip(visual, text, strict=True)]
-        return LayerReport(layer, _mean(visual), past + _mean(visual) + _mean(text), _mean(work))
+        held = _mean(self.held[layer].tolist()) if self.held else past + _mean(visual) + _mean(text)
+        return LayerReport(layer, _mean(visual), held, _mean(work))
 
 
 def _mean(values: list[int] | list[float]) -> float:

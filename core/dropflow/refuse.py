@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.asking import questions_of
 from dropflow.cache import check_cache
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.vision import FlowFeatures
+from dropflow.wrapped import check_compiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def check_model(backbone: Backbone, plan: Plan) -> None:
     """Refuse a policy whose stages need facts the backbone cannot give, or name layers it has not."""
+    check_compiled({"core": backbone.core, "text decoder": backbone.text})
     facts = backbone.facts()
     faults = [
         f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
@@ -167,6 +169,24 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
             "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
             "or leave the placeholders out"
         )
+
+
+def stated_tokens(
+    visual: Bool[Tensor, "batch tokens"], shape: tuple[int, int], *, continues: bool
+) -> Bool[Tensor, "batch tokens"] | None:
+    """What a caller stated of a prompt, for a call of this (batch, tokens); `None` where it is a later step of it.
+
+    `generate` repeats every sample for beams and returned sequences. Refuses what is stated for no part of the call.
+    """
+    batch, tokens = shape
+    if visual.shape[1] == tokens and batch % visual.shape[0] == 0:
+        return visual.repeat_interleave(batch // visual.shape[0], 0)
+    if continues:
+        return None
+    raise UnsupportedCall(
+        f"visual: stated for {tuple(visual.shape)} (batch, tokens), but this call has {shape}; state the tokens of the "
+        "whole prompt, and keep `use_cache` on in `generate`"
+    )
 
 
 def check_encoded(plan: Plan, flags: Tensor | None) -> None:

@@ -118,6 +118,8 @@ class Run:
         told: list[Eviction] | None = [] if hooks.watched("observe_cache") else None
         if (self.cache_stages or told is not None) and is_flow_cache(self.cache):
             decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows, told)
+            if self.record is not None and self.cache_stages:
+                self.record.held = tuple(layer.known().tokens for layer in self.cache.layers)
             if told is not None:
                 hooks.observe_cache(CacheEvent(self.step, tuple(told), cache_views(self.cache)))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from dropflow.record import CallRecord
 from dropflow.run import Run
 from dropflow.stand_in import StandIn
 from dropflow.vision import Vision, take_flags, with_flags
-from dropflow.wrapped import check_called
+from dropflow.wrapped import check_called, forget_compiled
 
 if TYPE_CHECKING:
     from dropflow.backbone import Backbone
@@ -62,6 +62,7 @@ class Service:
         self._close()
 
     def _install(self) -> None:
+        forget_compiled(self._backbone.text.layers)
         model, core, text = self._backbone.model, self._backbone.core, self._backbone.text
         hooked = [
             (core, self._before_core, self._after_core),
@@ -159,11 +160,12 @@ class Service:
         return args, kwargs
 
     def _brings_images(self, kwargs: dict[str, Any]) -> bool:
-        return self._visual is not None or self._backbone.has_images(kwargs)
+        return self._stated(kwargs) is not None or self._backbone.has_images(kwargs)
 
     def _visual_tokens(self, kwargs: dict[str, Any]) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        if self._visual is not None:
-            return {}, self._visual
+        stated = self._stated(kwargs)
+        if stated is not None:
+            return {}, stated
         backbone, ids = self._backbone, kwargs.get("input_ids")
         embeds: Any = kwargs.get("inputs_embeds")
         brings = backbone.brings(kwargs)
@@ -262,10 +264,20 @@ class Service:
                 "attach a policy to each copy, or use DistributedDataParallel"
             )
 
-    @property
-    def _visual(self) -> Tensor | None:
+    def _stated(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Visual tokens that the caller states, where they are those of this call."""
         visual: Tensor | None = getattr(self.stated, "visual", None)
-        return visual
+        if visual is None:
+            return None
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        given: Any = kwargs.get("input_ids") if embeds is None else embeds
+        return refuse.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedModel(
+            f"a model with a policy attached cannot be copied or pickled ({self._plan.policy.name!r} is); detach first, "
+            "and attach to the copy. `save_pretrained` and `state_dict` work, and the config records the policy"
+        )
 
 
 def _generated(cache: Any) -> int:

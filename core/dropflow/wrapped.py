@@ -1,26 +1,53 @@
-"""Models inside wrappers: PEFT's and DistributedDataParallel's, which call the model they hold."""
+"""Models inside wrappers: torch.compile's, PEFT's and DistributedDataParallel's, which call the model they hold."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from packaging.version import Version
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dropflow.errors import UnsupportedCall
+from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 PEFT_CALLS_MODELS = Version("0.21")
 """From here on PEFT calls the model it holds; before, it called the model's `forward`, past every hook."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers in what PEFT or DistributedDataParallel has made of it."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    """The model of transformers in what torch.compile, PEFT or DistributedDataParallel has made of it."""
+    while isinstance(model, DistributedDataParallel | OptimizedModule):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     inner = getattr(model, "get_base_model", None)  # PEFT's own name for it
     return inner() if callable(inner) else model
+
+
+def check_compiled(parts: Mapping[str, Any]) -> None:
+    """Refuse parts of a model that `torch.compile` replaced by wrappers of its own, which have not their layers.
+
+    `parts` says what each is called in the message.
+    """
+    for name, part in parts.items():
+        if isinstance(part, OptimizedModule):
+            raise UnsupportedModel(
+                f"{name}: replaced by what torch.compile returned for it; compile the whole model, or parts in place "
+                "(`part.compile()`), such as each layer"
+            )
+
+
+def forget_compiled(layers: Iterable[Any]) -> None:
+    """Drop all compiled code of this process, to be compiled anew at the next call, unless `layers` are compiled alone.
+
+    Dynamo does not check for new hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`), so a model that was compiled
+    as a whole and run before would go on as if no policy were attached; whose code is whose cannot be told. Layers that
+    are compiled one by one have none of our hooks, and their code serves on.
+    """
+    if not any(isinstance(layer, OptimizedModule) or layer._compiled_call_impl is not None for layer in layers):
+        torch.compiler.reset()
 
 
 def check_called(model: Any) -> None:

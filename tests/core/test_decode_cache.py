@@ -132,3 +132,19 @@ def test_a_wrong_answer_is_refused(llava: Any) -> None:
         pytest.raises(DecisionError, match=r"layer 99, expected a layer from 0 to 5"),
     ):
         llava(**prompt(), past_key_values=DynamicCache())
+
+
+@torch.no_grad()
+def test_the_report_counts_what_is_left_behind_an_eviction(llava: Any) -> None:
+    inputs, cache = prompt([(3, "I", 5)]), DynamicCache()
+    with dropflow.attach(llava, policy(evict={"use": EvictAfterPrefill})) as flow:
+        llava(**inputs, past_key_values=cache)
+        report = flow.report()
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    assert held == [25, 25, 12, 12, 25, 25]
+    assert [layer.kv_entries for layer in report.layers] == held
+    assert report.kv_bytes == sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
+    table = str(report).splitlines()
+    assert table[0] == "test: 16 visual tokens at entry to the LLM, 16.00 on average over 6 layers"
+    assert table[4].split() == ["2", "16", "12", f"{report.layers[2].flops:.4g}"]
+    assert table[-1].endswith(f"KV bytes {report.kv_bytes:g} (dense {report.kv_bytes_dense:g})")

@@ -10,7 +10,7 @@ from tiny import CHUNKS_IMAGES, HIDROP, IMAGE, KEEP_ALL, RAGGED, policy, prompt,
 from transformers import DynamicCache
 
 import dropflow
-from dropflow.errors import MissingImage
+from dropflow.errors import MissingImage, UnsupportedCall
 from dropflow.testing import MaskedOracle
 
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -178,6 +178,26 @@ def test_embedded_prompts_flow_like_token_ids(llava: Any) -> None:
     assert torch.equal(placeholders, expected)
     assert torch.equal(own, expected)
     assert torch.equal(embedded, tokens)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_stated_visual_tokens_hold_for_the_prompt_of_generate(llava: Any, beams: int) -> None:
+    inputs, mode = prompt(), BUDGET | {"num_beams": beams}
+    visual = inputs["input_ids"] == IMAGE
+    merged = llava.get_input_embeddings()(inputs["input_ids"])
+    merged[visual] = torch.cat(tuple(llava.get_image_features(inputs["pixel_values"]).pooler_output))
+    embedded = {"inputs_embeds": merged, "attention_mask": inputs["attention_mask"]}
+    with dropflow.attach(llava, HIDROP) as flow:
+        expected = llava.generate(**inputs, **mode)[:, visual.shape[1] :]
+        with flow.visual(visual):
+            assert torch.equal(llava.generate(**embedded, **mode), expected)
+        for wrong in (visual[:, 1:], visual[:2]):
+            stated = pytest.raises(UnsupportedCall, match=r"visual: stated for \(\d, \d+\) \(batch, tokens\), but")
+            with flow.visual(wrong), stated:
+                llava(**embedded)
+        with pytest.raises(UnsupportedCall, match=r"visual: expected a torch\.bool"), flow.visual(visual.long()):
+            pass
 
 
 @torch.no_grad()

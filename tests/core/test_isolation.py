@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from typing import Any
@@ -137,8 +139,6 @@ def test_one_policy_at_a_time(llava: Any) -> None:
 
 @torch.no_grad()
 def test_a_replica_of_the_model_is_refused(llava: Any) -> None:
-    import copy
-
     with dropflow.attach(llava, HIDROP):
         replica = copy.copy(llava)  # as nn.DataParallel makes them: same hooks, another module
         with pytest.raises(UnsupportedModel, match="DataParallel"):
@@ -163,3 +163,55 @@ def test_a_failing_stage_gives_its_own_error_and_the_model_still_works(llava: An
         text = prompt(((4,),))
         assert torch.isfinite(llava(**text).logits).all()
     assert torch.equal(llava(**inputs).logits, plain)
+
+
+def compiled_whole(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_decoder(model: Any) -> Any:
+    model.model.language_model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_decoder])
+@torch.no_grad()
+def test_code_compiled_before_attaching_does_not_go_on_without_the_policy(compiled: Any) -> None:
+    model, inputs = tiny_llava(), prompt()
+    plain = model(**inputs).logits
+    with dropflow.attach(model, HIDROP):
+        pruned = model(**inputs).logits
+    assert not torch.allclose(pruned, plain, atol=0.1)
+    quick = compiled(model)
+    assert torch.allclose(quick(**inputs).logits, plain, atol=1e-4)
+    with dropflow.attach(quick, HIDROP) as flow:
+        assert torch.allclose(quick(**inputs).logits, pruned, atol=1e-4)
+        assert not flow.live().all()
+    assert torch.allclose(quick(**inputs).logits, plain, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_parts_that_torch_compile_replaced_are_refused() -> None:
+    model = tiny_llava()
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    with pytest.raises(UnsupportedModel, match=r"text decoder: replaced by what torch\.compile returned.*in place"):
+        dropflow.attach(model, HIDROP)
+
+
+def test_an_attached_model_is_not_copied(llava: Any) -> None:
+    with dropflow.attach(llava, HIDROP):
+        for copying in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(UnsupportedModel, match="detach first, and attach to the copy"):
+                copying(llava)
+    assert torch.equal(forward(copy.deepcopy(llava), prompt()), forward(llava, prompt()))
+
+
+def test_a_detached_flow_does_not_serve_again(llava: Any) -> None:
+    flow = dropflow.attach(llava, HIDROP)
+    assert flow.attached
+    with flow:
+        pass
+    assert not flow.attached
+    with pytest.raises(UnsupportedCall, match=r"'test' was detached.*call `dropflow\.attach` again"), flow:
+        pass
