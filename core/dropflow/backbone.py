@@ -266,7 +266,8 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
     """Wrap a model in its adapter: a class, a registered name, or by default the name that is its `model_type`.
 
     A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. Of a
-    model wrapped by torch.compile, PEFT or DistributedDataParallel, the one inside is served, by whichever it is then called.
+    model wrapped by torch.compile, PEFT or DistributedDataParallel, the one inside is served, by whichever it is then
+    called.
     Raises `UnsupportedModel` for a model that cannot be served, saying why.
     """
     model = unwrapped(model)

@@ -147,7 +147,8 @@ class Flow:
     def __enter__(self) -> Flow:
         if not self.attached:
             raise UnsupportedCall(
-                f"flow: the policy {self.policy.name!r} was detached, and a flow serves once; call `dropflow.attach` again"
+                f"flow: the policy {self.policy.name!r} was detached, and a flow serves once; call `dropflow.attach` "
+                "again"
             )
         return self
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
+from dropflow.errors import DecisionError
+
 if TYPE_CHECKING:
     from dropflow.cache_payloads import CacheCall, CacheKeep
     from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent
@@ -122,4 +124,7 @@ class Hooks:
     def _ask(self, hook: str, only: Stage[Any] | None, **payload: Any) -> Iterator[tuple[str, Any]]:
         for name, stage, caller in self._callers[hook]:
             if only is None or only is stage:
-                yield from ((name, answer) for answer in caller(**payload))
+                try:
+                    yield from [(name, answer) for answer in caller(**payload)]
+                except DecisionError as error:
+                    raise DecisionError(f"stages.{name}: {str(error).removeprefix(f'stages.{name}: ')}") from error

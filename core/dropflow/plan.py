@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from dropflow.errors import PolicyError
 from dropflow.hooks import HOOKS, Hooks
 from dropflow.policy import Policy
-from dropflow.schedule import Schedule, schedule
+from dropflow.schedule import Schedule, encoded, schedule
 from dropflow.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.units import Budget, Scale, Shape
 
@@ -50,6 +51,13 @@ class Plan:
         return asked
 
     @cached_property
+    def encodes(self) -> tuple[Forecast, ...]:
+        """Forecasts of the stages that encode, in the order in which each acts for the last time."""
+        asked = [(name, stage.encode_at) for name, stage in self.hooks.implementers("encode") if stage.encode_at]
+        places = {name: max(map(_place, boundaries)) for name, boundaries in asked}
+        return tuple(self.forecasts[name] for name in sorted(places, key=lambda name: places[name]))
+
+    @cached_property
     def carries(self) -> dict[str, slice]:
         """Stage that hands values from `encode` to `prune` -> its columns of all that a row carries."""
         found: dict[str, slice] = {}
@@ -75,12 +83,10 @@ class Plan:
         if tokens is None:
             raise PolicyError("schedule: this backbone has no fixed number of visual tokens; say how many")
         keeps: dict[int, list[Budget | None]] = {}
-        encoded: Budget | Literal["data"] | None = None
         for forecast in self.forecasts.values():
-            encoded = forecast.encoded or encoded
             for boundary, budget in forecast.keeps.items():
                 keeps.setdefault(boundary, []).append(budget)
-        return schedule(self.shape.layers, tokens, self.window, keeps, encoded)
+        return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes)
 
 
 def resolve(policy: Policy, shape: Shape) -> Plan:
@@ -106,6 +112,11 @@ def resolve(policy: Policy, shape: Shape) -> Plan:
     return plan
 
 
+def _place(boundary: EncodeBoundary) -> tuple[bool, float]:
+    """Sorts places on the vision side: the encoder's layers, what the projector gets, and behind it."""
+    return boundary is None, boundary if isinstance(boundary, int | float) else math.inf
+
+
 def _sets_window(stage: type[Stage[Any]]) -> bool:
     return any(name in vars(base) for base in stage.__mro__ for name in ("inject", "exit"))
 
@@ -127,24 +138,29 @@ def _check_order(plan: Plan) -> None:
     """Prunes lie inside the window, each layer in range, and budgets never grow from one boundary to the next."""
     faults: list[str] = []
     window, tokens = plan.window, plan.shape.visual_tokens
-    smallest: tuple[int, str] | None = None
+    entry = None if tokens is None else encoded(tokens, plan.encodes)[0]
+    smallest = (tokens if entry is None else entry, "the encode stages" if plan.encodes else "the image at entry")
     steps = [(b, n, f.keeps[b]) for n, f in plan.forecasts.items() for b in f.keeps]
     for boundary, name, budget in sorted(steps, key=lambda step: step[0]):
-        path = f"stages.{name}.keep.{boundary}"
+        path = _keep_path(plan, name, boundary)
         if not window.entry <= boundary < window.exit:
             faults.append(
                 f"{path}: prunes at boundary {boundary}, but vision is live only from {window.entry} to before "
                 f"{window.exit}; prune inside that window"
             )
-        if budget is None or tokens is None:
+        limit, by = smallest
+        if budget is None or limit is None or (entry is None and budget.share is not None):
             continue
-        count = budget.tokens if budget.tokens is not None else budget.of(tokens)
-        limit = smallest or (tokens, "the image at entry")
-        if count > limit[0]:
-            faults.append(
-                f"{path}: keeps {count} visual tokens, more than the {limit[0]} left by {limit[1]}; keeps cannot grow"
-            )
+        count = budget.of(entry or 0) if budget.tokens is None else budget.tokens
+        if count > limit:
+            faults.append(f"{path}: keeps {count} visual tokens, more than the {limit} left by {by}; keeps cannot grow")
         else:
             smallest = (count, path)
     if faults:
         raise PolicyError("\n".join(faults))
+
+
+def _keep_path(plan: Plan, name: str, boundary: int) -> str:
+    """Where the policy says what stays behind a boundary: an entry of `keep`, or else the stage."""
+    keep = getattr(plan.policy.stages[name].options, "keep", None)
+    return f"stages.{name}.keep.{boundary}" if isinstance(keep, Mapping) else f"stages.{name}"

@@ -135,6 +135,8 @@ def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[s
         message = message[0].lower() + message[1:]
         if fault["type"] == "extra_forbidden":
             message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
+        elif fault["type"] in {"dict_type", "model_type"}:
+            message = f"expected a mapping, got {fault['input']!r}"
         elif fault["type"] != "missing":
             message += f", got {fault['input']!r}"
         lines.setdefault(where or "policy", []).append(message)

@@ -84,9 +84,25 @@ def _find(source: str | Path, base: Path) -> Path:
     return files[text]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping says twice, where plain YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML does it, behind the check."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            said = self.construct_object(key, deep=True)
+            if said in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"the key {said!r} is there twice", key.start_mark
+                )
+            seen.add(said)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise PolicyError(

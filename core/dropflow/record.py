@@ -51,7 +51,9 @@ class Report:
 
     def __str__(self) -> str:
         """A table by layer, and what it sums up to."""
-        rows = [f"{row.layer:5} {row.visual_tokens:13.6g} {row.kv_entries:10.6g} {row.flops:13.4g}" for row in self.layers]
+        rows = [
+            f"{row.layer:5} {row.visual_tokens:13.6g} {row.kv_entries:10.6g} {row.flops:13.4g}" for row in self.layers
+        ]
         return "\n".join(
             [
                 f"{self.policy}: {self.entry_visual_tokens:g} visual tokens at entry to the LLM, "

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
-from dropflow.stage import Window
+from dropflow.stage import Forecast, Window
 from dropflow.units import Budget
 
 
@@ -31,22 +30,56 @@ def schedule(
     visual_tokens: int,
     window: Window,
     keeps: Mapping[int, Sequence[Budget | None]],
-    encoded: Budget | Literal["data"] | None,
+    encodes: Sequence[Forecast] = (),
 ) -> Schedule:
     """Follow one image of `visual_tokens` tokens through the layers.
 
-    `keeps[i]` are the budgets applied at boundary i. A budget that is a share counts against the tokens at entry.
+    `encodes` are the forecasts of encode stages in the order they act. `keeps[i]` are the budgets applied at boundary
+    i; a budget that is a share counts against the tokens at entry, and protected tokens stay. Where several stages drop
+    tokens at one boundary, the data decides, since only what all of them keep stays.
     """
-    entry: int | None = visual_tokens
-    if encoded is not None:
-        entry = None if encoded == "data" else encoded.of(visual_tokens)
+    entry, protected = encoded(visual_tokens, encodes)
     current = entry
     counts: list[int | None] = []
     for layer in range(layers):
-        for budget in keeps.get(layer, ()) if window.entry <= layer < window.exit else ():
-            current = None if budget is None or current is None or entry is None else min(current, budget.of(entry))
-        counts.append(current if window.entry <= layer < window.exit else 0)
+        inside = window.entry <= layer < window.exit
+        if inside and keeps.get(layer):
+            current = _left(current, entry, protected, keeps[layer])
+        counts.append(current if inside else 0)
     return Schedule(tuple(counts), entry)
+
+
+def _left(current: int | None, entry: int | None, protected: int, budgets: Sequence[Budget | None]) -> int | None:
+    """Tokens behind a boundary; `None` where the data decides."""
+    if current is None or entry is None or any(budget is None for budget in budgets):
+        return None
+    dropping = [count for budget in budgets if budget is not None and (count := budget.of(entry)) < current]
+    if len(dropping) > 1 and min(dropping) > 0:
+        return None
+    return max(min(dropping, default=current), min(current, protected))
+
+
+def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None, int]:
+    """Visual tokens of an image that reach the LLM, and how many of them are protected.
+
+    `None` where the data decides, as it does where a stage drops rows behind one that protects some: which of them it
+    would have kept, too, cannot be told. Nothing is then said of protected ones.
+    """
+    count: int | None = visual_tokens
+    protected = 0
+    for forecast in encodes:
+        if forecast.encoded == "data":
+            count = None
+        if count is None:
+            return None, 0
+        if isinstance(forecast.encoded, Budget):
+            left = forecast.encoded.of(count)
+            if protected and left < count:
+                return None, 0
+            count = left
+        if forecast.protected is not None:
+            protected = max(protected, forecast.protected.of(count))
+    return count, protected
 
 
 def first_keep(average: float, layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, int | None]) -> int:

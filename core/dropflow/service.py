@@ -275,7 +275,7 @@ class Service:
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedModel(
-            f"a model with a policy attached cannot be copied or pickled ({self._plan.policy.name!r} is); detach first, "
+            f"a model with a policy attached cannot be copied or pickled ({self._plan.policy.name!r} is); detach first "
             "and attach to the copy. `save_pretrained` and `state_dict` work, and the config records the policy"
         )
 

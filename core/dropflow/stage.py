@@ -42,7 +42,12 @@ class Forecast:
     exit: int | None = None
     """Boundary from which no vision is live (an `exit` stage)."""
     encoded: Budget | Literal["data"] | None = None
-    """Visual tokens of one image that reach the LLM (an `encode` stage); `data` where each image differs."""
+    """Visual tokens of one image that an `encode` stage leaves; `data` where each image differs.
+
+    A share counts against the rows that the stage finds.
+    """
+    protected: Budget | None = None
+    """Of the rows that an `encode` stage finds, those that no later stage may drop."""
     keeps: Mapping[int, Budget | None] = field(default_factory=dict)
     """Visual tokens of one image left behind each boundary (a `prune` stage)."""
 

@@ -32,7 +32,7 @@ Depth = Annotated[int | float, *_number("a boundary, the layer in front of which
 Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
 
-Rounding = Literal["half_up", "floor", "half_even"]
+Rounding = Literal["half_up", "floor", "half_even", "ceil"]
 """How a share of an image's tokens becomes a number of tokens."""
 
 
@@ -53,7 +53,7 @@ class Budget:
     tokens: int | None = None
     share: float | None = None
     rounding: Rounding = "half_up"
-    """Of shares: `half_up` keeps at least one token; `floor` and `half_even` are Python's `int` and `round`."""
+    """Of shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil."""
 
     def of(self, visual_tokens: int) -> int:
         """Tokens that stay of an image with `visual_tokens` tokens at entry."""
@@ -62,6 +62,8 @@ class Budget:
         exact = self.share * visual_tokens
         if self.rounding == "half_up":
             return min(max(1, math.floor(exact + 0.5)), visual_tokens)
+        if self.rounding == "ceil":
+            return min(math.ceil(exact), visual_tokens)
         return int(exact) if self.rounding == "floor" else round(exact)
 
 
@@ -99,6 +101,8 @@ class Scale:
                 f"{tuned.visual_tokens} visual tokens",
                 "a varying number" if target is None else f"{target}",
             )
+            if target is not None:  # a count of the whole image, also where encode stages leave less of it
+                return Budget(tokens=Budget(share=value / tuned.visual_tokens).of(target) if value else 0)
             return Budget(share=value / tuned.visual_tokens) if value else Budget(tokens=0)
         return Budget(tokens=value)
 

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Stage, StageOptions, hookimpl
+from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
 from dropflow.selection import top
+from dropflow.units import Budget
 
 
 class KeySetOptions(StageOptions):
@@ -43,6 +44,10 @@ class KeySet(Stage[KeySetOptions]):
     def vision_taps(self) -> tuple[int, ...]:
         """The ranking layer."""
         return (self.options.layer,)
+
+    def forecast(self) -> Forecast:
+        """No later stage leaves fewer."""
+        return Forecast(protected=Budget(share=self.options.share, rounding="ceil"))
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:

@@ -194,7 +194,7 @@ def test_parts_that_torch_compile_replaced_are_refused() -> None:
 def test_an_attached_model_is_not_copied(llava: Any) -> None:
     with dropflow.attach(llava, HIDROP):
         for copying in (copy.deepcopy, pickle.dumps):
-            with pytest.raises(UnsupportedModel, match="detach first, and attach to the copy"):
+            with pytest.raises(UnsupportedModel, match="detach first and attach to the copy"):
                 copying(llava)
     assert torch.equal(forward(copy.deepcopy(llava), prompt()), forward(llava, prompt()))
 

@@ -43,6 +43,21 @@ def test_a_file_inherits_merges_and_takes_away(tmp_path: Path) -> None:
         dropflow.load_policy(tmp_path / "none.yaml")
 
 
+def test_a_key_said_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    stages = "stages:\n  e: {use: hidrop/early-exit, at: 3}\n"
+    for text, key in (
+        (stages + "  e: {use: hidrop/early-exit, at: 8}\n", "'e'"),
+        ("stages: {p: {use: hidrop/concave-pyramid, keep: {10: 5, 10: 7}}}", "10"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PolicyError, match=f"the key {key} is there twice"):
+            dropflow.load_policy(path)
+    path.write_text("base: &base {use: hidrop/early-exit, at: 3}\nstages: {e: {<<: *base, at: 4}}\n")
+    with pytest.raises(PolicyError, match=r"^base: unknown option"):  # merge keys pass
+        dropflow.load_policy(path)
+
+
 def test_overrides_name_a_path(tmp_path: Path) -> None:
     changed = dropflow.load_policy("hidrop-64", ["stages.pyramid.keep.10=343", "stages.exit.at=23", "name=mine"])
     assert changed.name == "mine"

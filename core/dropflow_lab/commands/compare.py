@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropflow_lab.commands.options import AsJson, Overrides
-from dropflow_lab.output import chatter_to_stderr, emit, si, write_text
+from dropflow_lab.output import chatter_to_stderr, check_writable, emit, si, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,6 +87,7 @@ def compare(
     require_matplotlib()
     named = [name.strip() for name in policies.split(",") if name.strip()]
     with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
+        check_writable(out)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
         sources = sorted(policy_files()) if named == [_ALL] else named

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dropflow_lab.commands.options import AsJson
-from dropflow_lab.output import chatter_to_stderr, emit
+from dropflow_lab.output import chatter_to_stderr, check_writable, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +67,7 @@ def profile(
 
     with chatter_to_stderr():
         knobs = Knobs(fewer, average_tokens, exit_loss, prunes, entry, exit_at)
+        check_writable(out)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
         measured = measure(loaded, processor, samples, Settings(top, batch_size, max_new_tokens), knobs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropflow_lab.commands.options import AsJson, Overrides
-from dropflow_lab.output import chatter_to_stderr, emit, write_text
+from dropflow_lab.output import chatter_to_stderr, check_writable, emit, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,6 +69,7 @@ def trace(
     with chatter_to_stderr():
         if out.suffix != ".html":
             raise InputError(f"--out: expected a name that ends in .html, got {out}")
+        check_writable(out.parent)
         if replay is None:
             if keep or drop:
                 raise InputError("--keep, --drop: they change a trace; give it as --replay FILE")

@@ -128,7 +128,7 @@ def choose_keeps(
 def average_of(layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, int]) -> float:
     """Return the visual tokens per layer, averaged over all layers."""
     budgets = {boundary: [Budget(tokens=count)] for boundary, count in keeps.items()}
-    return schedule(layers, visual_tokens, window, budgets, None).average or 0.0
+    return schedule(layers, visual_tokens, window, budgets).average or 0.0
 
 
 def latest_first_prune(average: float, layers: int, visual_tokens: int, entry: int) -> int:
