@@ -161,6 +161,8 @@ def _check_order(plan: Plan) -> None:
 
 
 def _keep_path(plan: Plan, name: str, boundary: int) -> str:
-    """Where the policy says what stays behind a boundary: an entry of `keep`, or else the stage."""
+    """Where the policy says what stays behind a boundary: an entry of `keep`, `keep` itself, or else the stage."""
     keep = getattr(plan.policy.stages[name].options, "keep", None)
-    return f"stages.{name}.keep.{boundary}" if isinstance(keep, Mapping) else f"stages.{name}"
+    if keep is None:
+        return f"stages.{name}"
+    return f"stages.{name}.keep.{boundary}" if isinstance(keep, Mapping) else f"stages.{name}.keep"

@@ -91,8 +91,10 @@ class _Loader(yaml.SafeLoader):
         """As PyYAML does it, behind the check."""
         seen: set[Any] = set()
         for key, _ in node.value:
-            said = self.construct_object(key, deep=True)
-            if said in seen and key.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            said = self.construct_object(key)
+            if said in seen:
                 raise yaml.constructor.ConstructorError(
                     "while reading a mapping", node.start_mark, f"the key {said!r} is there twice", key.start_mark
                 )

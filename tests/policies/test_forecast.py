@@ -58,7 +58,7 @@ def test_a_keep_above_what_the_encode_stages_leave_is_refused() -> None:
 
 def test_a_fault_names_an_option_only_where_the_stage_has_it() -> None:
     stages = {"d": {"use": "dart/duplication", "keep": 4}, "p": pyramid(b3=9)}
-    with pytest.raises(PolicyError, match=r"^stages\.p\.keep\.3: keeps 9 .* the 4 left by stages\.d; "):
+    with pytest.raises(PolicyError, match=r"^stages\.p\.keep\.3: keeps 9 .* the 4 left by stages\.d\.keep; "):
         resolve(dropflow.load_policy(policy(**stages)), Shape(6, 16))
 
 

@@ -57,8 +57,7 @@ def profile(
         from dropflow_lab.commands.digits import require_scikit_learn
 
         require_scikit_learn()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: expected a folder, found a file")
+    check_writable(out)
     from dropflow_lab.data import read_samples
     from dropflow_lab.models import load_model
     from dropflow_lab.profile import Knobs, Settings
@@ -67,7 +66,6 @@ def profile(
 
     with chatter_to_stderr():
         knobs = Knobs(fewer, average_tokens, exit_loss, prunes, entry, exit_at)
-        check_writable(out)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
         measured = measure(loaded, processor, samples, Settings(top, batch_size, max_new_tokens), knobs)
