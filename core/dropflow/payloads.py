@@ -70,7 +70,8 @@ class PruneCall:
     valid: Bool[Tensor, "batch slots"]
     """False in padding slots, which a keep mask may hold anything for."""
     image: Int[Tensor, "batch slots"]
-    """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding.
+    """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding. Where `generate`
+    repeats samples, as for beams, the images of every copy have numbers of their own.
 
     An image is what has a patch grid of its own: a picture, a tile of a large one, or a frame of a video. Visual
     tokens that are no patches, such as newlines, count as text here and go with the last patch of their line.

@@ -93,7 +93,7 @@ def make_prompt(
         image[visual] = _number_images(visual, tokens_per_image)[visual]
         return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
     flags = flags.to(visual.device)
-    image[visual] = flags[:, IMAGE].long()
+    image[visual] = _number_copies(visual, flags[:, IMAGE].long())
     present[visual] &= flags[:, KEPT] > 0
     protected[visual] = flags[:, PROTECTED] > 0
     carried = None
@@ -146,6 +146,17 @@ def _number_images(visual: Tensor, tokens_per_image: int | None) -> Tensor:
         number = starts.long().cumsum(1) - 1
     images = number.masked_fill(~visual, -1).amax(1) + 1
     return number + (images.cumsum(0) - images)[:, None]
+
+
+def _number_copies(visual: Bool[Tensor, "batch tokens"], image: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+    """Numbers of the images of visual tokens; where `generate` repeats samples, as for beams, each copy has its own."""
+    if not len(image):
+        return image
+    sample, images = visual.nonzero()[:, 0], int(image.max()) + 1
+    shown = torch.zeros(len(visual), images, dtype=torch.long, device=visual.device)
+    shown[sample, image] = 1
+    copy = shown.cumsum(0)[sample, image] - 1
+    return image + copy * images
 
 
 def _sizes(image: Tensor, present: Tensor) -> tuple[int, ...]:

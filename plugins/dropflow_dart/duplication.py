@@ -48,7 +48,7 @@ class Duplication(Stage[DuplicationOptions]):
     change. No attention map is formed. Each image has its own pivots, where
     the released code takes everything behind the first image's start for one image and stops at batches; a pool that
     runs out and a prompt with little text behind the image end the choice instead of an error. Protected tokens stay
-    on top of the number. Raises `PolicyError` for a boundary in front of which no layer with vision lies.
+    and count against the number. Raises `PolicyError` for a boundary in front of which no layer with vision lies.
     """
 
     Options = DuplicationOptions
@@ -95,10 +95,11 @@ class Duplication(Stage[DuplicationOptions]):
             sizes = torch.stack([measure(own) for own in call.keys(self._boundary - 1)])
             states = call.final_norm(call.hidden)
             for image, entered in enumerate(call.image_sizes):
-                rows, slots = (call.image == image).nonzero(as_tuple=True)
+                rows, slots = ((call.image == image) & ~call.protected).nonzero(as_tuple=True)
                 if len(slots):
-                    row, count = int(rows[0]), self._budget.of(entered)
-                    kept = slots
+                    row = int(rows[0])
+                    held = int((call.image[row] == image).sum()) - len(slots)
+                    kept, count = slots, max(0, self._budget.of(entered) - held)
                     if len(slots) > count:
                         kept = self._chosen(call, row, slots, sizes[row].to(slots.device), states[row], count)
                     mask[row, kept] = True
@@ -107,7 +108,7 @@ class Duplication(Stage[DuplicationOptions]):
     def _chosen(
         self, call: PruneCall, row: int, slots: Tensor, sizes: Tensor, states: Tensor, count: int
     ) -> Int[Tensor, "kept"]:
-        """Slots of one image that stay."""
+        """Those of the slots of one image that stay."""
         own = slots[top(sizes[slots], min(self.options.image_pivots, count))]
         text = _text_behind(call, row, int(slots[-1]))
         pivots = [*own.tolist(), *text[top(sizes[text], self.options.text_pivots)].tolist()]

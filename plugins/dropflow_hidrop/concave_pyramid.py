@@ -99,7 +99,7 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         """Tokens that stay of each image, by image number."""
         counts = [budget.of(size) for size in call.image_sizes]
         if self.options.split == "total" and budget.tokens is not None:
-            for own in call.image.tolist():  # an image belongs to one sample, or to all beams of it
+            for own in call.image.tolist():
                 images = sorted({image for image in own if image >= 0})
                 shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
                 for image, share in zip(images, shares, strict=True):

@@ -46,7 +46,7 @@ def forecast(
 
 
 def images_left(call: PruneCall) -> list[tuple[int, int]]:
-    """Of every image, by number, a sample that it belongs to (it may be shared by beams) and its live tokens there."""
+    """Of every image, by number, the sample that it belongs to and its live tokens there."""
     found = []
     for image in range(len(call.image_sizes)):
         own = call.image == image

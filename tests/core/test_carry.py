@@ -125,9 +125,12 @@ def test_beams_and_a_carrying_stage_give_the_tokens_of_the_plain_model() -> None
     plain = model.generate(**INPUTS, **GREEDY, num_beams=2)
     with dropflow.attach(model, policy(carry={"use": Numbered})):
         assert torch.equal(model.generate(**INPUTS, **GREEDY, num_beams=2), plain)
-    carried = Numbered.seen[0].carried
-    assert carried is not None
-    assert torch.equal(carried[0], carried[1])
+    call = Numbered.seen[0]
+    assert call.carried is not None
+    assert torch.equal(call.carried[0], call.carried[1])
+    images = [sorted(set(row.tolist()) - {-1}) for row in call.image]  # copies of a sample share no image number
+    assert images == [[0], [3], [1, 2], [4, 5], [], []]
+    assert call.image_sizes == (16,) * 6
 
 
 def test_what_does_not_fit_is_named() -> None:

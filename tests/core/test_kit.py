@@ -71,6 +71,25 @@ def test_a_stage_that_looks_at_neighbours_breaks_the_third() -> None:
         assert_stage_conforms(Neighbourly, models={"llava": FAMILIES["llava"]})
 
 
+class SeesBeams(Stage[Any]):
+    """Keeps everything unless the samples are beams of fewer."""
+
+    prune_at = (2,)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """The same alone and in a batch of others."""
+        index = call.hidden.flatten(1)
+        beams = len(index) > 1 and bool((index[0] == index[1]).all())
+        return Keep(torch.full_like(call.valid, not beams))
+
+
+def test_a_stage_that_treats_beams_otherwise_breaks_the_third() -> None:
+    message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample by itself"
+    with pytest.raises(BrokenGuarantee, match=message):
+        assert_stage_conforms(SeesBeams, models={"llava": FAMILIES["llava"]})
+
+
 class EvictAfterPrefill(Stage[Any]):
     """Layers 2 and 3 keep the first three visual entries of each sample."""
 

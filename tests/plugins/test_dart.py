@@ -139,3 +139,21 @@ def test_published_numbers_of_tokens() -> None:
         assert found.per_layer == (576,) * 2 + (kept,) * 30
     with pytest.raises(PolicyError, match=r"stages\.d\.at: at boundary 0 the keys of layer -1 choose the pivots"):
         resolve(dropflow.load_policy(policy(d=STAGE | {"at": 0})), Shape(32, 576))
+
+
+@torch.no_grad()
+def test_protected_tokens_stay_and_count() -> None:
+    model, inputs = tiny_llava(), prompt()
+    visual = inputs["input_ids"] == IMAGE
+    for share, kept in ((0.25, 6), (0.5, 8)):  # 4 and 8 of 16 are protected, and 6 may stay
+        stages = policy(key={"use": "mustdrop/key-set", "share": share}, dart={**STAGE, "at": 2, "keep": 6})
+        with dropflow.attach(model, policy(key=stages["stages"]["key"])) as flow:
+            held = [
+                flags[:, 1] > 0 for flags in model.get_image_features(inputs["pixel_values"]).deepstack_features[-1]
+            ]
+        with dropflow.attach(model, stages) as flow:
+            model(**inputs)
+            live = flow.live()[2]
+        assert (live & visual).sum(1).tolist() == [kept, 2 * kept, 0]
+        assert bool(live[visual][torch.cat(held)].all())
+        assert sum(int(own.sum()) for own in held) == 3 * 16 * share

@@ -17,6 +17,14 @@ from dropflow.testing.tiny import SAMPLES, Part, Picture, Tiny
 
 BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
+NO_OP = "1 (no-op identity)"
+MASK = "2 (drop = mask)"
+BATCH = "3 (batch invariance)"
+ISOLATION = "4 (isolation)"
+REFUSAL = "5 (loud refusal)"
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+"""Largest relative errors of what a guarantee compares, and of gradients."""
+
 
 class BrokenGuarantee(AssertionError):
     """A guarantee does not hold; the message names it, the layer or fact, and by how much."""
@@ -63,6 +71,10 @@ class Case:
         """Inputs of one sample alone, without padding."""
         row = self.drawn[0]["input_ids"][sample, self.real[sample]].tolist()
         return self.tiny.collate([row], [self.drawn[1][sample]], self.side)
+
+    def padded_left(self) -> Case:
+        """The same with padding on the left, as generation needs it."""
+        return replace(self, side="left")
 
     def with_samples(self, samples: Sequence[Sequence[Part]]) -> Case:
         """The same on another batch."""

@@ -15,27 +15,22 @@ from transformers import DynamicCache, StaticCache
 
 from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
 from dropflow.flow import Flow
-from dropflow.testing.case import BUDGET, Case, layer_inputs, relative_error, text_embeddings
+from dropflow.testing.case import (
+    BATCH,
+    BUDGET,
+    ISOLATION,
+    MASK,
+    NO_OP,
+    REFUSAL,
+    TOLERANCE,
+    Case,
+    layer_inputs,
+    relative_error,
+    text_embeddings,
+)
 from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.probes import EVERYTHING
-from dropflow.testing.selection import GivenWeights
-
-NO_OP = "1 (no-op identity)"
-MASK = "2 (drop = mask)"
-BATCH = "3 (batch invariance)"
-ISOLATION = "4 (isolation)"
-REFUSAL = "5 (loud refusal)"
-TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
-
-
-def labelled(case: Case) -> dict[str, Any]:
-    """The batch with the last two tokens of every sample as the answer."""
-    inputs = case.inputs
-    labels = torch.full_like(inputs["input_ids"], -100)
-    for row, real in enumerate(case.real):
-        answer = real.nonzero()[-2:, 0]
-        labels[row, answer] = inputs["input_ids"][row, answer]
-    return inputs | {"labels": labels}
+from dropflow.testing.training import check_training, labelled
 
 
 @torch.no_grad()
@@ -65,7 +60,7 @@ def check_no_op(case: Case) -> float:
 
 def check_drop_is_mask(case: Case) -> float:
     """Guarantee 2: prefill, decoding, loss and gradients equal those of a full run with dropped tokens masked out."""
-    worst = max(_check_prefill(case), _check_training(case))
+    worst = max(_check_prefill(case), check_training(case))
     _check_decoding(case)
     return worst
 
@@ -113,7 +108,7 @@ def _held(case: Case, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def _check_decoding(case: Case) -> None:
-    left = Case(case.name, case.adapter, case.tiny, case.policy, case.attention, "left", case.samples)
+    left = case.padded_left()
     model = left.model
     with left.attach() as flow, text_embeddings(left) as embeds:
         tokens = model.generate(**left.inputs, **BUDGET)
@@ -135,50 +130,9 @@ def evicts_while_decoding(flow: Flow) -> bool:
     return any(stage.decode_every for _, stage in flow.plan.hooks.implementers("decode_cache"))
 
 
-def _check_training(case: Case) -> float:
-    model, inputs = case.model.train(), labelled(case)
-    try:
-        with case.attach() as flow, text_embeddings(case) as embeds, GivenWeights(flow) as given:
-            loss = model(**inputs).loss
-            live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
-            log_weights = given.log_weights(*live.shape)
-            loss.backward(retain_graph=log_weights is not None)
-        got = _gradients(model)
-        replaced = embeds[0] if encodes else None
-        changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
-        with MaskedOracle(model, live, case.adapter, **changes):
-            expected_loss = model(**inputs, use_cache=False).loss
-            expected_loss.backward()
-        given.backward()
-        expected = _gradients(model)
-    finally:
-        model.eval()
-    worst = relative_error(loss[None], expected_loss[None])
-    if not worst < TOLERANCE:
-        raise case.broken(MASK, f"the loss differs from the masked run's by {worst:.1e}, allowed {TOLERANCE:.0e}")
-    for name, gradient in expected.items():
-        if encodes and "layers" not in name:
-            continue  # replaced embeddings cut the masked run off from what made them
-        scale = float(gradient.abs().max())
-        error = float((got[name] - gradient).abs().max()) / scale if scale > 1e-6 else 0.0
-        if not error < GRADIENT_TOLERANCE:
-            raise case.broken(
-                MASK,
-                f"the gradient of {name} differs from the masked run's by {error:.1e}, "
-                f"allowed {GRADIENT_TOLERANCE:.0e}",
-            )
-    return worst
-
-
-def _gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
 @torch.no_grad()
 def check_batch_invariance(case: Case) -> float:
-    """Guarantee 3: every sample alone gives the keeps and logits it gives in the ragged batch."""
+    """Guarantee 3: every sample alone gives the keeps and logits it gives in the ragged batch; beams give its keeps."""
     worst = 0.0
     with case.attach() as flow:
         together = case.model(**case.inputs).logits
@@ -197,7 +151,19 @@ def check_batch_invariance(case: Case) -> float:
                     f"logits of sample {sample} alone and in the batch differ by {error:.1e}, allowed {TOLERANCE:.0e}",
                 )
             worst = max(worst, error)
+    _check_beams(case.padded_left())
     return worst
+
+
+def _check_beams(left: Case) -> None:
+    with left.attach() as flow:
+        live = []
+        for beams in (1, 2):
+            left.model.generate(**left.inputs, do_sample=False, num_beams=beams, max_new_tokens=1)
+            live.append(flow.live())
+    if not torch.equal(live[1], live[0].repeat_interleave(2, 1)):
+        row = int((live[1] != live[0].repeat_interleave(2, 1)).any(2).any(0).nonzero()[0])
+        raise left.broken(BATCH, f"beam {row % 2} of sample {row // 2} keeps other tokens than the sample by itself")
 
 
 def fingerprint(model: Any) -> list[Any]:

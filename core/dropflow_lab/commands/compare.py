@@ -86,6 +86,8 @@ def compare(
         require_scikit_learn()
     require_matplotlib()
     named = [name.strip() for name in policies.split(",") if name.strip()]
+    if not named:
+        raise InputError(f"--policies: expected names or paths with commas, or `{_ALL}`, got {policies!r}")
     with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
         check_writable(out)
         samples = read_samples(data, questions, seed)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from importlib.util import find_spec
 from os import environ
 from pathlib import Path
+from sys import maxsize
 from typing import Annotated
 
 import typer
@@ -36,6 +37,9 @@ def train(
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
     ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl.")
+    ] = "digits",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, each learnt as if asked alone.")] = 12,
@@ -49,25 +53,32 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in DIR.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Finetune a model through a policy on the digits questions, with the Trainer of transformers.
+    """Finetune a model through a policy on questions about pictures, with the Trainer of transformers.
 
     Projector and language model are trained, by Muon and AdamW. The folder it writes is a model folder that records the
     policy: `dropflow.attach(model)` picks it up. The defaults suit the embedded model, dense as it comes. On several
     processes: `torchrun --nproc-per-node 2 --no-python dropflow train ...`.
     """
-    require_scikit_learn()
     require_accelerate()
     from dropflow import load_policy
+    from dropflow_lab.data import DIGITS, read_samples
     from dropflow_lab.digits.dialogues import Dialogues
-    from dropflow_lab.finetune import Settings, finetune
+    from dropflow_lab.finetune import FolderDialogues, Settings, finetune
     from dropflow_lab.models import load_model
+
+    if data == DIGITS:
+        require_scikit_learn()
 
     with chatter_to_stderr():
         chosen = load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
         settings = Settings(steps, batch, rate, seed, save_every, precision=precision.value, attention=attention.value)
-        data = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
-        folder = finetune(loaded, processor, data, chosen, out, settings, resume=resume)
+        dialogues: Dialogues | FolderDialogues
+        if data == DIGITS:
+            dialogues = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
+        else:
+            dialogues = FolderDialogues(read_samples(data, maxsize), rounds)
+        folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume)
     if environ.get("RANK", "0") == "0":
         emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
 

@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import dropflow
+from dropflow_lab.data import read_samples
+from dropflow_lab.digits import write_folder
+from dropflow_lab.errors import InputError
+from dropflow_lab.finetune import FolderDialogues
 from dropflow_lab.models import load_model
 
 pytest.importorskip("accelerate")
@@ -88,3 +92,30 @@ def test_a_policy_for_another_model_is_refused(refused, tmp_path) -> None:
 def test_without_accelerate_the_extra_is_named(refused, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("dropflow_lab.commands.train.find_spec", lambda _: None)
     assert "dropflow[train]" in refused("train", "--policy", "digits-mild", "--out", tmp_path)
+
+
+def test_a_folder_of_questions_is_trained_on(trained, model_folder, cli, tmp_path) -> None:
+    write_folder(tmp_path / "data", "train", 6)
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", tmp_path / "model", *SMALL)
+    result = cli("train", "--data", tmp_path / "data", *arguments)
+    assert json.loads(result.stdout)["steps"] == 4
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "model"))
+    assert not torch.equal(before["lm_head.weight"].float(), after["lm_head.weight"])
+
+
+def test_questions_about_one_picture_go_together(tmp_path) -> None:
+    table = write_folder(tmp_path, "train", 2)
+    one, two = (json.loads(line) for line in table.read_text().splitlines())
+    lines = [one | {"question": f"q{n}", "answer": f"a{n}"} for n in range(3)]
+    table.write_text("\n".join(json.dumps(line) for line in [lines[0], two, *lines[1:]]))
+    dialogues = FolderDialogues(read_samples(tmp_path, 9), rounds=2)
+    assert [dialogues[n].rounds for n in range(len(dialogues))] == [
+        (("q0", "a0"), ("q1", "a1")),
+        (("q2", "a2"),),
+        ((two["question"], two["answer"]),),
+    ]
+    assert dialogues[1].image.size == dialogues[2].image.size
+    for fault, expected in (({"images": [two["image"]]}, "found 2 images"), ({"answer": None}, "found no answer")):
+        table.write_text(json.dumps(one | fault))
+        with pytest.raises(InputError, match=rf"--data: expected one image and an answer in every line, {expected}"):
+            FolderDialogues(read_samples(tmp_path, 9), rounds=1)

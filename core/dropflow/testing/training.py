@@ -1,0 +1,64 @@
+"""The part of the second guarantee that is about training: loss and gradients are those of the masked run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropflow.testing.case import GRADIENT_TOLERANCE, MASK, TOLERANCE, Case, relative_error, text_embeddings
+from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.selection import GivenWeights
+
+
+def labelled(case: Case) -> dict[str, Any]:
+    """The batch with the last two tokens of every sample as the answer."""
+    inputs = case.inputs
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, real in enumerate(case.real):
+        answer = real.nonzero()[-2:, 0]
+        labels[row, answer] = inputs["input_ids"][row, answer]
+    return inputs | {"labels": labels}
+
+
+def check_training(case: Case) -> float:
+    """Compare loss and gradients with those of the masked run; returns the largest relative error of the loss."""
+    model, inputs = case.model.train(), labelled(case)
+    try:
+        with case.attach() as flow, text_embeddings(case) as embeds, GivenWeights(flow) as given:
+            loss = model(**inputs).loss
+            live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
+            log_weights = given.log_weights(*live.shape)
+            loss.backward(retain_graph=log_weights is not None)
+        got = _gradients(model)
+        replaced = embeds[0] if encodes else None
+        changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
+        with MaskedOracle(model, live, case.adapter, **changes):
+            expected_loss = model(**inputs, use_cache=False).loss
+            expected_loss.backward()
+        given.backward()
+        expected = _gradients(model)
+    finally:
+        model.eval()
+    worst = relative_error(loss[None], expected_loss[None])
+    if not worst < TOLERANCE:
+        raise case.broken(MASK, f"the loss differs from the masked run's by {worst:.1e}, allowed {TOLERANCE:.0e}")
+    for name, gradient in expected.items():
+        if encodes and "layers" not in name:
+            continue  # replaced embeddings cut the masked run off from what made them
+        scale = float(gradient.abs().max())
+        error = float((got[name] - gradient).abs().max()) / scale if scale > 1e-6 else 0.0
+        if not error < GRADIENT_TOLERANCE:
+            raise case.broken(
+                MASK,
+                f"the gradient of {name} differs from the masked run's by {error:.1e}, "
+                f"allowed {GRADIENT_TOLERANCE:.0e}",
+            )
+    return worst
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found

@@ -1,0 +1,43 @@
+"""The questions of a data folder as training samples: what is asked about one picture goes behind it together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from dropflow_lab.data import Picture, Sample
+from dropflow_lab.digits.dialogues import Dialogue
+from dropflow_lab.errors import InputError
+
+
+class FolderDialogues(Dataset[Dialogue]):
+    """One item for every `rounds` questions about a picture, in the order of the samples; the last may have fewer.
+
+    Pictures are opened when an item is asked for. Raises `InputError` for samples without an answer, or with several
+    pictures.
+    """
+
+    def __init__(self, samples: Sequence[Sample], rounds: int) -> None:
+        asked: dict[str, tuple[Picture, list[tuple[str, str]]]] = {}
+        for sample in samples:
+            if len(sample.pictures) != 1 or sample.answer is None:
+                found = f"{len(sample.pictures)} images" if sample.answer is not None else "no answer"
+                raise InputError(
+                    f"--data: expected one image and an answer in every line, found {found} where {sample.question!r} "
+                    f"is asked about {', '.join(picture.name for picture in sample.pictures)}"
+                )
+            (picture,) = sample.pictures
+            asked.setdefault(picture.name, (picture, []))[1].append((sample.question, sample.answer))
+        self._items = [
+            (picture, tuple(own[start : start + rounds]))
+            for picture, own in asked.values()
+            for start in range(0, len(own), rounds)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Dialogue:
+        picture, rounds = self._items[index]
+        return Dialogue(picture.open(), rounds)
