@@ -15,7 +15,7 @@ from dropflow_lab.comparison import compare
 from dropflow_lab.data import read_samples
 from dropflow_lab.digits.evaluate import evaluate
 from dropflow_lab.models import load_model
-from dropflow_lab.trace.recorder import record
+from dropflow_lab.trace import record
 
 
 @pytest.fixture(scope="module")
