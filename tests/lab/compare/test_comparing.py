@@ -147,9 +147,7 @@ def test_a_folder_of_questions_by_the_command(cli: Any, refused: Any, model_fold
     assert "agreement" in shown.stdout
     assert "half" in shown.stdout
     assert "--policies: nope: " in refused("compare", model_folder, "--policies", "nope", *options)
-    assert "names or paths with commas" in refused(
-        "compare", model_folder, "--policies", "", *options
-    )
+    assert "names or paths with commas" in refused("compare", model_folder, "--policies", "", *options)
     assert "--downsample" in refused("compare", model_folder, "--downsample", "few", *options)
     document = tmp_path / "results.md"
     document.write_text("# Results\n<!-- comparison -->\n<!-- end of comparison -->\n")
