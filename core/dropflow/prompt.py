@@ -126,10 +126,14 @@ def join_flags(
     anywhere, offset = torch.zeros_like(first), 0
     for modality, where in visual.items():
         rows = flags[modality].to(first.device)
-        if len(rows) != int(where.sum()):
+        found = int(where.sum())
+        if len(rows) != found:
+            remedy = "correct `modalities` or `visual_ids` of the adapter"
+            if len(rows) and found % len(rows) == 0:  # some families repeat features by code of their own
+                remedy = "generate one sequence per sample, without beams, if samples were repeated; or else " + remedy
             raise UnsupportedModel(
-                f"the prompt has {int(where.sum())} {modality} placeholders by the adapter's token ids, but the model "
-                f"encoded {len(rows)} rows of {modality} features; correct `modalities` or `visual_ids` of the adapter"
+                f"the prompt has {found} {modality} placeholders by the adapter's token ids, but the model encoded "
+                f"{len(rows)} rows of {modality} features; {remedy}"
             )
         table[where] = rows + offset * (torch.arange(columns, device=rows.device) == IMAGE)
         anywhere |= where

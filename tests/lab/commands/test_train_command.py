@@ -100,7 +100,7 @@ def test_a_folder_of_questions_is_trained_on(trained, model_folder, cli, tmp_pat
     result = cli("train", "--data", tmp_path / "data", *arguments)
     assert json.loads(result.stdout)["steps"] == 4
     before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "model"))
-    assert not torch.equal(before["lm_head.weight"].float(), after["lm_head.weight"])
+    assert [name for name in before if not torch.equal(before[name].float(), after[name])]
 
 
 def test_questions_about_one_picture_go_together(tmp_path) -> None:
