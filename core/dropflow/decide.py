@@ -101,28 +101,8 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
     """
     live, boundary = standing.live, standing.boundary
-    valid = live.take(standing.want)
-    image = torch.where(valid, live.take(prompt.scored), -1)
-    protected = live.take(prompt.protected) & valid
-    slots = live.slot.gather(1, prompt.queries)
-    call = PruneCall(
-        boundary=boundary,
-        hidden=standing.hidden,
-        index=live.index,
-        valid=valid,
-        image=image,
-        text=live.take(prompt.text) & valid,
-        protected=protected,
-        image_sizes=prompt.image_sizes,
-        queries=slots.clamp(min=0),
-        query_valid=prompt.query_valid & (slots >= 0),
-        window=standing.window,
-        entry=Entry(standing.embeds, torch.where(prompt.present, prompt.scored, -1)),
-        attention=attention,
-        tapped=tapped,
-        final_norm=standing.final_norm,
-        questions=prompt.questions,
-    )
+    call = _payload(prompt, standing, attention, tapped)
+    valid, image, protected = call.valid, call.image, call.protected
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     merge_into: Tensor | None = None
@@ -131,7 +111,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     log_weights: Tensor | None = None
     for name, stage in plan.prune_at[boundary]:
         asked = replace(call, differentiable=standing.training and stage.differentiable)
-        if prompt.carried is not None and name in plan.carries:
+        if prompt.carried is not None and stage.carries:
             asked = replace(asked, carried=live.take(prompt.carried[:, :, plan.carries[name]]))
         answer = plan.hooks.prune(asked, stage)
         if answer is None:
@@ -159,6 +139,33 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
     if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
         log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
     return Decision(want, scores, keeps, merge_into, merged_by, log_weights)
+
+
+def _payload(prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> PruneCall:
+    """What every stage of the boundary is told."""
+    live = standing.live
+    valid = live.take(standing.want)
+    image = torch.where(valid, live.take(prompt.scored), -1)
+    protected = live.take(prompt.protected) & valid
+    slots = live.slot.gather(1, prompt.queries)
+    return PruneCall(
+        boundary=standing.boundary,
+        hidden=standing.hidden,
+        index=live.index,
+        valid=valid,
+        image=image,
+        text=live.take(prompt.text) & valid,
+        protected=protected,
+        image_sizes=prompt.image_sizes,
+        queries=slots.clamp(min=0),
+        query_valid=prompt.query_valid & (slots >= 0),
+        window=standing.window,
+        entry=Entry(standing.embeds, torch.where(prompt.present, prompt.scored, -1)),
+        attention=attention,
+        tapped=tapped,
+        final_norm=standing.final_norm,
+        questions=prompt.questions,
+    )
 
 
 def _checked_merge(into: Tensor, image: Tensor, name: str, boundary: int) -> Int[Tensor, "batch slots"]:

@@ -150,7 +150,7 @@ class EncodeRun:
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
         self._grids = [self._backbone.grid(size) for size in sizes]
-        carries = sum(own.stop - own.start for own in self._plan.carries.values())
+        carries = max((columns.stop for columns in self._plan.carries.values()), default=0)
         self._rows = [Rows.whole(n, like, carries) for n in sizes]
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
@@ -229,7 +229,7 @@ class EncodeRun:
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
                 applied = [
-                    apply(answer, i, f, r, f"stages.{name}", self._plan.carries.get(name, slice(0, 0)))
+                    apply(answer, i, f, r, f"stages.{name}", self._plan.carries[name])
                     for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
                 ]
                 before = tuple(rows.places for rows in self._rows)

@@ -59,12 +59,11 @@ class Plan:
 
     @cached_property
     def carries(self) -> dict[str, slice]:
-        """Stage that hands values from `encode` to `prune` -> its columns of all that a row carries."""
-        found: dict[str, slice] = {}
+        """Stage -> its columns of all that a row carries from `encode` to `prune`, in policy order; none for most."""
+        found, start = {}, 0
         for name, stage in self.stages:
-            if stage.carries:
-                start = sum(own.stop - own.start for own in found.values())
-                found[name] = slice(start, start + stage.carries)
+            found[name] = slice(start, start + stage.carries)
+            start = found[name].stop
         return found
 
     @cached_property

@@ -49,9 +49,7 @@ class Rows:
         )
 
 
-def apply(
-    answer: Encode, image: int, features: Tensor, rows: Rows, where: str, columns: slice = slice(0, 0)
-) -> tuple[Tensor, Rows]:
+def apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str, columns: slice) -> tuple[Tensor, Rows]:
     """One image's part of a decision; raises `DecisionError` naming `where` if it does not fit.
 
     `columns` are those of the stage that decided, of all that rows carry.

@@ -22,3 +22,4 @@ def test_the_model_is_detached_afterwards(model_folder) -> None:
     model, processor = load_model(model_folder)
     for _ in range(2):  # a policy that stayed attached would refuse the second
         compare(model, processor, [sample_image()], "is there a 7 ?", load_policy(KEEP_ALL), 1)
+    assert not hasattr(model.config, "dropflow")

@@ -11,7 +11,7 @@ import typer
 
 from dropflow_lab.commands import bench_training
 from dropflow_lab.commands.digits import require_scikit_learn
-from dropflow_lab.commands.options import AsJson
+from dropflow_lab.commands.options import AsJson, Threads
 from dropflow_lab.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ app.command("gpu")(bench_training.gpu)
 _QUICK_ROUNDS = 3
 
 Repeats = Annotated[int, typer.Option(min=2, help="Rounds; every variant is timed once in each.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
 
 

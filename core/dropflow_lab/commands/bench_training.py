@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.commands.options import AsJson
+from dropflow_lab.commands.options import AsJson, Threads
 from dropflow_lab.output import chatter_to_stderr, emit, write_text
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision of weights and activations.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass.")]
 Rounds = Annotated[int, typer.Option("--repeats", min=2, help="Rounds; both variants are timed once in each.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropflow_lab.commands.options import AsJson, Overrides
+from dropflow_lab.commands.options import AsJson, Data, ModelArgument, Overrides
 from dropflow_lab.output import chatter_to_stderr, check_writable, emit, si, write_text
 
 if TYPE_CHECKING:
@@ -24,14 +24,12 @@ _NONE = "-"
 
 
 def compare(
-    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="Local model folder.")] = None,
+    model: ModelArgument = None,
     policies: Annotated[
         str,
         typer.Option(metavar="A,B,C", help=f"Names or paths, with commas; `{_ALL}`: every installed one."),
     ] = _ALL,
-    data: Annotated[
-        str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl.")
-    ] = "digits",
+    data: Data = "digits",
     questions: Annotated[int, typer.Option(min=1, help="Questions, the same ones for all.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the embedded questions.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results and for finished measurements.")] = Path(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.commands.options import AsJson
+from dropflow_lab.commands.options import AsJson, Data, ModelArgument
 from dropflow_lab.output import chatter_to_stderr, check_writable, emit
 
 if TYPE_CHECKING:
@@ -20,12 +20,8 @@ Boundary = Annotated[int | None, typer.Option(min=0, help="Boundary to use in pl
 
 
 def profile(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Local model folder; the embedded model without one.")
-    ] = None,
-    data: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder with images/ and data.jsonl, or `digits`.")
-    ] = "digits",
+    model: ModelArgument = None,
+    data: Data = "digits",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("profile"),
     questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the digits questions.")] = 7,

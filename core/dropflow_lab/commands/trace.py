@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropflow_lab.commands.options import AsJson, Overrides
+from dropflow_lab.commands.options import AsJson, ModelOption, Overrides
 from dropflow_lab.output import chatter_to_stderr, check_writable, emit, write_text
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def trace(
         ),
     ] = None,
     overrides: Overrides = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
-    ] = None,
+    model: ModelOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; 32 by default.")] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="The page; the trace goes beside it, as .json.")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dropflow_lab.commands.digits import require_scikit_learn
-from dropflow_lab.commands.options import AsJson, Overrides
+from dropflow_lab.commands.options import AsJson, Data, ModelOption, Overrides
 from dropflow_lab.output import chatter_to_stderr, emit
 
 
@@ -34,12 +34,8 @@ def train(
     policy: Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="Policy to train through.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the trained model; its runs lie in DIR/run.")],
     overrides: Overrides = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Local model folder; the embedded model without one.")
-    ] = None,
-    data: Annotated[
-        str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl.")
-    ] = "digits",
+    model: ModelOption = None,
+    data: Data = "digits",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, each learnt as if asked alone.")] = 12,

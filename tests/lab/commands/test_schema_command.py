@@ -27,7 +27,7 @@ def validator(cli) -> Draft202012Validator:
 
 @pytest.mark.parametrize("name", policy_files())
 def test_shipped_policies_are_valid(validator, name) -> None:
-    validator.validate(_data(policy_files()[name]))
+    assert [fault.message for fault in validator.iter_errors(_data(policy_files()[name]))] == []
 
 
 @pytest.mark.parametrize(
