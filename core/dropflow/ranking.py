@@ -46,9 +46,14 @@ def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, 
     behind = (call.image >= 0).cumsum(1) > 0
     last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
     text = behind & call.text & (slots <= last)
-    count = int(text.sum(1).max())
-    rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, len(slots) - count :]
-    return rows, text.gather(1, rows)
+    return columns_of(text)
+
+
+def columns_of(mask: Bool[Tensor, "batch columns"]) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
+    """Columns where each row is true, in order and filled up on the left, and which entries are no filling."""
+    most = int(mask.sum(1).max())
+    columns = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - most :]
+    return columns, mask.gather(1, columns)
 
 
 def row_parts(

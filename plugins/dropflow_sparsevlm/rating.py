@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow import PruneCall
-from dropflow.ranking import text_rows
+from dropflow.ranking import columns_of, text_rows
 
 
 def relevance(visual: Float[Tensor, "visual dim"], text: Float[Tensor, "text dim"]) -> Float[Tensor, "text"]:
@@ -54,6 +54,5 @@ def rater_rows(call: PruneCall) -> tuple[Int[Tensor, "batch raters"], Bool[Tenso
         visual = call.entry.embeds[sample, call.entry.image[sample] >= 0]
         if bool(own.any()):
             rate[sample, own] = raters(relevance(visual, call.entry.embeds[sample, index[sample, own]]))
-    count = int(rate.sum(1).max())
-    order = torch.argsort(rate.to(torch.uint8), dim=1, stable=True)[:, rows.shape[1] - count :]
-    return rows.gather(1, order), rate.gather(1, order)
+    order, real = columns_of(rate)
+    return rows.gather(1, order), real
