@@ -19,10 +19,10 @@ from training import Prompts, collate, freeze_tower
 from typer.testing import CliRunner
 
 import dropflow
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
-from dropflow_lab.cli import app
-from dropflow_lab.listing import stages_in_markdown
+from dropflow_lab.console.cli import app
+from dropflow_lab.explain.listing import stages_in_markdown
 from dropflow_lab.markdown import renew
 
 TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
@@ -144,11 +144,11 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
 
 
 def test_the_code_about_traces_runs(tmp_path: Path) -> None:
-    from dropflow_lab import digits
-    from dropflow_lab.prompts import build_inputs
+    from dropflow_lab.digits.checkpoints.model import load, sample_image
+    from dropflow_lab.inputs.prompts import build_inputs
 
-    model, processor = digits.load()
-    picture = digits.sample_image()
+    model, processor = load()
+    picture = sample_image()
     inputs = build_inputs(processor, [([picture], "what digit is yellow ?")])
     names = {"model": model, "processor": processor, "picture": picture, "inputs": inputs, "path": tmp_path / "t.json"}
     for block in blocks("docs/trace.md", "python"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dropflow import Backbone
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
 

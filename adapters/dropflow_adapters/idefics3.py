@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import IMAGE, START, TEXT, VISION, Picture, Tiny, pixels
-from dropflow.views import View
 
 
 class Idefics3(Backbone):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropflow import Backbone, Projections, Sublayers, VisionEncoder
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
+from dropflow.backbone.image_layout import View
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
-from dropflow.views import View
 
 PLAIN = {"clip_vision_model", "siglip_vision_model"}
 """Towers that give every image the same number of tokens, laid out row by row."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Picture, Tiny, pixels
-from dropflow.views import View
 
 
 class LlavaNext(Backbone):

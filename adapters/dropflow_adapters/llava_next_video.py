@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import VIDEO, Picture, Tiny, pixels
-from dropflow.views import View
 from dropflow_adapters.llava_next import LlavaNext, anyres_image, small
 
 

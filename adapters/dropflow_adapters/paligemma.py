@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dropflow import Backbone, Sublayers, VisionEncoder
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import END, IMAGE, START, TEXT, VIDEO, Picture, Tiny, pixels
-from dropflow.views import View
 
 
 class Qwen2VL(Backbone):

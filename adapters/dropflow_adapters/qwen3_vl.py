@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import END, START, VIDEO, Picture, Tiny
-from dropflow.views import View
 from dropflow_adapters.qwen2_vl import Qwen2VL, packed, packed_image, tokens_and_text, with_token_types
 
 

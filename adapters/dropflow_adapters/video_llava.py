@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import IMAGE, TEXT, VIDEO, VISION, Picture, Tiny, pixels, square_pictures
-from dropflow.views import View
 
 
 class VideoLlava(Backbone):

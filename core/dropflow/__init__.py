@@ -1,13 +1,14 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
 from dropflow import errors
-from dropflow.asking import asking
-from dropflow.backbone import Backbone, Projections, Sublayers, VisionEncoder
-from dropflow.cache_payloads import CacheCall, CacheKeep, CacheView
-from dropflow.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
-from dropflow.flow import Flow, attach
-from dropflow.hooks import hookimpl
-from dropflow.payloads import (
+from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder
+from dropflow.backbone.image_layout import View
+from dropflow.engine.attach.flow import Flow, attach
+from dropflow.engine.decoder.record import LayerReport, Report
+from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
+from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
+from dropflow.lifecycle.hooks import hookimpl
+from dropflow.lifecycle.payloads import (
     Encode,
     EncodeCall,
     Entry,
@@ -16,11 +17,10 @@ from dropflow.payloads import (
     PruneCall,
     WindowCall,
 )
-from dropflow.policy import Policy
-from dropflow.policy_file import load_policy
-from dropflow.record import LayerReport, Report
-from dropflow.stage import Forecast, Stage, StageContext, StageOptions, Window
-from dropflow.views import View
+from dropflow.lifecycle.questions import asking
+from dropflow.lifecycle.stage import Forecast, Stage, StageContext, StageOptions, Window
+from dropflow.policy.policy import Policy
+from dropflow.policy.policy_file import load_policy
 
 __all__ = [
     "Backbone",

@@ -22,8 +22,8 @@ from dropflow import (
     StageOptions,
     hookimpl,
 )
-from dropflow.ranking import text_rows
-from dropflow.stage import EncodeBoundary
+from dropflow.lifecycle.stage import EncodeBoundary
+from dropflow.operators.ranking import text_rows
 from dropflow.units import Depth, Tokens
 from dropflow_cdpruner.dpp import greedy_map, mean_cosine, rescaled, sharpened
 from dropflow_cdpruner.joint_space import JointSpace

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.selection import keep_top
+from dropflow.operators.selection import keep_top
 from dropflow.units import Depth, Tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.selection import top
+from dropflow.operators.selection import top
 from dropflow.units import Budget, Depth, Tokens
 from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.ranking import instruction_scores
-from dropflow.schedule import first_keep
-from dropflow.selection import divide, keep_top
+from dropflow.operators.ranking import instruction_scores
+from dropflow.operators.selection import divide, keep_top
+from dropflow.policy.schedule import first_keep
 from dropflow.units import Budget, Depth, Tokens
 from dropflow_hidrop.topk import soft_weights
 

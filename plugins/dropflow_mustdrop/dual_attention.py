@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.ranking import row_parts, text_rows
-from dropflow.selection import keep_top
+from dropflow.operators.ranking import row_parts, text_rows
+from dropflow.operators.selection import keep_top
 from dropflow.units import Budget, Depth, Tokens
 from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
 

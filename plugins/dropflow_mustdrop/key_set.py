@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.selection import top
+from dropflow.operators.selection import top
 from dropflow.units import Budget
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dropflow import CacheCall, CacheKeep, CacheView, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.selection import keep_top
+from dropflow.operators.selection import keep_top
 from dropflow.units import Depth, Tokens
 
 

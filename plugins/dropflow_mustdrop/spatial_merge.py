@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
 from dropflow.errors import DecisionError
-from dropflow.merging import merge_windows, window_members, window_similarity
+from dropflow.operators.merging import merge_windows, window_members, window_similarity
 from dropflow.units import Budget, Tokens
 
 

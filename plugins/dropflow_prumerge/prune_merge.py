@@ -11,9 +11,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.merging import first_places
-from dropflow.selection import top
-from dropflow.stage import EncodeBoundary
+from dropflow.lifecycle.stage import EncodeBoundary
+from dropflow.operators.merging import first_places
+from dropflow.operators.selection import top
 from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.ranking import instruction_scores, keep_best
+from dropflow.operators.ranking import instruction_scores, keep_best
 from dropflow.units import Depth, Tokens
 
 

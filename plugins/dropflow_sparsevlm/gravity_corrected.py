@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.ranking import row_parts
-from dropflow.selection import keep_top
+from dropflow.operators.ranking import row_parts
+from dropflow.operators.selection import keep_top
 from dropflow.units import Depth, Tokens
 from dropflow_sparsevlm.gravity import best_heads, gravity, guarded
 from dropflow_sparsevlm.rating import rater_rows

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.ranking import row_parts
-from dropflow.selection import keep_top
+from dropflow.operators.ranking import row_parts
+from dropflow.operators.selection import keep_top
 from dropflow.units import Budget, Depth, Tokens
 from dropflow_sparsevlm.rating import adaptive_count, rater_rows
 from dropflow_sparsevlm.recycling import clusters, recycled

@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.merging import first_places
-from dropflow.stage import EncodeBoundary
+from dropflow.lifecycle.stage import EncodeBoundary
+from dropflow.operators.merging import first_places
 from dropflow.units import Budget
 from dropflow_tome.matching import Matching, match, merge, schedule
 

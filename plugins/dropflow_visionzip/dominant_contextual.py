@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.merging import first_places
-from dropflow.stage import EncodeBoundary
+from dropflow.lifecycle.stage import EncodeBoundary
+from dropflow.operators.merging import first_places
 from dropflow.units import Budget, Tokens
 from dropflow_visionzip.contextual import contextual_tokens, split
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from unseen import UNSEEN
 
-from dropflow import Backbone, registry
+from dropflow import Backbone
+from dropflow.policy import registry
 from dropflow.testing import (
     BrokenGuarantee,
     Cell,

@@ -9,7 +9,7 @@ import torch
 from tiny import IMAGE, prompt, tiny_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig, ViTConfig
 
-from dropflow.backbone import FACTS, backbone_for
+from dropflow.backbone.backbone import FACTS, backbone_for
 from dropflow.errors import UnsupportedModel
 from dropflow.units import Shape
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from dropflow.backbone.image_layout import View
 from dropflow.testing.tiny import (
     END,
     IMAGE,
@@ -19,7 +20,6 @@ from dropflow.testing.tiny import (
     pixels,
     square_pictures,
 )
-from dropflow.views import View
 
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 24, "patch_size": 6, "vision_use_head": False}
 

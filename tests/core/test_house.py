@@ -52,7 +52,7 @@ def test_flash_attention_and_torchvision_are_never_imported() -> None:
 
 
 def test_every_hook_is_in_the_docs_with_its_signature() -> None:
-    from dropflow.hooks import HOOKS, Lifecycle
+    from dropflow.lifecycle.hooks import HOOKS, Lifecycle
 
     docs = Path(__file__).parents[2] / "docs" / "stages.md"
     if not docs.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dropflow_lab.cli import app
+from dropflow_lab.console.cli import app
 
 Cli = Callable[..., Result]
 
@@ -38,7 +38,7 @@ def refused(cli: Cli) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained LLaVA of four decoder layers and 144 visual tokens, and its processor."""
-    from dropflow_lab.digits import build_model, export
+    from dropflow_lab.digits.checkpoints.model import build_model, export
 
     folder = tmp_path_factory.mktemp("model")
     export(build_model(decoder_layers=4), folder)

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPConfig, CLIPModel
 
 import dropflow
+from dropflow.backbone.backbone import backbone_for
 from dropflow.errors import PolicyError, UnsupportedCall
 from dropflow.testing import assert_stage_conforms, tiny_models
 from dropflow_cdpruner.dpp import greedy_map, mean_cosine, rescaled, sharpened
@@ -201,7 +202,7 @@ def test_reference_rescales_over_all_images_of_a_sample(clip: str) -> None:
 
 @torch.no_grad()
 def test_a_long_question_is_read_in_segments(clip: str) -> None:
-    space = JointSpace(clip, dropflow.backbone.backbone_for(tiny_llava()), "stages.dpp.clip")
+    space = JointSpace(clip, backbone_for(tiny_llava()), "stages.dpp.clip")
     model = CLIPModel.from_pretrained(clip).eval()
     words = [WORDS.index(word) for word in LONG]
     start, end = WORDS.index("<s>"), WORDS.index("</s>")

@@ -13,7 +13,7 @@ from tiny import IMAGE, MIXED, Parts, policy, prompt, relative_error, tiny_llava
 import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl
 from dropflow.errors import DecisionError, PolicyError
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
 from dropflow.units import Shape
 from dropflow_control.draw import draw, fingerprint

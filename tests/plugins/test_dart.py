@@ -13,8 +13,8 @@ from tiny import IMAGE, policy, prompt, tiny_llava
 
 import dropflow
 from dropflow.errors import PolicyError
-from dropflow.plan import resolve
-from dropflow.selection import top
+from dropflow.operators.selection import top
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 

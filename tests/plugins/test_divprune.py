@@ -10,7 +10,7 @@ from method_goldens import FEW, recorded
 from tiny import IMAGE, policy, prompt, tiny_llava
 
 import dropflow
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_divprune.diversity import max_min
 

@@ -13,7 +13,7 @@ from watching import told, watched
 import dropflow
 from dropflow import Stage, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_hidrop.topk import soft_mask
 

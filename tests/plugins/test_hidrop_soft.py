@@ -9,7 +9,7 @@ import torch
 from tiny import BOS, IMAGE, policy, prompt, tiny_llava
 
 import dropflow
-from dropflow.relaxation import soft_top, standardised
+from dropflow.operators.relaxation import soft_top, standardised
 from dropflow.testing import assert_stage_conforms, tiny_models
 from dropflow_hidrop import concave_pyramid
 from dropflow_hidrop.topk import soft_weights

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow.errors import PolicyError
-from dropflow.selection import keep_top
+from dropflow.operators.selection import keep_top
 
 CACHE = {"use": "mustdrop/output-aware-cache", "at": 1}
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -191,7 +191,7 @@ def test_what_was_attended_to_follows_beams_and_crops(llava: Any) -> None:
 @torch.no_grad()
 def test_decoding_reads_no_attention_unless_asked(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tapped: list[str] = []
-    monkeypatch.setattr("dropflow.run.tap", lambda *_: tapped.append("tap"))
+    monkeypatch.setattr("dropflow.engine.decoder.run.tap", lambda *_: tapped.append("tap"))
     with dropflow.attach(llava, policy(cache=CACHE)):
         llava.generate(**prompt(), **BUDGET)
     assert not tapped

@@ -16,8 +16,8 @@ from watching import Watch, told
 
 import dropflow
 from dropflow import hookimpl
-from dropflow.cache import FlowLayer
-from dropflow.ranking import text_rows
+from dropflow.engine.tokens.cache import FlowLayer
+from dropflow.operators.ranking import text_rows
 from dropflow_mustdrop import DualAttention, equal_token_number
 
 LAYERS = 32

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mustdrop_goldens import golden, recorded_names
 from torch import Tensor
 
-from dropflow.merging import merge_windows, window_members, window_similarity
+from dropflow.operators.merging import merge_windows, window_members, window_similarity
 from dropflow_mustdrop.key_set import key_indices
 
 CASES = [(name, case) for name in recorded_names("merge_*") for case in golden(name).cases()]

@@ -13,7 +13,7 @@ from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow.errors import PolicyError
-from dropflow.selection import top
+from dropflow.operators.selection import top
 from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
 
 STAGE = {"use": "prumerge/prune-merge"}

@@ -9,7 +9,8 @@ import torch
 from tiny import policy, prompt, tiny_llava
 
 import dropflow
-from dropflow import EncodeCall, EncodeEvent, Stage, hookimpl, registry
+from dropflow import EncodeCall, EncodeEvent, Stage, hookimpl
+from dropflow.policy import registry
 from dropflow.testing import stage_entry
 from dropflow_tome import TokenMerging
 

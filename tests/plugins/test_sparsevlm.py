@@ -17,8 +17,8 @@ from watching import told, watched
 import dropflow
 from dropflow import Entry, PruneCall
 from dropflow.errors import PolicyError
-from dropflow.merging import mean_into
-from dropflow.plan import resolve
+from dropflow.operators.merging import mean_into
+from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
 from dropflow.units import Shape
 from dropflow_sparsevlm import TextGuided

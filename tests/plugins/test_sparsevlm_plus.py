@@ -18,7 +18,7 @@ from watching import told, watched
 
 import dropflow
 from dropflow import Entry, PruneCall
-from dropflow.attention import QueryKey
+from dropflow.engine.model.attention import QueryKey
 from dropflow.errors import DecisionError, PolicyError
 from dropflow_sparsevlm import GravityCorrected
 from dropflow_sparsevlm.gravity import best_heads, gravity, guarded

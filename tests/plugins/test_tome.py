@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import dropflow
 from dropflow import EncodeCall, Stage, hookimpl
 from dropflow.errors import PolicyError, UnsupportedModel
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_tome.matching import match, merge, schedule
 

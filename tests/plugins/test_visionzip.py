@@ -13,8 +13,8 @@ from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow.errors import PolicyError
-from dropflow.plan import resolve
-from dropflow.selection import top
+from dropflow.operators.selection import top
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_visionzip.contextual import contextual_tokens, split, targets
 

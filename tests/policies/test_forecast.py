@@ -10,7 +10,7 @@ from tiny import policy, prompt, tiny_llava
 
 import dropflow
 from dropflow.errors import DecisionError, PolicyError
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 
 KEYS = {"use": "mustdrop/key-set", "share": 0.3}  # ceil(0.3 * 16) = 5

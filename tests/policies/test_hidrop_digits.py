@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import dropflow
-from dropflow.plan import resolve
-from dropflow.stage import Window
+from dropflow.lifecycle.stage import Window
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.profile.rule import choose_keeps, choose_prunes
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import dropflow
-from dropflow.flops import LLAVA_7B, vision_only
-from dropflow.plan import resolve
+from dropflow.backbone.flops import LLAVA_7B, vision_only
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 
 SEGMENTS = {

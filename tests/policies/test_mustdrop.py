@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import dropflow
-from dropflow import Policy, registry
-from dropflow.plan import resolve
+from dropflow import Policy
+from dropflow.policy import registry
+from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
 from dropflow.units import Shape
 

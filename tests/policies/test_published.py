@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import dropflow
-from dropflow import registry
-from dropflow.flops import LLAVA_7B, vision_only
-from dropflow.plan import resolve
+from dropflow.backbone.flops import LLAVA_7B, vision_only
+from dropflow.policy import registry
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 
 LLAVA = Shape(32, 576)

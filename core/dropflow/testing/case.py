@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropflow.backbone import Backbone
-from dropflow.flow import Flow, attach
+from dropflow.backbone.backbone import Backbone
+from dropflow.engine.attach.flow import Flow, attach
 from dropflow.testing.tiny import SAMPLES, Part, Picture, Tiny
 
 BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

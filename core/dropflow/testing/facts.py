@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dropflow.backbone.image_layout import View
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.probes import Witness, policy, use
 from dropflow.testing.tiny import IMAGE, VIDEO, Picture
-from dropflow.views import View
 
 TOKENS, OWNER, GRID = "token ids", "image owner", "grid"
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from dropflow.engine.attach.flow import Flow
 from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
-from dropflow.flow import Flow
 from dropflow.testing.case import (
     BATCH,
     BUDGET,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dropflow import registry
-from dropflow.backbone import Backbone
+from dropflow.backbone.backbone import Backbone
 from dropflow.errors import PolicyError, UnsupportedModel
-from dropflow.policy_file import load_policy
-from dropflow.stage import Stage
+from dropflow.lifecycle.stage import Stage
+from dropflow.policy import registry
+from dropflow.policy.policy_file import load_policy
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.facts import check_facts
 from dropflow.testing.guarantees import CHECKS, evicts_while_decoding

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dropflow.backbone import Backbone, backbone_for
+from dropflow.backbone.backbone import Backbone, backbone_for
 
 
 class MaskedOracle:

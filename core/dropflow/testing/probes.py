@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropflow.hooks import hookimpl
-from dropflow.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
-from dropflow.selection import keep_top
-from dropflow.stage import Stage
+from dropflow.lifecycle.hooks import hookimpl
+from dropflow.lifecycle.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
+from dropflow.lifecycle.stage import Stage
+from dropflow.operators.selection import keep_top
 from dropflow.units import Budget
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dropflow.backbone import Backbone
-from dropflow.registry import ADAPTERS, load, names
-from dropflow.views import View
+from dropflow.backbone.backbone import Backbone
+from dropflow.backbone.image_layout import View
+from dropflow.policy.registry import ADAPTERS, load, names
 
 PAD, BOS, EOS, START, END, VIDEO, IMAGE = 0, 1, 2, 90, 91, 97, 98
 """Token ids of the tiny vocabulary; 3..89 are words, `START` and `END` may enclose an image."""

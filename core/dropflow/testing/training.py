@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dropflow.testing.case import GRADIENT_TOLERANCE, MASK, TOLERANCE, Case, relative_error, text_embeddings
 from dropflow.testing.oracle import MaskedOracle
-from dropflow.testing.selection import GivenWeights
+from dropflow.testing.soft_weights import GivenWeights
 
 
 def labelled(case: Case) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import dropflow
 from dropflow import Policy
-from dropflow.backbone import backbone_for
-from dropflow.plan import resolve
+from dropflow.backbone.backbone import backbone_for
+from dropflow.policy.plan import resolve
 from dropflow_lab.compare.answers import Answers, ask
-from dropflow_lab.data import DIGITS, Sample, read_samples
-from dropflow_lab.digits.evaluate import LONGEST_ANSWER, Score
-from dropflow_lab.finished import Finished, digest_of_code, digest_of_weights
+from dropflow_lab.compare.digits_accuracy import LONGEST_ANSWER, Score
+from dropflow_lab.compare.store import Finished, digest_of_code, digest_of_weights
+from dropflow_lab.inputs.data import DIGITS, Sample, read_samples
 
 DENSE = "dense"
 """Name of the row without a policy."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import dropflow
-from dropflow_lab.bench.flop_count import count_flops
-from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.bench.timing import Spread, interleaved, ratio
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 EMPTY: dict[str, Any] = {"name": "no-stages", "stages": {}}
 KEEP_ALL: dict[str, Any] = {"name": "keep-all", "stages": {"keep": {"use": "control/keep-all"}}}

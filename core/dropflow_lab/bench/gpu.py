@@ -10,11 +10,11 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 import dropflow
-from dropflow_lab.bench.machine import torch_threads
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.bench.timing import Spread, interleaved, ratio
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 from dropflow_lab.errors import InputError
+from dropflow_lab.measure.machine import torch_threads
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
-from dropflow_lab.bench.selection import metered
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.bench.timing import Spread, interleaved, ratio
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.selection_cost import metered
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 SHAPE = SubjectShape(layers=32, vision_hidden=128, vision_layers=4)
 """576 visual and 64 text tokens on 32 layers of width 512; half of the text lies behind the image and asks."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 import dropflow
-from dropflow_lab.bench.flop_count import count_flops
-from dropflow_lab.bench.machine import Machine, this_machine, torch_threads
-from dropflow_lab.bench.memory import peak_bytes
-from dropflow_lab.bench.subject import SHAPES, SubjectShape, build_batch, build_model, twin
-from dropflow_lab.bench.timing import Spread, interleaved, ratio
+from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_batch, build_model, twin
+from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.memory import peak_bytes
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 POLICY, OVERRIDES = "hidrop-64", ("rescale=true",)
 """HiDrop at 64 tokens, in proportion to the depth and the tokens of the model."""

@@ -11,9 +11,9 @@ from rich.progress import track
 
 import dropflow
 from dropflow import Policy
-from dropflow.backbone import backbone_for
-from dropflow_lab.data import Sample
-from dropflow_lab.prompts import build_inputs, generate
+from dropflow.backbone.backbone import backbone_for
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.prompts import build_inputs, generate
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from dropflow import Flow, Policy, asking, flops
-from dropflow.backbone import Backbone, backbone_for
-from dropflow.plan import resolve
-from dropflow_lab.bench.flop_count import count_flops
-from dropflow_lab.bench.memory import peak_bytes
-from dropflow_lab.bench.selection import SelectionMeter
-from dropflow_lab.bench.timing import Spread, no_garbage_collection, ratio
-from dropflow_lab.compare.stopwatch import Split, Stopwatch, features_of, wrapped
-from dropflow_lab.data import Sample
-from dropflow_lab.prompts import build_inputs
+from dropflow import Flow, Policy, asking
+from dropflow.backbone import flops
+from dropflow.backbone.backbone import Backbone, backbone_for
+from dropflow.policy.plan import resolve
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.prompts import build_inputs
+from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.memory import peak_bytes
+from dropflow_lab.measure.selection_cost import SelectionMeter
+from dropflow_lab.measure.stopwatch import Split, Stopwatch, features_of, wrapped
+from dropflow_lab.measure.timing import Spread, no_garbage_collection, ratio
 
 NEW_TOKENS = 8
 """Tokens generated in every timed call, so that all policies decode equally long."""

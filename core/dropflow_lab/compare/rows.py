@@ -8,8 +8,8 @@ from typing import Any
 
 from dropflow_lab.compare.answers import Answers
 from dropflow_lab.compare.cost import Cost
-from dropflow_lab.compare.intervals import Mean
-from dropflow_lab.data import Sample
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.measure.intervals import Mean
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow_lab.errors import InputError
 
 if TYPE_CHECKING:
-    from dropflow_lab.digits.dialogues import Dialogue
+    from dropflow_lab.digits.data.dialogues import Dialogue
 
 IGNORED = -100
 """Label of a token that is not learnt."""

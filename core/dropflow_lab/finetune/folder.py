@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from dropflow_lab.data import Picture, Sample
-from dropflow_lab.digits.dialogues import Dialogue
+from dropflow_lab.digits.data.dialogues import Dialogue
 from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.data import Picture, Sample
 
 
 class FolderDialogues(Dataset[Dialogue]):

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dropflow_lab.digits.optimizers import learning_rate, make_optimizers
+from dropflow_lab.digits.training.optimizers import learning_rate, make_optimizers
 
 _WARMUP = 20
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import dropflow
 from dropflow import Policy
-from dropflow_lab.digits.attention import use_fast_attention
+from dropflow_lab.digits.training.attention import use_fast_attention
 from dropflow_lab.errors import InputError
 from dropflow_lab.finetune.collate import Collator
 from dropflow_lab.finetune.optimizer import MuonAdamW, make_schedule

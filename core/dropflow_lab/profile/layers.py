@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dropflow import PruneCall
-from dropflow.backbone import backbone_for
-from dropflow_lab.data import Sample
+from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.profile.measures import cross_modal_similarity, ilvas, intra_modal_similarity
 from dropflow_lab.profile.observe import Groups, visual_attention, watching
-from dropflow_lab.prompts import build_inputs
 
 MODALITIES = ("system", "visual", "instruction")
 Curve = tuple[float | None, ...]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dropflow
 from dropflow import PruneCall, Stage, StageOptions, hookimpl
-from dropflow.policy import policy_from_dict
+from dropflow.policy.policy import policy_from_dict
 
 
 class WatchOptions(StageOptions):

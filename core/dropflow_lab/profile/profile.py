@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dropflow.backbone import backbone_for
-from dropflow.policy import Policy, policy_from_dict
-from dropflow_lab.data import Sample
+from dropflow.backbone.backbone import backbone_for
+from dropflow.policy.policy import Policy, policy_from_dict
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.profile.layers import LayerCurves, LayerMeter, other_pictures
 from dropflow_lab.profile.rule import Choice, Knobs, choose
 from dropflow_lab.profile.sweep import Quality, Tally, end_tokens, generate
-from dropflow_lab.prompts import build_inputs
 
 SCHEMA = "dropflow-profile/1"
 """Version of `profile.json`."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dropflow.schedule import first_keep, schedule
-from dropflow.stage import Window
+from dropflow.lifecycle.stage import Window
+from dropflow.policy.schedule import first_keep, schedule
 from dropflow.units import Budget
 from dropflow_lab.errors import InputError
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import dropflow
-from dropflow_lab.data import Sample
+from dropflow_lab.inputs.data import Sample
 
 
 @dataclass(frozen=True)

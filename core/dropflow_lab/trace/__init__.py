@@ -1,10 +1,10 @@
 """Traces: who was kept, merged, protected or dropped, where and by which stage; a page to look at, and replay."""
 
-from .asked import fingerprint, record, record_inputs
-from .edit import drop_patches, keep_patches
-from .page import page
-from .replay import Replay, replay_policy
-from .schema import Trace, TracedPrompt, TracedRun
+from dropflow_lab.trace.asked import fingerprint, record, record_inputs
+from dropflow_lab.trace.edit import drop_patches, keep_patches
+from dropflow_lab.trace.page import page
+from dropflow_lab.trace.replay import Replay, replay_policy
+from dropflow_lab.trace.schema import Trace, TracedPrompt, TracedRun
 
 __all__ = [
     "Replay",

@@ -11,7 +11,7 @@ import torch
 import dropflow
 from dropflow import Policy
 from dropflow_lab.errors import InputError
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.trace.build import traced_images, traced_run
 from dropflow_lab.trace.recorder import NAME, Recorder, watched
 from dropflow_lab.trace.schema import Trace, TracedImage, TracedPrompt, TracedRun

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Policy, Report
-from dropflow.prompt import Prompt
+from dropflow.engine.tokens.prompt import Prompt
 from dropflow_lab.errors import InputError
 from dropflow_lab.trace.replay import original_of
 from dropflow_lab.trace.schema import (

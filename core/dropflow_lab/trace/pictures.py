@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.inputs.prompts import build_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, Policy, Stage, StageContext, StageOptions, hookimpl
-from dropflow.policy import StageUse
+from dropflow.policy.policy import StageUse
 
 NAME = "(trace)"
 """Name of the recorder among the stages of a watched policy."""

@@ -27,8 +27,8 @@ from dropflow import (
     hookimpl,
 )
 from dropflow.errors import DecisionError, PolicyError
-from dropflow.policy import StageUse
-from dropflow.stage import EncodeBoundary
+from dropflow.lifecycle.stage import EncodeBoundary
+from dropflow.policy.policy import StageUse
 from dropflow_lab.trace.rows import made_again, shares
 from dropflow_lab.trace.schema import Pruning, Trace, TracedBoundary, TracedRun
 

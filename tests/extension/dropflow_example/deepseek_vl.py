@@ -3,7 +3,7 @@
 from typing import Any
 
 from dropflow import Backbone, Projections, VisionEncoder
-from dropflow.backbone import square
+from dropflow.backbone.backbone import square
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
 

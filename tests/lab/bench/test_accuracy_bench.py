@@ -14,7 +14,10 @@ from dropflow.errors import PolicyError
 from dropflow_lab.bench import accuracy as bench
 from dropflow_lab.bench.accuracy import AccuracyRow, bench_accuracy
 from dropflow_lab.compare.answers import Answers
-from dropflow_lab.digits import KINDS, Score, build_model, build_processor, evaluate, examples
+from dropflow_lab.compare.digits_accuracy import Score, evaluate
+from dropflow_lab.digits.checkpoints.model import build_model, build_processor
+from dropflow_lab.digits.data.dataset import examples
+from dropflow_lab.digits.data.questions import KINDS
 
 PRUNED = dropflow.load_policy(
     {

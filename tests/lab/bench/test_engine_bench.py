@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dropflow import load_policy
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
 from dropflow_lab.bench.engine import REDUCED, EngineBench, bench_engine
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, twin
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
 
 TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24, text_tokens=64, vocabulary=32)
 

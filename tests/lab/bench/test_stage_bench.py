@@ -8,12 +8,13 @@ from importlib.metadata import distribution
 import pytest
 import torch
 
-import dropflow.encode
-import dropflow.run
+import dropflow
 from dropflow import Keep, PruneCall, Stage, hookimpl
-from dropflow_lab.bench.selection import metered
+from dropflow.engine.decoder import run
+from dropflow.engine.vision import encode
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.stages import MEASURED, POLICIES, StageBench, bench_stages
-from dropflow_lab.bench.subject import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.measure.selection_cost import metered
 
 TOY = SubjectShape(
     layers=32, hidden=32, intermediate=64, heads=2, image_side=12, text_tokens=16, vocabulary=32, vision_layers=3
@@ -97,13 +98,13 @@ def test_taps_are_timed_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         def prune(self, call: PruneCall) -> None:
             call.attention_rows(0, call.queries)
 
-    taps = dropflow.run.tap, dropflow.encode.tap
+    taps = run.tap, encode.tap
     model = build_model(SMALL)
     with torch.no_grad(), metered(model, {"name": "tap", "stages": {"t": {"use": Taps}}}, "t") as meter:
         meter.measure(prefill_of(model, build_prompt(SMALL)))
     # opening the tap, seeing q and k, closing it, and the hook itself: four stretches of one tick
     assert meter.seconds == [4.0]
-    assert (dropflow.run.tap, dropflow.encode.tap) == taps
+    assert (run.tap, encode.tap) == taps
 
 
 def test_a_metered_model_answers_as_under_the_policy_itself() -> None:

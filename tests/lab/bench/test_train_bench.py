@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dropflow
-from dropflow.plan import resolve
+from dropflow.policy.plan import resolve
 from dropflow.units import Shape
-from dropflow_lab.bench.subject import SHAPES, build_batch, build_model
+from dropflow_lab.bench.random_llava import SHAPES, build_batch, build_model
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 
 TINY = replace(SHAPES["tiny"], batch=2)

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 import dropflow
-from dropflow.backbone import backbone_for
-from dropflow_lab.bench.selection import SelectionMeter
-from dropflow_lab.compare.comparing import fitting
+from dropflow.backbone.backbone import backbone_for
+from dropflow.policy import registry
+from dropflow.policy.plan import resolve
+from dropflow_lab.compare.compare import fitting
 from dropflow_lab.compare.cost import NEW_TOKENS, measure_cost
-from dropflow_lab.compare.stopwatch import Stopwatch
-from dropflow_lab.data import Sample, read_samples
-from dropflow_lab.models import load_model
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.inputs.data import Sample, read_samples
+from dropflow_lab.inputs.models import load_model
+from dropflow_lab.inputs.prompts import build_inputs
+from dropflow_lab.measure.selection_cost import SelectionMeter
+from dropflow_lab.measure.stopwatch import Stopwatch
 
-SHIPPED = sorted(dropflow.registry.policy_files())
+SHIPPED = sorted(registry.policy_files())
 TOO_DEEP = {"tome-r8", "tome-r16"}  # they merge in 23 layers of the vision encoder, and this one has 4
 OTHER_TOWER = {"cdpruner-64", "cdpruner-128"}  # they read the question with the CLIP that LLaVA's tower was taken from
 UNFIT = TOO_DEEP | OTHER_TOWER
@@ -90,7 +92,7 @@ def test_the_clock_gives_every_stretch_to_one_part(
     model, processor = loaded
     backbone = backbone_for(model)
     prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
-    plan = dropflow.plan.resolve(dropflow.load_policy(mild), backbone.shape)
+    plan = resolve(dropflow.load_policy(mild), backbone.shape)
     meter = SelectionMeter(plan)
     with dropflow.Flow(backbone, plan), monkeypatch.context() as patched:
         ticks = itertools.count()

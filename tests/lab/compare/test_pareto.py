@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dropflow_lab.compare.figure import draw, pareto_front
-from dropflow_lab.compare.intervals import Mean
 from dropflow_lab.compare.rows import Control, Row
+from dropflow_lab.measure.intervals import Mean
 
 Points = st.lists(st.tuples(st.integers(0, 9).map(float), st.integers(0, 9).map(float)), min_size=1, max_size=12)
 

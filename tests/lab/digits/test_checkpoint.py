@@ -8,15 +8,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dropflow_lab.digits import evaluate, load
-from dropflow_lab.digits.model import (
+from dropflow_lab.compare.digits_accuracy import evaluate
+from dropflow_lab.digits.checkpoints.model import (
     build_model,
     build_processor,
     checkpoint_path,
+    load,
     sample_image,
 )
-from dropflow_lab.digits.questions import VOCABULARY
-from dropflow_lab.digits.train import TEST_SEED
+from dropflow_lab.digits.data.questions import VOCABULARY
+from dropflow_lab.digits.training.train import TEST_SEED
 
 FLOOR = 0.9
 """Share of right answers on 60 questions; about three standard errors below the measured share."""

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from dropflow_lab.digits.dataset import examples, question_at
-from dropflow_lab.digits.model import build_processor
-from dropflow_lab.digits.questions import KINDS, VOCABULARY, ask_all
-from dropflow_lab.digits.scenes import draw_scene
+from dropflow_lab.digits.checkpoints.model import build_processor
+from dropflow_lab.digits.data.dataset import examples, question_at
+from dropflow_lab.digits.data.questions import KINDS, VOCABULARY, ask_all
+from dropflow_lab.digits.data.scenes import draw_scene
 
 NAMES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 

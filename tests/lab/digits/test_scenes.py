@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dropflow_lab.digits.scenes import CELL, COLORS, PATCH, draw_scene, render
+from dropflow_lab.digits.data.scenes import CELL, COLORS, PATCH, draw_scene, render
 
 
 def test_same_seed_same_scene_and_pixels():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dropflow_lab.digits.glyphs import SPLITS, digit_bank, digit_indices, photo_regions, photos
-from dropflow_lab.digits.scenes import draw_scene
+from dropflow_lab.digits.data.glyphs import SPLITS, digit_bank, digit_indices, photo_regions, photos
+from dropflow_lab.digits.data.scenes import draw_scene
 
 
 def _all_digits(split: str) -> set[int]:

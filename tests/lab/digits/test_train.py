@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dropflow_lab.digits import optimizers
-from dropflow_lab.digits.model import build_model
-from dropflow_lab.digits.packing import draw_batch
-from dropflow_lab.digits.recipe import SMOKE, Recipe
-from dropflow_lab.digits.train import train
-from dropflow_lab.digits.train_language import LanguagePhase
-from dropflow_lab.digits.train_vision import VisionPhase, patch_labels
+from dropflow_lab.digits.checkpoints.model import build_model
+from dropflow_lab.digits.training import optimizers
+from dropflow_lab.digits.training.packing import draw_batch
+from dropflow_lab.digits.training.recipe import SMOKE, Recipe
+from dropflow_lab.digits.training.train import train
+from dropflow_lab.digits.training.train_language import LanguagePhase
+from dropflow_lab.digits.training.train_vision import VisionPhase, patch_labels
 
 TINY = replace(
     SMOKE,

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dropflow
-from dropflow_lab.digits import evaluate, load
-from dropflow_lab.digits.model import checkpoint_path
+from dropflow_lab.compare.digits_accuracy import evaluate
+from dropflow_lab.digits.checkpoints.model import checkpoint_path, load
 
 POLICIES = {"hidrop": "hidrop-digits", "hidrop-90": "hidrop-digits-90"}
 FLOOR = 0.8

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import dropflow
-from dropflow_lab.digits import Example, build_model, build_processor
-from dropflow_lab.digits.dialogues import Dialogue, Dialogues
-from dropflow_lab.digits.evaluate import build_inputs
+from dropflow_lab.compare.digits_accuracy import build_inputs
+from dropflow_lab.digits.checkpoints.model import build_model, build_processor
+from dropflow_lab.digits.data.dataset import Example
+from dropflow_lab.digits.data.dialogues import Dialogue, Dialogues
 from dropflow_lab.errors import InputError
 from dropflow_lab.finetune import Collator
 

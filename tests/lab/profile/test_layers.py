@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from dropflow import PruneCall
-from dropflow.backbone import backbone_for
+from dropflow.backbone.backbone import backbone_for
 from dropflow.testing import tiny_models
-from dropflow_lab.data import Picture, Sample, read_samples
 from dropflow_lab.errors import InputError
-from dropflow_lab.models import load_model
+from dropflow_lab.inputs.data import Picture, Sample, read_samples
+from dropflow_lab.inputs.models import load_model
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.profile.layers import LayerMeter, other_pictures
 from dropflow_lab.profile.measures import cross_modal_similarity, ilvas, intra_modal_similarity
 from dropflow_lab.profile.observe import Groups, watching
-from dropflow_lab.prompts import build_inputs
 
 LAYERS = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dropflow.stage import Window
+from dropflow.lifecycle.stage import Window
 from dropflow_lab.errors import InputError
 from dropflow_lab.profile.rule import (
     Knobs,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dropflow.policy import policy_from_dict
-from dropflow_lab.data import Sample, read_samples
-from dropflow_lab.models import load_model
+from dropflow.policy.policy import policy_from_dict
+from dropflow_lab.inputs.data import Sample, read_samples
+from dropflow_lab.inputs.models import load_model
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.profile.sweep import (
     Answers,
     Tally,
@@ -18,7 +19,6 @@ from dropflow_lab.profile.sweep import (
     same_answers,
     shared_positions,
 )
-from dropflow_lab.prompts import build_inputs
 
 END = 9
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from dropflow.plan import resolve
-from dropflow.policy_file import load_policy
+from dropflow.policy.plan import resolve
+from dropflow.policy.policy_file import load_policy
 from dropflow.units import Shape
 from dropflow_lab.profile import Choice, Knobs, Profile, Settings, policy_of, policy_yaml
 from dropflow_lab.profile.layers import LayerCurves

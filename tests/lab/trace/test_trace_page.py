@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import policy, prompt, tiny_llava
 
 from dropflow import load_policy
-from dropflow_lab import digits
+from dropflow_lab.digits.checkpoints.model import load, sample_image
 from dropflow_lab.trace import Trace, page, record, record_inputs
 from dropflow_lab.trace.pictures import seen_pictures
 
@@ -63,7 +63,7 @@ def test_no_text_of_a_trace_becomes_markup_and_nothing_is_fetched() -> None:
 
 
 def test_pictures_are_those_the_model_saw() -> None:
-    _, processor = digits.load()
+    _, processor = load()
     wide = Image.new("RGB", (200, 100), (200, 40, 40))
     (seen,) = seen_pictures(processor, [wide], "what digit is red ?", 1)
     assert seen is not None
@@ -73,12 +73,12 @@ def test_pictures_are_those_the_model_saw() -> None:
 
 
 def traced_digits(question: str = "read all digits row by row .") -> tuple[Any, Any, Trace]:
-    model, processor = digits.load()
+    model, processor = load()
     evicting = load_policy(
         policy(**EVICTS) | {"name": "evicting"}, ["stages.filter.keep.2=60", "stages.cache.budget=20"]
     )
     return model, processor, record(
-        model, processor, [digits.sample_image()], question, [load_policy("mixed-digits"), evicting], 4
+        model, processor, [sample_image()], question, [load_policy("mixed-digits"), evicting], 4
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, opened: Any) -> tuple[Any, T
     model.generation_config.eos_token_id = None
     trace = trace.model_copy(update={"prompt": trace.prompt.model_copy(update={"question": HOSTILE})})
     file: Path = tmp_path_factory.mktemp("page") / "trace.html"
-    pictures = seen_pictures(processor, [digits.sample_image()], "what digit is red ?", 1)
+    pictures = seen_pictures(processor, [sample_image()], "what digit is red ?", 1)
     file.write_text(page(trace, pictures), encoding="utf-8")
     tab, noticed = opened(file)
     return tab, trace, noticed

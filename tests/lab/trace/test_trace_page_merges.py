@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import policy
 
 from dropflow import load_policy
-from dropflow_lab import digits
+from dropflow_lab.digits.checkpoints.model import load, sample_image
 from dropflow_lab.trace import Trace, page, record
 
 MERGING = {
@@ -32,9 +32,9 @@ SKY = (90, 140, 190)
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory: pytest.TempPathFactory, opened: Any) -> Iterator[tuple[Any, Trace]]:
     """A page of policies that merge, over a picture of one colour."""
-    model, processor = digits.load()
+    model, processor = load()
     policies = [load_policy(which | {"name": name}) for name, which in MERGING.items()]
-    trace = record(model, processor, [digits.sample_image()], "read all digits row by row .", policies, 3)
+    trace = record(model, processor, [sample_image()], "read all digits row by row .", policies, 3)
     file: Path = tmp_path_factory.mktemp("page") / "merging.html"
     file.write_text(page(trace, [Image.new("RGB", (96, 96), SKY)]), encoding="utf-8")
     tab, noticed = opened(file)

@@ -15,9 +15,9 @@ from tiny import HIDROP, policy, prompt, tiny_llava
 import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl, load_policy
 from dropflow.errors import DecisionError, PolicyError
-from dropflow_lab import digits
+from dropflow_lab.digits.checkpoints.model import load, sample_image
 from dropflow_lab.errors import InputError
-from dropflow_lab.prompts import build_inputs
+from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.trace import Trace, drop_patches, keep_patches, record, record_inputs, replay_policy
 from dropflow_lab.trace.edit import read_patches
 from dropflow_lab.trace.follow import follow
@@ -117,8 +117,8 @@ THREE_LAYERS = ["stages.merge.layers=3", "stages.merge.r=16"]
     ],
 )
 def test_published_policies_on_the_embedded_model(name: str, overrides: list[str]) -> None:
-    model, processor = digits.load()
-    picture = digits.sample_image()
+    model, processor = load()
+    picture = sample_image()
     pictures = [picture, ImageOps.mirror(picture)] if name == "mixed-digits" else [picture]
     question = "read all digits row by row ."
     which = load_policy(name, ["rescale=true", *overrides])

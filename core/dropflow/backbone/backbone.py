@@ -1,0 +1,284 @@
+"""What a backbone adapter says: where a model's parts are and which of its tokens are visual, never what to do."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dropflow.backbone.flops import TextShape
+from dropflow.backbone.image_layout import View
+from dropflow.backbone.wrapped import unwrapped
+from dropflow.errors import UnsupportedModel, nearest
+from dropflow.policy.registry import ADAPTERS, load, names
+from dropflow.units import Shape
+
+if TYPE_CHECKING:
+    from dropflow.testing.tiny import Tiny
+
+MODALITIES = ("image", "video")
+"""What a core encodes by `get_image_features` and `get_video_features`."""
+FACTS = {
+    "vision_layers": "its vision encoder's layers, which stages can work in front of",
+    "cls": "a CLS row in the vision encoder, whose attention ranks patches",
+    "projector": "a projector that maps the patch rows of the features one by one",
+    "sublayers": "the attention and feed-forward part of a vision layer, which stages can work between",
+    "grid": "the patch grid of every image",
+    "final_norm": "the norm behind the text decoder's last layer",
+    "rotary": "the cos and sin by which every layer of the text decoder turns q and k",
+}
+"""What a stage may need of a backbone, by name."""
+FALLBACK = "auto"
+"""Name of the adapter that serves models whose `model_type` no adapter claims."""
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The two residual branches of one layer of a vision encoder."""
+
+    attention: Any
+    """Module that returns a pair whose first part is added to the residual."""
+    feed_forward: Any
+    """Module whose output is added to the residual."""
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """The part of the vision tower that `encode` stages may work inside of."""
+
+    owner: Any
+    """Module whose `layers` attribute is iterated once per forward."""
+    prefix: int
+    """Tokens in front of the patches, such as 1 for a CLS token; they are never dropped."""
+    has_cls: bool
+    """Whether the first prefix token is a CLS token whose attention ranks patches."""
+    feature_layer: int
+    """Boundary whose tokens are handed to the projector: the output of layer `feature_layer - 1`."""
+    select_prefix: int
+    """Prefix tokens still present in the features handed to the projector."""
+    projector: Any = None
+    """Module that gets the features, patch rows alone, and maps them one by one; `None` where there is none such."""
+    sublayers: Callable[[Any], Sublayers] | None = None
+    """Attention and feed-forward module of a layer, for stages that work between the two; `None` where unknown."""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the encoder."""
+        return len(self.owner._modules["layers"])
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The modules of one decoder layer that project normed hidden states to q, k and v, each with `out_features`."""
+
+    query: Any
+    key: Any
+    value: Any
+
+
+class Backbone:
+    """One model, as the engine sees it. Subclass it per family and register it under the config's `model_type`.
+
+    The defaults fit the three-level shape that transformers gives its vision-language models (head, core with
+    `get_image_features`, text decoder with `layers`); a family overrides what differs.
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
+    gridded: bool = False
+    """Whether `views` gives every image a patch grid although images differ in size."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def tiny(cls) -> Tiny | None:
+        """A tiny random model of the family and prompts for it, for the conformance kit; `None` where none is given."""
+        return None
+
+    @property
+    def core(self) -> Any:
+        """The module that merges image features into the prompt and calls the text decoder."""
+        return self.model.base_model
+
+    @property
+    def text(self) -> Any:
+        """The text decoder whose `layers` attribute is iterated once per forward."""
+        return self.model.get_decoder()
+
+    @property
+    def vision(self) -> VisionEncoder | None:
+        """Where the vision encoder's layers are; `None` where stages cannot work inside it.
+
+        Stages can where the encoder's rows reach the LLM one by one: not where the projector pools or shuffles
+        neighbours together, or where images are cut into tiles and joined again.
+        """
+        return None
+
+    def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
+        """Where a decoder layer projects q, k and v, so that ranking computes only what it reads.
+
+        `None` (also right for a fused projection) makes the engine compute all three for all live tokens.
+        """
+        return None
+
+    @property
+    def final_norm(self) -> Callable[[Tensor], Tensor] | None:
+        """The norm behind the text decoder's last layer; `None` where it is not its module `norm`."""
+        norm: Callable[[Tensor], Tensor] | None = self.text._modules.get("norm")
+        return norm
+
+    @property
+    def linear_positions(self) -> bool:
+        """Whether a token's position is one number, the same for all layers, so that positions can be renumbered."""
+        parameters = getattr(self.text.config, "rope_parameters", None) or {}
+        by_layer_type = any(isinstance(value, Mapping) for value in parameters.values())
+        return "mrope_section" not in parameters and not by_layer_type
+
+    def rotary(self, like: Tensor, position_ids: Int[Tensor, "batch tokens"]) -> Any:
+        """What the text decoder hands its layers as `position_embeddings`, for these positions, in dtype of `like`."""
+        return self.text.rotary_emb(like, position_ids)
+
+    @property
+    def turns_pairs(self) -> bool:
+        """Whether every layer turns pairs of q and k by the cos and sin (batch, tokens, dims) that it is given.
+
+        Not taken for granted where kinds of layers share one RoPE, as in some of these decoders one kind is not turned
+        at all; an adapter that knows its family overrides this.
+        """
+        config = self.text.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        parameters = getattr(config, "rope_parameters", None) or {}
+        alike = len(kinds) < 2 or kinds <= parameters.keys()
+        layer = self.text._modules["layers"][0]
+        given = "position_embeddings" in inspect.signature(layer.forward).parameters
+        return given and alike and not hasattr(config, "no_rope_layers")
+
+    @property
+    def shape(self) -> Shape:
+        """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
+        return Shape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Placeholders of one image, where every image has the same number."""
+        return None
+
+    @property
+    def text_shape(self) -> TextShape:
+        """Widths of the text decoder, for FLOPs and KV bytes."""
+        return TextShape.of(self.text.config)
+
+    @property
+    def visual_ids(self) -> dict[str, int]:
+        """Modality -> id of its placeholder token."""
+        found = {name: getattr(self.model.config, f"{name}_token_id", None) for name in self.modalities}
+        return {name: int(token) for name, token in found.items() if token is not None}
+
+    def placeholders(
+        self, input_ids: Int[Tensor, "batch tokens"], modality: str | None = None
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Which tokens of the prompt stand for image features, of one modality or of any."""
+        ids = [token for name, token in self.visual_ids.items() if modality in (None, name)]
+        return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))
+
+    def embedded_placeholders(self, inputs_embeds: Tensor, modality: str | None = None) -> Bool[Tensor, "batch tokens"]:
+        """The same for a prompt given as embeddings (batch, tokens, dim): those equal to a placeholder's embedding."""
+        table = self.model.get_input_embeddings()
+        found = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        for name, token in self.visual_ids.items():
+            if modality in (None, name) and token < table.num_embeddings:
+                embedded: Tensor = table(torch.tensor(token, device=inputs_embeds.device))
+                found |= (inputs_embeds == embedded).all(-1)
+        return found
+
+    def brings(self, arguments: Mapping[str, Any]) -> frozenset[str]:
+        """Modalities that a call of the core brings features or pixels of."""
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        found = {modality for modality, value in encoded.items() if value is not None}
+        for name, value in arguments.items():
+            if value is not None and (name.startswith("pixel_values") or name == "image_patches"):
+                found.add("video" if name == "pixel_values_videos" else "image")
+        return frozenset(found)
+
+    def has_images(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of the core brings image features of its own."""
+        return bool(self.brings(arguments))
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:  # noqa: ARG002
+        """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where that does not tell."""
+        return None
+
+    def views(
+        self,
+        modality: str,  # noqa: ARG002
+        sizes: Sequence[int],
+        arguments: Mapping[str, Any],  # noqa: ARG002
+    ) -> list[list[View]]:
+        """The images (pictures, tiles, frames) inside each entry of the features that the core encodes.
+
+        `sizes` are the rows of each entry. `arguments` are those of `get_image_features` or `get_video_features`;
+        empty where the features were encoded elsewhere. By default every entry is one image.
+        """
+        return [[View(size, self.grid(size))] for size in sizes]
+
+    def added(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
+        """What the text decoder adds to visual states behind its first layers, taken out of its arguments.
+
+        Returns the arguments without it, and per layer which tokens (batch, tokens) boolean receive which rows
+        (visual tokens, dim). The default knows the two arguments by which transformers passes deepstack features.
+        """
+        rows, where = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
+        if rows is None or where is None:
+            return dict(arguments), ()
+        return {**arguments, "deepstack_visual_embeds": None}, tuple((where, own) for own in rows)
+
+    def facts(self) -> frozenset[str]:
+        """The facts this backbone can give: those in `FACTS`."""
+        vision, known = self.vision, set()
+        if vision is not None:
+            found = {"vision_layers": True, "cls": vision.has_cls, "projector": vision.projector is not None}
+            found["sublayers"] = vision.sublayers is not None
+            known |= {fact for fact, given in found.items() if given}
+        if self.final_norm is not None:
+            known.add("final_norm")
+        if self.turns_pairs:
+            known.add("rotary")
+        fixed = self.tokens_per_image
+        if self.gridded or (fixed is not None and self.grid(fixed) is not None):
+            known.add("grid")
+        return frozenset(known)
+
+
+def square(tokens: int) -> tuple[int, int] | None:
+    """Square grid of `tokens` patches; `None` for a number that is no square."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
+
+
+def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Backbone:
+    """Wrap a model in its adapter: a class, a registered name, or by default the name that is its `model_type`.
+
+    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. Of a
+    model wrapped by torch.compile, PEFT or DistributedDataParallel, the one inside is served, by whichever it is then
+    called.
+    Raises `UnsupportedModel` for a model that cannot be served, saying why.
+    """
+    model = unwrapped(model)
+    if isinstance(adapter, type):
+        return adapter(model)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    known = names(ADAPTERS)
+    if adapter is None and kind not in known and FALLBACK not in known:
+        raise UnsupportedModel(
+            f"no adapter for a model of type {kind!r}; {nearest(kind, known)} "
+            "Pass `adapter=` with a name or a Backbone subclass (see docs/write-an-adapter.md)"
+        )
+    backbone: Backbone = load(ADAPTERS, adapter or (kind if kind in known else FALLBACK))(model)
+    return backbone

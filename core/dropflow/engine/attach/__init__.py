@@ -1,0 +1,1 @@
+"""Attaching: the model's hooks, the call, and what is refused."""

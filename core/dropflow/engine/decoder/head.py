@@ -1,0 +1,59 @@
+"""With labels, the LM head and the loss run on live positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.engine.tokens.live_set import LiveSet
+
+
+def live_states(
+    hidden: Float[Tensor, "batch slots dim"], live: LiveSet, wanted: Bool[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "1 rows dim"], Int[Tensor, "batch tokens"]]:
+    """States from which all `wanted` positions can be read, each once, and the row that each position reads.
+
+    Rows are the live tokens of all samples in order. A position reads the last live token at or before it; -1 where
+    there is none or nobody wants it.
+    """
+    slot = live.slot
+    used = torch.zeros(live.index.shape, dtype=torch.bool, device=hidden.device)
+    used.scatter_(1, slot.clamp(min=0), (slot >= 0) & wanted)
+    number = used.flatten().long().cumsum(0).view(used.shape) - 1
+    rows = torch.where((slot >= 0) & wanted, number.gather(1, slot.clamp(min=0)), -1)
+    return hidden[used][None], rows
+
+
+def loss_of(
+    model: Any, logits: Float[Tensor, "1 rows vocabulary"], rows: Int[Tensor, "batch tokens"], loss: Mapping[str, Any]
+) -> Tensor:
+    """The model's own loss of `logits` (one row per live token), for labels given per logical token.
+
+    Position t predicts the label at t + 1 from its row. A label whose position has no live token at or before it is
+    predicted by zero logits.
+    """
+    arguments = dict(loss)
+    targets = shifted(arguments.pop("labels")).to(rows.device)
+    asked = targets != -100
+    index = rows[asked]
+    picked = logits[0]
+    if not torch.equal(index, torch.arange(len(picked), device=index.device)):  # copied only where rows are shared
+        picked = picked[index.clamp(min=0)].masked_fill((index < 0)[:, None], 0)
+    value: Tensor = model.loss_function(
+        logits=picked[None], labels=None, shift_labels=targets[asked][None], vocab_size=picked.shape[-1], **arguments
+    )
+    return value
+
+
+def shifted(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """The label that each position predicts: its successor's, -100 (ignored) for the last one."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def full_logits(logits: Float[Tensor, "1 rows vocabulary"], rows: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Logits of every position (batch, tokens, vocabulary); zeros where a position has no row."""
+    return logits[0][rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)

@@ -1,0 +1,1 @@
+"""How the parts of an unmodified model are reached."""

@@ -1,0 +1,127 @@
+"""Which logical token each entry of a layer's KV cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dropflow.engine.tokens.live_set import LiveSet
+
+PADDING = -2
+"""Image number of entries that hold padding of the prompt."""
+PROTECTED = 1 << 40
+"""Added to the image number of entries that no stage may drop."""
+
+
+class KeyIndex:
+    """The tokens behind the first entries of a layer's cache; immutable, and shared by a run of layers.
+
+    Entries appended later (generated tokens) are implicit: entry `len(self) + j` holds logical token `length + j`, so
+    decoding changes nothing here.
+    """
+
+    def __init__(
+        self,
+        logical: Int[Tensor, "batch entries"],
+        valid: Bool[Tensor, "batch entries"] | None,
+        image: Int[Tensor, "batch entries"],
+        length: int,
+        dropped: Int[Tensor, "batch"] | None = None,
+    ) -> None:
+        self.logical = logical
+        """Logical index of the token in each entry."""
+        self.valid = valid
+        """False for padding entries; `None` where there are none."""
+        self.image = image
+        """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding."""
+        self.length = length
+        """Logical tokens seen when the explicit entries were written."""
+        self.dropped = dropped
+        """Tokens of each sample, padding excluded, that are missing here; `None` for none, or where nobody counts."""
+        self._last: tuple[Any, KeyIndex] | None = None
+
+    @classmethod
+    def plain(cls, batch: int, length: int, device: torch.device) -> KeyIndex:
+        """A cache of `length` text tokens from which nothing was dropped."""
+        logical = torch.arange(length, device=device).expand(batch, -1)
+        return cls(logical, None, torch.full_like(logical, -1), length)
+
+    def __len__(self) -> int:
+        return self.logical.shape[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every logical token is held, in order, so that the model's own mask fits as it is."""
+        return self.valid is None and len(self) == self.length
+
+    def upto(self, length: int) -> KeyIndex:
+        """The same with implicit entries up to `length` logical tokens made explicit."""
+        if length == self.length:
+            return self
+        batch, device = self.logical.shape[0], self.logical.device
+        more = torch.arange(self.length, length, device=device).expand(batch, -1)
+        valid = None if self.valid is None else torch.cat((self.valid, torch.ones_like(more, dtype=torch.bool)), 1)
+        image = torch.cat((self.image, torch.full_like(more, -1)), 1)
+        return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped)
+
+    def followed_by(
+        self, live: LiveSet, image: Int[Tensor, "batch tokens"], dropped: Int[Tensor, "batch"] | None = None
+    ) -> KeyIndex:
+        """The same with the live tokens of a further call appended (call `upto` first); `dropped` are its others."""
+        logical = torch.cat((self.logical, self.length + live.index), 1)
+        valid = None
+        if self.valid is not None or live.valid is not None:
+            old = torch.ones_like(self.logical, dtype=torch.bool) if self.valid is None else self.valid
+            new = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
+            valid = torch.cat((old, new), 1)
+        slots = live.take(image) if live.valid is None else torch.where(live.valid, live.take(image), -1)
+        image = torch.cat((self.image, slots), 1)
+        return KeyIndex(logical, valid, image, self.length + live.total, _sum(self.dropped, dropped))
+
+    def rows(self, key: Any, rows: Callable[[], Tensor]) -> KeyIndex:
+        """Samples picked by `rows()`; layers that share this index and ask with the same `key` share the answer."""
+        if self._last is None or self._last[0] is not key:
+            picked = rows().to(self.logical.device)
+            valid = None if self.valid is None else self.valid[picked]
+            dropped = None if self.dropped is None else self.dropped[picked]
+            self._last = (key, KeyIndex(self.logical[picked], valid, self.image[picked], self.length, dropped))
+        return self._last[1]
+
+    def compacted(self, kept: LiveSet) -> KeyIndex:
+        """Only the entries in the slots of `kept`, a live set over entries."""
+        valid = kept.valid
+        if self.valid is not None:
+            taken = kept.take(self.valid)
+            valid = taken if valid is None else valid & taken
+        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image), self.length)
+        index.dropped = _sum(self.dropped, self.tokens - index.tokens)
+        return index
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch"]:
+        """Tokens of each sample that are held, padding excluded."""
+        held = self.image != PADDING
+        return (held if self.valid is None else held & self.valid).sum(1)
+
+    def without_last(self, count: int) -> KeyIndex:
+        """The same without its last `count` entries, which must be the last `count` logical tokens, all of them text.
+
+        Raises `ValueError` otherwise: a dropped or visual token cannot be taken back.
+        """
+        tail = slice(len(self) - count, None)
+        expected = torch.arange(self.length - count, self.length, device=self.logical.device)
+        if count > len(self) or not bool(((self.logical[:, tail] == expected) & (self.image[:, tail] < 0)).all()):
+            raise ValueError("only text tokens at the end of the cache can be cropped, not visual ones")
+        head = slice(0, len(self) - count)
+        valid = None if self.valid is None else self.valid[:, head]
+        return KeyIndex(self.logical[:, head], valid, self.image[:, head], self.length - count, self.dropped)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second

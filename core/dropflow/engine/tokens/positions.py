@@ -1,0 +1,54 @@
+"""Compact positions: after every drop the tokens that are left are renumbered without gaps, layer by layer.
+
+The position of a token in a layer is the one the model gave it, less the tokens of its sample that are missing in front
+of it there. So a generated token stands at the length of that layer's cache, and cached keys are never rotated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.masks import restrict_argument
+
+IDS, EMBEDDINGS = "position_ids", "position_embeddings"
+"""The arguments of a decoder layer that say where its tokens stand."""
+
+
+def renumbered(
+    arguments: Mapping[str, Any],
+    live: LiveSet,
+    valid: Bool[Tensor, "batch tokens"] | None,
+    dropped: Int[Tensor, "batch"] | None,
+    rotary: Callable[[Tensor], Any],
+) -> dict[str, Any]:
+    """Position arguments of a layer for the live tokens, counted without the dropped ones.
+
+    Without `dropped` (tokens missing from the layer's cache) the model's own values are gathered, those of each token's
+    rank among the live ones; otherwise `rotary` makes embeddings for the new position ids (batch, slots).
+    """
+    own = {name: arguments[name] for name in (IDS, EMBEDDINGS) if name in arguments}
+    if not live.everything:
+        ranks = ranked(live, valid)
+        own = {name: restrict_argument(value, ranks) for name, value in own.items()}
+    if dropped is None:
+        return own
+    ids = own[IDS] - dropped.to(own[IDS].device)[:, None]
+    return {IDS: ids, EMBEDDINGS: rotary(ids)}
+
+
+def ranked(live: LiveSet, valid: Bool[Tensor, "batch tokens"] | None) -> LiveSet:
+    """The slots of `live`, each naming the token that had its rank before any drop; padding slots name any."""
+    batch, slots = live.index.shape
+    place = torch.arange(slots, device=live.index.device).expand(batch, -1)
+    if live.valid is not None:
+        place = (place - (slots - live.valid.sum(1, keepdim=True))).clamp(min=0)
+    if valid is not None:
+        # a stable sort of booleans puts the tokens that are no padding first, in order
+        place = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True).gather(1, place)
+    return LiveSet(place, live.valid, live.total)

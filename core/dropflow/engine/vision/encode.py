@@ -1,0 +1,276 @@
+"""One pass through the vision encoder under a policy: which rows are left, and which placeholder each one fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dropflow.backbone.image_layout import View, flags, split
+from dropflow.engine.decoder.probe import Arguments, with_hidden
+from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.model.sublayers import in_two
+from dropflow.engine.model.tap import tap, uncompiled
+from dropflow.engine.vision.rows import Rows, apply
+from dropflow.errors import DecisionError, UnsupportedModel
+from dropflow.lifecycle.events import EncodeStep
+from dropflow.lifecycle.payloads import EncodeCall
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone, VisionEncoder
+    from dropflow.lifecycle.stage import EncodeBoundary
+    from dropflow.policy.plan import Plan
+
+
+class EncodeRun:
+    """State of one call of `get_image_features`."""
+
+    def __init__(self, plan: Plan, backbone: Backbone) -> None:
+        self._plan, self._backbone = plan, backbone
+        self._vision: VisionEncoder | None = backbone.vision
+        self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
+        self._extra = 0
+        """Prefix tokens that have become rows: those still present in the encoder's output."""
+        self._tapped: dict[int, QueryKey] = {}
+        self._seen: list[list[Rows]] = []
+        """Rows that the attention of each layer that has run has seen."""
+        self._features: list[Rows] | None = None
+        """Rows of the features that the projector gets, once their layer has run."""
+        self._prefix_rows: Tensor | None = None
+        """Prefix rows (images, prefix, dim) beside these features."""
+        self._rows: list[Rows] = []
+        self._sizes: list[int] = []
+        self._grids: list[tuple[int, int] | None] = []
+        self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
+        """What the stages decided, if somebody watches."""
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run vision layer `number` on the rows the stages left."""
+        vision = self._vision
+        assert vision is not None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            self._begin([hidden.shape[1] - vision.prefix] * hidden.shape[0], hidden)
+        hidden = self._decide_inside(number, hidden)
+        args, kwargs = self._masked(*with_hidden(hidden, args, kwargs), hidden)
+        self._seen.append(list(self._rows))
+        if number in self._taps:
+            with tap(vision.owner.config._attn_implementation, lambda seen: self._keep_tapped(number, seen)):
+                output = self._run(number, layer, (args, kwargs), tapped=True)
+        else:
+            output = self._run(number, layer, (args, kwargs), tapped=False)
+        if number == vision.feature_layer - 1:
+            self._features, self._prefix_rows = list(self._rows), output[:, : vision.prefix]
+        return output
+
+    def _run(self, number: int, layer: nn.Module, arguments: Arguments, *, tapped: bool) -> Any:
+        args, kwargs = arguments
+        if not self._plan.encode_at.get(number + 0.5):
+            return (uncompiled(layer) if tapped else layer)(*args, **kwargs)
+        assert self._vision is not None
+        assert self._vision.sublayers is not None  # the policy is refused otherwise
+        parts = self._vision.sublayers(layer)
+        return in_two(layer, parts, arguments, partial(self._decide_inside, number + 0.5))
+
+    def features(self, rows: Float[Tensor, "images rows dim"]) -> Float[Tensor, "images rows dim"]:
+        """What the projector gets instead of `rows`: the features as the stages at `features` leave them."""
+        assert self._features is not None
+        assert self._vision is not None
+        assert self._prefix_rows is not None
+        self._rows, stages = self._features, self._plan.encode_at["features"]
+        own = [row[: len(left.places)] for row, left in zip(rows, self._rows, strict=True)]
+        decided = self._decide("features", own, stages, self._prefix_rows, self._vision.prefix)
+        self._features = list(self._rows)
+        return pad_sequence(decided, batch_first=True)
+
+    def finish(
+        self, entries: Sequence[Tensor], views_of: Callable[[Sequence[int]], list[list[View]]]
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
+        """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
+
+        `views_of` says which images are inside entries of given sizes.
+        """
+        vision, extra = self._vision, 0
+        if self._features is not None:
+            assert vision is not None
+            self._extra = extra = vision.select_prefix
+            self._rows = [rows.behind(extra) for rows in self._features]
+            self._sizes = [size + extra for size in self._sizes]
+            views = views_of(self._sizes)
+            features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
+            whole = list(features)
+        else:
+            views = views_of([len(rows) for rows in entries])
+            whole = [rows for _, rows in split(entries, views)]
+            features = [
+                rows[~view.extra(rows.device)] if view.has_extra else rows for view, rows in split(entries, views)
+            ]
+            self._begin([view.patches for own in views for view in own], entries[0])
+        stages = self._plan.encode_at.get(None, ())
+        if stages:
+            self._grids = [view.grid for own in views for view in own]
+            none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
+            features = self._decide(None, features, stages, none, 0 if vision is None else vision.prefix - extra)
+        return self._refilled(views, whole, features, entries[0][:0])
+
+    def _refilled(
+        self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor], empty: Tensor
+    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
+        """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
+        full, tables, first = [], [], 0
+        for own in views:
+            last = first + len(own)
+            rows, kept = self._rows[first:last], []
+            for view, row in zip(own, rows, strict=True):
+                keep = row.protected.new_zeros(view.patches)
+                keep[row.places] = True
+                kept.append(keep)
+            parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
+            full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty)
+            protected = [
+                torch.zeros_like(k).index_copy(0, r.places, r.protected) for k, r in zip(kept, rows, strict=True)
+            ]
+            carried = [
+                r.carried.new_zeros(len(k), r.carried.shape[1]).index_copy(0, r.places, r.carried)
+                for k, r in zip(kept, rows, strict=True)
+            ]
+            tables.append(flags(own, first, full[-1].device, kept, protected, carried))
+            first = last
+        return full, tables
+
+    def _keep_tapped(self, number: int, seen: QueryKey) -> None:
+        self._tapped[number] = replace(seen, causal=False)
+
+    def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
+        self._sizes = list(sizes)
+        self._grids = [self._backbone.grid(size) for size in sizes]
+        carries = max((columns.stop for columns in self._plan.carries.values()), default=0)
+        self._rows = [Rows.whole(n, like, carries) for n in sizes]
+
+    def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
+        """Arguments of a layer with the mask that its rows need, if any."""
+        mask = self._mask(hidden)
+        if mask is None:
+            return args, kwargs
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, kwargs | {"attention_mask": mask}
+
+    def _mask(self, hidden: Tensor) -> Tensor | None:
+        """Hides the padding of images that have fewer rows than others, and lets merged rows weigh what they are.
+
+        `None` where all images have the same number of rows and no row weighs more than one.
+        """
+        assert self._vision is not None
+        prefix, implementation = self._vision.prefix, self._vision.owner.config._attn_implementation
+        counts = [len(rows.places) for rows in self._rows]
+        weighs = any(rows.proportional for rows in self._rows)
+        if len(set(counts)) == 1 and not weighs:
+            return None
+        keys = torch.arange(hidden.shape[1], device=hidden.device)
+        seen = keys < prefix + torch.tensor(counts, device=hidden.device)[:, None]
+        if "flash" in implementation:
+            if weighs:
+                raise UnsupportedModel(
+                    "vision encoder: flash attention cannot weigh merged rows by their sizes; load the vision tower "
+                    "with 'sdpa' or 'eager' attention, or switch proportional attention off"
+                )
+            return seen
+        wide = seen[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+        if implementation != "eager" and not weighs:
+            return wide
+        bias = torch.zeros(seen.shape, device=hidden.device)
+        for image, rows in enumerate(self._rows):
+            if rows.proportional:
+                bias[image, prefix : prefix + len(rows.places)] = rows.sizes.float().log()
+        bias = bias.to(hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        return bias[:, None, None, :].expand_as(wide)
+
+    def _decide_inside(self, boundary: int | float, hidden: Tensor) -> Tensor:
+        """Hidden states (images, prefix + rows, dim) as the stages at a boundary of the encoder leave them."""
+        stages = self._plan.encode_at.get(boundary, ())
+        if not stages:
+            return hidden
+        assert self._vision is not None
+        prefix = hidden[:, : self._vision.prefix]
+        own = [hidden[i, prefix.shape[1] :][: len(rows.places)] for i, rows in enumerate(self._rows)]
+        decided = self._decide(boundary, own, stages, prefix, prefix.shape[1])
+        return torch.cat((prefix, pad_sequence(decided, batch_first=True)), 1)
+
+    def _decide(
+        self,
+        boundary: EncodeBoundary,
+        features: list[Tensor],
+        stages: Sequence[tuple[str, Any]],
+        prefix_rows: Tensor,
+        prefix: int,
+    ) -> list[Tensor]:
+        """Ask the stages one after the other, each seeing the rows that the one before has left."""
+        for name, stage in stages:
+            call = EncodeCall(
+                boundary=boundary,
+                features=tuple(features),
+                prefix_rows=prefix_rows,
+                places=tuple(rows.places for rows in self._rows),
+                sizes=tuple(rows.sizes for rows in self._rows),
+                grids=tuple(self._grids),
+                prefix=prefix,
+                has_cls=self._vision is not None and self._vision.has_cls,
+                attention=lambda layer, rows: row_attention(self._query_key(layer), rows),
+                columns=self._columns,
+                tapped=self._query_key,
+            )
+            answer = self._plan.hooks.encode(call, stage)
+            if answer is not None:
+                applied = [
+                    apply(answer, i, f, r, f"stages.{name}", self._plan.carries[name])
+                    for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
+                ]
+                before = tuple(rows.places for rows in self._rows)
+                features, self._rows = [f for f, _ in applied], [r for _, r in applied]
+                if self.steps is not None and answer.decides:
+                    places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
+                    self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
+        return features
+
+    def _absolute(self, layer: int) -> int:
+        return layer if layer >= 0 or self._vision is None else layer + self._vision.depth
+
+    def _query_key(self, layer: int) -> QueryKey:
+        number = self._absolute(layer)
+        if number not in self._tapped:
+            raise DecisionError(
+                f"attention of vision layer {layer}: list the layer in the stage's `vision_taps`, and ask for it at a "
+                "boundary behind it"
+            )
+        return self._tapped[number]
+
+    def _columns(self, layer: int) -> tuple[Tensor, ...]:
+        """Keys of vision layer `layer` that the present rows were when it ran."""
+        vision, number = self._vision, self._absolute(layer)
+        assert vision is not None  # a policy with vision taps is refused without one
+        found = []
+        for now, then in zip(self._rows, self._seen[number], strict=True):
+            if now.rewritten != then.rewritten:
+                raise DecisionError(
+                    f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
+                    "them; read a layer behind the merging, or ask before it"
+                )
+            places = then.behind(self._extra).places
+            found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
+        return tuple(found)
+
+
+def _filled(view: View, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
+    """The rows of one image (view.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
+    if len(own) == view.tokens:
+        return own
+    patch = (~view.extra(own.device)).nonzero()[:, 0]
+    full = own.new_zeros(view.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
+    return torch.where(view.extra(own.device)[:, None], whole, full) if view.has_extra else full

@@ -1,0 +1,57 @@
+"""What `decode_cache` receives and returns; letters in shapes as in `payloads.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.lifecycle.payloads import RowAttention
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What one decoder layer's KV cache holds."""
+
+    layer: int
+    index: Int[Tensor, "batch keys"]
+    """Logical index of each entry."""
+    valid: Bool[Tensor, "batch keys"]
+    image: Int[Tensor, "batch keys"]
+    """Image number of visual entries; -1 for text, generated tokens and padding."""
+    protected: Bool[Tensor, "batch keys"]
+    """Entries an `encode` stage protects: they stay whatever the answer says."""
+    memory: Tensor | None
+    """What this stage last noted of each entry (batch, keys); 0 for entries that came later, `None` before any note."""
+
+
+@dataclass(frozen=True)
+class CacheCall:
+    """Payload of `decode_cache`: every layer's cache, after prefill (`step` 0) or at a decode step."""
+
+    step: int
+    """Tokens generated since the prefill."""
+    tokens: int
+    """Tokens of this call: one while decoding, more where drafts are verified or a turn of text is read."""
+    layers: tuple[CacheView, ...]
+    attention: RowAttention
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention probabilities of query rows of this call, for a layer the stage lists in `taps`."""
+        return self.attention(layer, rows)
+
+
+@dataclass(frozen=True)
+class CacheKeep:
+    """Decision of `decode_cache`."""
+
+    keep: Mapping[int, Bool[Tensor, "batch keys"]]
+    """Layer -> entries that stay; layers left out are untouched, text and protected entries stay in any case."""
+    memory: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> a number for each entry (batch, keys), given back to the stage when it is next asked.
+
+    Notes are kept with the cache, so that they follow their entries through evictions, crops and beams, and calls of
+    other conversations never see them.
+    """

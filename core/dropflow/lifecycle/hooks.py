@@ -1,0 +1,130 @@
+"""The lifecycle: hook specifications for pluggy, and a typed facade that asks stages in policy order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import pluggy
+
+from dropflow.errors import DecisionError
+
+if TYPE_CHECKING:
+    from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep
+    from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent
+    from dropflow.lifecycle.payloads import Encode, EncodeCall, Exit, Keep, PruneCall, WindowCall
+    from dropflow.lifecycle.stage import Stage
+
+PROJECT = "dropflow"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Lifecycle:
+    """The hooks a stage may implement; each gets one frozen payload and returns a decision or `None`."""
+
+    @hookspec
+    def encode(self, call: EncodeCall) -> Encode | None:
+        """Keep, merge or protect the tokens of each image, inside the vision encoder or on its output."""
+
+    @hookspec
+    def inject(self, call: WindowCall) -> int | None:
+        """Return the boundary (0..L) from which vision is live; asked once per prefill."""
+
+    @hookspec
+    def prune(self, call: PruneCall) -> Keep | None:
+        """Return which live tokens stay, at a boundary the stage names in `prune_at`."""
+
+    @hookspec
+    def exit(self, call: WindowCall) -> int | Exit | None:
+        """Return the boundary (0..L) from which no vision is live; asked once per prefill."""
+
+    @hookspec
+    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
+        """Return the cache entries to keep per layer, after prefill and at decode steps the stage asks for."""
+
+    @hookspec
+    def observe_encode(self, event: EncodeEvent) -> None:
+        """Watch what became of the images of one call of the vision encoder; an observer can change nothing."""
+
+    @hookspec
+    def observe(self, event: BoundaryEvent) -> None:
+        """Watch what was applied at a boundary; an observer can change nothing."""
+
+    @hookspec
+    def observe_cache(self, event: CacheEvent) -> None:
+        """Watch what the caches hold behind the prefill or a decode step; an observer can change nothing."""
+
+
+HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))
+
+
+class Hooks:
+    """Asks the stages of one policy, in policy order (pluggy alone would call the last registered first)."""
+
+    def __init__(self, stages: Sequence[tuple[str, Stage[Any]]]) -> None:
+        """Register `stages`; a method marked `hookimpl` that is no hook raises pluggy's `PluginValidationError`."""
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(Lifecycle)
+        for name, stage in stages:
+            manager.register(stage, name)
+        manager.check_pending()
+        self._callers: dict[str, list[tuple[str, Stage[Any], Any]]] = {hook: [] for hook in HOOKS}
+        for hook in HOOKS:
+            for name, stage in stages:
+                others = [other for _, other in stages if other is not stage]
+                caller = manager.subset_hook_caller(hook, remove_plugins=others)
+                if caller.get_hookimpls():
+                    self._callers[hook].append((name, stage, caller))
+
+    def implementers(self, hook: str) -> list[tuple[str, Stage[Any]]]:
+        """Stages that implement `hook`, in policy order, with their names in the policy."""
+        return [(name, stage) for name, stage, _ in self._callers[hook]]
+
+    def watched(self, hook: str) -> bool:
+        """Whether any stage implements `hook`."""
+        return bool(self._callers[hook])
+
+    def encode(self, call: EncodeCall, stage: Stage[Any]) -> Encode | None:
+        """The answer of one stage at one boundary of the vision encoder, or on its output."""
+        return cast("Encode | None", next((answer for _, answer in self._ask("encode", stage, call=call)), None))
+
+    def inject(self, call: WindowCall) -> Iterator[tuple[str, int]]:
+        """Boundaries from which vision is live, as answered in policy order."""
+        return cast("Iterator[tuple[str, int]]", self._ask("inject", None, call=call))
+
+    def prune(self, call: PruneCall, stage: Stage[Any]) -> Keep | None:
+        """The answer of one stage at one boundary."""
+        return cast("Keep | None", next((answer for _, answer in self._ask("prune", stage, call=call)), None))
+
+    def exit(self, call: WindowCall) -> Iterator[tuple[str, int | Exit]]:
+        """Boundaries from which no vision is live, as answered in policy order."""
+        return cast("Iterator[tuple[str, int | Exit]]", self._ask("exit", None, call=call))
+
+    def decode_cache(self, call: CacheCall, stage: Stage[Any]) -> CacheKeep | None:
+        """The answer of one stage about the cache."""
+        return cast("CacheKeep | None", next((a for _, a in self._ask("decode_cache", stage, call=call)), None))
+
+    def observe_encode(self, event: EncodeEvent) -> None:
+        """Tell every observer; what they return is ignored, here and below."""
+        self._tell("observe_encode", event)
+
+    def observe(self, event: BoundaryEvent) -> None:
+        """Tell every observer of boundaries."""
+        self._tell("observe", event)
+
+    def observe_cache(self, event: CacheEvent) -> None:
+        """Tell every observer of caches."""
+        self._tell("observe_cache", event)
+
+    def _tell(self, hook: str, event: object) -> None:
+        for _ in self._ask(hook, None, event=event):
+            pass
+
+    def _ask(self, hook: str, only: Stage[Any] | None, **payload: Any) -> Iterator[tuple[str, Any]]:
+        for name, stage, caller in self._callers[hook]:
+            if only is None or only is stage:
+                try:
+                    yield from [(name, answer) for answer in caller(**payload)]
+                except DecisionError as error:
+                    raise DecisionError(f"stages.{name}: {str(error).removeprefix(f'stages.{name}: ')}") from error

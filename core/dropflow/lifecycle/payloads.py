@@ -1,0 +1,275 @@
+"""The frozen payloads that lifecycle hooks receive, and the decisions they return.
+
+Letters in shapes: B samples, T logical tokens, M slots (live tokens of the longest sample; shorter ones are padded on
+the left), H query heads, R query rows, K keys, D hidden size, n_i rows of image i, C width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.errors import DecisionError
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.engine.model.attention import QueryKey
+    from dropflow.lifecycle.stage import EncodeBoundary, Window
+
+RowAttention = Callable[[int, Tensor], Tensor]
+Columns = Callable[[int], tuple[Tensor, ...]]
+Lazily = Callable[[], tuple[Tensor, ...]]
+Tapped = Callable[[int], "QueryKey"]
+HeadRows = Float[Tensor, "heads rows dim"]
+
+
+@dataclass(frozen=True)
+class WindowCall:
+    """Payload of `inject` and `exit`: what is known before the first decoder layer runs."""
+
+    backbone: Backbone
+    visual_tokens: Int[Tensor, "batch"]
+    """Visual tokens of each sample that reach the LLM."""
+    text_tokens: Int[Tensor, "batch"]
+    """Text tokens of each sample in this call, padding excluded."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What entered the LLM in this call, by logical token, before any layer ran."""
+
+    embeds: Float[Tensor, "batch tokens dim"]
+    """Text embeddings and projected image features, those that an `encode` stage made included."""
+    image: Int[Tensor, "batch tokens"]
+    """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Decision of `exit`, where it is more than the boundary."""
+
+    boundary: int
+    """From which no vision is live."""
+    keep_asking: bool = False
+    """Let visual tokens that an answer is predicted from live to the end; no stage may drop them."""
+
+
+@dataclass(frozen=True)
+class PruneCall:
+    """Payload of `prune`: the live tokens in front of one decoder layer, one slot each."""
+
+    boundary: int
+    hidden: Float[Tensor, "batch slots dim"]
+    index: Int[Tensor, "batch slots"]
+    """Logical index of the token in each slot."""
+    valid: Bool[Tensor, "batch slots"]
+    """False in padding slots, which a keep mask may hold anything for."""
+    image: Int[Tensor, "batch slots"]
+    """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding. Where `generate`
+    repeats samples, as for beams, the images of every copy have numbers of their own.
+
+    An image is what has a patch grid of its own: a picture, a tile of a large one, or a frame of a video. Visual
+    tokens that are no patches, such as newlines, count as text here and go with the last patch of their line.
+    """
+    text: Bool[Tensor, "batch slots"]
+    """Text tokens; visual tokens that are no patches, such as newlines, are neither text nor part of an image."""
+    protected: Bool[Tensor, "batch slots"]
+    """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
+    image_sizes: tuple[int, ...]
+    """Patches each image had at entry to the LLM, by image number."""
+    queries: Int[Tensor, "batch rows"]
+    """Slots of the instruction tokens: the last one of the prompt, or with labels the last one of every round."""
+    query_valid: Bool[Tensor, "batch rows"]
+    """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
+    window: Window
+    """Where vision enters and exits in this call."""
+    entry: Entry
+    attention: RowAttention
+    tapped: Tapped
+    final_norm: Callable[[Tensor], Tensor] | None
+    """The norm behind the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
+
+    carried: Float[Tensor, "batch slots carries"] | None = None
+    """What this stage's `encode` gave each patch to carry (`Encode.carry`), float32; 0 for all other tokens."""
+    questions: tuple[str, ...] | None = None
+    """What each sample asks, as text, for stages with `reads_questions`."""
+    differentiable: bool = False
+    """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
+    `hidden` then carry them, and `Keep.weights` are applied."""
+
+    def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
+        """Keys of an earlier layer that the stage lists in `taps`, behind k-norm and RoPE, for the slots.
+
+        Raises `DecisionError` where the live set has changed since that layer ran.
+        """
+        return self.tapped(layer).key[:, :, -self.index.shape[1] :]
+
+    def rotary(self, layer: int) -> tuple[Float[Tensor, "batch slots dims"], Float[Tensor, "batch slots dims"]]:
+        """cos and sin by which an earlier layer that the stage lists in `taps` turned q and k of the slots.
+
+        Every angle stands twice, once for either number of the pair it turns; a head wider than `dims` is turned in
+        that part only. For stages that need the fact `rotary`. Raises `DecisionError` as `keys`, and where the layer
+        was given something else.
+        """
+        found = self.tapped(layer).rotary
+        if not isinstance(found, tuple) or len(found) != 2 or any(part.dim() != 3 for part in found):
+            raise DecisionError(
+                f"layer {layer}: expected cos and sin of shape (batch, tokens, dims) as its `position_embeddings`, got "
+                f"{type(found).__name__}; the adapter should not state the fact 'rotary' (see `Backbone.turns_pairs`)"
+            )
+        cos, sin = (part.to(self.index.device).expand(len(self.index), -1, -1) for part in found)
+        return cos, sin
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention probabilities of a few query rows of one layer, as the eager model would show them.
+
+        `layer` is the boundary itself (its norm, q, k and RoPE are applied to the live tokens, nothing is written to
+        the cache), or an earlier layer the stage lists in `taps`. `rows` are slots. Softmax runs in float32 over all
+        keys the row may see, so values over the visual tokens do not sum to 1. The last M keys are the slots; keys of
+        earlier turns, if any, come first. Only R rows are computed, never a K x K map.
+
+        Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
+        stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
+        """
+        with torch.set_grad_enabled(self.differentiable):
+            return self.attention(layer, rows)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Decision of `prune`."""
+
+    mask: Bool[Tensor, "batch slots"]
+    """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
+    scores: Float[Tensor, "batch slots"] | None = None
+    """What the stage ranked by, for observers."""
+    weights: Float[Tensor, "batch slots"] | None = None
+    """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
+
+    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
+    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
+    """
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
+
+    The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
+    layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
+    image; a named token names its own slot. Entries of text and padding are ignored.
+    """
+
+
+@dataclass(frozen=True)
+class EncodeCall:
+    """Payload of `encode`: the rows of each image, inside the vision encoder or on its output."""
+
+    boundary: EncodeBoundary
+    """The one of the stage's `encode_at` that is being asked; `None` is the projected output in front of the LLM."""
+    features: tuple[Float[Tensor, "rows dim"], ...]
+    """Patch rows of each image (picture, tile or frame), without CLS and newline rows."""
+    prefix_rows: Float[Tensor, "images prefix dim"]
+    """Rows (such as CLS) that the encoder holds in front of the patches; behind the projector, none are given."""
+    places: tuple[Int[Tensor, "rows"], ...]
+    """For each row, which of the image's patches it stands for (0-based, ascending, row by row of the grid)."""
+    sizes: tuple[Float[Tensor, "rows"], ...]
+    """Patches that each row is the mean of, as the stages that merged them said; 1 for a row nobody has merged."""
+    grids: tuple[tuple[int, int] | None, ...]
+    """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
+    prefix: int
+    """Rows (such as CLS) that the vision encoder holds in front of the patches."""
+    has_cls: bool
+    """Whether the encoder's first row is a CLS row, whose attention ranks patches."""
+    attention: RowAttention
+    columns: Columns
+    """Which keys of a tapped layer the present rows of each image were."""
+    tapped: Tapped
+
+    def query_keys(
+        self, layer: int
+    ) -> tuple[tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads rows dim"]], ...]:
+        """q and k of a tapped vision layer for the prefix and the present rows of each image, before any scaling.
+
+        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention`.
+        """
+        seen, columns = self.tapped(layer), self.columns(layer)
+        first = torch.arange(self.prefix, device=seen.key.device)
+        own = [torch.cat((first, of_image)) for of_image in columns]
+        return tuple((seen.query[i, :, rows], seen.key[i, :, rows]) for i, rows in enumerate(own))
+
+    def attention_rows(self, layer: int, rows: Int[Tensor, "images rows"]) -> Float[Tensor, "images heads rows keys"]:
+        """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
+
+        Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0. A
+        negative `layer` counts from the encoder's end.
+        """
+        return self.attention(layer, rows)
+
+    def cls_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
+        """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.
+
+        One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
+        `DecisionError` where rows were merged since that layer ran.
+        """
+        rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
+        weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
+        return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))
+
+    def received_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
+        """Attention that each present row gets from all of them in a tapped vision layer, mean over rows and heads.
+
+        For encoders without a CLS row. It costs the work of one attention map, in slices much smaller than the map;
+        errors as `cls_attention`.
+        """
+        columns = self.columns(layer)
+        longest = max(len(own) for own in columns)
+        asks = torch.stack([torch.nn.functional.pad(own, (0, longest - len(own)), value=-1) for own in columns])
+        total: Tensor | None = None
+        heads = 1
+        start = 0
+        while start < longest:  # the number of heads is known from the first, single row on
+            part = asks[:, start : start + max(1, longest // (4 * heads))] if start else asks[:, :1]
+            weights = self.attention(layer, part.clamp(min=0))
+            heads, start = weights.shape[1], start + part.shape[1]
+            seen = (weights.mean(1) * (part >= 0)[:, :, None]).sum(1)  # (images, keys)
+            total = seen if total is None else total + seen
+        if total is None:
+            raise ValueError("received_attention: no image has any row")
+        return tuple(total[i, own] / max(len(own), 1) for i, own in enumerate(columns))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Decision of `encode`; one entry per image in each tuple, `None` for what it leaves alone."""
+
+    keep: tuple[Bool[Tensor, "rows"], ...] | None = None
+    """Rows that stay."""
+    rows: tuple[Float[Tensor, "merged dim"], ...] | None = None
+    """New rows that replace the present ones, such as merged tokens; goes with `places`, not with `keep`."""
+    places: tuple[Int[Tensor, "merged"], ...] | None = None
+    """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
+    sizes: tuple[Float[Tensor, "merged"], ...] | None = None
+    """Patches that each new row is the mean of, for `EncodeCall.sizes` of later calls; 1 each if left out."""
+    proportional: bool = False
+    """Whether each new row counts in the attention of the encoder's later layers as often as its size says (the
+    logarithm of the size is added to its logits), so that merged rows weigh what their members did."""
+    protect: tuple[Bool[Tensor, "rows"], ...] | None = None
+    """Rows, among those present after this decision, that no later stage may drop."""
+    carry: tuple[Float[Tensor, "rows carries"], ...] | None = None
+    """Numbers that each row present after this decision carries to `prune` of the same stage, as many as its
+    `Stage.carries` says. A row that another stage writes anew goes on carrying those of the row in its place."""
+    shares: Lazily | None = None
+    """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before.
+
+    Where `prefix_rows` take part, too, their columns follow those of the old rows.
+    """
+    scores: Lazily | None = None
+    """For observers: makes, per image, what the stage ranked each row before by; NaN where it had no say."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether it says anything about which rows there are, or which stay."""
+        return any(part is not None for part in (self.keep, self.rows, self.protect))

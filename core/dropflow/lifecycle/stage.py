@@ -1,0 +1,192 @@
+"""What a stage is: options, the boundaries it names, a forecast that needs no weights, and lifecycle hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dropflow.errors import PolicyError
+from dropflow.units import Budget, Rounding, Scale
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+
+EncodeBoundary = int | float | Literal["features"] | None
+"""A place on the vision side: in front of layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
+and its feed-forward part; `features`, behind all layers, on what the projector gets; `None`, behind the projector."""
+
+
+class StageOptions(BaseModel):
+    """Base of every stage's options: unknown keys are errors, values are frozen, defaults are validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The layers in which vision takes part: `entry <= layer < exit`."""
+
+    entry: int
+    exit: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will do, as far as it can be said from its options alone; `None` where the data decides."""
+
+    entry: int | None = None
+    """Boundary from which vision is live (an `inject` stage)."""
+    exit: int | None = None
+    """Boundary from which no vision is live (an `exit` stage)."""
+    encoded: Budget | Literal["data"] | None = None
+    """Visual tokens of one image that an `encode` stage leaves; `data` where each image differs.
+
+    A share counts against the rows that the stage finds.
+    """
+    protected: Budget | None = None
+    """Of the rows that an `encode` stage finds, those that no later stage may drop."""
+    keeps: Mapping[int, Budget | None] = field(default_factory=dict)
+    """Visual tokens of one image left behind each boundary (a `prune` stage)."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is told when a policy is resolved for a backbone."""
+
+    name: str
+    """The stage's name in the policy, such as `pyramid`."""
+    scale: Scale
+    """Turns `Depth` and `Tokens` options into boundaries and budgets of this backbone."""
+    window: Window
+    """Where vision enters and exits; a stage that sets it itself is given the whole depth."""
+
+    def path(self, option: str) -> str:
+        """Path of one of this stage's options in the policy file, for error messages."""
+        return f"stages.{self.name}.{option}"
+
+    def boundaries(self, option: str, depths: Iterable[int | float]) -> tuple[int, ...]:
+        """An option that lists boundaries, ascending; raises `PolicyError` as `budgets` does."""
+        return tuple(sorted(self._distinct((self.path(option), depth) for depth in depths)))
+
+    def budgets(
+        self, option: str, values: Mapping[int | float, int | float], rounding: Rounding = "half_up"
+    ) -> dict[int, Budget]:
+        """An option `{boundary: tokens}` as budgets by boundary, ascending.
+
+        Raises `PolicyError` where a number does not fit the backbone, or two of them mean the same boundary.
+        """
+        found = self._distinct((self.path(f"{option}.{depth}"), depth) for depth in values)
+        return {
+            boundary: self.scale.tokens(values[depth], self.path(f"{option}.{depth}"), rounding)
+            for boundary, depth in sorted(found.items())
+        }
+
+    def _distinct(self, depths: Iterable[tuple[str, int | float]]) -> dict[int, int | float]:
+        found: dict[int, int | float] = {}
+        for path, depth in depths:
+            boundary = self.scale.boundary(depth, path)
+            if boundary in found:
+                layers = self.scale.target.layers
+                raise PolicyError(f"{path}: boundary {boundary} is named twice on a model of {layers} layers")
+            found[boundary] = depth
+        return found
+
+    def check_layer_in_front(self, option: str, boundaries: Iterable[int]) -> None:
+        """For stages that rank by the layer in front of a boundary: vision takes part in it, and in the one behind.
+
+        Raises `PolicyError` otherwise.
+        """
+        entry, end = self.window.entry, self.window.exit
+        for boundary in boundaries:
+            if not entry < boundary < end:
+                raise PolicyError(
+                    f"{self.path(option)}: boundary {boundary} is ranked by the attention of layer {boundary - 1}, but "
+                    f"vision takes part in layers {entry} to {end - 1}; expected a boundary from {entry + 1} to "
+                    f"{end - 1}"
+                )
+
+
+O_co = TypeVar("O_co", bound=StageOptions, covariant=True)
+
+
+class Stage(Generic[O_co]):
+    """One step of a method: subclass it, set `Options`, and implement lifecycle hooks marked with `hookimpl`.
+
+    A stage holds no state between calls. Hooks receive one frozen payload and return a decision or `None`;
+    the engine applies it. Properties below are read once, when the policy is attached.
+    """
+
+    Options: ClassVar[type[StageOptions]] = StageOptions
+    """Pydantic model of the options a policy may set."""
+    summary: ClassVar[str] = ""
+    """One line for `dropflow list stages`."""
+    paper: ClassVar[str] = ""
+    """Where the method is published, such as `arXiv:2602.23699`."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.backbone.FACTS`."""
+    training_free: ClassVar[bool] = True
+    """False where the published method trains the model through this stage; it runs without, with less accuracy."""
+
+    def __init__(self, options: O_co, context: StageContext) -> None:
+        self.options = options
+        self.context = context
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """LLM boundaries at which `prune` is asked: those of the forecast, unless a stage says otherwise."""
+        return tuple(self.forecast().keeps)
+
+    @property
+    def encode_at(self) -> tuple[EncodeBoundary, ...]:
+        """Where `encode` is asked; `None`, the encoder's output in front of the LLM, unless a stage says otherwise."""
+        return (None,)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Decoder layers whose own attention rows `prune` reads *after* they ran (layer < boundary)."""
+        return ()
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `prune` wants gradients while the model trains: of its attention rows, and through `Keep.weights`."""
+        return False
+
+    @property
+    def vision_taps(self) -> tuple[int, ...]:
+        """Vision encoder layers whose attention rows `encode` reads; negative ones count from its end."""
+        return ()
+
+    @property
+    def decode_taps(self) -> tuple[int, ...]:
+        """Decoder layers whose attention rows `decode_cache` reads while decoding, but not behind the prefill."""
+        return ()
+
+    @property
+    def carries(self) -> int:
+        """Numbers per patch that `encode` hands to `prune` of the same stage (`Encode.carry`, `PruneCall.carried`)."""
+        return 0
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether `prune` reads the questions as text, which callers then state (see `dropflow.asking`)."""
+        return False
+
+    @property
+    def decode_every(self) -> int:
+        """Ask `decode_cache` again every so many generated tokens; 0 asks only after prefill."""
+        return 0
+
+    def prepare(self, backbone: Backbone) -> None:
+        """Called once when the policy is attached, in front of everything else: load what the stage needs beside it.
+
+        Raises `PolicyError` naming the option (see `StageContext.path`) that does not fit `backbone`.
+        """
+
+    def forecast(self) -> Forecast:
+        """What this stage will do, from its options alone; used by checks and by `dropflow explain`."""
+        return Forecast()

@@ -1,0 +1,1 @@
+"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing."""

@@ -1,0 +1,69 @@
+"""What the text attends to: the rows that ask, the scores they give to live tokens, and which tokens stay by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.lifecycle.payloads import PruneCall
+from dropflow.operators.selection import keep_top
+from dropflow.units import Budget
+
+
+def instruction_scores(call: PruneCall, layer: int | None = None) -> Float[Tensor, "batch slots"]:
+    """Mean over heads and instruction tokens of the attention each live token receives.
+
+    `layer` is one that the stage lists in `taps`, by default the one behind the boundary. The softmax runs over all
+    keys. The instruction token is the last one of the prompt or, with labels, the last one in front of every answer.
+    """
+    rows = call.attention_rows(call.boundary if layer is None else layer, call.queries).mean(1)  # (batch, rows, keys)
+    weight = call.query_valid.to(rows.dtype)[:, :, None]
+    scores = (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return scores[:, -call.index.shape[1] :]  # keys of earlier turns come first
+
+
+def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Budget) -> Bool[Tensor, "batch slots"]:
+    """Of each image, the tokens with the highest scores up to its budget stay, ties to the first.
+
+    Protected tokens stay in any case and count against the budget. A sample that has no instruction token, such as one
+    whose labels are all -100, is not pruned.
+    """
+    counts = [budget.of(size) for size in call.image_sizes]
+    best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts)
+    return best | ~call.query_valid.any(1, keepdim=True)
+
+
+def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
+    """Slots of the text tokens behind each sample's first visual token, up to its last instruction token.
+
+    The second tensor is false where a sample has fewer of them than the longest. With labels the answer of the last
+    round is left out, and a sample without an instruction token has no rows.
+    """
+    slots = torch.arange(call.index.shape[1], device=call.index.device)
+    behind = (call.image >= 0).cumsum(1) > 0
+    last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
+    text = behind & call.text & (slots <= last)
+    return columns_of(text)
+
+
+def columns_of(mask: Bool[Tensor, "batch columns"]) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
+    """Columns where each row is true, in order and filled up on the left, and which entries are no filling."""
+    most = int(mask.sum(1).max())
+    columns = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - most :]
+    return columns, mask.gather(1, columns)
+
+
+def row_parts(
+    call: PruneCall, layer: int, rows: Int[Tensor, "batch rows"], asks: Bool[Tensor, "batch rows"]
+) -> Iterator[Float[Tensor, "batch heads some slots"]]:
+    """Attention of `rows` to the slots, in parts far smaller than a map of all slots; zero where `asks` is false."""
+    slots, start, heads = call.index.shape[1], 0, 0
+    while start < rows.shape[1]:
+        step = max(1, slots // (4 * heads)) if heads else 1  # the first, single row tells the number of heads
+        own, real = rows[:, start : start + step], asks[:, start : start + step]
+        weights = call.attention_rows(layer, own)
+        heads, start = weights.shape[1], start + step
+        yield weights[..., -slots:] * real[:, None, :, None]

@@ -1,0 +1,1 @@
+"""What a policy file becomes: validated options, then a plan for one backbone."""

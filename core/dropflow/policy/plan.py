@@ -1,0 +1,167 @@
+"""Resolves a policy for one backbone shape: stages made, boundaries known, rules across stages checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dropflow.errors import PolicyError
+from dropflow.lifecycle.hooks import HOOKS, Hooks
+from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
+from dropflow.policy.policy import Policy
+from dropflow.policy.schedule import Schedule, encoded, schedule
+from dropflow.units import Budget, Scale, Shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy whose every number is absolute for one backbone."""
+
+    policy: Policy
+    shape: Shape
+    stages: tuple[tuple[str, Stage[Any]], ...]
+    hooks: Hooks
+    window: Window
+    """Where vision enters and exits, by the stages' forecasts."""
+
+    @cached_property
+    def forecasts(self) -> dict[str, Forecast]:
+        """What each stage says it will do."""
+        return {name: stage.forecast() for name, stage in self.stages}
+
+    @cached_property
+    def prune_at(self) -> dict[int, tuple[tuple[str, Stage[Any]], ...]]:
+        """Boundary -> stages asked to prune there, in policy order."""
+        asked: dict[int, tuple[tuple[str, Stage[Any]], ...]] = {}
+        for name, stage in self.hooks.implementers("prune"):
+            for boundary in stage.prune_at:
+                asked[boundary] = (*asked.get(boundary, ()), (name, stage))
+        return asked
+
+    @cached_property
+    def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
+        """Place on the vision side -> stages asked to encode there, in policy order."""
+        asked: dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]] = {}
+        for name, stage in self.hooks.implementers("encode"):
+            for boundary in stage.encode_at:
+                asked[boundary] = (*asked.get(boundary, ()), (name, stage))
+        return asked
+
+    @cached_property
+    def encodes(self) -> tuple[Forecast, ...]:
+        """Forecasts of the stages that encode, in the order in which each acts for the last time."""
+        asked = [(name, stage.encode_at) for name, stage in self.hooks.implementers("encode") if stage.encode_at]
+        places = {name: max(map(_place, boundaries)) for name, boundaries in asked}
+        return tuple(self.forecasts[name] for name in sorted(places, key=lambda name: places[name]))
+
+    @cached_property
+    def carries(self) -> dict[str, slice]:
+        """Stage -> its columns of all that a row carries from `encode` to `prune`, in policy order; none for most."""
+        found, start = {}, 0
+        for name, stage in self.stages:
+            found[name] = slice(start, start + stage.carries)
+            start = found[name].stop
+        return found
+
+    @cached_property
+    def reads_questions(self) -> bool:
+        """Whether some stage reads the questions as text."""
+        return any(stage.reads_questions for _, stage in self.stages)
+
+    @property
+    def idle(self) -> bool:
+        """True when no stage can change anything, so that nothing needs to be installed."""
+        return not any(self.hooks.watched(hook) for hook in HOOKS)
+
+    def schedule(self, visual_tokens: int | None = None) -> Schedule:
+        """Visual tokens per layer for one image (by default of the shape's size), as forecast."""
+        tokens = visual_tokens or self.shape.visual_tokens
+        if tokens is None:
+            raise PolicyError("schedule: this backbone has no fixed number of visual tokens; say how many")
+        keeps: dict[int, list[Budget | None]] = {}
+        for forecast in self.forecasts.values():
+            for boundary, budget in forecast.keeps.items():
+                keeps.setdefault(boundary, []).append(budget)
+        return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes)
+
+
+def resolve(policy: Policy, shape: Shape) -> Plan:
+    """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
+
+    Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
+    and pruning outside the layers in which vision takes part. No weights are touched.
+    """
+    tuned = policy.tuned_for
+    scale = Scale(shape, Shape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
+    whole = Window(0, shape.layers)
+    made: dict[str, Stage[Any]] = {}
+    for name, use in policy.stages.items():
+        if _sets_window(use.stage):
+            made[name] = use.stage(use.options, StageContext(name, scale, whole))
+    window = _window({name: stage.forecast() for name, stage in made.items()}, whole)
+    for name, use in policy.stages.items():
+        if name not in made:
+            made[name] = use.stage(use.options, StageContext(name, scale, window))
+    stages = tuple((name, made[name]) for name in policy.stages)
+    plan = Plan(policy, shape, stages, Hooks(stages), window)
+    _check_order(plan)
+    return plan
+
+
+def _place(boundary: EncodeBoundary) -> tuple[bool, float]:
+    """Sorts places on the vision side: the encoder's layers, what the projector gets, and behind it."""
+    return boundary is None, boundary if isinstance(boundary, int | float) else math.inf
+
+
+def _sets_window(stage: type[Stage[Any]]) -> bool:
+    return any(name in vars(base) for base in stage.__mro__ for name in ("inject", "exit"))
+
+
+def _window(forecasts: Mapping[str, Forecast], whole: Window) -> Window:
+    entries = {n: f.entry for n, f in forecasts.items() if f.entry is not None}
+    exits = {n: f.exit for n, f in forecasts.items() if f.exit is not None}
+    window = Window(max(entries.values(), default=whole.entry), min(exits.values(), default=whole.exit))
+    if entries and window.entry >= window.exit:
+        name = max(entries, key=lambda n: entries[n])
+        raise PolicyError(
+            f"stages.{name}: vision would enter at boundary {window.entry} but is gone from {window.exit} on; "
+            "inject before the exit"
+        )
+    return window
+
+
+def _check_order(plan: Plan) -> None:
+    """Prunes lie inside the window, each layer in range, and budgets never grow from one boundary to the next."""
+    faults: list[str] = []
+    window, tokens = plan.window, plan.shape.visual_tokens
+    entry = None if tokens is None else encoded(tokens, plan.encodes)[0]
+    smallest = (tokens if entry is None else entry, "the encode stages" if plan.encodes else "the image at entry")
+    steps = [(b, n, f.keeps[b]) for n, f in plan.forecasts.items() for b in f.keeps]
+    for boundary, name, budget in sorted(steps, key=lambda step: step[0]):
+        path = _keep_path(plan, name, boundary)
+        if not window.entry <= boundary < window.exit:
+            faults.append(
+                f"{path}: prunes at boundary {boundary}, but vision is live only from {window.entry} to before "
+                f"{window.exit}; prune inside that window"
+            )
+        limit, by = smallest
+        if budget is None or limit is None or (entry is None and budget.share is not None):
+            continue
+        count = budget.of(entry or 0) if budget.tokens is None else budget.tokens
+        if count > limit:
+            faults.append(f"{path}: keeps {count} visual tokens, more than the {limit} left by {by}; keeps cannot grow")
+        else:
+            smallest = (count, path)
+    if faults:
+        raise PolicyError("\n".join(faults))
+
+
+def _keep_path(plan: Plan, name: str, boundary: int) -> str:
+    """Where the policy says what stays behind a boundary: an entry of `keep`, `keep` itself, or else the stage."""
+    keep = getattr(plan.policy.stages[name].options, "keep", None)
+    if keep is None:
+        return f"stages.{name}"
+    return f"stages.{name}.keep.{boundary}" if isinstance(keep, Mapping) else f"stages.{name}.keep"

@@ -1,0 +1,172 @@
+"""What a policy is, once read: a name, the backbone it was tuned for, and named stages with validated options."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from dropflow.errors import PolicyError, UnknownName, nearest
+from dropflow.lifecycle.stage import Stage, StageOptions
+from dropflow.policy import registry
+
+
+class TunedFor(BaseModel):
+    """The backbone shape that a policy's absolute numbers were chosen for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layers: int = Field(gt=0, description="decoder layers")
+    visual_tokens: int = Field(gt=0, description="visual tokens of one image at entry to the LLM")
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """One named stage of a policy: which stage, and its validated options."""
+
+    use: str
+    stage: type[Stage[Any]]
+    options: StageOptions
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An ordered composition of stages, every option validated; make one with `load_policy`."""
+
+    name: str
+    stages: dict[str, StageUse]
+    description: str = ""
+    tuned_for: TunedFor | None = None
+    rescale: bool = False
+    positions: Literal["persistent", "compact"] = "persistent"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as plain data, as a YAML file would say it."""
+        head = {
+            "name": self.name,
+            "description": self.description,
+            "rescale": self.rescale,
+            "positions": self.positions,
+        }
+        tuned = {"tuned_for": self.tuned_for.model_dump()} if self.tuned_for else {}
+        stages = {n: {"use": s.use, **s.options.model_dump(exclude_none=True)} for n, s in self.stages.items()}
+        return head | tuned | {"stages": stages}
+
+
+class _Head(BaseModel):
+    """Everything of a policy file but its stages."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(description="name of the policy")
+    description: str = Field(default="", description="what it is, in a sentence")
+    tuned_for: TunedFor | None = Field(default=None, description="the backbone the absolute numbers belong to")
+    rescale: bool = Field(default=False, description="scale absolute numbers to a backbone of another shape")
+    positions: Literal["persistent", "compact"] = Field(
+        default="persistent",
+        description="position ids of survivors: `persistent` keeps the original ones, `compact` renumbers them without "
+        "gaps after every drop, and puts a generated token at the length of each layer's cache",
+    )
+    stages: dict[str, dict[str, Any] | None] = Field(description="the stages, by name, in the order they are asked")
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> Policy:
+    """Validate plain data against the policy model and the options of the stages it uses.
+
+    A stage set to null is left out. Raises `PolicyError` listing every fault with its path, what was expected and the
+    nearest valid name. `use` is a registered name, or (from Python) a `Stage` subclass.
+    """
+    faults: list[str] = []
+    head: _Head | None = None
+    try:
+        head = _Head.model_validate(dict(data))
+    except ValidationError as error:
+        faults += _faults(error, "", _Head)
+    stages: dict[str, StageUse] = {}
+    entries = data.get("stages")
+    for name, entry in entries.items() if isinstance(entries, Mapping) else ():
+        if isinstance(entry, Mapping):
+            try:
+                stages[name] = _stage_use(f"stages.{name}", entry)
+            except PolicyError as error:
+                faults += str(error).splitlines()
+    if faults or head is None:
+        raise PolicyError("\n".join(faults))
+    return Policy(**head.model_dump(exclude={"stages", "tuned_for"}), tuned_for=head.tuned_for, stages=stages)
+
+
+def _stage_use(path: str, entry: Mapping[str, Any]) -> StageUse:
+    options = {key: value for key, value in entry.items() if key != "use"}
+    if "use" not in entry:
+        raise PolicyError(f"{path}.use: missing; name the stage to use, {nearest('', registry.names(registry.STAGES))}")
+    use = entry["use"]
+    if isinstance(use, type) and issubclass(use, Stage):
+        stage, use = use, use.__qualname__
+    else:
+        try:
+            stage = registry.load(registry.STAGES, str(use))
+        except UnknownName:
+            raise PolicyError(
+                f"{path}.use: no stage is called {use!r}; {nearest(str(use), registry.names(registry.STAGES))}"
+            ) from None
+    try:
+        return StageUse(use=use, stage=stage, options=stage.Options.model_validate(_without_nulls(options)))
+    except ValidationError as error:
+        raise PolicyError("\n".join(_faults(error, path, stage.Options))) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop null entries of mappings: in an extending policy null takes an inherited entry away."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[str]:
+    """One line per distinct path of a pydantic error: path, what was expected, what was got, nearest valid name."""
+    lines: dict[str, list[str]] = {}
+    for fault in error.errors():
+        # unions and [key] markers add parts to `loc` that no file has
+        parts = [str(part) for part in fault["loc"] if not _is_marker(part)]
+        where = ".".join([path, *parts]).strip(".")
+        message = fault["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if fault["type"] == "extra_forbidden":
+            message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
+        elif fault["type"] in {"dict_type", "model_type"}:
+            message = f"expected a mapping, got {fault['input']!r}"
+        elif fault["type"] != "missing":
+            message += f", got {fault['input']!r}"
+        lines.setdefault(where or "policy", []).append(message)
+    return [f"{where}: {' or '.join(dict.fromkeys(messages))}" for where, messages in lines.items()]
+
+
+def _is_marker(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in {"int", "float"})
+
+
+def _use_model(name: str, stage: type[Stage[Any]]) -> Any:
+    use: Any = (Literal[name], Field(description=stage.summary))
+    return create_model(name.title().replace("/", "").replace("-", ""), __base__=stage.Options, use=use)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (Draft 2020-12) of a policy file, with the options of every registered stage."""
+    uses = [_use_model(name, registry.load(registry.STAGES, name)) for name in registry.names(registry.STAGES)]
+    union: Any = functools.reduce(operator.or_, uses)
+    one: Any = Annotated[union, Field(discriminator="use")] if len(uses) > 1 else union
+    stages: Any = dict[str, Union[one, None]]  # noqa: UP007  # made at run time
+    model = create_model(
+        "PolicyFile",
+        __base__=_Head,
+        name=(str | None, Field(default=None, description="name of the policy; the file's name if left out")),
+        extends=(str | None, Field(default=None, description="name or path of a policy to inherit from")),
+        stages=(stages, Field(description=_Head.model_fields["stages"].description)),
+    )
+    whole = TypeAdapter(model).json_schema()
+    shared = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": whole.pop("$defs", {})}
+    # a file that inherits may say only a part of a stage, or none at all
+    part = whole | {"properties": whole["properties"] | {"stages": {"type": "object"}}, "required": []}
+    return shared | {"if": {"required": ["extends"]}, "then": part, "else": whole}

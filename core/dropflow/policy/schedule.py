@@ -1,0 +1,105 @@
+"""Visual tokens per decoder layer, as far as a policy's forecast can tell, and what they average to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dropflow.lifecycle.stage import Forecast, Window
+from dropflow.units import Budget
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Visual tokens of one image in front of every decoder layer; `None` where the data decides."""
+
+    per_layer: tuple[int | None, ...]
+    entry: int | None
+    """Visual tokens handed to the LLM, after the encode stages and before any layer."""
+
+    @property
+    def average(self) -> float | None:
+        """Mean over all L layers, text-only layers included; `None` if any layer is left to the data."""
+        known = [count for count in self.per_layer if count is not None]
+        return sum(known) / len(known) if len(known) == len(self.per_layer) else None
+
+
+def schedule(
+    layers: int,
+    visual_tokens: int,
+    window: Window,
+    keeps: Mapping[int, Sequence[Budget | None]],
+    encodes: Sequence[Forecast] = (),
+) -> Schedule:
+    """Follow one image of `visual_tokens` tokens through the layers.
+
+    `encodes` are the forecasts of encode stages in the order they act. `keeps[i]` are the budgets applied at boundary
+    i; a budget that is a share counts against the tokens at entry, and protected tokens stay. Where several stages drop
+    tokens at one boundary, the data decides, since only what all of them keep stays.
+    """
+    entry, protected = encoded(visual_tokens, encodes)
+    current = entry
+    counts: list[int | None] = []
+    for layer in range(layers):
+        inside = window.entry <= layer < window.exit
+        if inside and keeps.get(layer):
+            current = _left(current, entry, protected, keeps[layer])
+        counts.append(current if inside else 0)
+    return Schedule(tuple(counts), entry)
+
+
+def _left(current: int | None, entry: int | None, protected: int, budgets: Sequence[Budget | None]) -> int | None:
+    """Tokens behind a boundary; `None` where the data decides."""
+    if current is None or entry is None or any(budget is None for budget in budgets):
+        return None
+    dropping = [count for budget in budgets if budget is not None and (count := budget.of(entry)) < current]
+    if len(dropping) > 1 and min(dropping) > 0:
+        return None
+    return max(min(dropping, default=current), min(current, protected))
+
+
+def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None, int]:
+    """Visual tokens of an image that reach the LLM, and how many of them are protected.
+
+    `None` where the data decides, as it does where a stage drops rows behind one that protects some: which of them it
+    would have kept, too, cannot be told. Nothing is then said of protected ones.
+    """
+    count: int | None = visual_tokens
+    protected = 0
+    for forecast in encodes:
+        if forecast.encoded == "data":
+            count = None
+        if count is None:
+            return None, 0
+        if isinstance(forecast.encoded, Budget):
+            left = forecast.encoded.of(count)
+            if protected and left < count:
+                return None, 0
+            count = left
+        if forecast.protected is not None:
+            protected = max(protected, forecast.protected.of(count))
+    return count, protected
+
+
+def first_keep(average: float, layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, int | None]) -> int:
+    """Solve the first keep of a pyramid from a budget of average visual tokens over all layers (rounded up).
+
+    `keeps` maps boundaries to counts, the first one being the unknown (HiDrop, arXiv:2602.23699, section 3.2: the tail
+    is fixed and the first keep follows from the budget). Raises `ValueError` when no count from the second keep to
+    `visual_tokens` reaches the average.
+    """
+    boundaries = [*sorted(keeps), window.exit]
+    before = visual_tokens * (boundaries[0] - window.entry)
+    tail = sum((keeps[b] or 0) * (end - b) for b, end in pairwise(boundaries[1:]))
+    span = boundaries[1] - boundaries[0]
+    exact = (average * layers - before - tail) / span
+    solved = -int(-(exact - 1e-9) // 1)
+    floor = (keeps[boundaries[1]] or 0) if len(keeps) > 1 else 0
+    if not floor <= solved <= visual_tokens:
+        low, high = ((before + tail + k * span) / layers for k in (floor, visual_tokens))
+        raise ValueError(
+            f"an average of {average:g} visual tokens needs a first keep of {solved}, not in {floor}..{visual_tokens}; "
+            f"with these boundaries the average can be {low:.2f} to {high:.2f}"
+        )
+    return solved

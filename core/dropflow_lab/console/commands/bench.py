@@ -1,0 +1,209 @@
+"""`dropflow bench`: measure the engine, the stages and whole policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dropflow_lab.console.commands import bench_training
+from dropflow_lab.console.commands.digits import require_scikit_learn
+from dropflow_lab.console.options import AsJson, Threads
+from dropflow_lab.console.output import chatter_to_stderr, emit
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dropflow_lab.bench.accuracy import AccuracyRow
+    from dropflow_lab.bench.engine import EngineBench
+    from dropflow_lab.bench.stages import StageBench
+    from dropflow_lab.measure.machine import Machine
+    from dropflow_lab.measure.timing import Spread
+
+app = typer.Typer(help="Measure what the engine, the stages and whole policies cost and save.")
+
+app.command("train")(bench_training.train)
+app.command("gpu")(bench_training.gpu)
+
+_QUICK_ROUNDS = 3
+
+Repeats = Annotated[int, typer.Option(min=2, help="Rounds; every variant is timed once in each.")]
+Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
+
+
+@app.callback()
+def main() -> None:
+    """Measure what the engine, the stages and whole policies cost and save."""
+
+
+@app.command("engine")
+def engine(
+    repeats: Repeats = 15,
+    threads: Threads = 1,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time a random model of 16 layers on 576 visual and 64 text tokens, plain and under policies, in turn.
+
+    `noop`: a stage that is asked in front of every layer and keeps everything. `empty`: a policy without stages.
+    `control`: no policy either, which shows how far from 1 chance goes on this machine. `reduced`: vision enters at
+    layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average). Efficiency is the
+    speed-up over the FLOPs ratio. All are medians with quartiles over the rounds.
+    """
+    from dropflow_lab.bench.engine import bench_engine
+
+    with chatter_to_stderr():
+        measured = bench_engine(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
+    emit(measured.to_json(), as_json, _table(measured), _summary(measured))
+
+
+@app.command("stages")
+def stages(
+    repeats: Repeats = 7,
+    threads: Threads = 1,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the selection of every shipped stage, beside what its policy saves of the prefill.
+
+    On a random model of 32 layers, 576 visual and 64 text tokens, every policy in turn. Both are shares of the time of
+    a prefill without a policy; the saving is what is left when selection is paid. All are medians with quartiles.
+    """
+    from dropflow_lab.bench import stages as bench
+
+    with chatter_to_stderr():
+        measured = bench.bench_stages(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
+    emit(measured.to_json(), as_json, _stage_table(measured), _stage_summary(measured))
+
+
+@app.command("accuracy")
+def accuracy(
+    policies: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,C",
+            help="Names or paths of policies, with commas in between. POLICY@MODEL: on a checkpoint of its own, by "
+            "name or folder; @MODEL: under the policy it records. A row with {seed} in it is a mean over seeds.",
+        ),
+    ] = "digits-mild,mustdrop-digits,mixed-digits",
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the test split; the same ones for all.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that take the place of {seed}.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for finished rows, which are not run again; a cache folder without."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded model without one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what policies get right on the digits questions, and how many visual tokens they really use.
+
+    The first row is the model without a policy. `accuracy` leaves out the questions that ask for the number of digits
+    (`count`) and for all of them (`read`), which are shown apart. Intervals are 95 %. A row that is finished is kept in
+    a file of its own, so that an interrupted run continues.
+    """
+    from dropflow_lab.bench import accuracy as bench
+    from dropflow_lab.bench.accuracy_rows import Subject, bench_subjects
+
+    require_scikit_learn()
+    subjects = [Subject.parse(name) for name in (bench.DENSE, *policies.split(",")) if name.strip()]
+    with chatter_to_stderr():
+        folder = out or bench.default_folder()
+        measured = bench_subjects(subjects, partial(_load, model), bench.Bench(folder, questions, seed), seeds)
+        rows = list(measured)
+    result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
+    told = f"{questions} questions of the test split, seed {seed}; low and high are the 95 % interval of the accuracy"
+    emit(result, as_json, _accuracy_table(rows), told)
+
+
+def _load(shared: Path | None, name: str) -> tuple[Any, Any]:
+    """Model (in float32) and processor of a checkpoint name or folder; without one, those that all rows share."""
+    from dropflow_lab.inputs.models import load_model
+
+    model, processor = load_model(Path(name) if name else shared)
+    return model.float(), processor
+
+
+def _table(measured: EngineBench) -> Table:
+    from rich.table import Table
+
+    table = Table("measure", "median", "quartiles", title="ratios to the same model without a policy")
+    reduced = measured.reduced
+    rows: dict[str, Spread] = {
+        "noop: prefill time": measured.noop.prefill_ratio,
+        "noop: decode step time": measured.noop.decode_ratio,
+        "empty: prefill time": measured.empty.prefill_ratio,
+        "empty: decode step time": measured.empty.decode_ratio,
+        "control: prefill time": measured.control.prefill_ratio,
+        "control: decode step time": measured.control.decode_ratio,
+        "reduced: prefill speed-up": reduced.prefill_speedup,
+        "reduced: efficiency": reduced.efficiency,
+    }
+    for name, spread in rows.items():
+        table.add_row(name, f"{spread.median:.3f}", f"{spread.low:.3f} .. {spread.high:.3f}")
+    table.add_row("reduced: FLOPs ratio", f"{reduced.flops_ratio:.3f}", "")
+    return table
+
+
+def _summary(measured: EngineBench) -> str:
+    return (
+        f"KV entries per layer: {' '.join(map(str, measured.reduced.kv_entries))}\n"
+        f"{_circumstances(measured.rounds, measured.machine)}"
+    )
+
+
+def _stage_table(measured: StageBench) -> Table:
+    from rich.table import Table
+
+    table = Table(title="shares of the time of a prefill without a policy")
+    for column in ("stage", "run as", "selection", "saving", "largest tensor"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("stage", "run as") else "right")
+    for row in measured.rows:
+        shares = (row.selection_share_of_dense_prefill, row.saving_share_of_dense_prefill)
+        table.add_row(row.stage, row.policy, *(_percent(share) for share in shares), str(row.largest_tensor))
+    return table
+
+
+def _stage_summary(measured: StageBench) -> str:
+    return (
+        f"one map of all tokens by all tokens would hold {measured.square_map} elements\n"
+        f"{_circumstances(measured.rounds, measured.machine)}"
+    )
+
+
+def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="visual tokens (average over layers, and at entry) and right answers")
+    table.add_column("policy", no_wrap=True)
+    for column in ("average", "entry", "right", "low", "high", "seeds", "count", "read"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.average_visual_tokens:.2f}",
+            f"{row.entry_visual_tokens:.2f}",
+            f"{row.accuracy:.1%}",
+            f"{row.low:.1%}",
+            f"{row.high:.1%}",
+            f"{min(row.by_seed):.1%} .. {max(row.by_seed):.1%}" if row.by_seed else "",
+            f"{row.count.accuracy:.1%}",
+            f"{row.read.accuracy:.1%}",
+        )
+    return table
+
+
+def _percent(share: Spread) -> str:
+    return f"{share.median:.2%} ({share.low:.2%} .. {share.high:.2%})"
+
+
+def _circumstances(rounds: int, machine: Machine) -> str:
+    return (
+        f"{rounds} rounds on {machine.threads} thread(s) of {machine.cpu}; "
+        f"torch {machine.torch}, transformers {machine.transformers}"
+    )

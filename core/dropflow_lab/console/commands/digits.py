@@ -1,0 +1,105 @@
+"""`dropflow digits`: train, evaluate and sample the embedded demo model's task."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dropflow_lab.console.options import AsJson, Overrides
+from dropflow_lab.console.output import chatter_to_stderr, emit
+
+app = typer.Typer(help="The embedded demo model: train it, measure it, draw its questions.")
+
+
+class Split(StrEnum):
+    """The splits of the task."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
+Questions = Annotated[int, typer.Option(min=1, help="How many questions.")]
+
+
+@app.command("train")
+def train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint.")],
+    resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted in the same folder.")] = True,
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; results repeat only for the same number.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train the model from nothing to a checkpoint, on the CPU."""
+    require_scikit_learn()
+    from dropflow_lab.digits.training.train import train as run_training
+    from dropflow_lab.errors import InputError
+
+    with chatter_to_stderr():
+        try:
+            folder = run_training(out, seed=seed, threads=threads, resume=resume)
+        except ValueError as error:  # the run that is there has other settings
+            raise InputError(str(error)) from error
+    emit({"out": str(folder)}, as_json, f"wrote {folder}")
+
+
+@app.command("evaluate")
+def evaluate(
+    questions: Questions = 1000,
+    seed: Seed = 0,
+    policy: Annotated[str | None, typer.Option(metavar="NAME_OR_PATH", help="Policy to run under.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded one without.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exact-match accuracy on fresh questions of the test split, overall and per kind."""
+    require_scikit_learn()
+    import dropflow
+    from dropflow_lab.compare.digits_accuracy import evaluate as measure
+    from dropflow_lab.errors import InputError
+    from dropflow_lab.inputs.models import load_model
+
+    with chatter_to_stderr():
+        if overrides and policy is None:
+            raise InputError("--set: there is no policy to override; give --policy")
+        chosen = None if policy is None else dropflow.load_policy(policy, overrides or ())
+        loaded, processor = load_model(model)
+        with nullcontext() if chosen is None else dropflow.attach(loaded, chosen):
+            measured = measure(loaded, processor, "test", questions, seed)
+    kinds = json.loads(measured.to_json())
+    asked = {"policy": chosen and chosen.name, "questions": questions, "seed": seed, "overall": kinds.pop("overall")}
+    emit(asked | {"kinds": kinds}, as_json, measured.table())
+
+
+@app.command("sample")
+def sample(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for images/*.png and data.jsonl.")],
+    questions: Questions = 10,
+    split: Annotated[Split, typer.Option(help="Which split to draw from.")] = Split.TEST,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write pictures with questions and answers, for other commands to read."""
+    require_scikit_learn()
+    from dropflow_lab.digits.data.dataset import write_folder
+
+    with chatter_to_stderr():
+        table = write_folder(out, split.value, questions, seed)
+    emit({"table": str(table), "questions": questions}, as_json, f"wrote {table}")
+
+
+def require_scikit_learn() -> None:
+    """Raise `InputError` where the pictures cannot be made."""
+    if find_spec("sklearn") is None:
+        from dropflow_lab.errors import InputError
+
+        raise InputError("the digits pictures are made from data of scikit-learn: pip install 'dropflow[digits]'")

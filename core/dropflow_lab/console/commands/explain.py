@@ -1,0 +1,86 @@
+"""`dropflow explain`: tokens, KV entries and FLOPs per layer, before any weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dropflow_lab.console.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
+from dropflow_lab.console.output import chatter_to_stderr, emit, si
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dropflow.backbone.flops import TextShape
+    from dropflow_lab.explain.forecast import Explanation
+
+_LAYERS, _VISUAL_TOKENS = 32, 576
+
+
+def explain(
+    policy: PolicyArgument,
+    layers: Layers = None,
+    visual_tokens: VisualTokens = None,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt, for the KV entries.")] = 64,
+    config: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model folder whose config.json gives widths and depth.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a policy will do to every layer of a backbone, without weights.
+
+    FLOPs count the visual tokens alone, in multiply-adds, as the pruning papers do: 4 n d^2 + 2 n^2 d + 3 n d m per
+    layer. Text, cross attention to text and ranking are left out. Depth and visual tokens are by default those the
+    policy is tuned for, or else 32 and 576; widths are those of LLaVA-1.5-7B unless --config is given.
+    """
+    from dropflow import load_policy
+    from dropflow.backbone.flops import LLAVA_7B
+    from dropflow.units import Shape
+    from dropflow_lab.explain.forecast import explain as forecast
+    from dropflow_lab.inputs.widths import read_widths
+
+    with chatter_to_stderr():
+        loaded = load_policy(policy, overrides or ())
+        widths, depth = (LLAVA_7B, None) if config is None else read_widths(config)
+        tuned = loaded.tuned_for
+        shape = Shape(
+            layers or depth or (tuned.layers if tuned else _LAYERS),
+            visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
+        )
+        explanation = forecast(loaded, shape, widths, text_tokens)
+    emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation, widths))
+
+
+def _table(explanation: Explanation) -> Table:
+    from rich.table import Table
+
+    table = Table(title=explanation.policy)
+    for column in ("layer", "visual tokens", "KV entries", "FLOPs"):
+        table.add_column(column, justify="right")
+    for layer in explanation.layers:
+        flops = "data" if layer.flops is None else si(layer.flops)
+        table.add_row(str(layer.layer), _count(layer.visual_tokens), _count(layer.kv_entries), flops)
+    return table
+
+
+def _summary(explanation: Explanation, widths: TextShape) -> str:
+    from dropflow_lab.explain.forecast import UNIT
+
+    average, flops, dense = explanation.average_visual_tokens, explanation.flops, explanation.flops_dense
+    share = "" if flops is None else f" ({1 - flops / dense:.1%} fewer)"
+    return "\n".join(
+        (
+            f"visual tokens: {'data' if average is None else f'{average:.2f}'} on average over "
+            f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM",
+            f"FLOPs: {'data' if flops is None else si(flops)} of {si(dense)}{share}",
+            f"FLOPs are {UNIT} (d = {widths.hidden}, m = {widths.intermediate}); text, cross attention and ranking "
+            "are left out",
+        )
+    )
+
+
+def _count(value: int | None) -> str:
+    return "data" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""The demo model, its processor, and the shipped checkpoints."""

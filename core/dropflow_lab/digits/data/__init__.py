@@ -1,0 +1,1 @@
+"""The digits questions: glyphs, scenes, questions and dialogues."""

@@ -1,0 +1,49 @@
+"""Training samples for finetuning: a picture, and some rounds of question and answer about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dropflow_lab.digits.data.glyphs import check_split
+from dropflow_lab.digits.data.scenes import draw_scene, render
+from dropflow_lab.digits.training.packing import shuffled
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One picture, and what was asked and answered about it in turn."""
+
+    image: Image.Image
+    """RGB."""
+    rounds: tuple[tuple[str, str], ...]
+    """Question and answer of each round."""
+
+
+class Dialogues(Dataset[Dialogue]):
+    """Digits pictures with `rounds` different questions each, drawn when they are asked for.
+
+    Kinds come in the proportions of `MIX`, as in the training of the dense checkpoint. Sample `index` depends on
+    `split`, `seed`, `rounds` and `index` alone, so that a resumed run goes on with the samples it would have had.
+    Raises `ValueError` if `split` is not known or `rounds` is not positive.
+    """
+
+    def __init__(self, count: int, *, rounds: int = 1, seed: int = 0, split: str = "train") -> None:
+        if rounds < 1:
+            raise ValueError(f"expected at least one round, got {rounds}")
+        self.count, self.rounds, self.seed, self.split = count, rounds, seed, check_split(split)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Dialogue:
+        if not 0 <= index < self.count:
+            raise IndexError(f"expected an index of 0..{self.count - 1}, got {index}")
+        scene = draw_scene(self.split, (self.seed, 17, index))
+        questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]))
+        rounds = tuple((question.text, question.answer) for question in islice(questions, self.rounds))
+        return Dialogue(Image.fromarray(render(scene)[0]), rounds)

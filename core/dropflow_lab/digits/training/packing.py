@@ -1,0 +1,192 @@
+"""Training batches: many independent questions behind one picture, in one row.
+
+A row is `<s> user : [visual tokens] question answer question answer ...`. Position ids restart behind the
+picture for each question and the mask is block-diagonal there, so that every question sees the picture and
+itself only: the losses are those of the unpacked prompts, at a fraction of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow_lab.digits.checkpoints.model import PIXEL_MEAN, PIXEL_STD
+from dropflow_lab.digits.data.questions import KINDS, VOCABULARY, Question, ask_all
+from dropflow_lab.digits.data.scenes import COLORS, PATCHES, Scene, draw_scene, render
+
+# How often a kind is drawn. Binding colour to digit is learned last, so it is two fifths of the mix.
+MIX = {
+    "pos": 0.09,
+    "where": 0.09,
+    "exist": 0.05,
+    "count": 0.04,
+    "c2d": 0.18,
+    "d2c": 0.22,
+    "rel": 0.12,
+    "maxmin": 0.08,
+    "read": 0.06,
+    "sum": 0.07,
+}
+WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
+PREFIX = tuple(WORD_IDS[word] for word in ("<s>", "user", ":"))
+"""The tokens in front of the picture."""
+ROOM = 141
+"""Tokens of questions per picture; prefix and visual tokens make it 288, a fast multiple of 32."""
+IGNORED = -100
+_COLOR_IDS = {color: i for i, color in enumerate(COLORS)}
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Pictures, and the questions that follow each of them."""
+
+    pixels: Float[Tensor, "batch 3 96 96"]
+    owner: Int[Tensor, "batch 144"]
+    """Item that covers each patch, -1 for background."""
+    tokens: Int[Tensor, "batch length"]
+    """The questions with their answers, one after the other; padding at the end."""
+    labels: Int[Tensor, "batch length"]
+    """The next token where it is part of an answer, else -100."""
+    segment: Int[Tensor, "batch length"]
+    """Which question of the row a token belongs to, -1 for padding."""
+    offset: Int[Tensor, "batch length"]
+    """Place of a token within its question."""
+    needs: Bool[Tensor, "batch questions items"]
+    """Items that a question cannot do without."""
+    kind: Int[Tensor, "batch questions"]
+    """Index into `KINDS`, -1 for padding."""
+    digit: Int[Tensor, "batch items"]
+    """Class of each item, -100 for padding."""
+    color: Int[Tensor, "batch items"]
+    """Index into `COLORS`, -100 for padding."""
+
+
+def shuffled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Yield all questions about the scene in random order, kinds in the proportions of `MIX` as long as they last."""
+    asked = ask_all(scene)
+    for questions in asked.values():
+        rng.shuffle(questions)
+    asked["exist"] = _balanced(asked["exist"], rng)
+    while left := [kind for kind in KINDS if asked[kind]]:
+        weights = np.asarray([MIX[kind] for kind in left])
+        yield asked[left[int(rng.choice(len(left), p=weights / weights.sum()))]].pop()
+
+
+def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Question]:
+    """Draw different questions about the scene, kinds in the proportions of `MIX`, to fill `room` tokens."""
+    chosen: list[Question] = []
+    for question in shuffled(scene, rng):
+        room -= len(_words(question))
+        if room < 0:
+            break
+        chosen.append(question)
+    return chosen
+
+
+def _words(question: Question) -> list[str]:
+    return [*question.text.split(), "assistant", ":", *question.answer.split(), "</s>"]
+
+
+def _balanced(questions: list[Question], rng: np.random.Generator) -> list[Question]:
+    """Order yes and no at random with equal odds, for the front of the list is used last."""
+    sides = {answer: [q for q in questions if q.answer == answer] for answer in ("yes", "no")}
+    pairs = [side for pair in zip(sides["yes"], sides["no"], strict=False) for side in pair]
+    for start in range(0, len(pairs), 2):
+        if rng.integers(2):
+            pairs[start], pairs[start + 1] = pairs[start + 1], pairs[start]
+    return pairs
+
+
+def draw_batch(
+    split: str, seed: tuple[int, ...], size: int, room: int = ROOM, digits: tuple[int, int] = (3, 6)
+) -> PackedBatch:
+    """Draw the batch that belongs to (`split`, `seed`), with up to `room` tokens of questions per picture."""
+    rng = np.random.default_rng([*seed, 7])
+    scenes = [draw_scene(split, (*seed, row), digits) for row in range(size)]
+    return pack(scenes, [draw_questions(scene, room, rng) for scene in scenes], room)
+
+
+def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> PackedBatch:
+    """Lay out the questions of each scene behind its picture, in rows of at least `length` tokens."""
+    drawn = [render(scene) for scene in scenes]
+    rows = [_lay_out(questions) for questions in asked]
+    length = max(length, *(row.shape[1] for row in rows))
+    fill = np.asarray([[WORD_IDS["<pad>"]], [IGNORED], [-1], [0]])
+    table = np.stack([np.concatenate([row, np.repeat(fill, length - row.shape[1], axis=1)], axis=1) for row in rows])
+    most = max(len(questions) for questions in asked)
+    needs, kind = np.zeros((len(scenes), most, 9), dtype=bool), np.full((len(scenes), most), -1)
+    facts = np.full((2, len(scenes), 9), IGNORED)
+    for row, (scene, questions) in enumerate(zip(scenes, asked, strict=True)):
+        for column, question in enumerate(questions):
+            needs[row, column, list(question.evidence)] = True
+            kind[row, column] = KINDS.index(question.kind)
+        facts[0, row, : len(scene.items)] = [item.digit for item in scene.items]
+        facts[1, row, : len(scene.items)] = [_COLOR_IDS[item.color] for item in scene.items]
+    tokens, labels, segment, offset = torch.from_numpy(table).unbind(1)
+    return PackedBatch(
+        pixels=_normalize(np.stack([pixels for pixels, _ in drawn])),
+        owner=torch.from_numpy(np.stack([owner for _, owner in drawn])),
+        tokens=tokens,
+        labels=labels,
+        segment=segment,
+        offset=offset,
+        needs=torch.from_numpy(needs),
+        kind=torch.from_numpy(kind),
+        digit=torch.from_numpy(facts[0]),
+        color=torch.from_numpy(facts[1]),
+    )
+
+
+def _lay_out(questions: list[Question]) -> Int[np.ndarray, "4 length"]:
+    """Return tokens, labels, segment and offset of one row."""
+    columns: list[tuple[int, int, int, int]] = []
+    for number, question in enumerate(questions):
+        ids = [WORD_IDS[word] for word in _words(question)]
+        answer = len(ids) - len(question.answer.split()) - 1
+        for place, (token, following) in enumerate(zip(ids, [*ids[1:], IGNORED], strict=True)):
+            columns.append((token, following if place >= answer - 1 else IGNORED, number, place))
+    return np.asarray(columns, dtype=np.int64).T
+
+
+def _normalize(pixels: np.ndarray) -> Float[Tensor, "batch 3 96 96"]:
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    return (scaled - mean) / std
+
+
+def packed_mask(
+    segment: Int[Tensor, "batch length"], visual: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "batch 1 total total"]:
+    """Return the additive mask of packed rows: 0 where a token is seen, very low elsewhere."""
+    before = len(PREFIX) + visual
+    causal = torch.ones(before + segment.shape[1], before + segment.shape[1], dtype=torch.bool).tril()
+    seen = causal.repeat(segment.shape[0], 1, 1)  # (batch, total, total)
+    seen[:, before:, before:] &= segment[:, :, None] == segment[:, None, :]
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min / 2)
+    return mask[:, None]
+
+
+def packed_positions(
+    batch: PackedBatch, kept: Int[Tensor, "batch visual"] | None = None, *, compact: bool = False
+) -> Int[Tensor, "batch total"]:
+    """Return position ids: questions restart behind the picture, kept visual tokens stay at their place.
+
+    `compact` numbers the kept tokens without gaps instead.
+    """
+    rows, visual = batch.tokens.shape[0], PATCHES if kept is None else kept.shape[1]
+    places = torch.arange(visual).expand(rows, -1) if kept is None or compact else kept
+    start = len(PREFIX) + (visual if compact else PATCHES)
+    prefix = torch.arange(len(PREFIX)).expand(rows, -1)
+    return torch.cat([prefix, len(PREFIX) + places, start + batch.offset], dim=1)
+
+
+def answerable(batch: PackedBatch, kept: Int[Tensor, "batch visual"]) -> Bool[Tensor, "batch questions"]:
+    """Say which questions still have a patch of each digit they need among the kept ones."""
+    owner = batch.owner.gather(1, kept)
+    seen = (owner[:, :, None] == torch.arange(batch.needs.shape[2])).any(1)  # (batch, items)
+    return ~(batch.needs & ~seen[:, None]).any(-1) & (batch.kind >= 0)

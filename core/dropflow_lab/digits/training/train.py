@@ -1,0 +1,84 @@
+"""Training of the demo model, from nothing to a checkpoint folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dropflow_lab.compare.digits_accuracy import evaluate
+from dropflow_lab.digits.checkpoints.model import build_model, build_processor, export, load
+from dropflow_lab.digits.training.attention import use_fast_attention
+from dropflow_lab.digits.training.journal import Journal
+from dropflow_lab.digits.training.loop import Clock, Phase, run_phase
+from dropflow_lab.digits.training.recipe import SMOKE, Recipe
+from dropflow_lab.digits.training.train_language import LanguagePhase
+from dropflow_lab.digits.training.train_vision import VisionPhase
+
+TEST_SEED = 2026
+
+
+def train(
+    out: Path,
+    *,
+    seed: int = 0,
+    threads: int = 1,
+    smoke: bool = False,
+    resume: bool = False,
+    recipe: Recipe | None = None,
+    save_seconds: float = 60.0,
+    test_questions: int = 2000,
+) -> Path:
+    """Train the model and write the checkpoint to `out`, which is returned.
+
+    `out/run` holds the state of the run, saved every `save_seconds`, and its log; with `resume` a run that
+    was killed continues from there and ends with the weights it would have had. `smoke` replaces the recipe
+    by some seconds of every stage. Weights are chosen on the validation split; the test split is used once,
+    at the end, for `out/test.json`. Results repeat exactly only for the same `threads`, torch version and
+    kind of processor. Raises `FileExistsError` if `out` holds a run and `resume` is not set, `ValueError` if
+    that run has other settings.
+    """
+    chosen = recipe or (SMOKE if smoke else Recipe())
+    journal = Journal(out / "run", {"seed": seed, **asdict(chosen)})
+    if journal.state_path.exists() and not resume:
+        raise FileExistsError(f"{out} holds a training run already: resume it, or train into another folder")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _train(out, journal, seed, chosen, save_seconds, 50 if smoke else test_questions)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(out: Path, journal: Journal, seed: int, recipe: Recipe, save_seconds: float, test_questions: int) -> Path:
+    console = Console()
+    state = journal.restore()
+    clock = Clock(before=state["elapsed"] if state else 0.0)
+    model = build_model(seed, recipe.decoder_layers)
+    with use_fast_attention(model):
+        reached = state["phase"] if state else VisionPhase.name
+        if reached == VisionPhase.name:
+            _run(VisionPhase(model, recipe, seed), state, journal, clock, save_seconds)
+            state = None
+        language = LanguagePhase(model, recipe, seed)
+        _run(language, state, journal, clock, save_seconds)
+        model.load_state_dict(language.best["model"])
+    export(model, out)
+    (out / "training-log.jsonl").write_bytes(journal.log_path.read_bytes())
+    console.print(f"kept step {language.best['step']}: validation {language.best['accuracy']:.1%}")
+    shipped, _ = load(out)
+    accuracy = evaluate(shipped, build_processor(), "test", test_questions, TEST_SEED)
+    (out / "test.json").write_text(accuracy.to_json() + "\n", encoding="utf-8")
+    console.print(accuracy.table())
+    return out
+
+
+def _run(phase: Phase, state: dict[str, Any] | None, journal: Journal, clock: Clock, save_seconds: float) -> None:
+    first = 0
+    if state is not None:
+        phase.load_state_dict(state["training"])
+        first = int(state["step"])
+    run_phase(phase, first, journal, clock, save_seconds)

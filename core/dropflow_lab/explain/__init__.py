@@ -1,0 +1,1 @@
+"""What a policy will cost, what is installed, and one question side by side."""

@@ -1,0 +1,70 @@
+"""What a policy will cost on a backbone of a given shape, from its forecast alone: no weights, no model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dropflow import Policy
+from dropflow.backbone.flops import TextShape, vision_only
+from dropflow.policy.plan import resolve
+from dropflow.units import Shape
+
+UNIT = "multiply-adds of the visual tokens alone, 4 n d^2 + 2 n^2 d + 3 n d m per layer"
+
+
+@dataclass(frozen=True)
+class LayerForecast:
+    """One decoder layer under a policy; `None` where the data decides."""
+
+    layer: int
+    visual_tokens: int | None
+    kv_entries: int | None
+    """Visual and text tokens that this layer's KV cache holds after prefill."""
+    flops: float | None
+    """Multiply-adds, by the vision-only formula."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A policy's forecast for one image, layer by layer and in total."""
+
+    policy: str
+    layers: tuple[LayerForecast, ...]
+    average_visual_tokens: float | None
+    """Mean over all layers, text-only ones included."""
+    entry_visual_tokens: int | None
+    """Visual tokens handed to the LLM."""
+    flops: float | None
+    flops_dense: float
+    """The same sum without the policy."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, with the unit of all FLOPs."""
+        return asdict(self) | {"unit": UNIT}
+
+
+def explain(policy: Policy, shape: Shape, widths: TextShape, text_tokens: int) -> Explanation:
+    """Follow one image through the layers; raises `PolicyError` where the policy does not fit `shape`.
+
+    FLOPs are those of the papers (`dropflow.flops.vision_only`): they leave out text, cross attention and ranking.
+    """
+    schedule = resolve(policy, shape).schedule()
+    layers = tuple(
+        LayerForecast(
+            layer,
+            count,
+            None if count is None else count + text_tokens,
+            None if count is None else vision_only(count, widths),
+        )
+        for layer, count in enumerate(schedule.per_layer)
+    )
+    known = [layer.flops for layer in layers if layer.flops is not None]
+    return Explanation(
+        policy=policy.name,
+        layers=layers,
+        average_visual_tokens=schedule.average,
+        entry_visual_tokens=schedule.entry,
+        flops=sum(known) if len(known) == len(layers) else None,
+        flops_dense=shape.layers * vision_only(shape.visual_tokens or 0, widths),
+    )

@@ -1,0 +1,160 @@
+"""Questions about pictures: from a folder with `images/` and a JSONL file, or the embedded digits questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.images import read_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DIGITS = "digits"
+"""Name of the embedded questions, in place of a folder."""
+_SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read or drawn when it is opened, and not before."""
+
+    name: str
+    """Where it comes from; equal names mean the same picture."""
+    open: Callable[[], Image]
+    """Returns it as RGB."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or more pictures."""
+
+    pictures: tuple[Picture, ...]
+    question: str
+    answer: str | None = None
+    """The right answer, where it is known."""
+    kind: str | None = None
+    """Kind of question, where the data tells kinds apart."""
+
+    def images(self) -> list[Image]:
+        """Open all pictures; raises `InputError` where one cannot be read."""
+        return [picture.open() for picture in self.pictures]
+
+    def is_answered_by(self, given: str) -> bool:
+        """Whether `given` is the right answer; case, spacing and a full stop at the end do not count."""
+        return self.answer is not None and _plain(given) == _plain(self.answer)
+
+
+class _Line(BaseModel):
+    """One line of a data file; what else it holds is ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    image: str | None = None
+    images: list[str] = Field(default_factory=list)
+    question: str = Field(min_length=1)
+    answer: str | None = None
+    kind: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Files of all images."""
+        return [*([] if self.image is None else [self.image]), *self.images]
+
+
+def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
+    """Return up to `count` samples of `source`, in order: a folder, or `digits` for the embedded test questions.
+
+    A folder has one `data.jsonl` (or one other `.jsonl` file). Each line is an object with `question`, with `image` (a
+    file name) or `images` (several), and, where known, `answer` and `kind`. File names are relative to the folder or
+    to its `images/`. `seed` chooses digits questions. Pictures are opened later, sample by sample.
+
+    Raises `InputError` with file and line number for each of the first faulty lines.
+    """
+    if str(source) == DIGITS:
+        return list(_digits(count, seed))
+    table = _table(Path(source))
+    samples: list[Sample] = []
+    faults: list[str] = []
+    with table.open(encoding="utf-8") as lines:
+        for number, text in islice(_filled(lines, table), count):
+            try:
+                samples.append(_sample(table.parent, text))
+            except ValueError as error:
+                faults.append(f"{table}:{number}: {error}")
+    if faults:
+        more = [f"{table}: {len(faults) - _SHOWN_FAULTS} more faulty lines"] if len(faults) > _SHOWN_FAULTS else []
+        raise InputError("\n".join(faults[:_SHOWN_FAULTS] + more))
+    if not samples:
+        raise InputError(f"{table}: expected at least one line with a question, found none")
+    return samples
+
+
+def _table(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected {DIGITS!r} or a folder with images/ and data.jsonl, found no such folder")
+    found = sorted(folder.glob("*.jsonl"))
+    named = folder / "data.jsonl"
+    if named in found:
+        return named
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"{folder}: expected data.jsonl or one other .jsonl file, found {names}")
+    return found[0]
+
+
+def _filled(lines: Iterator[str], table: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    try:
+        yield from ((number, text) for number, text in enumerate(lines, 1) if text.strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{table}: expected UTF-8 text: {error}") from None
+
+
+def _sample(folder: Path, text: str) -> Sample:
+    try:
+        line = _Line.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object: {error}") from None
+    except ValidationError as error:
+        raise ValueError("; ".join(_fault(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+    if not line.names:
+        raise ValueError("image: missing; name a file, or several in `images`")
+    pictures = tuple(_picture(folder, name) for name in line.names)
+    return Sample(pictures, line.question, line.answer, line.kind)
+
+
+def _fault(where: tuple[int | str, ...], message: str) -> str:
+    return f"{'.'.join(map(str, where)) or 'line'}: {message[0].lower()}{message[1:]}"
+
+
+def _picture(folder: Path, name: str) -> Picture:
+    for path in (folder / name, folder / "images" / name):
+        if path.is_file():
+            return Picture(str(path), partial(read_image, path))
+    raise ValueError(f"image: no file {name!r} in {folder} or {folder / 'images'}")
+
+
+def _digits(count: int, seed: int) -> Iterator[Sample]:
+    from PIL.Image import fromarray
+
+    from dropflow_lab.digits.data.dataset import question_at
+    from dropflow_lab.digits.data.scenes import Scene, render
+
+    def picture(index: int, scene: Scene) -> Picture:
+        return Picture(f"{DIGITS}:test:{seed}:{index}", lambda: fromarray(render(scene)[0]))
+
+    for index in range(count):
+        scene, question = question_at("test", index, seed)
+        yield Sample((picture(index, scene),), question.text, question.answer, question.kind)
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.split()).rstrip(".").casefold()

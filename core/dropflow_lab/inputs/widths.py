@@ -1,0 +1,24 @@
+"""Widths and depth of a text decoder, read from a model folder's config without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dropflow.backbone.flops import TextShape
+from dropflow_lab.errors import InputError
+
+
+def read_widths(folder: Path) -> tuple[TextShape, int]:
+    """Return widths and number of decoder layers of the text part of `folder/config.json`.
+
+    Raises `InputError` where there is no such file or transformers cannot read it.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: expected a model folder with a config.json, found none")
+    from transformers import AutoConfig
+
+    try:
+        text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        return TextShape.of(text), text.num_hidden_layers
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {' '.join(str(error).split())}") from None

@@ -1,0 +1,1 @@
+"""How time, memory, FLOPs and intervals are measured."""

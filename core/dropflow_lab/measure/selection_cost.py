@@ -1,0 +1,138 @@
+"""Meters what selection costs: seconds and FLOPs inside hooks and taps, and the largest tensor it allocates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dropflow import Flow, load_policy
+from dropflow.backbone.backbone import backbone_for
+from dropflow.engine.decoder import run
+from dropflow.engine.vision import encode
+from dropflow.lifecycle.hooks import HOOKS
+from dropflow.policy.plan import Plan, resolve
+from dropflow_lab.measure.flop_count import count_flops
+
+
+class SelectionMeter:
+    """Counts the selection of one stage of an attached plan, or of all its stages.
+
+    Selection is all that runs inside the stage's hook answers, the attention rows it asks for included (the norm, q, k
+    and RoPE that a probe computes, and the softmax over rows), and what a tap of an earlier layer adds to that layer:
+    opening it, keeping q and k, closing it. Moving the survivors and fitting masks is the engine's work, and no part of
+    it. Measures CPU time on the wall clock: work that a GPU has only been given would be missed.
+    """
+
+    def __init__(self, plan: Plan, stage: str | None = None) -> None:
+        """Put the meter around the hooks of `plan`; `stage` is its name in the policy, all stages without one."""
+        self.seconds: list[float] = []
+        """One entry per call of `measure`."""
+        self.elapsed = 0.0
+        """Seconds of selection so far in the call of `measure` that runs, or in the last one."""
+        self.flops = 0
+        """FLOPs (a multiply-add is two) of selection in all calls of `watch`."""
+        self.largest_tensor = 0
+        """Elements of the largest tensor that selection has allocated in any call of `watch`."""
+        self._stages = [one for name, one in plan.stages if stage in (None, name)]
+        self._taps = any(one.taps or one.vision_taps or one.decode_taps for one in self._stages)
+        self._watches = False
+        for hook in HOOKS:
+            if any(self._is_metered(one) for _, one in plan.hooks.implementers(hook)):
+                setattr(plan.hooks, hook, self._around(getattr(plan.hooks, hook)))
+
+    def measure(self, run: Callable[[], object]) -> None:
+        """Run once and note the seconds of selection."""
+        self.elapsed = 0.0
+        with self._timed_taps():
+            run()
+        self.seconds.append(self.elapsed)
+
+    def watch(self, run: Callable[[], object]) -> None:
+        """Run once and note the FLOPs and the largest tensor of selection; slow, so never to be timed."""
+        self._watches = True
+        try:
+            run()
+        finally:
+            self._watches = False
+
+    def _around(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def metered(call: Any, stage: Any = None) -> Any:
+            given = (call,) if stage is None else (call, stage)
+            if stage is not None and not self._is_metered(stage):
+                return hook(*given)
+            if self._watches:
+                answers = []
+                with _Allocations() as seen:
+                    self.flops += count_flops(lambda: answers.append(_at_once(hook(*given))))
+                self.largest_tensor = max(self.largest_tensor, seen.largest)
+                return answers[0]
+            return self._timed(lambda: _at_once(hook(*given)))
+
+        return metered
+
+    def _is_metered(self, stage: Any) -> bool:
+        return any(stage is one for one in self._stages)
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.elapsed += time.perf_counter() - start
+
+    @contextmanager
+    def _timed_taps(self) -> Iterator[None]:
+        """Time the taps of decoder and vision layers; all of them are the metered stages' where they have any."""
+        with ExitStack() as patched:
+            for module in (run, encode) if self._taps else ():
+                patched.enter_context(patch.object(module, "tap", self._timed_tap(module.tap)))
+            yield
+
+    def _timed_tap(self, tap: Callable[..., Any]) -> Callable[..., Any]:
+        @contextmanager
+        def timed(implementation: str, seen: Callable[[Any], None]) -> Iterator[None]:
+            opened = tap(implementation, lambda layer: self._timed(lambda: seen(layer)))
+            self._timed(opened.__enter__)
+            try:
+                yield
+            finally:
+                self._timed(lambda: opened.__exit__(None, None, None))
+
+        return timed
+
+
+@contextmanager
+def metered(model: Any, policy: Any, stage: str | None = None) -> Iterator[SelectionMeter]:
+    """Attach `policy` to `model` with a meter around the stage of that name in the policy, or around all stages."""
+    backbone = backbone_for(model)
+    plan = resolve(load_policy(policy), backbone.shape)
+    meter = SelectionMeter(plan, stage)
+    with Flow(backbone, plan):
+        yield meter
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Elements of the largest tensor that no operation merely looked at anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for one in output if isinstance(output, (tuple, list)) else (output,):
+                if isinstance(one, torch.Tensor):
+                    self.largest = max(self.largest, one.numel())
+        return output
+
+
+def _at_once(answer: Any) -> Any:
+    """Answers of `inject` and `exit` come from a generator, which would run outside the clock."""
+    return iter(list(answer)) if isinstance(answer, Iterator) else answer

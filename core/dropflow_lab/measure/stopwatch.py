@@ -1,0 +1,126 @@
+"""Splits the time of `generate` into vision, selection, the rest of the prefill, and decode steps."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dropflow.backbone.backbone import MODALITIES, Backbone
+from dropflow_lab.measure.selection_cost import SelectionMeter
+
+
+@dataclass(frozen=True)
+class Split:
+    """Seconds of one `generate`; what runs between the model's forwards is left out."""
+
+    vision: float
+    """Vision tower and projector, selection inside of them apart."""
+    selection: float
+    """Of the prefill: all that runs inside the stages' hooks (see `SelectionMeter`)."""
+    prefill: float
+    """The rest of the first forward: decoder layers, the engine's own work, LM head."""
+    decode: float
+    """All further forwards, with what stages decide in them."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of all forwards."""
+        return self.vision + self.selection + self.prefill + self.decode
+
+
+class Stopwatch:
+    """Times the forwards of one model; on a GPU it waits for the device at every reading of the clock."""
+
+    def __init__(self, backbone: Backbone, meter: SelectionMeter | None = None) -> None:
+        """`meter` is the one around all stages of the attached policy, if there is one."""
+        self._backbone, self._meter = backbone, meter
+        self._forwards: list[float] = []
+        self._vision = self._selection = self._started = 0.0
+        self._encoding = False
+
+    def split(self, run: Callable[[], object]) -> Split:
+        """Call `run`, which generates once, and return where its time went."""
+        self._forwards.clear()
+        self._vision = self._selection = 0.0
+        with self._watched():
+            if self._meter is None:
+                run()
+            else:
+                self._meter.measure(run)
+        first, *others = self._forwards
+        return Split(self._vision, self._selection, first - self._vision - self._selection, sum(others))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        model, core = self._backbone.model, self._backbone.core
+        handles = [
+            model.register_forward_pre_hook(self._before, prepend=True),  # what the engine does in front counts, too
+            model.register_forward_hook(self._after),
+        ]
+        try:
+            with wrapped(features_of(core), self._timed):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, model: Any, args: Any) -> None:  # noqa: ARG002  # the signature of a forward hook
+        self._started = self._now()
+
+    def _after(self, model: Any, args: Any, output: Any) -> None:  # noqa: ARG002
+        self._forwards.append(self._now() - self._started)
+        if len(self._forwards) == 1:
+            self._selection = self._selected
+
+    def _timed(self, features: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding:  # a model may encode videos by its method for images
+                return features(*args, **kwargs)
+            start, selected, self._encoding = self._now(), self._selected, True
+            try:
+                return features(*args, **kwargs)
+            finally:
+                self._vision += self._now() - start - (self._selected - selected)
+                self._encoding = False
+
+        return timed
+
+    @property
+    def _selected(self) -> float:
+        return 0.0 if self._meter is None else self._meter.elapsed
+
+    def _now(self) -> float:
+        device = self._backbone.model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+
+def features_of(core: Any) -> list[tuple[Any, str]]:
+    """Return the methods by which a core encodes images and videos, as owner and name."""
+    return [(core, name) for name in (f"get_{one}_features" for one in MODALITIES) if hasattr(core, name)]
+
+
+@contextmanager
+def wrapped(
+    methods: Sequence[tuple[Any, str]], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Put something around methods of modules inside the block, and leave them as they were."""
+    own = [(owner, name, owner.__dict__.get(name)) for owner, name in methods]
+    for owner, name, _ in own:
+        original = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(wrap(original)))  # models look at the signatures
+    try:
+        yield
+    finally:
+        for owner, name, before in own:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)

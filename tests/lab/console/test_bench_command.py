@@ -1,0 +1,85 @@
+"""`dropflow bench`, on models of toy size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from dropflow_lab.bench import engine
+from dropflow_lab.bench import stages as stage_bench
+from dropflow_lab.bench.random_llava import SubjectShape
+
+TOY = SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32)
+
+
+@pytest.fixture
+def toy_cli(cli, monkeypatch) -> Callable[..., object]:
+    monkeypatch.setattr(engine, "bench_engine", partial(engine.bench_engine, TOY, decode_steps=2))
+    few = ("keep-all", "late injection at 8", "filter with budgets, then the cache")
+    monkeypatch.setattr(stage_bench, "POLICIES", {name: stage_bench.POLICIES[name] for name in few})
+    small = partial(stage_bench.bench_stages, replace(TOY, layers=32, vision_hidden=64, vision_layers=3))
+    monkeypatch.setattr(stage_bench, "bench_stages", small)
+    return cli
+
+
+def test_json(toy_cli) -> None:
+    result = toy_cli("bench", "engine", "--repeats", 2, "--threads", 1, "--json")
+    told = json.loads(result.stdout)
+    assert set(told["noop"]) == {"prefill_ratio", "decode_ratio"}
+    assert set(told["reduced"]) == {"prefill_speedup", "flops_ratio", "efficiency", "kv_entries"}
+    assert set(told["reduced"]["efficiency"]) == {"median", "low", "high"}
+    assert set(told["machine"]) == {"cpu", "threads", "python", "torch", "transformers"}
+    assert (told["rounds"], told["machine"]["threads"], len(told["reduced"]["kv_entries"])) == (2, 1, 16)
+
+
+def test_table_of_a_quick_run(toy_cli) -> None:
+    shown = toy_cli("bench", "engine", "--quick").stdout
+    assert all(f"{name}: " in shown for name in ("noop", "empty", "control", "reduced"))
+    assert "3 rounds on 1 thread(s)" in shown
+
+
+def test_stages_as_json(toy_cli) -> None:
+    told = json.loads(toy_cli("bench", "stages", "--repeats", 2, "--json").stdout)
+    assert [row["policy"] for row in told["rows"]] == list(told["policies"]) == list(stage_bench.POLICIES)
+    assert set(told["rows"][0]) == {
+        "stage",
+        "policy",
+        "selection_share_of_dense_prefill",
+        "saving_share_of_dense_prefill",
+        "largest_tensor",
+    }
+    assert set(told["rows"][0]["saving_share_of_dense_prefill"]) == {"median", "low", "high"}
+    assert (told["rounds"], told["square_map"], told["subject"]["layers"]) == (2, (36 + 8) ** 2, 32)
+
+
+def test_stages_as_a_table(toy_cli) -> None:
+    shown = toy_cli("bench", "stages", "--repeats", 2).stdout
+    assert all(word in shown for word in ("control", "hidrop", "mustdrop", "selection", "saving", "largest"))
+    assert "would hold 1936 elements" in shown
+    assert "2 rounds on 1 thread(s)" in shown
+
+
+def test_accuracy_as_json_and_again_as_a_table(cli, model_folder, mild, tmp_path) -> None:
+    arguments = ("bench", "accuracy", "--policies", mild, "--questions", 10, "--seed", 1)
+    arguments += ("--model", model_folder, "--out", tmp_path / "rows")
+    result = cli(*arguments, "--json")
+    told = json.loads(result.stdout)
+    assert (told["questions"], told["seed"]) == (10, 1)
+    dense, pruned = told["rows"]
+    assert [dense["policy"], pruned["policy"]] == ["dense", "mild"]
+    assert [row["average_visual_tokens"] for row in told["rows"]] == [144, (144 + 144 + 40) / 4]
+    assert [row["entry_visual_tokens"] for row in told["rows"]] == [144, 144]
+    assert set(dense) >= {"accuracy", "low", "high", "count", "read"}
+    assert dense["count"]["asked"] == dense["read"]["asked"] == 1
+    assert "answers" not in dense
+    shown = cli(*arguments).stdout
+    assert all(word in shown for word in ("dense", "mild", "82.00", "144.00", "average", "read"))
+
+
+def test_accuracy_refuses_a_policy_that_does_not_fit(refused, model_folder, tmp_path) -> None:
+    arguments = ("--model", model_folder, "--out", tmp_path, "--policies", "hidrop-64")
+    assert "rescale" in refused("bench", "accuracy", *arguments)

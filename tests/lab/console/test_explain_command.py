@@ -1,0 +1,97 @@
+"""`dropflow explain`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_json_of_hidrop_64(cli) -> None:
+    result = cli("explain", "hidrop-64", "--json")
+    explained = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert set(explained) == {
+        "policy", "layers", "average_visual_tokens", "entry_visual_tokens", "flops", "flops_dense", "unit",
+    }  # fmt: skip
+    assert explained["policy"] == "hidrop-64"
+    assert explained["average_visual_tokens"] == 64.0
+    assert explained["entry_visual_tokens"] == 576
+    assert explained["flops"] == pytest.approx(0.42141696e12, rel=1e-4)
+    assert explained["flops_dense"] == pytest.approx(3.8172e12, rel=1e-4)
+    assert len(explained["layers"]) == 32
+    assert explained["layers"][14] == {
+        "layer": 14,
+        "visual_tokens": 10,
+        "kv_entries": 74,
+        "flops": 10 * (4 * 4096**2 + 2 * 10 * 4096 + 3 * 4096 * 11008),
+    }
+
+
+def test_table_shows_layers_totals_and_what_flops_are(cli) -> None:
+    shown = " ".join(cli("explain", "hidrop-64").stdout.split())
+    assert "│ 10 │ 215 │ 279 │ 43.89 G │" in shown
+    assert "64.00 on average over 32 layers, 576 at entry" in shown
+    assert "421.4 G of 3.817 T (89.0% fewer)" in shown
+    assert "multiply-adds of the visual tokens alone" in shown
+    assert "(d = 4096, m = 11008)" in shown
+
+
+def test_overrides_and_text_tokens(cli) -> None:
+    result = cli("explain", "hidrop-64", "--set", "stages.pyramid.keep.10=343", "--text-tokens", 0, "--json")
+    explained = json.loads(result.stdout)
+    assert explained["average_visual_tokens"] == 80.0
+    assert explained["layers"][10]["kv_entries"] == 343
+
+
+def test_rescaled_to_another_shape(cli) -> None:
+    shape = ("--layers", 16, "--visual-tokens", 144)
+    explained = json.loads(cli("explain", "hidrop-64", *shape, "--set", "rescale=true", "--json").stdout)
+    counts = [layer["visual_tokens"] for layer in explained["layers"]]
+    assert counts == [0] * 4 + [144] + [54] * 2 + [3] + [1] * 4 + [0] * 4
+
+
+def test_a_policy_tuned_for_nothing_gets_32_layers_and_576_tokens(cli, tmp_path) -> None:
+    policy = tmp_path / "half.yaml"
+    policy.write_text("stages: {exit: {use: hidrop/early-exit, at: 0.5}}\n")
+    explained = json.loads(cli("explain", policy, "--json").stdout)
+    assert explained["policy"] == "half"
+    assert [layer["visual_tokens"] for layer in explained["layers"]] == [576] * 16 + [0] * 16
+    assert cli("explain", policy).exit_code == 0
+
+
+def test_widths_and_depth_of_a_model_folder(cli, model_folder, mild) -> None:
+    explained = json.loads(cli("explain", mild, "--config", model_folder, "--json").stdout)
+    assert [layer["visual_tokens"] for layer in explained["layers"]] == [144, 144, 40, 0]
+    assert explained["layers"][2]["flops"] == 40 * (4 * 128**2 + 2 * 40 * 128 + 3 * 128 * 352)
+
+
+def test_absolute_numbers_do_not_fit_another_depth(refused, model_folder) -> None:
+    assert "stages.inject.at" in refused("explain", "hidrop-64", "--config", model_folder)
+
+
+def test_a_folder_without_config(refused, tmp_path) -> None:
+    assert str(tmp_path) in refused("explain", "hidrop-64", "--config", tmp_path)
+
+
+def test_a_config_that_transformers_cannot_read(refused, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
+    assert "no-such-family" in refused("explain", "hidrop-64", "--config", tmp_path)
+
+
+def test_what_the_data_decides_is_shown_as_such() -> None:
+    from rich.console import Console
+
+    from dropflow.backbone.flops import LLAVA_7B
+    from dropflow_lab.console.commands.explain import _summary, _table
+    from dropflow_lab.explain.forecast import Explanation, LayerForecast
+
+    layers = (LayerForecast(0, 100, 110, 5e9), LayerForecast(1, None, None, None))
+    explanation = Explanation("adaptive", layers, None, 100, None, 1e10)
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(_table(explanation), _summary(explanation, LLAVA_7B))
+    shown = " ".join(captured.get().split())
+    assert "│ 1 │ data │ data │ data │" in shown
+    assert "data on average over 2 layers, 100 at entry" in shown
+    assert "FLOPs: data of 10 G" in shown

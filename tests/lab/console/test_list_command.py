@@ -1,0 +1,76 @@
+"""`dropflow list`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dropflow.errors import BrokenPlugin
+from dropflow.policy import registry
+
+GROUPS = {"stages": registry.STAGES, "adapters": registry.ADAPTERS}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_registered_name_is_listed_with_a_line_about_it(cli, kind) -> None:
+    rows = json.loads(cli("list", kind, "--json").stdout)[kind]
+    assert [row["name"] for row in rows] == registry.names(GROUPS[kind])
+    assert all(row["summary"] for row in rows)
+
+
+def test_stages_are_listed_with_their_options(cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
+    assert set(rows["hidrop/concave-pyramid"]["options"]) == {"keep", "budget", "split", "select", "temperature"}
+    assert rows["hidrop/early-exit"]["paper"].startswith("arXiv:2602.23699")
+
+
+def test_policies_are_listed_with_what_they_are_tuned_for(cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("list", "policies", "--json").stdout)["policies"]}
+    assert list(rows) == list(registry.policy_files())
+    assert rows["hidrop-64"]["tuned_for"] == {"layers": 32, "visual_tokens": 576}
+
+
+@pytest.mark.parametrize("kind", ["stages", "policies", "adapters"])
+def test_tables_show_whole_names(cli, kind) -> None:
+    names = list(registry.policy_files()) if kind == "policies" else registry.names(GROUPS[kind])
+    shown = cli("list", kind).stdout
+    assert all(f" {name} " in shown for name in names)
+
+
+def test_a_broken_package_hides_no_other(cli, monkeypatch) -> None:
+    load = registry.load
+
+    def load_or_break(group: str, name: str) -> object:
+        if name == "hidrop/early-exit":
+            raise BrokenPlugin("hidrop/early-exit cannot be imported")
+        return load(group, name)
+
+    monkeypatch.setattr(registry, "load", load_or_break)
+    rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
+    assert rows["hidrop/early-exit"]["error"] == "hidrop/early-exit cannot be imported"
+    assert "summary" in rows["hidrop/late-injection"]
+    assert "cannot be imported" in " ".join(cli("list", "stages").stdout.split())
+
+
+def test_the_table_in_a_document_is_renewed_between_its_marks(cli, refused, tmp_path) -> None:
+    document = tmp_path / "methods.md"
+    document.write_text("before\n<!-- table of stages -->\nfrom-before\n<!-- end of table of stages -->\nafter\n")
+    assert cli("list", "stages", "--into", document).exit_code == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- table of stages -->\n\n| stage |")
+    assert text.endswith("<!-- end of table of stages -->\nafter\n")
+    assert "from-before" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `hidrop/early-exit` |")]
+    assert [cell.strip() for cell in row.split("|")[3:8]] == [
+        "`exit`",
+        "",
+        "all or none, by layer",
+        "no",
+        "`at`, `keep_last`",
+    ]
+    (row,) = [line for line in text.splitlines() if line.startswith("| `mustdrop/spatial-merge` |")]
+    assert [cell.strip() for cell in row.split("|")[3:7]] == ["`encode`", "`grid`", "by the data", "yes"]
+    document.write_text("no marks")
+    assert f"{document}: expected the lines" in refused("list", "stages", "--into", document)
+    assert "only stages" in refused("list", "policies", "--into", document)

@@ -1,0 +1,121 @@
+"""`dropflow train`: a folder that loads, records its policy, and comes out the same when the run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dropflow
+from dropflow_lab.digits.data.dataset import write_folder
+from dropflow_lab.errors import InputError
+from dropflow_lab.finetune import FolderDialogues
+from dropflow_lab.inputs.data import read_samples
+from dropflow_lab.inputs.models import load_model
+
+pytest.importorskip("accelerate")
+
+SMALL = ("--steps", 4, "--batch", 2, "--rounds", 2, "--save-every", 2, "--precision", "fp32", "--json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_folder) -> Path:
+    """A run of four steps that was never interrupted."""
+    from typer.testing import CliRunner
+
+    from dropflow_lab.console.cli import app
+
+    folder = tmp_path_factory.mktemp("trained")
+    policy = folder / "mild.yaml"
+    policy.write_text(
+        "name: mild\ntuned_for: {layers: 4, visual_tokens: 144}\n"
+        "stages:\n"
+        "  inject: {use: hidrop/late-injection, at: 1}\n"
+        "  pyramid: {use: hidrop/concave-pyramid, keep: {2: 40}}\n"
+        "  exit: {use: hidrop/early-exit, at: 3}\n"
+    )
+    arguments = ("train", "--policy", policy, "--model", model_folder, "--out", folder / "model", *SMALL)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert json.loads(result.stdout) == {"out": str(folder / "model"), "policy": "mild", "steps": 4}
+    return folder
+
+
+def test_the_folder_loads_and_knows_its_policy(trained) -> None:
+    model, _ = load_model(trained / "model")
+    with dropflow.attach(model) as flow:
+        assert flow.policy == dropflow.load_policy(trained / "mild.yaml")
+    assert "use_cache" not in json.loads((trained / "model" / "config.json").read_text())
+
+
+def test_what_is_trained_has_moved_and_the_vision_tower_has_not(trained, model_folder) -> None:
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, trained / "model"))
+    frozen = {name for name in before if "vision_tower" in name}
+    assert frozen
+    assert {name for name in before if torch.equal(before[name].float(), after[name])} == frozen
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(trained, cli, tmp_path) -> None:
+    run = tmp_path / "model" / "run"
+    run.mkdir(parents=True)
+    shutil.copytree(trained / "model" / "run" / "checkpoint-2", run / "checkpoint-2")
+    start = trained / "model" / "run" / "checkpoint-2"
+    arguments = ("--policy", trained / "mild.yaml", "--model", start, "--out", tmp_path / "model", "--resume", *SMALL)
+    assert cli("train", *arguments).exit_code == 0
+    once, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
+    assert once.keys() == resumed.keys()
+    assert [name for name in once if not torch.equal(once[name], resumed[name])] == []
+
+
+def test_the_log_has_every_loss(trained) -> None:
+    rows = [json.loads(line) for line in (trained / "model" / "training-log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["train_loss"] > 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(trained, refused) -> None:
+    arguments = ("train", "--policy", trained / "mild.yaml", "--out", trained / "model", *SMALL)
+    assert "--resume" in refused(*arguments, "--model", trained / "model")
+
+
+def test_there_must_be_something_to_resume(trained, refused, tmp_path) -> None:
+    assert "leave out --resume" in refused("train", "--policy", trained / "mild.yaml", "--out", tmp_path, "--resume")
+
+
+def test_a_policy_for_another_model_is_refused(refused, tmp_path) -> None:
+    assert "rescale" in refused("train", "--policy", "hidrop-64", "--out", tmp_path)
+
+
+def test_without_accelerate_the_extra_is_named(refused, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("dropflow_lab.console.commands.train.find_spec", lambda _: None)
+    assert "dropflow[train]" in refused("train", "--policy", "digits-mild", "--out", tmp_path)
+
+
+def test_a_folder_of_questions_is_trained_on(trained, model_folder, cli, tmp_path) -> None:
+    write_folder(tmp_path / "data", "train", 6)
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", tmp_path / "model", *SMALL)
+    result = cli("train", "--data", tmp_path / "data", *arguments)
+    assert json.loads(result.stdout)["steps"] == 4
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "model"))
+    assert [name for name in before if not torch.equal(before[name].float(), after[name])]
+
+
+def test_questions_about_one_picture_go_together(tmp_path) -> None:
+    table = write_folder(tmp_path, "train", 2)
+    one, two = (json.loads(line) for line in table.read_text().splitlines())
+    lines = [one | {"question": f"q{n}", "answer": f"a{n}"} for n in range(3)]
+    table.write_text("\n".join(json.dumps(line) for line in [lines[0], two, *lines[1:]]))
+    dialogues = FolderDialogues(read_samples(tmp_path, 9), rounds=2)
+    assert [dialogues[n].rounds for n in range(len(dialogues))] == [
+        (("q0", "a0"), ("q1", "a1")),
+        (("q2", "a2"),),
+        ((two["question"], two["answer"]),),
+    ]
+    assert dialogues[1].image.size == dialogues[2].image.size
+    for fault, expected in (({"images": [two["image"]]}, "found 2 images"), ({"answer": None}, "found no answer")):
+        table.write_text(json.dumps(one | fault))
+        with pytest.raises(InputError, match=rf"--data: expected one image and an answer in every line, {expected}"):
+            FolderDialogues(read_samples(tmp_path, 9), rounds=1)
