@@ -1,13 +1,13 @@
 # Two commands do everything: `make demo` and `make test`. Both make the virtual environment they need.
 PYTHON ?= python3
 VENV   := .venv
-OLDEST := .venv-oldest
 CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+TESTS  := tests/core
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest docs results check format clean
+.PHONY: demo test test-oldest test-newest docs results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -17,11 +17,15 @@ demo: $(VENV)/.wheel
 test: check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(FLAGS)
 
-# The engine's own tests on the oldest supported transformers, in an environment of their own.
-test-oldest:
-	sed 's/^transformers==.*/transformers==5.20.0/; /^tokenizers==/d' constraints.txt > $(OLDEST).txt
-	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=$(OLDEST).txt $(OLDEST)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/core $(FLAGS)
+# An environment of other versions, `.venvs/NAME`; environments/NAME.txt says which.
+env-%: environments/%.txt
+	mkdir -p .venvs
+	$(PYTHON) environments/constraints.py $* > .venvs/$*.txt
+	$(MAKE) VENV=.venvs/$* CONSTRAINTS=.venvs/$*.txt .venvs/$*/.dev
+
+# The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
+test-oldest test-newest: test-%: env-%
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS) $(FLAGS)
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev
@@ -42,7 +46,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST).txt dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

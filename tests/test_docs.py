@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import dropflow
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.console.cli import app
 from dropflow_lab.explain.listing import stages_in_markdown
 from dropflow_lab.markdown import renew
@@ -98,7 +98,7 @@ def test_the_makefile_has_the_readmes_commands() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in ("demo", "test", "docs", "test-oldest"):
         assert f"make {command}" in text
-        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+        assert re.search(rf"^(?:[\w-]+ )*{command}(?: [\w-]+)*:", makefile, re.MULTILINE)
 
 
 def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
@@ -107,7 +107,7 @@ def test_the_results_name_policies_that_fit_the_embedded_model() -> None:
     table = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for source in named:
         policy = dropflow.load_policy(ROOT / source if source.endswith(".yaml") else source)
-        resolve(policy, Shape(12, 144))
+        resolve(policy, BackboneShape(12, 144))
         assert f"| `{policy.name}` |" in table
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dropflow import Backbone
 from dropflow.backbone.backbone import square
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import IMAGE, START, TEXT, VISION, Picture, Tiny, pixels
 
 
@@ -26,10 +26,10 @@ class Idefics3(Backbone):
         """Square grid of shuffled patches."""
         return square(tokens)
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:  # noqa: ARG002
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:  # noqa: ARG002
         """An entry holds all tiles of a sample."""
         tile = self.tokens_per_image
-        return [[View(tile, self.grid(tile))] * (size // tile) for size in sizes]
+        return [[ImageLayout(tile, self.grid(tile))] * (size // tile) for size in sizes]
 
     @classmethod
     def tiny(cls) -> Tiny:
@@ -71,7 +71,9 @@ def tiles(number: int, dice: torch.Generator) -> Picture:
     """An image of one or two tiles of 3 x 3 tokens."""
     count = 1 + number % 2
     return Picture(
-        [START, *[IMAGE] * 9] * count, {"pixel_values": pixels(dice, count, 3, 36, 36)}, [View(9, (3, 3))] * count
+        [START, *[IMAGE] * 9] * count,
+        {"pixel_values": pixels(dice, count, 3, 36, 36)},
+        [ImageLayout(9, (3, 3))] * count,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dropflow import Backbone
 from dropflow.backbone.backbone import square
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import END, IMAGE, START, TEXT, VISION, Picture, Tiny, pixels
 
 
@@ -42,6 +42,6 @@ class InternVL(Backbone):
         def tiles(number: int, dice: torch.Generator) -> Picture:
             count = 1 + number % 2
             ids = [START, *[IMAGE] * (9 * count), END]
-            return Picture(ids, {"pixel_values": pixels(dice, count, 3, 36, 36)}, [View(9, (3, 3))] * count)
+            return Picture(ids, {"pixel_values": pixels(dice, count, 3, 36, 36)}, [ImageLayout(9, (3, 3))] * count)
 
         return Tiny(build, {"image": tiles})

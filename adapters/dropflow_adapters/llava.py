@@ -7,7 +7,7 @@ from typing import Any
 
 from dropflow import Backbone, Projections, Sublayers, VisionEncoder
 from dropflow.backbone.backbone import square
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
@@ -66,13 +66,13 @@ class Llava(Backbone):
         """Square grid of patches; `None` for a number that is no square, such as patches plus CLS."""
         return square(tokens) if self._tower.model_type in PLAIN else None
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per entry; Pixtral's sizes in pixels give its grid."""
         pixels = arguments.get("image_sizes")
         if self._tower.model_type in PLAIN or pixels is None:
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         patch = self._tower.patch_size
-        return [[View(n, (int(h) // patch, int(w) // patch))] for n, (h, w) in zip(sizes, pixels, strict=True)]
+        return [[ImageLayout(n, (int(h) // patch, int(w) // patch))] for n, (h, w) in zip(sizes, pixels, strict=True)]
 
     @classmethod
     def tiny(cls) -> Tiny:

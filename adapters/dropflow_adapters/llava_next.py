@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import IMAGE, TEXT, VISION, Picture, Tiny, pixels
 
 
@@ -23,18 +23,18 @@ class LlavaNext(Backbone):
         vision = self.model.config.vision_config
         return int(vision.image_size // vision.patch_size)
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """Overview and joined tiles of each image; an image of one tile is an overview with one newline."""
         if arguments.get("image_sizes") is None:
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         overview, square = self.side**2, (self.side, self.side)
         found = []
         for size, height_width in zip(sizes, arguments["image_sizes"], strict=True):
             if size == overview + 1:
-                found.append([View(size, square, tail=1)])
+                found.append([ImageLayout(size, square, tail=1)])
             else:
-                joined = View(size - overview, self.joined(height_width), line_ends=True)
-                found.append([View(overview, square), joined])
+                joined = ImageLayout(size - overview, self.joined(height_width), line_ends=True)
+                found.append([ImageLayout(overview, square), joined])
         return found
 
     def joined(self, height_width: Any) -> tuple[int, int]:
@@ -77,6 +77,6 @@ def anyres_image(number: int, dice: torch.Generator) -> Picture:
     """An image on two tiles below or beside each other, half of whose canvas is padding that goes."""
     height, width = ((48, 12), (12, 48))[number % 2]
     rows, columns = height // 6, width // 6
-    views = [View(16, (4, 4)), View(rows * (columns + 1), (rows, columns), line_ends=True)]
+    layouts = [ImageLayout(16, (4, 4)), ImageLayout(rows * (columns + 1), (rows, columns), line_ends=True)]
     arguments = {"pixel_values": pixels(dice, 3, 3, 24, 24), "image_sizes": torch.tensor([[height, width]])}
-    return Picture([IMAGE] * sum(view.tokens for view in views), arguments, views)
+    return Picture([IMAGE] * sum(layout.tokens for layout in layouts), arguments, layouts)

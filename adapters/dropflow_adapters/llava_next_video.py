@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import VIDEO, Picture, Tiny, pixels
 from dropflow_adapters.llava_next import LlavaNext, anyres_image, small
 
@@ -17,12 +17,12 @@ class LlavaNextVideo(LlavaNext):
 
     modalities = ("image", "video")
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """Frames have no newlines."""
         if modality == "image":
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         pooled = self.side // self.model.config.spatial_pool_stride
-        return [[View(pooled**2, (pooled, pooled))] * (size // pooled**2) for size in sizes]
+        return [[ImageLayout(pooled**2, (pooled, pooled))] * (size // pooled**2) for size in sizes]
 
     @classmethod
     def tiny(cls) -> Tiny:
@@ -35,6 +35,8 @@ class LlavaNextVideo(LlavaNext):
             return LlavaNextVideoForConditionalGeneration(config)
 
         def video(_: int, dice: torch.Generator) -> Picture:
-            return Picture([VIDEO] * 12, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, [View(4, (2, 2))] * 3)
+            return Picture(
+                [VIDEO] * 12, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, [ImageLayout(4, (2, 2))] * 3
+            )
 
         return Tiny(build, {"image": anyres_image, "video": video})

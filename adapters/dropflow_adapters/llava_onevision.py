@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import VIDEO, Picture, Tiny, pixels
 from dropflow_adapters.llava_next import LlavaNext, anyres_image, small
 
@@ -18,12 +18,12 @@ class LlavaOnevision(LlavaNext):
 
     modalities = ("image", "video")
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """Overview and joined tiles of an image; frames of a video."""
         if modality == "image":
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         side = math.ceil(self.side / 2)
-        frame, last = View(side**2, (side, side)), View(side**2 + 1, (side, side), tail=1)
+        frame, last = ImageLayout(side**2, (side, side)), ImageLayout(side**2 + 1, (side, side), tail=1)
         return [[*[frame] * (size // side**2 - 1), last] for size in sizes]
 
     def joined(self, height_width: Any) -> tuple[int, int]:
@@ -43,7 +43,7 @@ class LlavaOnevision(LlavaNext):
             return LlavaOnevisionForConditionalGeneration(config)
 
         def video(_: int, dice: torch.Generator) -> Picture:
-            views = [View(4, (2, 2)), View(4, (2, 2)), View(5, (2, 2), tail=1)]
-            return Picture([VIDEO] * 13, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, views)
+            layouts = [ImageLayout(4, (2, 2)), ImageLayout(4, (2, 2)), ImageLayout(5, (2, 2), tail=1)]
+            return Picture([VIDEO] * 13, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, layouts)
 
         return Tiny(build, {"image": anyres_image, "video": video})

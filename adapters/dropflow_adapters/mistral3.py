@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import END, IMAGE, START, TEXT, VISION, Picture, Tiny, pixels
 
 
@@ -17,14 +17,14 @@ class Mistral3(Backbone):
 
     gridded = True
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per entry, its grid from its size in pixels."""
         if arguments.get("image_sizes") is None:
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         config = self.model.config
         side = config.vision_config.patch_size * config.spatial_merge_size
         grids = [(int(h) // side, int(w) // side) for h, w in arguments["image_sizes"]]
-        return [[View(h * w, (h, w))] for h, w in grids]
+        return [[ImageLayout(h * w, (h, w))] for h, w in grids]
 
     @classmethod
     def tiny(cls) -> Tiny:
@@ -46,6 +46,8 @@ class Mistral3(Backbone):
             size = torch.tensor([[8 * rows, 8 * columns]])
             padded = torch.nn.functional.pad(pixels(dice, 1, 3, 8 * rows, 32), (0, 0, 0, 32 - 8 * rows))
             ids = ([IMAGE] * columns + [START]) * (rows - 1) + [IMAGE] * columns + [END]
-            return Picture(ids, {"pixel_values": padded, "image_sizes": size}, [View(rows * columns, (rows, columns))])
+            return Picture(
+                ids, {"pixel_values": padded, "image_sizes": size}, [ImageLayout(rows * columns, (rows, columns))]
+            )
 
         return Tiny(build, {"image": picture})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dropflow import Backbone
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import END, IMAGE, START, TEXT, VIDEO, Picture, Tiny, pixels
 
 
@@ -18,14 +18,14 @@ class Qwen2VL(Backbone):
     modalities = ("image", "video")
     gridded = True
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """The grid of patches (time, height, width) behind the merger, one image per time."""
         patches = arguments.get(f"{modality}_grid_thw")
         if patches is None:
-            return super().views(modality, sizes, arguments)
+            return super().layouts(modality, sizes, arguments)
         merge = self.model.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in patches.tolist()]
-        return [[View(h * w, (h, w))] * t for t, h, w in grids]
+        return [[ImageLayout(h * w, (h, w))] * t for t, h, w in grids]
 
     @classmethod
     def tiny(cls) -> Tiny:
@@ -63,12 +63,12 @@ def packed_image(number: int, dice: torch.Generator) -> Picture:
     """An image of 2 x 4 or 4 x 3 tokens."""
     rows, columns = ((2, 4), (4, 3))[number % 2]
     ids = [START, *[IMAGE] * (rows * columns), END]
-    return Picture(ids, packed("image", 1, 2 * rows, 2 * columns, dice), [View(rows * columns, (rows, columns))])
+    return Picture(ids, packed("image", 1, 2 * rows, 2 * columns, dice), [ImageLayout(rows * columns, (rows, columns))])
 
 
 def packed_video(_: int, dice: torch.Generator) -> Picture:
     """A video of two times 2 x 3 tokens."""
-    return Picture([START, *[VIDEO] * 12, END], packed("video", 2, 4, 6, dice), [View(6, (2, 3))] * 2)
+    return Picture([START, *[VIDEO] * 12, END], packed("video", 2, 4, 6, dice), [ImageLayout(6, (2, 3))] * 2)
 
 
 def with_token_types(inputs: dict[str, Any]) -> dict[str, Any]:

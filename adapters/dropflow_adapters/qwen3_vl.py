@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import END, START, VIDEO, Picture, Tiny
 from dropflow_adapters.qwen2_vl import Qwen2VL, packed, packed_image, tokens_and_text, with_token_types
 
@@ -40,4 +40,4 @@ class Qwen3VL(Qwen2VL):
 def stamped_video(_: int, dice: torch.Generator) -> Picture:
     """A video of two times 2 x 3 tokens, each behind a text token."""
     frame = [5, START, *[VIDEO] * 6, END]
-    return Picture(frame * 2, packed("video", 2, 4, 6, dice), [View(6, (2, 3))] * 2)
+    return Picture(frame * 2, packed("video", 2, 4, 6, dice), [ImageLayout(6, (2, 3))] * 2)

@@ -9,7 +9,7 @@ import torch
 
 from dropflow import Backbone
 from dropflow.backbone.backbone import square
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import IMAGE, TEXT, VIDEO, VISION, Picture, Tiny, pixels, square_pictures
 
 
@@ -23,10 +23,10 @@ class VideoLlava(Backbone):
         """Square grid of patches."""
         return square(tokens)
 
-    def views(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[View]]:  # noqa: ARG002
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:  # noqa: ARG002
         """Frames keep the CLS row that `default` cuts from images."""
         full = modality == "video" or self.model.config.vision_feature_select_strategy == "full"
-        return [[View(size, square(size - full), head=int(full))] for size in sizes]
+        return [[ImageLayout(size, square(size - full), head=int(full))] for size in sizes]
 
     @classmethod
     def tiny(cls) -> Tiny:
@@ -43,7 +43,7 @@ class VideoLlava(Backbone):
             return VideoLlavaForConditionalGeneration(config)
 
         def video(_: int, dice: torch.Generator) -> Picture:
-            frame = View(17, (4, 4), head=1)
+            frame = ImageLayout(17, (4, 4), head=1)
             return Picture([VIDEO] * 34, {"pixel_values_videos": pixels(dice, 1, 2, 3, 24, 24)}, [frame] * 2)
 
         return Tiny(build, {"image": square_pictures(24, 16), "video": video})

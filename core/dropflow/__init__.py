@@ -2,7 +2,7 @@
 
 from dropflow import errors
 from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.attach.flow import Flow, attach
 from dropflow.engine.decoder.record import LayerReport, Report
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
@@ -17,7 +17,7 @@ from dropflow.lifecycle.payloads import (
     PruneCall,
     WindowCall,
 )
-from dropflow.lifecycle.questions import asking
+from dropflow.lifecycle.questions import questions
 from dropflow.lifecycle.stage import Forecast, Stage, StageContext, StageOptions, Window
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy
@@ -38,6 +38,7 @@ __all__ = [
     "Exit",
     "Flow",
     "Forecast",
+    "ImageLayout",
     "Keep",
     "LayerReport",
     "Policy",
@@ -48,13 +49,12 @@ __all__ = [
     "StageContext",
     "StageOptions",
     "Sublayers",
-    "View",
     "VisionEncoder",
     "Window",
     "WindowCall",
-    "asking",
     "attach",
     "errors",
     "hookimpl",
     "load_policy",
+    "questions",
 ]

@@ -37,7 +37,7 @@ Rounding = Literal["half_up", "floor", "half_even", "ceil"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class BackboneShape:
     """The two numbers of a backbone that a policy is tuned for."""
 
     layers: int
@@ -71,8 +71,8 @@ class Budget:
 class Scale:
     """Turns the numbers of a policy into those of one backbone, refusing absolute ones tuned for another shape."""
 
-    target: Shape
-    tuned_for: Shape | None = None
+    target: BackboneShape
+    tuned_for: BackboneShape | None = None
     rescale: bool = False
 
     def boundary(self, value: int | float, path: str) -> int:

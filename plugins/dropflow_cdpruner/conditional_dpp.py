@@ -37,7 +37,7 @@ class ConditionalDPPOptions(StageOptions):
         default=None,
         min_length=1,
         description="folder or hub name of the CLIP model that the vision tower was taken from: relevance is then told "
-        "in its joint space, as published, and the questions are to be stated (`dropflow.asking`); without, in the "
+        "in its joint space, as published, and the questions are to be stated (`dropflow.questions`); without, in the "
         "LLM's own embeddings, on any backbone",
     )
     negate: bool | None = Field(
@@ -117,10 +117,10 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
         """Keep a diverse and relevant choice of every image."""
         with torch.no_grad():
             scores = torch.full(call.index.shape, torch.nan, device=call.index.device)
-            keep = (call.image < 0) | call.protected
+            keep = (call.image_id < 0) | call.protected
             for sample, text in enumerate(self._texts(call)):
                 self._choose(call, sample, text, keep[sample], scores[sample])
-        return Keep(keep | ~call.query_valid.any(1, keepdim=True), scores)
+        return Keep(keep | ~call.instruction_valid.any(1, keepdim=True), scores)
 
     def _texts(self, call: PruneCall) -> list[Float[Tensor, "texts dim"]]:
         """What each sample asks, in the space that `_similarity` compares it in."""
@@ -134,7 +134,7 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
 
     def _choose(self, call: PruneCall, sample: int, text: Tensor, keep: Tensor, scores: Tensor) -> None:
         """Fill in what stays of each image of one sample, and its relevance."""
-        image, projected = call.image[sample], call.entry.embeds[sample, call.index[sample]]
+        image, projected = call.image_id[sample], call.entry.embeds[sample, call.index[sample]]
         visual = image >= 0
         numbers = torch.unique(image[visual]).tolist()
         if not numbers:

@@ -34,9 +34,9 @@ class RandomSubset(Subset[RandomSubsetOptions]):
 
     def rank(self, call: PruneCall, counts: list[int]) -> Float[Tensor, "batch slots"]:
         """Random numbers, image by image."""
-        scores = torch.zeros(call.image.shape, device=call.image.device)
+        scores = torch.zeros(call.image_id.shape, device=call.image_id.device)
         for image in range(len(counts)):
-            own = call.image == image
+            own = call.image_id == image
             scores[own] = draw(self.options.seed, call.boundary, call.hidden[own]).to(scores)
         return scores
 

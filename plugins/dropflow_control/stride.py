@@ -30,7 +30,7 @@ class Stride(Subset[SubsetOptions]):
         """1 for the chosen tokens, 0 for all others."""
         chosen = torch.zeros_like(call.protected)
         for image, count in enumerate(counts):
-            own = call.image == image
+            own = call.image_id == image
             free = own & ~call.protected
             size, held = free.sum(1, keepdim=True), (own & call.protected).sum(1, keepdim=True)
             chosen |= free & evenly(free.cumsum(1) - 1, (count - held).clamp(min=0), size)

@@ -85,4 +85,4 @@ class Subset(Stage[O_co], Generic[O_co]):
         counts = [budget.of(size) for size in call.image_sizes]
         with torch.no_grad():
             scores = self.rank(call, counts)
-        return Keep(keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts), scores)
+        return Keep(keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts), scores)

@@ -95,10 +95,10 @@ class Duplication(Stage[DuplicationOptions]):
             sizes = torch.stack([measure(own) for own in call.keys(self._boundary - 1)])
             states = call.final_norm(call.hidden)
             for image, entered in enumerate(call.image_sizes):
-                rows, slots = ((call.image == image) & ~call.protected).nonzero(as_tuple=True)
+                rows, slots = ((call.image_id == image) & ~call.protected).nonzero(as_tuple=True)
                 if len(slots):
                     row = int(rows[0])
-                    held = int((call.image[row] == image).sum()) - len(slots)
+                    held = int((call.image_id[row] == image).sum()) - len(slots)
                     kept, count = slots, max(0, self._budget.of(entered) - held)
                     if len(slots) > count:
                         kept = self._chosen(call, row, slots, sizes[row].to(slots.device), states[row], count)
@@ -132,5 +132,5 @@ class Duplication(Stage[DuplicationOptions]):
 def _text_behind(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
     """Slots of the text behind an image, up to the sample's last instruction token."""
     slots = torch.arange(call.index.shape[1], device=call.index.device)
-    last = torch.where(call.query_valid[row], call.queries[row], -1).amax()
+    last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
     return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

@@ -88,18 +88,18 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         counts = self._counts(call, self._keeps[call.boundary])
         # tokens that stay in any case count against the budget, so that the schedule holds
         ranking = scores.masked_fill(call.protected, torch.inf)
-        keep = keep_top(ranking, call.image, counts, keep_ties=self.options.select == "reference")
-        unranked = ~call.query_valid.any(1, keepdim=True)
+        keep = keep_top(ranking, call.image_id, counts, keep_ties=self.options.select == "reference")
+        unranked = ~call.instruction_valid.any(1, keepdim=True)
         if not call.differentiable:
             return Keep(keep | unranked, scores)
-        chosen = call.image.masked_fill(call.protected | unranked, -1)
+        chosen = call.image_id.masked_fill(call.protected | unranked, -1)
         return Keep(keep | unranked, scores, soft_weights(scores, chosen, keep, self.options.temperature))
 
     def _counts(self, call: PruneCall, budget: Budget) -> list[int]:
         """Tokens that stay of each image, by image number."""
         counts = [budget.of(size) for size in call.image_sizes]
         if self.options.split == "total" and budget.tokens is not None:
-            for own in call.image.tolist():
+            for own in call.image_id.tolist():
                 images = sorted({image for image in own if image >= 0})
                 shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
                 for image, share in zip(images, shares, strict=True):

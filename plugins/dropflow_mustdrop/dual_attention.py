@@ -87,7 +87,7 @@ class DualAttention(Stage[DualAttentionOptions]):
             return None
         with torch.no_grad():
             sums, peaks = attention_scores(row_parts(call, call.boundary - 1, rows, asks))
-        totals = block_totals(sums.masked_fill(call.image < 0, 0), call.valid & ~call.text)
+        totals = block_totals(sums.masked_fill(call.image_id < 0, 0), call.valid & ~call.text)
         thresholds = (self.options.global_threshold, self.options.individual_threshold)
         unranked = ~asks.any(1, keepdim=True)
         budget = self._keeps[call.boundary]
@@ -95,7 +95,7 @@ class DualAttention(Stage[DualAttentionOptions]):
             return Keep(dual_keep(sums, peaks, totals, *thresholds) | unranked, sums)
         ranking = dual_ranking(sums, peaks, totals, *thresholds)
         counts = [budget.of(size) for size in call.image_sizes]
-        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image, counts)
+        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image_id, counts)
         return Keep(best | unranked, ranking)
 
 

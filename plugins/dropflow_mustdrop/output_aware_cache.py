@@ -92,9 +92,9 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     def _still_attended(self, view: CacheView, seen: Float[Tensor, "batch keys"]) -> Bool[Tensor, "batch keys"]:
         if self.options.threshold is not None:
             return seen >= self.options.threshold
-        images = int(view.image.max()) + 1
+        images = int(view.image_id.max()) + 1
         ranking = seen.masked_fill(view.protected, torch.inf)
-        return keep_top(ranking, view.image, [self._budget] * images)
+        return keep_top(ranking, view.image_id, [self._budget] * images)
 
 
 def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:

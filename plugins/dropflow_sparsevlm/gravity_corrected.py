@@ -82,12 +82,12 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
         budget, goes = self._keeps[call.boundary], int(self.options.reference)
         with torch.no_grad():
             by_head = _corrected(call, rows, asks) / asks.sum(1).clamp(min=1)[:, None, None]
-            scores = best_heads(by_head, call.image >= 0, self.options.heads)
+            scores = best_heads(by_head, call.image_id >= 0, self.options.heads)
         counts = [
             max(0, min(budget.of(size), left - goes))
             for size, (_, left) in zip(call.image_sizes, images_left(call), strict=True)
         ]
-        best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts)
+        best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
         return Keep(best | ~asks.any(1, keepdim=True), scores)
 
 

@@ -51,7 +51,7 @@ def rater_rows(call: PruneCall) -> tuple[Int[Tensor, "batch raters"], Bool[Tenso
     rate = torch.zeros_like(asks)
     index = call.index.gather(1, rows)
     for sample, own in enumerate(asks):
-        visual = call.entry.embeds[sample, call.entry.image[sample] >= 0]
+        visual = call.entry.embeds[sample, call.entry.image_id[sample] >= 0]
         if bool(own.any()):
             rate[sample, own] = raters(relevance(visual, call.entry.embeds[sample, index[sample, own]]))
     order, real = columns_of(rate)

@@ -49,7 +49,7 @@ def images_left(call: PruneCall) -> list[tuple[int, int]]:
     """Of every image, by number, the sample that it belongs to and its live tokens there."""
     found = []
     for image in range(len(call.image_sizes)):
-        own = call.image == image
+        own = call.image_id == image
         sample = int(own.any(1).long().argmax())
         found.append((sample, int(own[sample].sum())))
     return found

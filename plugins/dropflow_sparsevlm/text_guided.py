@@ -106,7 +106,7 @@ class TextGuided(Stage[TextGuidedOptions]):
             attention = torch.cat(parts, 1)  # (batch, raters, slots), zero where a sample has fewer raters
             scores = attention.sum(1) / asks.sum(1, keepdim=True).clamp(min=1)
             counts = self._counts(call, attention, asks)
-            best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts)
+            best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
             keep = best | ~asks.any(1, keepdim=True)
             return self._with_clusters(call, keep, scores) if self.options.recycle else Keep(keep, scores)
 
@@ -120,7 +120,7 @@ class TextGuided(Stage[TextGuidedOptions]):
             if budget is not None:
                 counts.append(max(0, min(budget.of(call.image_sizes[image]), most)))
             elif rank is not None and left and bool(asks[sample].any()):
-                block = attention[sample][asks[sample]][:, call.image[sample] == image]
+                block = attention[sample][asks[sample]][:, call.image_id[sample] == image]
                 counts.append(adaptive_count(block, rank.scale, rank.bias, most=most))
             else:
                 counts.append(left)
@@ -132,10 +132,10 @@ class TextGuided(Stage[TextGuidedOptions]):
         """The best of the dropped tokens merged into the centres of their clusters, which stay."""
         keep = keep.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
-        gone = (call.image >= 0) & ~keep & ~call.protected
+        gone = (call.image_id >= 0) & ~keep & ~call.protected
         for sample, own in enumerate(gone):
-            for image in sorted(set(call.image[sample, own].tolist())):
-                slots = (own & (call.image[sample] == image)).nonzero()[:, 0]
+            for image in sorted(set(call.image_id[sample, own].tolist())):
+                slots = (own & (call.image_id[sample] == image)).nonzero()[:, 0]
                 size, count = recycled(len(slots), self.options.recycle_share, self.options.cluster_size)
                 slots = slots[torch.sort(scores[sample, slots], descending=True, stable=True).indices[:size]]
                 centres, cluster = clusters(call.hidden[sample, slots], count)

@@ -10,7 +10,7 @@ from tiny import relative_error
 
 import dropflow
 from dropflow import PruneCall, Stage, hookimpl
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.errors import UnsupportedCall
 from dropflow.testing import MaskedOracle, Tiny, tiny_models
 from dropflow.testing.case import Case
@@ -38,11 +38,11 @@ def test_a_newline_stays_exactly_as_long_as_a_patch_of_its_row(name: str, which:
     for sample, pictures in enumerate(shown):
         places = (inputs["input_ids"][sample] == IMAGE).nonzero()[:, 0]
         start = 0
-        for view in (view for picture in pictures for view in picture.views):
-            own = live[:, sample, places[start : start + view.tokens]]
-            start += view.tokens
-            if view.line_ends and view.grid:
-                rows = own.unflatten(1, (view.grid[0], view.grid[1] + 1))
+        for layout in (layout for picture in pictures for layout in picture.layouts):
+            own = live[:, sample, places[start : start + layout.tokens]]
+            start += layout.tokens
+            if layout.line_ends and layout.grid:
+                rows = own.unflatten(1, (layout.grid[0], layout.grid[1] + 1))
                 assert torch.equal(rows[..., -1], rows[..., :-1].any(-1))
                 rows_seen += int(rows[..., -1].sum())
                 rows_gone += int((~rows[..., -1] & own.any(1)[:, None]).sum())
@@ -58,7 +58,7 @@ def test_the_newline_of_a_video_goes_with_its_last_frame() -> None:
 
         @hookimpl
         def prune(self, call: PruneCall) -> dropflow.Keep:
-            return dropflow.Keep(call.image != len(call.image_sizes) - 1)
+            return dropflow.Keep(call.image_id != len(call.image_sizes) - 1)
 
     _, tiny = FAMILIES["llava_onevision"]
     model, inputs = tiny.model(), tiny.prompt([(3, "V", 5)])[0]
@@ -173,7 +173,7 @@ def test_pixtral_images_keep_their_aspect_ratio() -> None:
             "pixel_values": torch.nn.functional.pad(pixels(dice, 1, 3, 4 * rows, 16), (0, 0, 0, 16 - 4 * rows)),
             "image_sizes": torch.tensor([[4 * rows, 16]]),
         }
-        return Picture(([IMAGE] * 4 + [50]) * rows, arguments, [View(4 * rows, (rows, 4))])
+        return Picture(([IMAGE] * 4 + [50]) * rows, arguments, [ImageLayout(4 * rows, (rows, 4))])
 
     from dropflow.testing import assert_backbone_conforms
 
@@ -224,9 +224,9 @@ def test_grids_of_tiles_follow_the_models_own_packing_at_any_image_size(name: st
         packed, _ = model.model.pack_image_features(
             [features], size[None], image_newline=torch.full((32,), 77.0), **more
         )
-        (views,) = family(model).views("image", [len(packed[0])], {"image_sizes": size[None]})
-        assert sum(view.tokens for view in views) == len(packed[0])
-        newline = torch.cat([view.extra(packed[0].device) for view in views])
+        (layouts,) = family(model).layouts("image", [len(packed[0])], {"image_sizes": size[None]})
+        assert sum(layout.tokens for layout in layouts) == len(packed[0])
+        newline = torch.cat([layout.extra(packed[0].device) for layout in layouts])
         assert torch.equal(newline, (packed[0] == 77.0).all(1))
-        grids.add(views[-1].grid)
+        grids.add(layouts[-1].grid)
     assert len(grids) > 15

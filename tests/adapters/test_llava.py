@@ -11,14 +11,14 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisi
 
 from dropflow.backbone.backbone import FACTS, backbone_for
 from dropflow.errors import UnsupportedModel
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_facts(tower: str) -> None:
     model = tiny_llava(tower=tower)
     backbone = backbone_for(model)
-    assert backbone.shape == Shape(6, 16)
+    assert backbone.shape == BackboneShape(6, 16)
     assert backbone.core is model.model
     assert backbone.text is model.model.language_model
     assert backbone.grid(16) == (4, 4)
@@ -33,7 +33,7 @@ def test_facts(tower: str) -> None:
         3,
         0,
     )
-    widths = backbone.text_shape
+    widths = backbone.decoder_widths
     assert (widths.hidden, widths.intermediate, widths.heads, widths.kv_heads, widths.head_dim) == (32, 48, 4, 2, 8)
 
 

@@ -26,22 +26,22 @@ REMOVALS = [
         "        return square(tokens)\n",
         "        return None\n",
         r"Gemma3 \(images\): the fact 'grid' is wrong: image 0 has the grid \(4, 4\), the adapter says None; "
-        r"see `grid` or `views` of Gemma3",
+        r"see `grid` or `layouts` of Gemma3",
         id="grid",
     ),
     pytest.param(
         "idefics3:Idefics3",
-        "        return [[View(tile, self.grid(tile))] * (size // tile) for size in sizes]\n",
-        "        return [[View(size)] for size in sizes]\n",
+        "        return [[ImageLayout(tile, self.grid(tile))] * (size // tile) for size in sizes]\n",
+        "        return [[ImageLayout(size)] for size in sizes]\n",
         r"Idefics3 \(images\): the fact 'image owner' is wrong: token \d+ of sample 1 is a patch of image 2, but the "
-        r"adapter gives it to an image with other patches; it tells 2 images apart, the prompt has 4; see `views`",
+        r"adapter gives it to an image with other patches; it tells 2 images apart, the prompt has 4; see `layouts`",
         id="image owner",
     ),
     pytest.param(
         "llava_next:LlavaNext",
         "line_ends=True)\n                found",
         "line_ends=False)\n                found",
-        r"LlavaNext \(images\): the fact 'token ids' is wrong: LlavaNext.views: gives the grid \(8, 2\) to an "
+        r"LlavaNext \(images\): the fact 'token ids' is wrong: LlavaNext.layouts: gives the grid \(8, 2\) to an "
         r"image of 24 patches; correct the adapter's grid or extra rows",
         id="newlines",
     ),

@@ -36,7 +36,7 @@ class Turns(Stage[Any]):
     def prune(self, call: PruneCall) -> Keep:
         layer, rows = call.boundary - 1, torch.arange(call.index.shape[1]).expand(len(call.index), -1)
         self.found[layer] = gravity(*call.rotary(layer), rows, call.tapped(layer).query.shape[-1])
-        return Keep((call.image < 0) | (call.index % 3 > 0))
+        return Keep((call.image_id < 0) | (call.index % 3 > 0))
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_all_ones_vectors_turn_as_in_the_familys_own_code(name: str, monkeypatch
         monkeypatch.setattr(module, "apply_rotary_pos_emb", seen)
         case.model(**case.inputs)
     ((_, stage),) = flow.plan.stages
-    head_dim = backbone.text_shape.head_dim
+    head_dim = backbone.decoder_widths.head_dim
     for layer in (0, 2):
         product, turning = expected[layer]
         w = (product + head_dim - turning) / head_dim**0.5

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.tiny import (
     END,
     IMAGE,
@@ -115,11 +115,11 @@ def packed_image(number: int, dice: torch.Generator) -> Picture:
         "pixel_values": pixels(dice, patches, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
     }
-    return Picture([START, *[IMAGE] * (rows * columns), END], arguments, [View(rows * columns)])
+    return Picture([START, *[IMAGE] * (rows * columns), END], arguments, [ImageLayout(rows * columns)])
 
 
 def patches(_: int, dice: torch.Generator) -> Picture:
-    return Picture([IMAGE] * 9, {"pixel_values": pixels(dice, 1, 9, 3 * 4 * 4)}, [View(9)])
+    return Picture([IMAGE] * 9, {"pixel_values": pixels(dice, 1, 9, 3 * 4 * 4)}, [ImageLayout(9)])
 
 
 def token_types(inputs: dict[str, Any]) -> dict[str, Any]:

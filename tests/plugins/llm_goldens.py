@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dropflow import Entry, PruneCall, Stage, StageContext, Window
-from dropflow.units import Scale, Shape
+from dropflow.units import BackboneShape, Scale
 from dropflow_adapters.llava import Llava
 
 DATA = Path(__file__).parents[1] / "data" / "methods"
@@ -28,7 +28,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 def stage_of(kind: type[Stage[Any]], *, layers: int = 32, visual_tokens: int | None = 576, **options: Any) -> Any:
     """A stage as a policy would make it."""
-    context = StageContext("stage", Scale(Shape(layers, visual_tokens)), Window(0, layers))
+    context = StageContext("stage", Scale(BackboneShape(layers, visual_tokens)), Window(0, layers))
     return kind(kind.Options(**options), context)
 
 
@@ -45,12 +45,12 @@ def prune_call(
         hidden=torch.zeros(batch, tokens, 1),
         index=index,
         valid=torch.ones_like(visual),
-        image=image,
+        image_id=image,
         text=~visual,
         protected=torch.zeros_like(visual),
         image_sizes=(images,) * batch,
-        queries=index[:, -1:],
-        query_valid=torch.ones(batch, 1, dtype=torch.bool),
+        instruction_slots=index[:, -1:],
+        instruction_valid=torch.ones(batch, 1, dtype=torch.bool),
         window=Window(0, 32),
         entry=Entry(torch.zeros(batch, tokens, 1), image),
         attention=attention,

@@ -167,17 +167,17 @@ def test_relevance_by_clip_reads_each_samples_question(clip: str) -> None:
     other = formula(projected[0], joint(clip, hidden[0], "dogs"), 5)
     options = {"use": STAGE, "keep": 5, "clip": clip}
     with dropflow.attach(model, policy(dpp=options)) as flow:
-        with dropflow.asking(QUESTIONS):
+        with dropflow.questions(QUESTIONS):
             model(**inputs)
             assert kept(flow, inputs["input_ids"]) == expected
             model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
             both = inputs["input_ids"].repeat_interleave(2, 0)
             assert kept(flow, both) == [images for images in expected for _ in range(2)]
-        with dropflow.asking(["dogs", *QUESTIONS[1:]]):
+        with dropflow.questions(["dogs", *QUESTIONS[1:]]):
             model(**inputs)
             assert kept(flow, inputs["input_ids"]) == [[other], *expected[1:]]
     assert other != expected[0][0]
-    with dropflow.asking(QUESTIONS), dropflow.attach(model, policy(dpp={**options, "negate": False})) as flow:
+    with dropflow.questions(QUESTIONS), dropflow.attach(model, policy(dpp={**options, "negate": False})) as flow:
         model(**inputs)
         opposite = kept(flow, inputs["input_ids"])
     assert opposite[0][0] == formula(projected[0], -joint(clip, hidden[0], QUESTIONS[0]), 5)
@@ -191,7 +191,10 @@ def test_reference_rescales_over_all_images_of_a_sample(clip: str) -> None:
     similar = torch.stack([joint(clip, features, "who") for features in hidden])
     projected = model.get_image_features(inputs["pixel_values"]).pooler_output
     for reference in (False, True):
-        with dropflow.asking(["who"]), dropflow.attach(model, policy(dpp={**options, "reference": reference})) as flow:
+        with (
+            dropflow.questions(["who"]),
+            dropflow.attach(model, policy(dpp={**options, "reference": reference})) as flow,
+        ):
             model(**inputs)
             found = kept(flow, inputs["input_ids"])[0]
         for image, own in enumerate(found):
@@ -224,11 +227,11 @@ def test_what_cannot_be_right_is_refused_and_the_model_goes_on(clip: str, tmp_pa
     plain = model(**inputs).logits
     options: dict[str, Any] = {"use": STAGE, "keep": 5, "clip": clip}
     with dropflow.attach(model, policy(dpp=options)):
-        with pytest.raises(UnsupportedCall, match=r"questions: none stated for a batch of 3.*dropflow.asking"):
+        with pytest.raises(UnsupportedCall, match=r"questions: none stated for a batch of 3.*dropflow.questions"):
             model(**inputs)
-        with dropflow.asking(["who", "what"]), pytest.raises(UnsupportedCall, match="2 stated for a batch of 3"):
+        with dropflow.questions(["who", "what"]), pytest.raises(UnsupportedCall, match="2 stated for a batch of 3"):
             model.generate(**inputs, max_new_tokens=2)
-    with pytest.raises(TypeError, match="got a single string"), dropflow.asking("who"):
+    with pytest.raises(TypeError, match="got a single string"), dropflow.questions("who"):
         pass
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -248,6 +251,6 @@ def test_what_cannot_be_right_is_refused_and_the_model_goes_on(clip: str, tmp_pa
 
 def test_with_clip_it_conforms_where_the_tower_is_clips(clip: str) -> None:
     families = {name: own for name, own in tiny_models().items() if name in ("llava", "qwen2_vl")}
-    with dropflow.asking(["what colour is the bus"]):
+    with dropflow.questions(["what colour is the bus"]):
         cells = assert_stage_conforms(STAGE, {"keep": 0.4, "clip": clip}, families)
     assert {cell.adapter: cell.outcome for cell in cells} == {"llava": "run", "qwen2_vl": "refused"}

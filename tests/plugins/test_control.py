@@ -15,7 +15,7 @@ from dropflow import Encode, EncodeCall, Stage, hookimpl
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_control.draw import draw, fingerprint
 from dropflow_control.pool import pool
 from dropflow_control.stride import evenly, spread
@@ -140,9 +140,9 @@ def test_the_fingerprint_forgets_the_last_bits_and_the_scale_but_not_the_content
 
 
 def test_forecast_and_protected_tokens(llava: Any) -> None:
-    plan = resolve(dropflow.load_policy(LAYERS), Shape(6, 16))
+    plan = resolve(dropflow.load_policy(LAYERS), BackboneShape(6, 16))
     assert plan.schedule().per_layer == (16, 16, 7, 7, 2, 2)
-    assert resolve(dropflow.load_policy(ENCODER), Shape(6, 16)).schedule().per_layer == (6,) * 6
+    assert resolve(dropflow.load_policy(ENCODER), BackboneShape(6, 16)).schedule().per_layer == (6,) * 6
 
     with torch.no_grad():
         live = kept(llava, policy(protect={"use": Protect}, **LAYERS["stages"]), prompt([("I", 5)]))
@@ -256,4 +256,4 @@ def test_pooling_needs_the_whole_grid(llava: Any) -> None:
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
-        resolve(dropflow.load_policy(policy(r={"use": "control/random", **options})), Shape(6, 16))
+        resolve(dropflow.load_policy(policy(r={"use": "control/random", **options})), BackboneShape(6, 16))

@@ -15,7 +15,7 @@ import dropflow
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import top
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 
 STAGE = {"use": "dart/duplication"}
@@ -135,10 +135,10 @@ def test_little_text_and_large_budgets() -> None:
 
 def test_published_numbers_of_tokens() -> None:
     for keep, kept in ((128, 132), (192, 196), (64, 68)):
-        found = resolve(dropflow.load_policy(f"dart-{keep}"), Shape(32, 576)).schedule()
+        found = resolve(dropflow.load_policy(f"dart-{keep}"), BackboneShape(32, 576)).schedule()
         assert found.per_layer == (576,) * 2 + (kept,) * 30
     with pytest.raises(PolicyError, match=r"stages\.d\.at: at boundary 0 the keys of layer -1 choose the pivots"):
-        resolve(dropflow.load_policy(policy(d=STAGE | {"at": 0})), Shape(32, 576))
+        resolve(dropflow.load_policy(policy(d=STAGE | {"at": 0})), BackboneShape(32, 576))
 
 
 @torch.no_grad()

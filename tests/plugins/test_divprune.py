@@ -11,7 +11,7 @@ from tiny import IMAGE, policy, prompt, tiny_llava
 
 import dropflow
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_divprune.diversity import max_min
 
 
@@ -69,7 +69,7 @@ def test_a_token_is_chosen_once_though_few_are_distinct() -> None:
 def test_the_published_share_is_the_published_number() -> None:
     published = dropflow.load_policy("divprune-56")
     for tokens, kept in ((576, 56), (2340, 229), (2880, 282)):
-        assert resolve(published, Shape(32, 576)).schedule(tokens).per_layer == (kept,) * 32
+        assert resolve(published, BackboneShape(32, 576)).schedule(tokens).per_layer == (kept,) * 32
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import dropflow
 from dropflow import Stage, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_hidrop.topk import soft_mask
 
 
@@ -41,7 +41,7 @@ def test_scores_are_the_last_prompt_row_of_the_boundarys_own_attention(text: str
 
         @hookimpl
         def prune(self, call: dropflow.PruneCall) -> None:
-            maps.update({layer: call.attention_rows(layer, call.queries) for layer in self.taps})
+            maps.update({layer: call.attention_rows(layer, call.instruction_slots) for layer in self.taps})
 
     with dropflow.attach(eager, policy(**stages, read={"use": Reads})):
         eager(**inputs)
@@ -154,7 +154,7 @@ def test_the_published_soft_mask() -> None:
 
 def test_a_window_alone_averages_half() -> None:
     stages = {"inject": {"use": "hidrop/late-injection", "at": 8}, "exit": {"use": "hidrop/early-exit", "at": 24}}
-    plan = resolve(dropflow.load_policy(policy(**stages)), Shape(32, 576))
+    plan = resolve(dropflow.load_policy(policy(**stages)), BackboneShape(32, 576))
     assert plan.schedule().average == 288
 
 
@@ -177,7 +177,7 @@ def test_a_budget_solves_the_first_keep(
         pyramid={"use": "hidrop/concave-pyramid", "keep": keep, "budget": {"average_tokens": average}},
         exit={"use": "hidrop/early-exit", "at": at[1]},
     )
-    solved = resolve(dropflow.load_policy(which), Shape(*shape)).schedule()
+    solved = resolve(dropflow.load_policy(which), BackboneShape(*shape)).schedule()
     assert solved.per_layer[min(keep)] == first
     assert solved.average == pytest.approx(average, abs=0.1)
 
@@ -197,4 +197,4 @@ def test_a_budget_solves_the_first_keep(
 def test_a_pyramid_that_makes_no_sense_is_refused(pyramid: dict[str, Any], message: str) -> None:
     which = policy(pyramid={"use": "hidrop/concave-pyramid", **pyramid})
     with pytest.raises(PolicyError, match=message):
-        resolve(dropflow.load_policy(which), Shape(6, 16))
+        resolve(dropflow.load_policy(which), BackboneShape(6, 16))

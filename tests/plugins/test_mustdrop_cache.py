@@ -67,7 +67,7 @@ def decode(
     with dropflow.attach(model, which):
         model(**inputs, past_key_values=cache)
         for token in tokens.T:
-            held.append([held_tokens(layer.known()) for layer in cache.layers])
+            held.append([held_tokens(layer.full_index()) for layer in cache.layers])
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             ids = (mask.cumsum(1) - 1)[:, -1:]
             logits.append(
@@ -157,7 +157,7 @@ def test_protected_entries_are_never_evicted() -> None:
         text = flow._last().prompt.text
     assert protected.sum(1).tolist() == [8, 16, 0]
     for layer in output.past_key_values.layers[1:]:
-        tokens = held_tokens(layer.known())
+        tokens = held_tokens(layer.full_index())
         for sample in range(3):
             expected = (protected | text)[sample].nonzero()[:, 0].tolist()
             assert {t for t in tokens[sample] if t < protected.shape[1]} == set(expected)

@@ -73,7 +73,7 @@ def test_recorded_towers(name: str, case: str) -> None:
         assert relative_error(value, expected) < 1e-4, key
     rows = got[1].shape[1] - 1
     assert rows == 144 - 8 * recorded[f"{case}/r"]
-    visual = record.image[0] >= 0
+    visual = record.image_id[0] >= 0
     present, protected = (mask[0][visual].view(images, 144) for mask in (record.present, record.protected))
     assert torch.equal(present, (torch.arange(144) < rows).expand(images, -1))  # merged tokens first, the rest behind
     for image in range(images):
@@ -166,7 +166,7 @@ def test_towers_without_cls_rank_by_received_attention(attention: str) -> None:
         record = flow._last().prompt
     eager = tiny_llava(tower="siglip", attention="eager", grid=6).model.vision_tower
     layer = eager.encoder.layers[3]
-    visual = [(record.image[row] == number).nonzero()[:, 0] for row, number in ((0, 0), (1, 1), (1, 2))]
+    visual = [(record.image_id[row] == number).nonzero()[:, 0] for row, number in ((0, 0), (1, 1), (1, 2))]
     sizes = []
     for image, (row, slots) in enumerate(zip((0, 1, 1), visual, strict=True)):
         present = int(record.present[row, slots].sum())

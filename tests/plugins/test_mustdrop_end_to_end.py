@@ -52,7 +52,7 @@ class Filter(DualAttention):
     def prune(self, call: dropflow.PruneCall) -> Any:
         rows, _ = text_rows(call)
         weights = call.attention_rows(call.boundary - 1, rows).mean(1)[0, :, -call.index.shape[1] :]
-        self.seen.append(weights[:, call.image[0] >= 0])
+        self.seen.append(weights[:, call.image_id[0] >= 0])
         return super().prune(call)
 
 

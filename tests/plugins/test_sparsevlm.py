@@ -20,7 +20,7 @@ from dropflow.errors import PolicyError
 from dropflow.operators.merging import mean_into
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_sparsevlm import TextGuided
 from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
 from dropflow_sparsevlm.recycling import clusters, recycled
@@ -76,7 +76,7 @@ def recorded_call(case: str, layer: int) -> tuple[PruneCall, slice]:
     embeds = torch.zeros(1, tokens, 2)
     embeds[0, start : start + images, 0] = 1
     embeds[0, start + images + rate, 0] = 5
-    return replace(call, entry=Entry(embeds, call.image)), slice(start, start + images)
+    return replace(call, entry=Entry(embeds, call.image_id)), slice(start, start + images)
 
 
 @pytest.mark.parametrize(("table", "target"), [("v15", 192), ("v15", 64), ("v20", 192), ("v20", 64)])
@@ -94,7 +94,7 @@ def test_survivors_by_table_are_the_recorded_ones(table: str, target: int, step:
 
 def test_as_released_at_least_one_token_goes() -> None:
     call, visual = recorded_call("table", 2)
-    call = replace(call, image=torch.where(call.index < visual.start + 50, call.image, -1), image_sizes=(50,))
+    call = replace(call, image_id=torch.where(call.index < visual.start + 50, call.image_id, -1), image_sizes=(50,))
     kept = {}
     for reference in (True, False):
         stage = stage_of(TextGuided, keep={3: 300}, recycle=False, reference=reference)
@@ -209,7 +209,14 @@ def test_forecast_counts_survivors_and_clusters(llava: Any) -> None:
         llava(**prompt([(3, "I", 5)]))
         assert [layer.visual_tokens for layer in flow.report().layers] == [16, 16, 9, 9, 4, 4]
     by_rank = policy(sparse={"use": "sparsevlm/text-guided", "rank": {"at": [2], "scale": 2.0}})
-    assert resolve(dropflow.load_policy(by_rank), Shape(6, 16)).schedule().per_layer == (16, 16, None, None, None, None)
+    assert resolve(dropflow.load_policy(by_rank), BackboneShape(6, 16)).schedule().per_layer == (
+        16,
+        16,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_the_adaptive_number_keeps_the_guarantees() -> None:

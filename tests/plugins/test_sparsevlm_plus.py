@@ -109,7 +109,7 @@ def made_call(rows: Tensor, start: int, rotary: Any, head_dim: int, rate: Tensor
     embeds = torch.zeros(batch, tokens, 2)
     embeds[:, start : start + images, 0] = 1
     embeds[:, start + images + rate, 0] = 5
-    return replace(call, entry=Entry(embeds, call.image), tapped=tapped)
+    return replace(call, entry=Entry(embeds, call.image_id), tapped=tapped)
 
 
 @pytest.mark.parametrize("target", [192, 64])

@@ -20,7 +20,7 @@ import dropflow
 from dropflow import EncodeCall, Stage, hookimpl
 from dropflow.errors import PolicyError, UnsupportedModel
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_tome.matching import match, merge, schedule
 
 STAGE = {"use": "tome/token-merging"}
@@ -198,9 +198,9 @@ def test_gradients_are_those_of_a_tower_that_does_not_checkpoint() -> None:
 def test_published_numbers_of_tokens() -> None:
     for r, tokens in ((4, 484), (8, 392), (12, 300), (16, 208), (20, 116), (22, 70), (23, 47)):
         which = policy(tome=STAGE | {"r": r})
-        assert resolve(dropflow.load_policy(which), Shape(32, 576)).schedule().entry == tokens
+        assert resolve(dropflow.load_policy(which), BackboneShape(32, 576)).schedule().entry == tokens
     for name, tokens in (("tome-r8", 392), ("tome-r16", 208)):
-        assert resolve(dropflow.load_policy(name), Shape(32, 576)).schedule().per_layer == (tokens,) * 32
+        assert resolve(dropflow.load_policy(name), BackboneShape(32, 576)).schedule().per_layer == (tokens,) * 32
     model, inputs = tiny_llava(), prompt([("I", 2)])
     with torch.no_grad(), dropflow.attach(model, policy(tome=STAGE | {"r": 50, "layers": 3})) as flow:
         model(**inputs)

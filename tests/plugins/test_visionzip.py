@@ -15,7 +15,7 @@ import dropflow
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import top
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_visionzip.contextual import contextual_tokens, split, targets
 
 STAGE = "visionzip/dominant-contextual"
@@ -60,7 +60,7 @@ def test_alike_tokens_are_doubled_and_lone_targets_stay() -> None:
 
 @pytest.mark.parametrize("tokens", [64, 128, 192])
 def test_published_settings(tokens: int) -> None:
-    found = resolve(dropflow.load_policy(f"visionzip-{tokens}"), Shape(32, 576)).schedule()
+    found = resolve(dropflow.load_policy(f"visionzip-{tokens}"), BackboneShape(32, 576)).schedule()
     assert found.per_layer == (tokens,) * 32
     dominant, contextual, left, step = {64: (54, 10, 523, 52), 128: (108, 20, 469, 23), 192: (162, 30, 415, 13)}[tokens]
     assert dominant + contextual == tokens

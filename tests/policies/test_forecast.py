@@ -11,7 +11,7 @@ from tiny import policy, prompt, tiny_llava
 import dropflow
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 KEYS = {"use": "mustdrop/key-set", "share": 0.3}  # ceil(0.3 * 16) = 5
 DIVERSE = {"use": "divprune/max-min", "keep": 6}
@@ -53,19 +53,20 @@ def test_a_mixture_does_what_was_forecast(stages: dict[str, Any], forecast: tupl
 
 def test_a_keep_above_what_the_encode_stages_leave_is_refused() -> None:
     with pytest.raises(PolicyError, match=r"stages\.p\.keep\.2: keeps 9 visual tokens, more than the 6 left by the en"):
-        resolve(dropflow.load_policy(policy(d=DIVERSE, p=pyramid(b2=9))), Shape(6, 16))
+        resolve(dropflow.load_policy(policy(d=DIVERSE, p=pyramid(b2=9))), BackboneShape(6, 16))
 
 
 def test_a_fault_names_an_option_only_where_the_stage_has_it() -> None:
     stages = {"d": {"use": "dart/duplication", "keep": 4}, "p": pyramid(b3=9)}
     with pytest.raises(PolicyError, match=r"^stages\.p\.keep\.3: keeps 9 .* the 4 left by stages\.d\.keep; "):
-        resolve(dropflow.load_policy(policy(**stages)), Shape(6, 16))
+        resolve(dropflow.load_policy(policy(**stages)), BackboneShape(6, 16))
 
 
 def test_rescaled_keeps_count_the_whole_image_also_behind_encode_stages() -> None:
     tuned = {"tuned_for": {"layers": 12, "visual_tokens": 64}, "rescale": True}
     plan = resolve(
-        dropflow.load_policy(policy(d={"use": "divprune/max-min", "keep": 24}, p=pyramid(b4=12)) | tuned), Shape(6, 16)
+        dropflow.load_policy(policy(d={"use": "divprune/max-min", "keep": 24}, p=pyramid(b4=12)) | tuned),
+        BackboneShape(6, 16),
     )
     assert plan.schedule().per_layer == (6, 6, 3, 3, 3, 3)
 

@@ -7,10 +7,10 @@ import pytest
 import dropflow
 from dropflow.lifecycle.stage import Window
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.profile.rule import choose_keeps, choose_prunes
 
-DIGITS = Shape(12, 144)
+DIGITS = BackboneShape(12, 144)
 ILVAS = [0.395, 0.417, 0.454, 0.448, 0.512, 0.458, 0.434, 0.498, 0.455]
 """Of the dense checkpoint at boundaries 0 to 8, from the table in docs/profile.md."""
 LATEST_FIRST = 5

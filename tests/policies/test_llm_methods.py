@@ -7,7 +7,7 @@ import pytest
 import dropflow
 from dropflow.backbone.flops import LLAVA_7B, vision_only
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 SEGMENTS = {
     "fastv-k2-r25": [(576, 2), (432, 30)],
@@ -56,7 +56,7 @@ AVERAGES = {
 def per_layer(name: str) -> list[int]:
     policy = dropflow.load_policy(name)
     assert policy.tuned_for is not None
-    return [n or 0 for n in resolve(policy, Shape(policy.tuned_for.layers, 576)).schedule().per_layer]
+    return [n or 0 for n in resolve(policy, BackboneShape(policy.tuned_for.layers, 576)).schedule().per_layer]
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
@@ -90,7 +90,7 @@ def test_equal_tokens_are_those_that_the_released_code_prints(name: str) -> None
     [("sparsevlm-rank-192", 13.5, 0), ("sparsevlm-rank-128", 9.0, 6), ("sparsevlm-rank-64", 0.8, 0)],
 )
 def test_adaptive_numbers_are_left_to_the_data(name: str, scale: float, bias: float) -> None:
-    plan = resolve(dropflow.load_policy(name), Shape(32, 576))
+    plan = resolve(dropflow.load_policy(name), BackboneShape(32, 576))
     rank = plan.stages[0][1].options.rank
     assert (rank.scale, rank.bias) == (scale, bias)
     assert tuple(plan.prune_at) == (3, 7, 16, 20)
@@ -98,7 +98,7 @@ def test_adaptive_numbers_are_left_to_the_data(name: str, scale: float, bias: fl
 
 
 def test_images_of_llava_next_are_halved_by_their_own_size() -> None:
-    plan = resolve(dropflow.load_policy("pyramiddrop"), Shape(32, None))
+    plan = resolve(dropflow.load_policy("pyramiddrop"), BackboneShape(32, None))
     assert plan.schedule(2880).per_layer == tuple(n for n in (2880, 1440, 720, 360) for _ in range(8))
     assert plan.schedule(575).per_layer == tuple(n for n in (575, 287, 143, 71) for _ in range(8))
 

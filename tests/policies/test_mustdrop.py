@@ -19,7 +19,7 @@ from dropflow import Policy
 from dropflow.policy import registry
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 THRESHOLDS = {
     "mustdrop-192": (0.001, 0.001),
@@ -87,7 +87,7 @@ def cached(which: Policy, live: Tensor) -> Tensor | None:
 
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_published_settings(name: str) -> None:
-    plan = resolve(dropflow.load_policy(name), Shape(32, 576))
+    plan = resolve(dropflow.load_policy(name), BackboneShape(32, 576))
     stages = dict(plan.stages)
     assert plan.policy.positions == "compact"
     merge, keys, cut, cache = (stages[key].options for key in ("merge", "keys", "filter", "cache"))
@@ -101,7 +101,7 @@ def test_published_settings(name: str) -> None:
 
 
 def test_the_mixed_policy_has_a_schedule() -> None:
-    plan = resolve(dropflow.load_policy("mixed-digits"), Shape(12, 144))
+    plan = resolve(dropflow.load_policy("mixed-digits"), BackboneShape(12, 144))
     assert plan.schedule().per_layer == (104,) * 6 + (72,) * 3 + (36,) * 2 + (0,)
     assert {use.use.split("/")[0] for use in plan.policy.stages.values()} == {"mustdrop", "hidrop"}
 

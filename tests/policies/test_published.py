@@ -8,9 +8,9 @@ import dropflow
 from dropflow.backbone.flops import LLAVA_7B, vision_only
 from dropflow.policy import registry
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
-LLAVA = Shape(32, 576)
+LLAVA = BackboneShape(32, 576)
 PUBLISHED = {
     "hidrop-48": ([0] * 8 + [576] * 2 + [87] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 8, 0.3165e12),
     "hidrop-64": ([0] * 8 + [576] * 2 + [215] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 8, 0.4214e12),
@@ -52,4 +52,4 @@ def test_every_shipped_policy_opens_with_what_it_is(name: str) -> None:
     override = head[1].split("--set ")[1].split()[0]
     assert dropflow.load_policy(name, [override]) != policy, "the override in the head changes nothing"
     assert policy.tuned_for is not None
-    resolve(policy, Shape(policy.tuned_for.layers, policy.tuned_for.visual_tokens))
+    resolve(policy, BackboneShape(policy.tuned_for.layers, policy.tuned_for.visual_tokens))

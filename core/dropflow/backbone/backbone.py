@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dropflow.backbone.flops import TextShape
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.flops import DecoderWidths
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.backbone.wrapped import unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 if TYPE_CHECKING:
     from dropflow.testing.tiny import Tiny
@@ -92,7 +92,7 @@ class Backbone:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
     gridded: bool = False
-    """Whether `views` gives every image a patch grid although images differ in size."""
+    """Whether `layouts` gives every image a patch grid although images differ in size."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -146,7 +146,7 @@ class Backbone:
         return self.text.rotary_emb(like, position_ids)
 
     @property
-    def turns_pairs(self) -> bool:
+    def rotates_pairs(self) -> bool:
         """Whether every layer turns pairs of q and k by the cos and sin (batch, tokens, dims) that it is given.
 
         Not taken for granted where kinds of layers share one RoPE, as in some of these decoders one kind is not turned
@@ -161,9 +161,9 @@ class Backbone:
         return given and alike and not hasattr(config, "no_rope_layers")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BackboneShape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
-        return Shape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)
+        return BackboneShape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)
 
     @property
     def tokens_per_image(self) -> int | None:
@@ -171,9 +171,9 @@ class Backbone:
         return None
 
     @property
-    def text_shape(self) -> TextShape:
+    def decoder_widths(self) -> DecoderWidths:
         """Widths of the text decoder, for FLOPs and KV bytes."""
-        return TextShape.of(self.text.config)
+        return DecoderWidths.of(self.text.config)
 
     @property
     def visual_ids(self) -> dict[str, int]:
@@ -198,7 +198,7 @@ class Backbone:
                 found |= (inputs_embeds == embedded).all(-1)
         return found
 
-    def brings(self, arguments: Mapping[str, Any]) -> frozenset[str]:
+    def modalities_in(self, arguments: Mapping[str, Any]) -> frozenset[str]:
         """Modalities that a call of the core brings features or pixels of."""
         encoded = arguments.get("mm_encoder_outputs") or {}
         found = {modality for modality, value in encoded.items() if value is not None}
@@ -209,26 +209,28 @@ class Backbone:
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call of the core brings image features of its own."""
-        return bool(self.brings(arguments))
+        return bool(self.modalities_in(arguments))
 
     def grid(self, tokens: int) -> tuple[int, int] | None:  # noqa: ARG002
         """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where that does not tell."""
         return None
 
-    def views(
+    def layouts(
         self,
         modality: str,  # noqa: ARG002
         sizes: Sequence[int],
         arguments: Mapping[str, Any],  # noqa: ARG002
-    ) -> list[list[View]]:
+    ) -> list[list[ImageLayout]]:
         """The images (pictures, tiles, frames) inside each entry of the features that the core encodes.
 
         `sizes` are the rows of each entry. `arguments` are those of `get_image_features` or `get_video_features`;
         empty where the features were encoded elsewhere. By default every entry is one image.
         """
-        return [[View(size, self.grid(size))] for size in sizes]
+        return [[ImageLayout(size, self.grid(size))] for size in sizes]
 
-    def added(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
+    def deepstack_residuals(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
         """What the text decoder adds to visual states behind its first layers, taken out of its arguments.
 
         Returns the arguments without it, and per layer which tokens (batch, tokens) boolean receive which rows
@@ -248,7 +250,7 @@ class Backbone:
             known |= {fact for fact, given in found.items() if given}
         if self.final_norm is not None:
             known.add("final_norm")
-        if self.turns_pairs:
+        if self.rotates_pairs:
             known.add("rotary")
         fixed = self.tokens_per_image
         if self.gridded or (fixed is not None and self.grid(fixed) is not None):

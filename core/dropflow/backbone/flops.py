@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class TextShape:
+class DecoderWidths:
     """Widths of a text decoder."""
 
     hidden: int
@@ -20,7 +20,7 @@ class TextShape:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: Any) -> TextShape:
+    def of(cls, config: Any) -> DecoderWidths:
         """The widths in a text decoder's transformers config."""
         heads = config.num_attention_heads
         return cls(
@@ -33,11 +33,11 @@ class TextShape:
         )
 
 
-LLAVA_7B = TextShape(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32064)
+LLAVA_7B = DecoderWidths(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32064)
 """LLaVA-1.5-7B, the shape that published numbers of average tokens and FLOPs refer to."""
 
 
-def vision_only(tokens: float, shape: TextShape) -> float:
+def vision_only(tokens: float, shape: DecoderWidths) -> float:
     """Multiply-adds of one layer for `tokens` visual tokens alone: 4 n d^2 + 2 n^2 d + 3 n d m.
 
     The papers' formula (PyramidDrop, HiDrop section 4.2): it leaves out text tokens, cross attention to text and
@@ -47,7 +47,7 @@ def vision_only(tokens: float, shape: TextShape) -> float:
     return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
 
 
-def layer(queries: int, keys: int, shape: TextShape) -> int:
+def layer(queries: int, keys: int, shape: DecoderWidths) -> int:
     """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries.
 
     Counts q, k, v and output projections (GQA-aware), q.k and attention.v over the full queries x keys rectangle (as
@@ -57,6 +57,6 @@ def layer(queries: int, keys: int, shape: TextShape) -> int:
     return queries * (2 * d * q + 2 * d * kv + 3 * d * m) + 2 * queries * keys * q
 
 
-def kv_bytes(entries: int, shape: TextShape, bytes_per_number: int) -> int:
+def kv_bytes(entries: int, shape: DecoderWidths, bytes_per_number: int) -> int:
     """Bytes of keys and values of one layer that holds `entries` tokens."""
     return 2 * entries * shape.kv_heads * shape.head_dim * bytes_per_number

@@ -14,7 +14,7 @@ KEPT, PROTECTED, IMAGE, LINE, EXTRA, CARRIED = range(6)
 
 
 @dataclass(frozen=True)
-class View:
+class ImageLayout:
     """What counts as one image: a picture, a tile of a large picture, or a frame of a video.
 
     Its rows lie one after the other. Extra rows, such as newline tokens, are no patches: no stage sees them, and they
@@ -74,23 +74,23 @@ class View:
 
 
 def flags(
-    views: Sequence[View],
+    layouts: Sequence[ImageLayout],
     first: int,
     device: torch.device,
     kept: Sequence[Bool[Tensor, "patches"]] | None = None,
     protected: Sequence[Bool[Tensor, "patches"]] | None = None,
     carried: Sequence[Float[Tensor, "patches carries"]] = (),
 ) -> Float[Tensor, "rows flags"]:
-    """Flags of the rows of `views`, numbered from `first`: kept, protected, image number, line, extra, carried."""
+    """Flags of the rows of `layouts`, numbered from `first`: kept, protected, image number, line, extra, carried."""
     tables = []
     columns = CARRIED + (carried[0].shape[1] if carried else 0)
-    for number, view in enumerate(views):
-        table = torch.zeros(view.tokens, columns, device=device)
-        table[:, KEPT] = 1.0 if kept is None else view.keep_of(kept[number]).float()
+    for number, layout in enumerate(layouts):
+        table = torch.zeros(layout.tokens, columns, device=device)
+        table[:, KEPT] = 1.0 if kept is None else layout.keep_of(kept[number]).float()
         table[:, IMAGE] = first + number
-        if view.has_extra:
-            table[:, EXTRA] = view.extra(device).float()
-            table[:, LINE] = view.line(device).float()
+        if layout.has_extra:
+            table[:, EXTRA] = layout.extra(device).float()
+            table[:, LINE] = layout.line(device).float()
         if protected is not None:
             table[table[:, EXTRA] == 0, PROTECTED] = protected[number].float()
         if columns > CARRIED:
@@ -99,10 +99,10 @@ def flags(
     return torch.cat(tables) if tables else torch.zeros(0, columns, device=device)
 
 
-def split(entries: Sequence[Tensor], views: Sequence[Sequence[View]]) -> Iterator[tuple[View, Tensor]]:
-    """Each view with its rows (tokens, dim), from the entries of a model's image features."""
-    for entry, own in zip(entries, views, strict=True):
+def split(entries: Sequence[Tensor], layouts: Sequence[Sequence[ImageLayout]]) -> Iterator[tuple[ImageLayout, Tensor]]:
+    """Each layout with its rows (tokens, dim), from the entries of a model's image features."""
+    for entry, own in zip(entries, layouts, strict=True):
         start = 0
-        for view in own:
-            yield view, entry[start : start + view.tokens]
-            start += view.tokens
+        for layout in own:
+            yield layout, entry[start : start + layout.tokens]
+            start += layout.tokens

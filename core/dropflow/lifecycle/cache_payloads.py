@@ -19,7 +19,7 @@ class CacheView:
     index: Int[Tensor, "batch keys"]
     """Logical index of each entry."""
     valid: Bool[Tensor, "batch keys"]
-    image: Int[Tensor, "batch keys"]
+    image_id: Int[Tensor, "batch keys"]
     """Image number of visual entries; -1 for text, generated tokens and padding."""
     protected: Bool[Tensor, "batch keys"]
     """Entries an `encode` stage protects: they stay whatever the answer says."""

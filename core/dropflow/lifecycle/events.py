@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dropflow.backbone.image_layout import View
+    from dropflow.backbone.image_layout import ImageLayout
     from dropflow.engine.tokens.prompt import Prompt
     from dropflow.lifecycle.cache_payloads import CacheView
     from dropflow.lifecycle.payloads import Encode
@@ -44,7 +44,7 @@ class EncodeEvent:
 
     modality: str
     """`image` or `video`."""
-    views: tuple[View, ...]
+    layouts: tuple[ImageLayout, ...]
     """Every image of the call: its grid, and its rows that are no patches."""
     steps: tuple[EncodeStep, ...]
     """Decisions in the order they were applied."""
@@ -60,7 +60,7 @@ class BoundaryEvent:
     boundary: int
     stages: tuple[str, ...]
     """Names, in the policy, of the stages that were asked to prune here."""
-    turned_by: tuple[str, ...]
+    window_edge_by: tuple[str, ...]
     """Names of the stages by which vision enters or exits here."""
     window: Window
     """Where vision enters and exits in this call."""
@@ -68,7 +68,7 @@ class BoundaryEvent:
     """Which tokens of this call are visual, padding, dropped by the encoder, or protected."""
     live: Bool[Tensor, "batch tokens"]
     """Tokens of this call that are live in front of this layer."""
-    image: Int[Tensor, "batch tokens"]
+    image_id: Int[Tensor, "batch tokens"]
     """Image number of visual tokens; -1 for text and padding."""
     index: Int[Tensor, "batch slots"]
     """Logical index of the token in each slot that the stages were shown, for `scores` and `keeps`."""

@@ -45,7 +45,7 @@ class Entry:
 
     embeds: Float[Tensor, "batch tokens dim"]
     """Text embeddings and projected image features, those that an `encode` stage made included."""
-    image: Int[Tensor, "batch tokens"]
+    image_id: Int[Tensor, "batch tokens"]
     """Image number of the patches that entered; -1 for text, padding, newlines and what an `encode` stage dropped."""
 
 
@@ -55,7 +55,7 @@ class Exit:
 
     boundary: int
     """From which no vision is live."""
-    keep_asking: bool = False
+    keep_answer_sources: bool = False
     """Let visual tokens that an answer is predicted from live to the end; no stage may drop them."""
 
 
@@ -69,7 +69,7 @@ class PruneCall:
     """Logical index of the token in each slot."""
     valid: Bool[Tensor, "batch slots"]
     """False in padding slots, which a keep mask may hold anything for."""
-    image: Int[Tensor, "batch slots"]
+    image_id: Int[Tensor, "batch slots"]
     """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding. Where `generate`
     repeats samples, as for beams, the images of every copy have numbers of their own.
 
@@ -82,9 +82,9 @@ class PruneCall:
     """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
     image_sizes: tuple[int, ...]
     """Patches each image had at entry to the LLM, by image number."""
-    queries: Int[Tensor, "batch rows"]
+    instruction_slots: Int[Tensor, "batch rows"]
     """Slots of the instruction tokens: the last one of the prompt, or with labels the last one of every round."""
-    query_valid: Bool[Tensor, "batch rows"]
+    instruction_valid: Bool[Tensor, "batch rows"]
     """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
     window: Window
     """Where vision enters and exits in this call."""
@@ -120,7 +120,7 @@ class PruneCall:
         if not isinstance(found, tuple) or len(found) != 2 or any(part.dim() != 3 for part in found):
             raise DecisionError(
                 f"layer {layer}: expected cos and sin of shape (batch, tokens, dims) as its `position_embeddings`, got "
-                f"{type(found).__name__}; the adapter should not state the fact 'rotary' (see `Backbone.turns_pairs`)"
+                f"{type(found).__name__}; the adapter should not state the fact 'rotary' (see `Backbone.rotates_pairs`)"
             )
         cos, sin = (part.to(self.index.device).expand(len(self.index), -1, -1) for part in found)
         return cos, sin

@@ -12,15 +12,15 @@ _asked: ContextVar[tuple[str, ...] | None] = ContextVar("dropflow_asked", defaul
 
 
 @contextmanager
-def asking(questions: Sequence[str]) -> Iterator[None]:
+def questions(texts: Sequence[str]) -> Iterator[None]:
     """State the questions of the prompts that this thread runs inside the block, for stages with `reads_questions`.
 
     One for each sample, without chat template; where `generate` repeats samples, such as for beams, each counts for
     all copies of its own. A thread that is started inside the block does not see them: open the block in it.
     """
-    if isinstance(questions, str):
+    if isinstance(texts, str):
         raise TypeError("questions: expected one string per sample, such as ['What is this?'], got a single string")
-    token = _asked.set(tuple(questions))
+    token = _asked.set(tuple(texts))
     try:
         yield
     finally:
@@ -34,6 +34,6 @@ def questions_of(batch: int) -> tuple[str, ...]:
         stated = f"{len(asked)} stated" if asked else "none stated"
         raise UnsupportedCall(
             f"questions: {stated} for a batch of {batch}, but the policy has a stage that reads them as text; run the "
-            "model inside `with dropflow.asking([...]):`, one string for each sample"
+            "model inside `with dropflow.questions([...]):`, one string for each sample"
         )
     return tuple(question for question in asked for _ in range(batch // len(asked)))

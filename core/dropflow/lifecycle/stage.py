@@ -173,7 +173,7 @@ class Stage(Generic[O_co]):
 
     @property
     def reads_questions(self) -> bool:
-        """Whether `prune` reads the questions as text, which callers then state (see `dropflow.asking`)."""
+        """Whether `prune` reads the questions as text, which callers then state (see `dropflow.questions`)."""
         return False
 
     @property

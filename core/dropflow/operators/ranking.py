@@ -19,8 +19,10 @@ def instruction_scores(call: PruneCall, layer: int | None = None) -> Float[Tenso
     `layer` is one that the stage lists in `taps`, by default the one behind the boundary. The softmax runs over all
     keys. The instruction token is the last one of the prompt or, with labels, the last one in front of every answer.
     """
-    rows = call.attention_rows(call.boundary if layer is None else layer, call.queries).mean(1)  # (batch, rows, keys)
-    weight = call.query_valid.to(rows.dtype)[:, :, None]
+    rows = call.attention_rows(call.boundary if layer is None else layer, call.instruction_slots).mean(
+        1
+    )  # (batch, rows, keys)
+    weight = call.instruction_valid.to(rows.dtype)[:, :, None]
     scores = (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
     return scores[:, -call.index.shape[1] :]  # keys of earlier turns come first
 
@@ -32,8 +34,8 @@ def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Bud
     whose labels are all -100, is not pruned.
     """
     counts = [budget.of(size) for size in call.image_sizes]
-    best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image, counts)
-    return best | ~call.query_valid.any(1, keepdim=True)
+    best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
+    return best | ~call.instruction_valid.any(1, keepdim=True)
 
 
 def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
@@ -43,8 +45,8 @@ def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, 
     round is left out, and a sample without an instruction token has no rows.
     """
     slots = torch.arange(call.index.shape[1], device=call.index.device)
-    behind = (call.image >= 0).cumsum(1) > 0
-    last = torch.where(call.query_valid, call.queries, -1).amax(1, keepdim=True)
+    behind = (call.image_id >= 0).cumsum(1) > 0
+    last = torch.where(call.instruction_valid, call.instruction_slots, -1).amax(1, keepdim=True)
     text = behind & call.text & (slots <= last)
     return columns_of(text)
 

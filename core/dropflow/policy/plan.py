@@ -13,7 +13,7 @@ from dropflow.lifecycle.hooks import HOOKS, Hooks
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.policy.policy import Policy
 from dropflow.policy.schedule import Schedule, encoded, schedule
-from dropflow.units import Budget, Scale, Shape
+from dropflow.units import BackboneShape, Budget, Scale
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
     """A policy whose every number is absolute for one backbone."""
 
     policy: Policy
-    shape: Shape
+    shape: BackboneShape
     stages: tuple[tuple[str, Stage[Any]], ...]
     hooks: Hooks
     window: Window
@@ -88,14 +88,14 @@ class Plan:
         return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes)
 
 
-def resolve(policy: Policy, shape: Shape) -> Plan:
+def resolve(policy: Policy, shape: BackboneShape) -> Plan:
     """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
 
     Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
     and pruning outside the layers in which vision takes part. No weights are touched.
     """
     tuned = policy.tuned_for
-    scale = Scale(shape, Shape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
+    scale = Scale(shape, BackboneShape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
     whole = Window(0, shape.layers)
     made: dict[str, Stage[Any]] = {}
     for name, use in policy.stages.items():

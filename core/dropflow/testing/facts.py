@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.probes import Witness, policy, use
@@ -35,16 +35,16 @@ def truth(case: Case) -> Truth:
     for token in (IMAGE, VIDEO):
         for sample, pictures in enumerate(shown):
             places = iter((ids[sample] == token).nonzero()[:, 0].tolist())
-            for view in _views(pictures, token):
-                own = [next(places) for _ in range(view.tokens)]
-                owner[sample, torch.tensor(own)[~view.extra(ids.device)]] = first
-                grids.append(view.grid)
+            for layout in _layouts(pictures, token):
+                own = [next(places) for _ in range(layout.tokens)]
+                owner[sample, torch.tensor(own)[~layout.extra(ids.device)]] = first
+                grids.append(layout.grid)
                 first += 1
     return Truth(owner, grids)
 
 
-def _views(pictures: Sequence[Picture], token: int) -> list[View]:
-    return [view for picture in pictures if token in picture.ids for view in picture.views]
+def _layouts(pictures: Sequence[Picture], token: int) -> list[ImageLayout]:
+    return [layout for picture in pictures if token in picture.ids for layout in picture.layouts]
 
 
 @torch.no_grad()
@@ -59,13 +59,15 @@ def check_facts(case: Case) -> None:
             witness = cast(Witness, flow.plan.stages[0][1])
             case.model(**case.inputs)
     except UnsupportedModel as refusal:
-        raise _wrong(case, TOKENS, str(refusal), "`modalities`, `visual_ids` or `views`") from refusal
+        raise _wrong(case, TOKENS, str(refusal), "`modalities`, `visual_ids` or `layouts`") from refusal
     got = torch.full_like(expected.owner, -1) if witness.images is None else witness.images
     _check_tokens(case, got, expected.owner)
     _check_owner(case, got, expected.owner)
     for image, (said, true) in enumerate(zip(witness.grids, expected.grids, strict=True)):
         if said != true:
-            raise _wrong(case, GRID, f"image {image} has the grid {true}, the adapter says {said}", "`grid` or `views`")
+            raise _wrong(
+                case, GRID, f"image {image} has the grid {true}, the adapter says {said}", "`grid` or `layouts`"
+            )
 
 
 def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:
@@ -75,7 +77,7 @@ def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:
         number = int(case.inputs["input_ids"][sample, token])
         said, true = ("no patch", "a patch") if expected[sample, token] >= 0 else ("a patch", "no patch")
         what = f"token {token} of sample {sample} (id {number}) is {true} of an image, the adapter says it is {said}"
-        raise _wrong(case, TOKENS, what, "`modalities`, `visual_ids`, or the extra rows in `views`")
+        raise _wrong(case, TOKENS, what, "`modalities`, `visual_ids`, or the extra rows in `layouts`")
 
 
 def _check_owner(case: Case, got: Tensor, expected: Tensor) -> None:
@@ -88,7 +90,7 @@ def _check_owner(case: Case, got: Tensor, expected: Tensor) -> None:
                 f"with other patches; it tells {len(set(got[got >= 0].tolist()))} images apart, the prompt has "
                 f"{len(set(expected[expected >= 0].tolist()))}"
             )
-            raise _wrong(case, OWNER, what, "`views` or `tokens_per_image`")
+            raise _wrong(case, OWNER, what, "`layouts` or `tokens_per_image`")
 
 
 def _wrong(case: Case, fact: str, what: str, where: str) -> BrokenGuarantee:

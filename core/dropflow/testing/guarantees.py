@@ -100,7 +100,7 @@ def _held(case: Case, tokens: int) -> Tensor:
         case.model(**case.inputs, past_key_values=cache)
     held = torch.zeros(len(cache.layers), len(case.samples), tokens, dtype=torch.bool)
     for number, layer in enumerate(cache.layers):
-        index = layer.known()
+        index = layer.full_index()
         valid = torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
         held[number].scatter_(1, index.logical, valid)
     return held

@@ -47,11 +47,11 @@ class Ranked(Stage[Any]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked patches of each image."""
-        rows = call.attention_rows(call.boundary, call.queries).mean(1)
-        weight = call.query_valid.to(rows.dtype)[:, :, None]
+        rows = call.attention_rows(call.boundary, call.instruction_slots).mean(1)
+        weight = call.instruction_valid.to(rows.dtype)[:, :, None]
         scores = (rows * weight).sum(1)[:, -call.index.shape[1] :]
         budget = Budget(share=self.shares[self.prune_at.index(call.boundary)])
-        return Keep(keep_top(scores, call.image, [budget.of(size) for size in call.image_sizes]), scores)
+        return Keep(keep_top(scores, call.image_id, [budget.of(size) for size in call.image_sizes]), scores)
 
 
 class KeepAll(Ranked):
@@ -109,7 +109,7 @@ class Witness(Stage[Any]):
     @hookimpl
     def prune(self, call: PruneCall) -> None:
         """Note whose patch each token is."""
-        self.images, self.index = call.image, call.index
+        self.images, self.index = call.image_id, call.index
 
 
 def policy(**stages: Mapping[str, Any]) -> dict[str, Any]:

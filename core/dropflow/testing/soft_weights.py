@@ -48,7 +48,7 @@ class GivenWeights:
             return None
         whole = self._given[0][3].new_zeros(layers, batch, tokens)
         for call, answer, _, leaf in self._given:
-            counts = answer.mask & (call.image >= 0) & ~call.protected
+            counts = answer.mask & (call.image_id >= 0) & ~call.protected
             own = torch.where(counts, leaf, 1).log()
             own = own.new_zeros(batch, tokens).scatter_add(1, call.index, own)
             behind = torch.arange(layers, device=own.device) >= call.boundary

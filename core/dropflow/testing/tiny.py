@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropflow.backbone.backbone import Backbone
-from dropflow.backbone.image_layout import View
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.policy.registry import ADAPTERS, load, names
 
 PAD, BOS, EOS, START, END, VIDEO, IMAGE = 0, 1, 2, 90, 91, 97, 98
@@ -50,7 +50,7 @@ class Picture:
     """Its token ids, with those that enclose or divide it."""
     arguments: Mapping[str, Tensor]
     """Arguments of the model; those of all pictures are joined along their first dimension."""
-    views: Sequence[View]
+    layouts: Sequence[ImageLayout]
     """The images in it, with the grids they really have (`None` where an adapter cannot know)."""
 
 
@@ -130,9 +130,9 @@ def square_pictures(size: int, tokens: int, *, enclosed: bool = True, gridded: b
 
     def make(_: int, dice: torch.Generator) -> Picture:
         ids = [IMAGE] * tokens
-        view = View(tokens, (side, side) if gridded else None)
+        layout = ImageLayout(tokens, (side, side) if gridded else None)
         return Picture(
-            [START, *ids, END] if enclosed else ids, {"pixel_values": pixels(dice, 1, 3, size, size)}, [view]
+            [START, *ids, END] if enclosed else ids, {"pixel_values": pixels(dice, 1, 3, size, size)}, [layout]
         )
 
     return make

@@ -39,7 +39,7 @@ def ask(
         for start in track(range(0, len(samples), batch), f"{name}: answers"):
             asked = samples[start : start + batch]
             inputs = build_inputs(processor, [(one.images(), one.question) for one in asked])
-            with dropflow.asking([one.question for one in asked]):
+            with dropflow.questions([one.question for one in asked]):
                 said += generate(model, processor, inputs, max_new_tokens)
             if flow is None or not flow.plan.stages:
                 tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from dropflow import Flow, Policy, asking
+import dropflow
+from dropflow import Flow, Policy
 from dropflow.backbone import flops
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.policy.plan import resolve
@@ -102,7 +103,7 @@ def measure_cost(
         with no_garbage_collection():
             for number in track(range(rounds + 1), f"{name}: time", disable=not rounds):
                 for prompt, question in prompts if rounds else ():
-                    with asking([question]):
+                    with dropflow.questions([question]):
                         pair = _pair(backbone, policy, prompt, swap=bool(number % 2))
                     if number:  # the first round warms up
                         splits.append(pair)
@@ -125,7 +126,7 @@ def _split(backbone: Backbone, policy: Policy | None, prompt: Any) -> Split:
 def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any, str]]) -> Work:
     found = []
     for prompt, question in prompts:
-        with asking([question]):
+        with dropflow.questions([question]):
             found.append(_work_of(backbone, policy, prompt))
     return Work(**{name: sum(getattr(one, name) for one in found) / len(found) for name in Work.__dataclass_fields__})
 
@@ -152,7 +153,7 @@ def _formula(flow: Flow | None, backbone: Backbone, prompt: Any) -> float:
     if flow is not None and not flow.plan.idle:
         return flow.report().flops
     tokens = int(prompt["attention_mask"].sum())
-    return float(flops.layer(tokens, tokens, backbone.text_shape) * backbone.shape.layers)
+    return float(flops.layer(tokens, tokens, backbone.decoder_widths) * backbone.shape.layers)
 
 
 @dataclass

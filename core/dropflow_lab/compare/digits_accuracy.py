@@ -107,7 +107,7 @@ def evaluate(
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, batch: list[Example]) -> list[str]:
     """Return the model's greedy answers to a batch of examples."""
-    with dropflow.asking([one.question for one in batch]):
+    with dropflow.questions([one.question for one in batch]):
         return prompts.generate(model, processor, build_inputs(processor, batch), LONGEST_ANSWER)
 
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dropflow import Policy
-from dropflow.backbone.flops import TextShape, vision_only
+from dropflow.backbone.flops import DecoderWidths, vision_only
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
 UNIT = "multiply-adds of the visual tokens alone, 4 n d^2 + 2 n^2 d + 3 n d m per layer"
 
@@ -44,7 +44,7 @@ class Explanation:
         return asdict(self) | {"unit": UNIT}
 
 
-def explain(policy: Policy, shape: Shape, widths: TextShape, text_tokens: int) -> Explanation:
+def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_tokens: int) -> Explanation:
     """Follow one image through the layers; raises `PolicyError` where the policy does not fit `shape`.
 
     FLOPs are those of the papers (`dropflow.flops.vision_only`): they leave out text, cross attention and ranking.

@@ -11,7 +11,7 @@ from dropflow.errors import DropflowError
 from dropflow.lifecycle.hooks import HOOKS, PROJECT
 from dropflow.policy import registry
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.markdown import table
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def _stage(name: str) -> Row:
 def _tokens(name: str, stage: type[Stage[Any]]) -> str:
     """What decides how many visual tokens a stage leaves, by its example on a model of LLaVA-1.5-7B's shape."""
     example = {"name": name, "stages": {"only": {"use": name, **stage.example}}}
-    forecast = resolve(load_policy(example), Shape(32, 576)).forecasts["only"]
+    forecast = resolve(load_policy(example), BackboneShape(32, 576)).forecasts["only"]
     if forecast.entry is not None or forecast.exit is not None:
         return "all or none, by layer"
     budgets = [*forecast.keeps.values(), *([] if forecast.encoded is None else [forecast.encoded])]

@@ -52,7 +52,7 @@ def compare(
     `plain` answers without the policy in place of `model`: the model that `model` was finetuned from, of equal shape.
     """
     inputs = build_inputs(processor, [(images, question)]).to(model.device, model.dtype)
-    with dropflow.asking([question]), dropflow.attach(model, policy) as flow:
+    with dropflow.questions([question]), dropflow.attach(model, policy) as flow:
         (answer,) = generate(model, processor, inputs, max_new_tokens)
         report = flow.report()
     visual_tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dropflow.backbone.flops import TextShape
+from dropflow.backbone.flops import DecoderWidths
 from dropflow_lab.errors import InputError
 
 
-def read_widths(folder: Path) -> tuple[TextShape, int]:
+def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
     """Return widths and number of decoder layers of the text part of `folder/config.json`.
 
     Raises `InputError` where there is no such file or transformers cannot read it.
@@ -19,6 +19,6 @@ def read_widths(folder: Path) -> tuple[TextShape, int]:
 
     try:
         text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        return TextShape.of(text), text.num_hidden_layers
+        return DecoderWidths.of(text), text.num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {' '.join(str(error).split())}") from None

@@ -60,11 +60,11 @@ class Groups:
     @classmethod
     def of(cls, call: PruneCall) -> Groups:
         """Tell the modalities of the slots of a call apart."""
-        visual = call.image >= 0
+        visual = call.image_id >= 0
         seen = visual.long().cumsum(1)
         return cls(call.text & (seen == 0), visual, call.text & (seen == seen[:, -1:]) & (seen > 0))
 
 
 def visual_attention(call: PruneCall) -> Float[Tensor, "B H T"]:
     """Return the attention from the last token of each prompt to every slot, in the layer behind the boundary."""
-    return call.attention_rows(call.boundary, call.queries[:, -1:])[:, :, 0, -call.index.shape[1] :]
+    return call.attention_rows(call.boundary, call.instruction_slots[:, -1:])[:, :, 0, -call.index.shape[1] :]

@@ -33,7 +33,7 @@ def record(
     Errors as `record_inputs`.
     """
     inputs = build_inputs(processor, [(pictures, question)]).to(model.device, model.dtype)
-    with dropflow.asking([question]):
+    with dropflow.questions([question]):
         trace = record_inputs(model, processor, inputs, policies, max_new_tokens)
     asked = {"question": question, "pictures": [fingerprint(picture) for picture in pictures]}
     return trace.model_copy(update={"prompt": trace.prompt.model_copy(update=asked)})

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 def traced_images(prompt: Prompt, encoded: Sequence[EncodeEvent]) -> list[TracedImage]:
     """The images of a prompt of one sample, by number."""
-    image, patches = prompt.image[0], prompt.scored[0]
-    views = [view for event in sorted(encoded, key=lambda event: event.modality) for view in event.views]
+    image, patches = prompt.image_id[0], prompt.scored[0]
+    layouts = [layout for event in sorted(encoded, key=lambda event: event.modality) for layout in event.layouts]
     count = int(image.max()) + 1
-    grids = [view.grid for view in views] if len(views) == count else [None] * count
+    grids = [layout.grid for layout in layouts] if len(layouts) == count else [None] * count
     return [
         TracedImage(
             index=(patches == number).nonzero()[:, 0].tolist(),
@@ -80,7 +80,7 @@ def traced_run(
 
 
 def _turned_by(events: Sequence[BoundaryEvent], boundary: int) -> list[str]:
-    return [name for event in events if event.boundary == boundary for name in event.turned_by]
+    return [name for event in events if event.boundary == boundary for name in event.window_edge_by]
 
 
 def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:

@@ -131,7 +131,7 @@ class Replay(Stage[ReplayOptions]):
     def exit(self, call: WindowCall) -> Exit | None:  # noqa: ARG002  # the trace says it
         """Boundary at which the traced stage let vision go."""
         at = self.forecast().exit
-        return None if at is None else Exit(at, keep_asking=self._run.keep_asking)
+        return None if at is None else Exit(at, keep_answer_sources=self._run.keep_asking)
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
@@ -221,7 +221,7 @@ class Replay(Stage[ReplayOptions]):
         for number, image in enumerate(self._images):
             owner[image.index] = number
         traced = torch.where(call.index < length, owner[call.index.clamp(max=length - 1)], -1)
-        if bool((((call.image >= 0) & (call.image != traced)) | (call.text & (traced >= 0))).any()):
+        if bool((((call.image_id >= 0) & (call.image_id != traced)) | (call.text & (traced >= 0))).any()):
             raise self._misfit("its images in other places of the prompt than they have here")
 
     def _misfit(self, what: str) -> DecisionError:

@@ -54,7 +54,7 @@ def scores_are_those_of_the_boundarys_layer() -> None:
 
         @hookimpl
         def prune(self, call: PruneCall) -> None:
-            scores.append(call.attention_rows(3, call.queries))
+            scores.append(call.attention_rows(3, call.instruction_slots))
 
     inputs = prompt([(3, "I", 5)])
     with dropflow.attach(tiny_llava(), policy(read={"use": Reads})) as flow:
@@ -68,14 +68,14 @@ def compact_positions(patch: Patch) -> None:
         ranks = torch.arange(live.slots).expand(live.index.shape)
         return restrict_argument(value, LiveSet(ranks, live.valid, live.total))
 
-    patch.setattr("dropflow.engine.decoder.fitting.restrict_argument", renumbered)
+    patch.setattr("dropflow.engine.decoder.layer_arguments.restrict_argument", renumbered)
 
 
 def unmasked_padding(patch: Patch) -> None:
     def trusting(mask: Tensor | None, live: LiveSet, keys: KeyIndex, *, flash: bool) -> Tensor | None:
-        return gather_mask(mask, live, KeyIndex(keys.logical, None, keys.image, keys.length), flash=flash)
+        return gather_mask(mask, live, KeyIndex(keys.logical, None, keys.image_id, keys.length), flash=flash)
 
-    patch.setattr("dropflow.engine.decoder.fitting.gather_mask", trusting)
+    patch.setattr("dropflow.engine.decoder.layer_arguments.gather_mask", trusting)
 
 
 def forgotten_beam_reorder(patch: Patch) -> None:

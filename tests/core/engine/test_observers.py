@@ -56,10 +56,10 @@ def test_events_come_in_the_order_of_the_call(llava: Any) -> None:
     assert kinds == ["Encode", "Boundary", "Boundary", "Boundary", "Cache", "Cache", "Cache"]
     encode, start, prune, leave, *caches = events
     assert [(step.stage, step.boundary) for step in encode.steps] == [("merge", 1), ("keys", None)]
-    assert [view.grid for view in encode.views] == [(4, 4)]
+    assert [layout.grid for layout in encode.layouts] == [(4, 4)]
     assert [len(step.before[0]) for step in encode.steps] == [16, 10]
     assert [step.protected[0].sum().item() for step in encode.steps] == [0, 2]
-    assert [(e.boundary, e.stages, e.turned_by) for e in (start, prune, leave)] == [
+    assert [(e.boundary, e.stages, e.window_edge_by) for e in (start, prune, leave)] == [
         (0, (), ()),
         (2, ("pyramid",), ()),
         (4, (), ("exit",)),
@@ -74,7 +74,7 @@ def test_events_come_in_the_order_of_the_call(llava: Any) -> None:
 
 def test_a_policy_without_encode_stages_tells_of_the_images_too(llava: Any) -> None:
     encode, *_ = watched(llava, **HIDROP["stages"])
-    assert (encode.modality, encode.steps, [view.tokens for view in encode.views]) == ("image", (), [16])
+    assert (encode.modality, encode.steps, [layout.tokens for layout in encode.layouts]) == ("image", (), [16])
 
 
 @torch.no_grad()

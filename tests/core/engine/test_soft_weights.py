@@ -25,7 +25,7 @@ class Weighs(Stage[Any]):
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
-        keep = (call.image < 0) | (call.index % 2 == 0)
+        keep = (call.image_id < 0) | (call.index % 2 == 0)
         if type(self).parameter is None:
             return Keep(keep)
         weights = type(self).parameter.gather(1, call.index).exp()
@@ -128,7 +128,7 @@ def test_weights_that_make_no_sense_are_refused(weights: Any, message: str) -> N
 
         @hookimpl
         def prune(self, call: PruneCall) -> Keep:
-            return Keep(call.image % 2 == 0, weights=weights(call))
+            return Keep(call.image_id % 2 == 0, weights=weights(call))
 
     model, inputs = tiny_llava().train(), labelled()
     plain = model(**inputs).loss
@@ -155,7 +155,7 @@ def test_rows_carry_gradient_for_those_who_ask_alone() -> None:
 
             @hookimpl
             def prune(self, call: PruneCall) -> None:
-                rows = call.attention_rows(call.boundary, call.queries)
+                rows = call.attention_rows(call.boundary, call.instruction_slots)
                 seen.setdefault(name, []).append(rows.requires_grad)
 
         return Reads
@@ -179,8 +179,8 @@ def test_the_kit_catches_weights_that_are_applied_wrongly(monkeypatch: pytest.Mo
 
         @hookimpl
         def prune(self, call: PruneCall) -> Keep:
-            rows = call.attention_rows(2, call.queries).mean((1, 2))[:, -call.index.shape[1] :]
-            return Keep((call.image < 0) | (call.index % 2 == 0), weights=1 + rows - rows.detach())
+            rows = call.attention_rows(2, call.instruction_slots).mean((1, 2))[:, -call.index.shape[1] :]
+            return Keep((call.image_id < 0) | (call.index % 2 == 0), weights=1 + rows - rows.detach())
 
     models = {"llava": tiny_models()["llava"]}
     (cell,) = assert_stage_conforms(Soft, options={}, models=models)
@@ -189,8 +189,8 @@ def test_the_kit_catches_weights_that_are_applied_wrongly(monkeypatch: pytest.Mo
     def forgets(weights: Any) -> Any:
         return lambda mask, log_weights, dtype: weights(mask, log_weights.detach(), dtype)
 
-    from dropflow.engine.decoder import fitting
+    from dropflow.engine.decoder import layer_arguments
 
-    monkeypatch.setattr(fitting, "weighted_mask", forgets(fitting.weighted_mask))
+    monkeypatch.setattr(layer_arguments, "weighted_mask", forgets(layer_arguments.weighted_mask))
     with pytest.raises(BrokenGuarantee, match=r"the gradient of .* differs from the masked run's"):
         assert_stage_conforms(Soft, options={}, models=models)

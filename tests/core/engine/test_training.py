@@ -125,10 +125,10 @@ def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None
     valid = torch.ones_like(visual)
     asks = instruction_tokens(valid, None, 0)
     runs = make_prompt(visual, None, valid, asks, None)
-    assert runs.image.tolist() == [[0, 0, -1, 1, -1, -1], [-1] * 6, [-1, 2, 2, 2, -1, 3]]
+    assert runs.image_id.tolist() == [[0, 0, -1, 1, -1, -1], [-1] * 6, [-1, 2, 2, 2, -1, 3]]
     assert runs.image_sizes == (2, 1, 3, 1)
     pairs = make_prompt(visual[2:], None, valid[2:], (asks[0][2:], asks[1][2:]), 2)
-    assert pairs.image.tolist() == [[-1, 0, 0, 1, -1, 1]]
+    assert pairs.image_id.tolist() == [[-1, 0, 0, 1, -1, 1]]
     flags = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 2], [1, 0, 2], [0, 0, 2], [1, 0, 3]])
     patches = torch.nn.functional.pad(flags, (0, 2))  # no newlines or other extra rows
     encoded = make_prompt(visual, patches, valid, asks, None)

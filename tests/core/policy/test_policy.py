@@ -15,12 +15,12 @@ from dropflow.errors import BrokenPlugin, DuplicateName, PolicyError, UnknownNam
 from dropflow.policy import registry
 from dropflow.policy.plan import resolve
 from dropflow.policy.policy import schema
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 
-LLAVA = Shape(32, 576)
+LLAVA = BackboneShape(32, 576)
 
 
-def per_layer(policy: Any, shape: Shape = LLAVA) -> tuple[int | None, ...]:
+def per_layer(policy: Any, shape: BackboneShape = LLAVA) -> tuple[int | None, ...]:
     return resolve(dropflow.load_policy(policy), shape).schedule().per_layer
 
 
@@ -64,7 +64,7 @@ def test_overrides_name_a_path(tmp_path: Path) -> None:
     assert resolve(changed, LLAVA).schedule().average == pytest.approx((2 * 576 + 4 * 343 + 20 + 10 + 5) / 32)
     shares = tmp_path / "shares.yaml"
     shares.write_text("stages: {p: {use: hidrop/concave-pyramid, keep: {0.25: 0.5, 0.5: 4}}}\n")
-    assert per_layer(dropflow.load_policy(shares, ["stages.p.keep.0.25=0.75"]), Shape(8, 100)) == (
+    assert per_layer(dropflow.load_policy(shares, ["stages.p.keep.0.25=0.75"]), BackboneShape(8, 100)) == (
         100,
         100,
         75,
@@ -96,7 +96,7 @@ def test_interpolations_are_resolved_and_their_faults_named(tmp_path: Path) -> N
     with pytest.raises(PolicyError, match="k: unknown option"):
         dropflow.load_policy(file)
     file.write_text("stages: {p: {use: hidrop/concave-pyramid, keep: {2: 5, 3: '${stages.p.keep.2}'}}}\n")
-    assert per_layer(file, Shape(4, 9)) == (9, 9, 5, 5)
+    assert per_layer(file, BackboneShape(4, 9)) == (9, 9, 5, 5)
     file.write_text("stages: {p: {use: hidrop/concave-pyramid, keep: {2: '${nowhere}'}}}\n")
     with pytest.raises(PolicyError, match=r"stages\.p\.keep.*nowhere"):
         dropflow.load_policy(file)
@@ -108,16 +108,16 @@ def test_interpolations_are_resolved_and_their_faults_named(tmp_path: Path) -> N
 
 def test_rescaling_keeps_the_proportions() -> None:
     rescaled = dropflow.load_policy("hidrop-64", ["rescale=true"])
-    assert per_layer(rescaled, Shape(16, 144)) == (0,) * 4 + (144,) + (54,) * 2 + (3,) + (1,) * 4 + (0,) * 4
+    assert per_layer(rescaled, BackboneShape(16, 144)) == (0,) * 4 + (144,) + (54,) * 2 + (3,) + (1,) * 4 + (0,) * 4
     assert per_layer(rescaled) == per_layer("hidrop-64")
     with pytest.raises(PolicyError, match=r"stages\.inject\.at: the absolute number 8 was tuned for 32 layers"):
-        per_layer("hidrop-64", Shape(16, 576))
+        per_layer("hidrop-64", BackboneShape(16, 576))
     with pytest.raises(
         PolicyError, match=r"stages\.pyramid\.keep\.10: the absolute number 215 was tuned for 576 visual tokens"
     ):
-        per_layer("hidrop-64", Shape(32, None))
+        per_layer("hidrop-64", BackboneShape(32, None))
     share = ["stages.dpp.keep=0.25"]  # boundary 0 is in front of any model, for whichever it was tuned
-    assert per_layer(dropflow.load_policy("cdpruner-llm-64", share), Shape(5, 40)) == (10,) * 5
+    assert per_layer(dropflow.load_policy("cdpruner-llm-64", share), BackboneShape(5, 40)) == (10,) * 5
 
 
 def test_every_fault_of_a_file_is_listed_at_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl
-from dropflow.engine.attach import refuse
+from dropflow.engine.attach import refusals
 from dropflow.engine.decoder.run import Run
 from dropflow.engine.model.stand_in import StandIn
 from dropflow.testing import (
@@ -39,7 +39,7 @@ def test_what_the_model_adds_behind_layers_being_lost_breaks_the_first(monkeypat
 
 
 def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dropflow.engine.decoder import fitting
+    from dropflow.engine.decoder import layer_arguments
 
     def first_positions(value: Any, live: Any) -> Any:
         if isinstance(value, tuple):
@@ -47,7 +47,7 @@ def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPa
         return value[..., : live.slots, :].expand(live.index.shape[0], -1, -1) if value.dim() == 3 else value
 
     assert 0 < check_drop_is_mask(case(WINDOW)) < 1e-5
-    monkeypatch.setattr(fitting, "restrict_argument", first_positions)
+    monkeypatch.setattr(layer_arguments, "restrict_argument", first_positions)
     message = r"guarantee 2 \(drop = mask\) is broken: in front of layer 1, sample 0.*by \d.*allowed 1e-05"
     with pytest.raises(BrokenGuarantee, match=message):
         check_drop_is_mask(case(WINDOW))
@@ -61,7 +61,7 @@ class Neighbourly(Stage[Any]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Depends on the neighbours."""
-        visual = call.image >= 0
+        visual = call.image_id >= 0
         return Keep(~visual | (visual.cumsum(1) <= len(visual)))
 
 
@@ -97,7 +97,7 @@ class EvictAfterPrefill(Stage[Any]):
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep:
         """The same in both layers."""
-        return CacheKeep({layer: (call.layers[layer].image >= 0).cumsum(1) <= 3 for layer in (2, 3)})
+        return CacheKeep({layer: (call.layers[layer].image_id >= 0).cumsum(1) <= 3 for layer in (2, 3)})
 
 
 class EvictWhileDecoding(EvictAfterPrefill):
@@ -135,7 +135,7 @@ def test_layers_left_replaced_break_the_fourth(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("which", [WINDOW, policy(keep=use(KeepAll))], ids=["window", "keeps all"])
 def test_a_refusal_left_out_breaks_the_fifth(monkeypatch: pytest.MonkeyPatch, which: dict[str, Any]) -> None:
     assert check_refusals(case(which)) == 0.0
-    monkeypatch.setattr(refuse, "check_placeholders", lambda *_: None)
+    monkeypatch.setattr(refusals, "check_placeholders", lambda *_: None)
     with pytest.raises(
         BrokenGuarantee, match=r"guarantee 5 .*: placeholders without an image is not refused with Miss"
     ):

@@ -44,9 +44,11 @@ class TopP(Stage[TopPOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Rank by attention, and cut every image where the mass is reached."""
-        rows = call.attention_rows(call.boundary, call.queries).mean(1)  # (batch, rows, keys), mean over heads
-        scores = (rows * call.query_valid[:, :, None]).sum(1)[:, -call.index.shape[1] :]
-        keep = ~call.query_valid.any(1, keepdim=True)  # nothing to rank by: everything stays
+        rows = call.attention_rows(call.boundary, call.instruction_slots).mean(
+            1
+        )  # (batch, rows, keys), mean over heads
+        scores = (rows * call.instruction_valid[:, :, None]).sum(1)[:, -call.index.shape[1] :]
+        keep = ~call.instruction_valid.any(1, keepdim=True)  # nothing to rank by: everything stays
         for image in range(len(call.image_sizes)):
-            keep = keep | top_p(scores * (call.image == image), self.options.mass)
+            keep = keep | top_p(scores * (call.image_id == image), self.options.mass)
         return Keep(keep, scores)

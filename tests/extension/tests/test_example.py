@@ -5,7 +5,7 @@ import torch
 
 import dropflow
 from dropflow.testing import assert_backbone_conforms, assert_stage_conforms, tiny_models
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_example.deepseek_vl import DeepseekVL
 from dropflow_example.top_p import top_p
 
@@ -52,6 +52,6 @@ def test_the_policy_prunes_at_half_and_at_three_quarters_of_the_depth() -> None:
     with dropflow.attach(model, smaller) as flow:
         model(**inputs)
         visual = [layer.visual_tokens for layer in flow.report().layers]
-    assert DeepseekVL(model).shape == Shape(6, 16)
+    assert DeepseekVL(model).shape == BackboneShape(6, 16)
     assert visual[:3] == [16, 16, 16]
     assert 16 > visual[3] == visual[4] > visual[5] > 1  # 0.75 of 6 layers is 4.5, which rounds up

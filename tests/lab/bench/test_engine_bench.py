@@ -9,7 +9,7 @@ import torch
 
 from dropflow import load_policy
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.bench.engine import REDUCED, EngineBench, bench_engine
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
 
@@ -22,14 +22,14 @@ def measured() -> EngineBench:
 
 
 def test_the_reduced_policy_removes_89_percent() -> None:
-    schedule = resolve(load_policy(REDUCED), Shape(16, 576)).schedule()
+    schedule = resolve(load_policy(REDUCED), BackboneShape(16, 576)).schedule()
     assert schedule.per_layer == (0,) * 4 + (576,) + (140,) * 3 + (9,) * 3 + (0,) * 5
     assert schedule.average is not None
     assert 1 - schedule.average / 576 == pytest.approx(0.889, abs=5e-4)
 
 
 def test_kv_entries_are_those_of_the_schedule(measured) -> None:
-    schedule = resolve(load_policy(REDUCED), Shape(16, 576)).schedule()
+    schedule = resolve(load_policy(REDUCED), BackboneShape(16, 576)).schedule()
     assert list(measured.reduced.kv_entries) == [count + 64 for count in schedule.per_layer if count is not None]
 
 

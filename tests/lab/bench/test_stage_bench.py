@@ -96,7 +96,7 @@ def test_taps_are_timed_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
         @hookimpl
         def prune(self, call: PruneCall) -> None:
-            call.attention_rows(0, call.queries)
+            call.attention_rows(0, call.instruction_slots)
 
     taps = run.tap, encode.tap
     model = build_model(SMALL)

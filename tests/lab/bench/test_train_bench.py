@@ -9,7 +9,7 @@ import torch
 
 import dropflow
 from dropflow.policy.plan import resolve
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.bench.random_llava import SHAPES, build_batch, build_model
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 
@@ -22,9 +22,9 @@ def measured() -> TrainBench:
 
 
 def test_the_policy_keeps_the_proportions_of_hidrop_64(measured: TrainBench) -> None:
-    schedule = resolve(dropflow.load_policy(POLICY, OVERRIDES), Shape(16, TINY.visual_tokens)).schedule()
+    schedule = resolve(dropflow.load_policy(POLICY, OVERRIDES), BackboneShape(16, TINY.visual_tokens)).schedule()
     assert measured.visual_tokens == schedule.per_layer
-    full = resolve(dropflow.load_policy(POLICY, OVERRIDES), Shape(16, 576)).schedule()
+    full = resolve(dropflow.load_policy(POLICY, OVERRIDES), BackboneShape(16, 576)).schedule()
     assert full.per_layer == (0,) * 4 + (576, 215, 215, 10, 5, 1, 1, 1) + (0,) * 4
     assert full.average == 64
 

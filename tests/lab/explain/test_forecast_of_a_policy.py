@@ -6,10 +6,10 @@ import pytest
 
 from dropflow import Forecast, Keep, Stage, StageOptions, hookimpl, load_policy
 from dropflow.backbone.flops import LLAVA_7B
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.explain.forecast import Explanation, explain
 
-LLAVA = Shape(layers=32, visual_tokens=576)
+LLAVA = BackboneShape(layers=32, visual_tokens=576)
 PYRAMID_DROP = {
     "name": "pyramid-drop",
     "stages": {"pyramid": {"use": "hidrop/concave-pyramid", "keep": {8: 288, 16: 144, 24: 72}}},
@@ -61,7 +61,7 @@ class UntilTheDataSaysSo(Stage[StageOptions]):
 
 def test_what_the_data_decides_is_none() -> None:
     policy = load_policy({"name": "data", "stages": {"adaptive": {"use": UntilTheDataSaysSo}}})
-    explanation = explain(policy, Shape(4, 100), LLAVA_7B, text_tokens=10)
+    explanation = explain(policy, BackboneShape(4, 100), LLAVA_7B, text_tokens=10)
     assert [layer.visual_tokens for layer in explanation.layers] == [100, 100, None, None]
     assert [layer.kv_entries for layer in explanation.layers] == [110, 110, None, None]
     assert (explanation.layers[2].flops, explanation.flops, explanation.average_visual_tokens) == (None, None, None)

@@ -84,7 +84,7 @@ def test_every_round_asks(processor) -> None:
 
         @dropflow.hookimpl
         def prune(self, call: dropflow.PruneCall) -> None:
-            seen.append((call.queries.shape[1], bool(call.query_valid.all())))
+            seen.append((call.instruction_slots.shape[1], bool(call.instruction_valid.all())))
 
     model = build_model(3, decoder_layers=2).train()
     with dropflow.attach(model, {"stages": {"watch": {"use": Watch}}}):

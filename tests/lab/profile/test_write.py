@@ -6,7 +6,7 @@ import dataclasses
 
 from dropflow.policy.plan import resolve
 from dropflow.policy.policy_file import load_policy
-from dropflow.units import Shape
+from dropflow.units import BackboneShape
 from dropflow_lab.profile import Choice, Knobs, Profile, Settings, policy_of, policy_yaml
 from dropflow_lab.profile.layers import LayerCurves
 from dropflow_lab.profile.sweep import Quality
@@ -30,7 +30,7 @@ PROFILE = Profile(
 def test_the_policy_gives_the_tokens_that_were_chosen(tmp_path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(policy_yaml(PROFILE))
-    schedule = resolve(load_policy(path), Shape(8, 100)).schedule()
+    schedule = resolve(load_policy(path), BackboneShape(8, 100)).schedule()
     assert schedule.per_layer == (0, 100, 40, 40, 5, 5, 0, 0)
     assert schedule.average == PROFILE.choice.average_visual_tokens
 
@@ -38,7 +38,7 @@ def test_the_policy_gives_the_tokens_that_were_chosen(tmp_path) -> None:
 def test_keeps_are_shares_where_images_differ() -> None:
     varied = dataclasses.replace(PROFILE, images_differ=True)
     assert policy_of(varied)["stages"]["pyramid"]["keep"] == {2: 0.4, 4: 0.05}
-    plan = resolve(load_policy(policy_of(varied)), Shape(8, None))
+    plan = resolve(load_policy(policy_of(varied)), BackboneShape(8, None))
     assert plan.schedule(200).per_layer == (0, 200, 80, 80, 10, 10, 0, 0)
 
 

@@ -25,7 +25,7 @@ class Call:
     modalities: Mapping[str, Tensor] = field(default_factory=dict)
     """The same by modality, where the prompt tells."""
     flags: dict[str, Tensor] = field(default_factory=dict)
-    """Modality -> flags of the visual rows, in placeholder order (see `views.py`)."""
+    """Modality -> flags of the visual rows, in placeholder order (see `image_layout.py`)."""
     loss: Mapping[str, Any] | None = None
     """Arguments of the loss, if it is computed behind the model on live positions."""
     live_rows: Tensor | None = None

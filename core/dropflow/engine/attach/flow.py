@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.backbone.versions import warn_if_untested
-from dropflow.engine.attach import refuse
-from dropflow.engine.attach.service import Service
+from dropflow.engine.attach import refusals
+from dropflow.engine.attach.model_hooks import ModelHooks
 from dropflow.engine.decoder.record import CallRecord, Report
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.policy.plan import Plan, resolve
@@ -63,11 +63,11 @@ class Flow:
     """A policy attached to a model; a context manager that detaches at its end."""
 
     def __init__(self, backbone: Backbone, plan: Plan) -> None:
-        refuse.check_model(backbone, plan)
+        refusals.check_model(backbone, plan)
         for _, stage in plan.stages:
             stage.prepare(backbone)
         self._backbone, self._plan = backbone, plan
-        self._service = Service(backbone, plan)
+        self._service = ModelHooks(backbone, plan)
         self._service.flow = self
         self._recording = Recording(backbone.model.config, plan.policy)
         _attached[backbone.core] = weakref.ref(self)

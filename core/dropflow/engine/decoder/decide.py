@@ -31,7 +31,7 @@ class WindowDecision:
     """Where vision enters (the last of the `inject` answers) and exits (the first of the `exit` answers)."""
 
     window: Window
-    keep_asking: bool
+    keep_answer_sources: bool
     """Whether visual tokens that an answer is predicted from outlive the exit."""
     by: dict[int, tuple[str, ...]]
     """The stages that answered so, for these two boundaries."""
@@ -49,7 +49,9 @@ def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecis
         boundary: tuple(name for name, answer in answers.items() if answer == boundary)
         for boundary, answers in ((window.entry, entries), (window.exit, exits))
     }
-    return WindowDecision(window, any(answered[name].keep_asking for name in by[window.exit] if name in exits), by)
+    return WindowDecision(
+        window, any(answered[name].keep_answer_sources for name in by[window.exit] if name in exits), by
+    )
 
 
 def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> dict[str, int]:
@@ -61,13 +63,13 @@ def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> d
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class BoundaryState:
     """Where a run stands: in front of one layer, with these tokens live."""
 
     boundary: int
     window: Window
     live: LiveSet
-    want: Bool[Tensor, "batch tokens"]
+    live_mask: Bool[Tensor, "batch tokens"]
     """Live tokens by logical index, padding excluded."""
     hidden: Float[Tensor, "batch slots dim"]
     final_norm: Callable[[Tensor], Tensor] | None
@@ -81,7 +83,7 @@ class Standing:
 class Decision:
     """What the stages of a boundary decided together."""
 
-    want: Bool[Tensor, "batch tokens"]
+    live_mask: Bool[Tensor, "batch tokens"]
     """Tokens that stay live."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """By stage name, over the slots in front of the boundary."""
@@ -95,14 +97,16 @@ class Decision:
     """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
 
 
-def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> Decision:
+def decide_keeps(
+    plan: Plan, prompt: Prompt, standing: BoundaryState, attention: RowAttention, tapped: Tapped
+) -> Decision:
     """Ask every stage of a boundary.
 
     Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
     """
     live, boundary = standing.live, standing.boundary
     call = _payload(prompt, standing, attention, tapped)
-    valid, image, protected = call.valid, call.image, call.protected
+    valid, image, protected = call.valid, call.image_id, call.protected
     drop = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     merge_into: Tensor | None = None
@@ -134,31 +138,31 @@ def decide_keeps(plan: Plan, prompt: Prompt, standing: Standing, attention: RowA
             own = torch.where(weighted, answer.weights, 1).log()
             log_weights = own if log_weights is None else log_weights + own
     drop &= (image >= 0) & ~protected
-    dropped = torch.zeros_like(standing.want).scatter_(1, live.index, drop)
-    want = prompt.without_widows(standing.want & ~dropped)
+    dropped = torch.zeros_like(standing.live_mask).scatter_(1, live.index, drop)
+    live_mask = prompt.without_widows(standing.live_mask & ~dropped)
     if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
-        log_weights = log_weights.new_zeros(want.shape).scatter_add(1, live.index, log_weights)
-    return Decision(want, scores, keeps, merge_into, merged_by, log_weights)
+        log_weights = log_weights.new_zeros(live_mask.shape).scatter_add(1, live.index, log_weights)
+    return Decision(live_mask, scores, keeps, merge_into, merged_by, log_weights)
 
 
-def _payload(prompt: Prompt, standing: Standing, attention: RowAttention, tapped: Tapped) -> PruneCall:
+def _payload(prompt: Prompt, standing: BoundaryState, attention: RowAttention, tapped: Tapped) -> PruneCall:
     """What every stage of the boundary is told."""
     live = standing.live
-    valid = live.take(standing.want)
+    valid = live.take(standing.live_mask)
     image = torch.where(valid, live.take(prompt.scored), -1)
     protected = live.take(prompt.protected) & valid
-    slots = live.slot.gather(1, prompt.queries)
+    slots = live.slot.gather(1, prompt.instruction_slots)
     return PruneCall(
         boundary=standing.boundary,
         hidden=standing.hidden,
         index=live.index,
         valid=valid,
-        image=image,
+        image_id=image,
         text=live.take(prompt.text) & valid,
         protected=protected,
         image_sizes=prompt.image_sizes,
-        queries=slots.clamp(min=0),
-        query_valid=prompt.query_valid & (slots >= 0),
+        instruction_slots=slots.clamp(min=0),
+        instruction_valid=prompt.instruction_valid & (slots >= 0),
         window=standing.window,
         entry=Entry(standing.embeds, torch.where(prompt.present, prompt.scored, -1)),
         attention=attention,
@@ -234,10 +238,10 @@ def decide_cache(
             view, layer = views[number], cache.layers[number]
             same = (id(view.index), id(keep))  # layers that held the same and keep the same go on sharing their index
             if same not in made:
-                kept = LiveSet.of((keep | (view.image < 0) | view.protected) & view.valid)
-                made[same] = (kept, layer.known().compacted(kept))
+                kept = LiveSet.of((keep | (view.image_id < 0) | view.protected) & view.valid)
+                made[same] = (kept, layer.full_index().compacted(kept))
             if told is not None:
-                stays = (keep | (view.image < 0) | view.protected) & view.valid
+                stays = (keep | (view.image_id < 0) | view.protected) & view.valid
                 told.append(Eviction(name, number, view.index, stays, answer.memory.get(number)))
             layer.evict(*made[same])
 
@@ -258,13 +262,13 @@ def _check_entries(
 
 def cache_views(cache: Cache, stage: str = "") -> tuple[CacheView, ...]:
     """What each layer's cache holds, with the notes of `stage`."""
-    return tuple(_view(number, layer.known(), layer.recall(stage)) for number, layer in enumerate(cache.layers))
+    return tuple(_view(number, layer.full_index(), layer.recall(stage)) for number, layer in enumerate(cache.layers))
 
 
 def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:
-    valid = index.image != PADDING
+    valid = index.image_id != PADDING
     if index.valid is not None:
         valid &= index.valid
-    protected = valid & (index.image >= PROTECTED)
-    image = torch.where(valid, index.image - protected * PROTECTED, -1)
+    protected = valid & (index.image_id >= PROTECTED)
+    image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
     return CacheView(number, index.logical, valid, image, protected, memory)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.backbone import flops
-from dropflow.backbone.flops import TextShape
+from dropflow.backbone.flops import DecoderWidths
 from dropflow.engine.tokens.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class CallRecord:
     """Live tokens from each boundary on."""
 
     plan: Plan
-    shape: TextShape
+    shape: DecoderWidths
     prompt: Prompt
     bytes_per_number: int
     past: tuple[int, ...] = ()

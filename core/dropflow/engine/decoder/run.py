@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dropflow.engine.decoder.decide import Decision, Standing, cache_views, decide_cache, decide_keeps, decide_window
-from dropflow.engine.decoder.fitting import Fitting
+from dropflow.engine.decoder.decide import (
+    BoundaryState,
+    Decision,
+    cache_views,
+    decide_cache,
+    decide_keeps,
+    decide_window,
+)
+from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.probe import Arguments, LayerProbe, hidden_of, with_hidden
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.weights import with_positional_mask
@@ -54,7 +61,7 @@ class Run:
         self.step = step
         """Tokens generated since the last prompt; 0 while a prompt is read."""
         self._added = added
-        """What the model adds behind its first layers (see `Backbone.added`)."""
+        """What the model adds behind its first layers (see `Backbone.deepstack_residuals`)."""
         self.implementation: str = backbone.text.config._attn_implementation
         self.cache: Any = None
         self.cache_stages = [s for _, s in plan.hooks.implementers("decode_cache") if _asks(s, step)]
@@ -66,16 +73,16 @@ class Run:
         if prompt is not None:
             self._taps |= {layer for stages in plan.prune_at.values() for _, stage in stages for layer in stage.taps}
             decided = decide_window(plan, backbone, prompt)
-            self.window, self._turned_by = decided.window, decided.by
-            if decided.keep_asking:
-                self.prompt = prompt = prompt.keeping_asking()
-            self._outlive = prompt.asking if decided.keep_asking else None
-            self.want = prompt.valid
-            image = torch.where(prompt.valid, prompt.image + prompt.protected * PROTECTED, PADDING)
-            self.record = CallRecord(plan, backbone.text_shape, prompt, embeds.element_size())
+            self.window, self._window_edge_by = decided.window, decided.by
+            if decided.keep_answer_sources:
+                self.prompt = prompt = prompt.keeping_answer_sources()
+            self._outlive = prompt.answer_sources if decided.keep_answer_sources else None
+            self.live_mask = prompt.valid
+            image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
+            self.record = CallRecord(plan, backbone.decoder_widths, prompt, embeds.element_size())
         else:
             image = torch.full((batch, tokens), -1, device=embeds.device)
-        self._fitting = Fitting(
+        self._fitting = LayerArguments(
             LiveSet.whole(batch, tokens, embeds.device),
             image,
             None if prompt is None else prompt.valid,
@@ -109,7 +116,7 @@ class Run:
         else:
             output = layer(*args, **kwargs)
         if self.prompt is not None and held is not None and held.is_initialized:
-            held.settle(keys)
+            held.set_index(keys)
         return output if number >= len(self._added) else self._with_added(number, output)
 
     def finish(self) -> None:
@@ -119,7 +126,7 @@ class Run:
         if (self.cache_stages or told is not None) and is_flow_cache(self.cache):
             decide_cache(self.plan, self.cache_stages, self.cache, self.step, tokens, self._attention_rows, told)
             if self.record is not None and self.cache_stages:
-                self.record.held = tuple(layer.known().tokens for layer in self.cache.layers)
+                self.record.held = tuple(layer.full_index().tokens for layer in self.cache.layers)
             if told is not None:
                 hooks.observe_cache(CacheEvent(self.step, tuple(told), cache_views(self.cache)))
 
@@ -149,20 +156,20 @@ class Run:
         """Apply what the policy says at the boundary in front of layer `number` to the hidden states."""
         prompt, window = self.prompt, self.window
         stages = self.plan.prune_at.get(number, ()) if window.entry <= number < window.exit else ()
-        turns = number in (0, window.entry, window.exit)
-        if prompt is None or not (turns or stages):
+        at_window_edge = number in (0, window.entry, window.exit)
+        if prompt is None or not (at_window_edge or stages):
             return args, kwargs
         hidden = hidden_of(args, kwargs)
-        if turns:
-            want = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
-            hidden = self._move(want, hidden, self.embeds if number == window.entry > 0 else None)
-        shown, decision = self.live, Decision(self.want)
+        if at_window_edge:
+            live_mask = prompt.present if window.entry <= number < window.exit else self._outside(prompt, number)
+            hidden = self._move(live_mask, hidden, self.embeds if number == window.entry > 0 else None)
+        shown, decision = self.live, Decision(self.live_mask)
         merged: Tensor | None = None
         if stages:
             probe = self._probe(number, layer, hidden, args, kwargs)
             training = torch.is_grad_enabled() and self.backbone.text.training
             norm = self.backbone.final_norm
-            standing = Standing(number, window, self.live, self.want, hidden, norm, self.embeds, training)
+            standing = BoundaryState(number, window, self.live, self.live_mask, hidden, norm, self.embeds, training)
             decision = decide_keeps(
                 self.plan,
                 prompt,
@@ -172,10 +179,10 @@ class Run:
             )
             if decision.merge_into is not None:
                 hidden, merged = mean_into(hidden, decision.merge_into), shown.to_tokens(decision.merge_into)
-            hidden = self._move(decision.want, hidden, None)
+            hidden = self._move(decision.live_mask, hidden, None)
             self._fitting = self._fitting.weighed(decision.log_weights)
         if self.record is not None:
-            self.record.add(number, self.want, merged)
+            self.record.add(number, self.live_mask, merged)
         if self.plan.hooks.watched("observe"):
             self._tell(number, tuple(name for name, _ in stages), shown, prompt, decision, merged)
         return with_hidden(hidden, args, kwargs)
@@ -199,11 +206,11 @@ class Run:
         event = BoundaryEvent(
             boundary=number,
             stages=names,
-            turned_by=self._turned_by.get(number, ()),
+            window_edge_by=self._window_edge_by.get(number, ()),
             window=self.window,
             prompt=prompt,
-            live=self.want,
-            image=prompt.image,
+            live=self.live_mask,
+            image_id=prompt.image_id,
             index=shown.index,
             scores=decision.scores,
             keeps=decision.keeps,
@@ -241,13 +248,13 @@ class Run:
             raise DecisionError(f"layer {layer}: the live set has changed since its attention ran")
         return seen
 
-    def _move(self, want: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
-        """Make `want` the live set and bring the hidden states along; with `raw`, tokens may enter."""
-        if torch.equal(want, self.want):
+    def _move(self, live_mask: Tensor, hidden: Tensor, raw: Tensor | None) -> Tensor:
+        """Make `live_mask` the live set and bring the hidden states along; with `raw`, tokens may enter."""
+        if torch.equal(live_mask, self.live_mask):
             return hidden  # padding, too, stays where it is until a token really goes
-        live = LiveSet.of(want)
+        live = LiveSet.of(live_mask)
         hidden = live.restrict(self.live, hidden, raw)
-        self._fitting, self.want = self._fitting.moved(live, want), want
+        self._fitting, self.live_mask = self._fitting.moved(live, live_mask), live_mask
         return hidden
 
 

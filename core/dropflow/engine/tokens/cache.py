@@ -56,7 +56,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
                 )
             adopted.lazy_initialization(keys, values)
             adopted.keys, adopted.values = keys, values
-            adopted.settle(KeyIndex.plain(keys.shape[0], seen, keys.device))
+            adopted.set_index(KeyIndex.plain(keys.shape[0], seen, keys.device))
         return adopted
 
     @property
@@ -65,7 +65,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         held = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
-    def settle(self, index: KeyIndex) -> None:
+    def set_index(self, index: KeyIndex) -> None:
         """State what the entries are, after a call that stored fewer tokens than it saw."""
         self.index, self.prompt = index, index.length
 
@@ -79,7 +79,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         # a negative width cuts entries that were taken back
         return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
 
-    def known(self) -> KeyIndex:
+    def full_index(self) -> KeyIndex:
         """Index of all entries held now, implicit ones included; the layer must hold some."""
         if self.index is None:
             return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)

@@ -36,7 +36,7 @@ class KeyIndex:
         """Logical index of the token in each entry."""
         self.valid = valid
         """False for padding entries; `None` where there are none."""
-        self.image = image
+        self.image_id = image
         """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding."""
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
@@ -65,7 +65,7 @@ class KeyIndex:
         batch, device = self.logical.shape[0], self.logical.device
         more = torch.arange(self.length, length, device=device).expand(batch, -1)
         valid = None if self.valid is None else torch.cat((self.valid, torch.ones_like(more, dtype=torch.bool)), 1)
-        image = torch.cat((self.image, torch.full_like(more, -1)), 1)
+        image = torch.cat((self.image_id, torch.full_like(more, -1)), 1)
         return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped)
 
     def followed_by(
@@ -79,7 +79,7 @@ class KeyIndex:
             new = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
             valid = torch.cat((old, new), 1)
         slots = live.take(image) if live.valid is None else torch.where(live.valid, live.take(image), -1)
-        image = torch.cat((self.image, slots), 1)
+        image = torch.cat((self.image_id, slots), 1)
         return KeyIndex(logical, valid, image, self.length + live.total, _sum(self.dropped, dropped))
 
     def rows(self, key: Any, rows: Callable[[], Tensor]) -> KeyIndex:
@@ -88,7 +88,7 @@ class KeyIndex:
             picked = rows().to(self.logical.device)
             valid = None if self.valid is None else self.valid[picked]
             dropped = None if self.dropped is None else self.dropped[picked]
-            self._last = (key, KeyIndex(self.logical[picked], valid, self.image[picked], self.length, dropped))
+            self._last = (key, KeyIndex(self.logical[picked], valid, self.image_id[picked], self.length, dropped))
         return self._last[1]
 
     def compacted(self, kept: LiveSet) -> KeyIndex:
@@ -97,14 +97,14 @@ class KeyIndex:
         if self.valid is not None:
             taken = kept.take(self.valid)
             valid = taken if valid is None else valid & taken
-        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image), self.length)
+        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image_id), self.length)
         index.dropped = _sum(self.dropped, self.tokens - index.tokens)
         return index
 
     @property
     def tokens(self) -> Int[Tensor, "batch"]:
         """Tokens of each sample that are held, padding excluded."""
-        held = self.image != PADDING
+        held = self.image_id != PADDING
         return (held if self.valid is None else held & self.valid).sum(1)
 
     def without_last(self, count: int) -> KeyIndex:
@@ -114,11 +114,11 @@ class KeyIndex:
         """
         tail = slice(len(self) - count, None)
         expected = torch.arange(self.length - count, self.length, device=self.logical.device)
-        if count > len(self) or not bool(((self.logical[:, tail] == expected) & (self.image[:, tail] < 0)).all()):
+        if count > len(self) or not bool(((self.logical[:, tail] == expected) & (self.image_id[:, tail] < 0)).all()):
             raise ValueError("only text tokens at the end of the cache can be cropped, not visual ones")
         head = slice(0, len(self) - count)
         valid = None if self.valid is None else self.valid[:, head]
-        return KeyIndex(self.logical[:, head], valid, self.image[:, head], self.length - count, self.dropped)
+        return KeyIndex(self.logical[:, head], valid, self.image_id[:, head], self.length - count, self.dropped)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

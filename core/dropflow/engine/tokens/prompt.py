@@ -18,7 +18,7 @@ from dropflow.errors import UnsupportedModel
 class Prompt:
     """The tokens of one call, by logical index."""
 
-    image: Int[Tensor, "batch tokens"]
+    image_id: Int[Tensor, "batch tokens"]
     """Number of the image a visual token belongs to; -1 for text and padding."""
     valid: Bool[Tensor, "batch tokens"]
     """False for padding."""
@@ -26,13 +26,13 @@ class Prompt:
     """Valid tokens less the visual ones that an encode stage dropped."""
     protected: Bool[Tensor, "batch tokens"]
     """Visual tokens that no stage may drop."""
-    queries: Int[Tensor, "batch rows"]
+    instruction_slots: Int[Tensor, "batch rows"]
     """Logical index of the instruction tokens."""
-    query_valid: Bool[Tensor, "batch rows"]
+    instruction_valid: Bool[Tensor, "batch rows"]
     image_sizes: tuple[int, ...]
     """Present patches of each image."""
     extra: Bool[Tensor, "batch tokens"] | None = None
-    """Visual tokens that are no patches, such as newlines (see `views.py`); `None` where there are none."""
+    """Visual tokens that are no patches, such as newlines (see `image_layout.py`); `None` where there are none."""
     line: Int[Tensor, "batch tokens"] | None = None
     """Number of the line each visual token belongs to, 0 for all others; goes with `extra`."""
     carried: Float[Tensor, "batch tokens carries"] | None = None
@@ -43,31 +43,33 @@ class Prompt:
     @property
     def scored(self) -> Int[Tensor, "batch tokens"]:
         """Image number of patches; -1 for text, padding and visual tokens that are no patches."""
-        return self.image if self.extra is None else self.image.masked_fill(self.extra, -1)
+        return self.image_id if self.extra is None else self.image_id.masked_fill(self.extra, -1)
 
-    def without_widows(self, want: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-        """`want` less the extra tokens of whose line no patch is left."""
+    def without_widows(self, live_mask: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """`live_mask` less the extra tokens of whose line no patch is left."""
         if self.extra is None or self.line is None:
-            return want
-        alive = want & self.visual & ~self.extra
-        count = torch.zeros(want.shape[0], int(self.line.max()) + 1, dtype=torch.long, device=want.device)
+            return live_mask
+        alive = live_mask & self.visual & ~self.extra
+        count = torch.zeros(live_mask.shape[0], int(self.line.max()) + 1, dtype=torch.long, device=live_mask.device)
         count.scatter_add_(1, self.line, alive.long())
-        return want & ~(self.extra & ~self.protected & (count.gather(1, self.line) == 0))
+        return live_mask & ~(self.extra & ~self.protected & (count.gather(1, self.line) == 0))
 
     @property
-    def asking(self) -> Bool[Tensor, "batch tokens"]:
+    def answer_sources(self) -> Bool[Tensor, "batch tokens"]:
         """Visual tokens that an answer is predicted from, as where a caption follows its image at once."""
-        asks = torch.zeros_like(self.image).scatter_add_(1, self.queries, self.query_valid.long()) > 0
+        asks = (
+            torch.zeros_like(self.image_id).scatter_add_(1, self.instruction_slots, self.instruction_valid.long()) > 0
+        )
         return asks & self.visual & self.present
 
-    def keeping_asking(self) -> Prompt:
+    def keeping_answer_sources(self) -> Prompt:
         """The same, with those tokens protected."""
-        return replace(self, protected=self.protected | self.asking)
+        return replace(self, protected=self.protected | self.answer_sources)
 
     @property
     def visual(self) -> Bool[Tensor, "batch tokens"]:
         """Visual tokens, dropped ones included."""
-        return self.image >= 0
+        return self.image_id >= 0
 
     @property
     def text(self) -> Bool[Tensor, "batch tokens"]:
@@ -84,8 +86,8 @@ def make_prompt(
 ) -> Prompt:
     """Put together what adapter, encode stages and caller say.
 
-    `flags` has one row per visual token in (batch, token) order (see `views.py`). Without it images are told apart by
-    `tokens_per_image`, or else as runs of adjacent visual tokens.
+    `flags` has one row per visual token in (batch, token) order (see `image_layout.py`). Without it images are told
+    apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
     """
     image = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
     present, protected = valid.clone(), torch.zeros_like(visual)

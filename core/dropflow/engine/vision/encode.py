@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dropflow.backbone.image_layout import View, flags, split
+from dropflow.backbone.image_layout import ImageLayout, flags, split
 from dropflow.engine.decoder.probe import Arguments, with_hidden
 from dropflow.engine.model.attention import QueryKey, row_attention
 from dropflow.engine.model.sublayers import in_two
@@ -90,11 +90,11 @@ class EncodeRun:
         return pad_sequence(decided, batch_first=True)
 
     def finish(
-        self, entries: Sequence[Tensor], views_of: Callable[[Sequence[int]], list[list[View]]]
+        self, entries: Sequence[Tensor], layouts_of: Callable[[Sequence[int]], list[list[ImageLayout]]]
     ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
         """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
 
-        `views_of` says which images are inside entries of given sizes.
+        `layouts_of` says which images are inside entries of given sizes.
         """
         vision, extra = self._vision, 0
         if self._features is not None:
@@ -102,33 +102,38 @@ class EncodeRun:
             self._extra = extra = vision.select_prefix
             self._rows = [rows.behind(extra) for rows in self._features]
             self._sizes = [size + extra for size in self._sizes]
-            views = views_of(self._sizes)
+            layouts = layouts_of(self._sizes)
             features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
             whole = list(features)
         else:
-            views = views_of([len(rows) for rows in entries])
-            whole = [rows for _, rows in split(entries, views)]
+            layouts = layouts_of([len(rows) for rows in entries])
+            whole = [rows for _, rows in split(entries, layouts)]
             features = [
-                rows[~view.extra(rows.device)] if view.has_extra else rows for view, rows in split(entries, views)
+                rows[~layout.extra(rows.device)] if layout.has_extra else rows
+                for layout, rows in split(entries, layouts)
             ]
-            self._begin([view.patches for own in views for view in own], entries[0])
+            self._begin([layout.patches for own in layouts for layout in own], entries[0])
         stages = self._plan.encode_at.get(None, ())
         if stages:
-            self._grids = [view.grid for own in views for view in own]
+            self._grids = [layout.grid for own in layouts for layout in own]
             none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
             features = self._decide(None, features, stages, none, 0 if vision is None else vision.prefix - extra)
-        return self._refilled(views, whole, features, entries[0][:0])
+        return self._refilled(layouts, whole, features, entries[0][:0])
 
     def _refilled(
-        self, views: Sequence[Sequence[View]], whole: Sequence[Tensor], features: Sequence[Tensor], empty: Tensor
+        self,
+        layouts: Sequence[Sequence[ImageLayout]],
+        whole: Sequence[Tensor],
+        features: Sequence[Tensor],
+        empty: Tensor,
     ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
         """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
         full, tables, first = [], [], 0
-        for own in views:
+        for own in layouts:
             last = first + len(own)
             rows, kept = self._rows[first:last], []
-            for view, row in zip(own, rows, strict=True):
-                keep = row.protected.new_zeros(view.patches)
+            for layout, row in zip(own, rows, strict=True):
+                keep = row.protected.new_zeros(layout.patches)
                 keep[row.places] = True
                 kept.append(keep)
             parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
@@ -267,10 +272,10 @@ class EncodeRun:
         return tuple(found)
 
 
-def _filled(view: View, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
-    """The rows of one image (view.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
-    if len(own) == view.tokens:
+def _filled(layout: ImageLayout, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
+    """The rows of one image (layout.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
+    if len(own) == layout.tokens:
         return own
-    patch = (~view.extra(own.device)).nonzero()[:, 0]
-    full = own.new_zeros(view.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
-    return torch.where(view.extra(own.device)[:, None], whole, full) if view.has_extra else full
+    patch = (~layout.extra(own.device)).nonzero()[:, 0]
+    full = own.new_zeros(layout.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
+    return torch.where(layout.extra(own.device)[:, None], whole, full) if layout.has_extra else full

@@ -1,10 +1,10 @@
 """The vision side of a call: `encode` stages inside the encoder and on its output, and how their answers travel.
 
 What an `encode` stage drops stays in the features as a row that is not live, so that placeholders, position ids,
-deepstack features and multimodal RoPE stay aligned. The flags of every row (see `views.py`) say so, and which image it
-belongs to. `generate` encodes images before the forward and may expand or slice the features in between; the flags
-ride along as one more entry of `deepstack_features`, which transformers expands and slices with the features, and are
-taken off before the model sees them.
+deepstack features and multimodal RoPE stay aligned. The flags of every row (see `image_layout.py`) say so, and which
+image it belongs to. `generate` encodes images before the forward and may expand or slice the features in between; the
+flags ride along as one more entry of `deepstack_features`, which transformers expands and slices with the features, and
+are taken off before the model sees them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dropflow.backbone.image_layout import View, flags
+from dropflow.backbone.image_layout import ImageLayout, flags
 from dropflow.engine.model.stand_in import StandIn
 from dropflow.engine.vision.encode import EncodeRun
 from dropflow.errors import UnsupportedModel
@@ -56,7 +56,7 @@ class Vision:
         if not self._plan.encode_at:
             output = features()
             if self._plan.hooks.watched("observe_encode"):
-                self._tell(modality, _views_of(self._backbone, modality, output, arguments), ())
+                self._tell(modality, _layouts_of(self._backbone, modality, output, arguments), ())
             return output, plain_flags(self._backbone, modality, output, arguments)
         run = EncodeRun(self._plan, self._backbone)
         if self._stand_in is None:
@@ -66,15 +66,15 @@ class Vision:
                 output = features()
         name, pooled = _features(output)
         found = _entries(pooled)
-        views: list[list[View]] = []
+        layouts: list[list[ImageLayout]] = []
 
-        def views_of(sizes: Sequence[int]) -> list[list[View]]:
-            views[:] = _views(self._backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
-            return views
+        def layouts_of(sizes: Sequence[int]) -> list[list[ImageLayout]]:
+            layouts[:] = _layouts(self._backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+            return layouts
 
-        full, tables = run.finish(found, views_of)
+        full, tables = run.finish(found, layouts_of)
         if run.steps is not None:
-            self._tell(modality, views, run.steps)
+            self._tell(modality, layouts, run.steps)
         if isinstance(pooled, Tensor):
             output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
         else:
@@ -84,9 +84,9 @@ class Vision:
             ]
         return output, tables
 
-    def _tell(self, modality: str, views: Sequence[Sequence[View]], steps: Sequence[EncodeStep]) -> None:
+    def _tell(self, modality: str, layouts: Sequence[Sequence[ImageLayout]], steps: Sequence[EncodeStep]) -> None:
         encoder = self._backbone.vision
-        flat = tuple(view for own in views for view in own)
+        flat = tuple(layout for own in layouts for layout in own)
         prefix = 0 if encoder is None else encoder.select_prefix
         self._plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
 
@@ -115,7 +115,7 @@ def plain_flags(
     """Flags of features from which no stage has dropped anything."""
     entries = _entries(_features(output)[1])
     tables, first = [], 0
-    for own, rows in zip(_views_of(backbone, modality, output, arguments), entries, strict=True):
+    for own, rows in zip(_layouts_of(backbone, modality, output, arguments), entries, strict=True):
         tables.append(flags(own, first, rows.device))
         first += len(own)
     return tables
@@ -163,28 +163,30 @@ def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
     return [rows.flatten(0, -2) if rows.dim() > 2 else rows for rows in entries]
 
 
-def _views_of(backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[list[View]]:
+def _layouts_of(
+    backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
+) -> list[list[ImageLayout]]:
     """The images in features from which no stage has dropped anything."""
     pooled = _features(output)[1]
     sizes = [len(rows) for rows in _entries(pooled)]
-    return _views(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+    return _layouts(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
 
 
-def _views(
+def _layouts(
     backbone: Backbone, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any], stacked: bool
-) -> list[list[View]]:
+) -> list[list[ImageLayout]]:
     """What the adapter says of the entries, checked."""
-    views = backbone.views(modality, sizes, arguments)
-    told = [sum(view.tokens for view in own) for own in views]
+    layouts = backbone.layouts(modality, sizes, arguments)
+    told = [sum(layout.tokens for layout in own) for own in layouts]
     if told != list(sizes):
         raise UnsupportedModel(
-            f"{type(backbone).__name__}.views: says that the entries of the {modality} features have {told} rows, but "
-            f"they have {list(sizes)}" + (" (a stacked tensor)" if stacked else "") + "; correct the adapter"
+            f"{type(backbone).__name__}.layouts: says that the entries of the {modality} features have {told} rows, "
+            f"but they have {list(sizes)}" + (" (a stacked tensor)" if stacked else "") + "; correct the adapter"
         )
-    for view in (view for own in views for view in own):
-        if view.grid is not None and view.grid[0] * view.grid[1] != view.patches:
+    for layout in (layout for own in layouts for layout in own):
+        if layout.grid is not None and layout.grid[0] * layout.grid[1] != layout.patches:
             raise UnsupportedModel(
-                f"{type(backbone).__name__}.views: gives the grid {view.grid} to an image of {view.patches} patches; "
-                "correct the adapter's grid or extra rows"
+                f"{type(backbone).__name__}.layouts: gives the grid {layout.grid} to an image of {layout.patches} "
+                "patches; correct the adapter's grid or extra rows"
             )
-    return views
+    return layouts

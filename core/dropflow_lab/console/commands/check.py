@@ -9,7 +9,7 @@ from dropflow_lab.console.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from dropflow import Policy
-    from dropflow.units import Shape
+    from dropflow.units import BackboneShape
 
 
 def check(
@@ -41,8 +41,8 @@ def check(
     emit(result, as_json, f"{loaded.name}: valid, {_resolved(shape)}")
 
 
-def _shape(policy: Policy, layers: int | None, visual_tokens: int | None) -> Shape | None:
-    from dropflow.units import Shape
+def _shape(policy: Policy, layers: int | None, visual_tokens: int | None) -> BackboneShape | None:
+    from dropflow.units import BackboneShape
     from dropflow_lab.errors import InputError
 
     tuned = policy.tuned_for
@@ -52,10 +52,10 @@ def _shape(policy: Policy, layers: int | None, visual_tokens: int | None) -> Sha
         visual_tokens = tuned.visual_tokens
     if layers is None and visual_tokens is not None:
         raise InputError("--visual-tokens: the depth is missing too; give --layers, or `tuned_for` in the policy")
-    return None if layers is None else Shape(layers, visual_tokens)
+    return None if layers is None else BackboneShape(layers, visual_tokens)
 
 
-def _resolved(shape: Shape | None) -> str:
+def _resolved(shape: BackboneShape | None) -> str:
     if shape is None:
         return "not resolved (give --layers and --visual-tokens to check the rules that span stages)"
     tokens = "any number of" if shape.visual_tokens is None else shape.visual_tokens

@@ -13,7 +13,7 @@ from dropflow_lab.console.output import chatter_to_stderr, emit, si
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dropflow.backbone.flops import TextShape
+    from dropflow.backbone.flops import DecoderWidths
     from dropflow_lab.explain.forecast import Explanation
 
 _LAYERS, _VISUAL_TOKENS = 32, 576
@@ -38,7 +38,7 @@ def explain(
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B
-    from dropflow.units import Shape
+    from dropflow.units import BackboneShape
     from dropflow_lab.explain.forecast import explain as forecast
     from dropflow_lab.inputs.widths import read_widths
 
@@ -46,7 +46,7 @@ def explain(
         loaded = load_policy(policy, overrides or ())
         widths, depth = (LLAVA_7B, None) if config is None else read_widths(config)
         tuned = loaded.tuned_for
-        shape = Shape(
+        shape = BackboneShape(
             layers or depth or (tuned.layers if tuned else _LAYERS),
             visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
         )
@@ -66,7 +66,7 @@ def _table(explanation: Explanation) -> Table:
     return table
 
 
-def _summary(explanation: Explanation, widths: TextShape) -> str:
+def _summary(explanation: Explanation, widths: DecoderWidths) -> str:
     from dropflow_lab.explain.forecast import UNIT
 
     average, flops, dense = explanation.average_visual_tokens, explanation.flops, explanation.flops_dense

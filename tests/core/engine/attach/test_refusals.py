@@ -192,7 +192,7 @@ def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
 
         @hookimpl
         def prune(self, call: dropflow.PruneCall) -> None:
-            call.attention_rows(1, call.queries)
+            call.attention_rows(1, call.instruction_slots)
 
     with (
         dropflow.attach(llava, policy(a={"use": Reads})),

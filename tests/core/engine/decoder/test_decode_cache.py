@@ -22,7 +22,7 @@ class EvictAfterPrefill(Stage[Any]):
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep:
         views = {view.layer: view for view in call.layers}
-        return CacheKeep({layer: (views[layer].image >= 0).cumsum(1) <= 3 for layer in (2, 3)})
+        return CacheKeep({layer: (views[layer].image_id >= 0).cumsum(1) <= 3 for layer in (2, 3)})
 
 
 class EvictWhileDecoding(Stage[Any]):
@@ -45,7 +45,7 @@ class EvictWhileDecoding(Stage[Any]):
         rows = torch.zeros(len(view.index), 1, dtype=torch.long)
         weights = call.attention_rows(1, rows).mean(1)[:, 0]
         self.widths.append(weights.shape[1])
-        least = weights.masked_fill(view.image < 0, 2.0).argmin(1, keepdim=True)
+        least = weights.masked_fill(view.image_id < 0, 2.0).argmin(1, keepdim=True)
         return CacheKeep({1: torch.ones_like(view.valid).scatter(1, least, False)})
 
 
@@ -104,7 +104,7 @@ def test_beams_and_crops_move_the_index_with_the_entries() -> None:
         assert torch.equal(beams, again)
         cache = DynamicCache()
         model(**inputs, past_key_values=cache)
-        before = [layer.known() for layer in cache.layers]
+        before = [layer.full_index() for layer in cache.layers]
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([2, 3, 0, 1]))
         cache.batch_select_indices(torch.tensor([0, 2]))

@@ -25,8 +25,8 @@ class Pairs(Stage[Any]):
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
-        into = torch.arange(call.image.shape[1]).repeat(len(call.image), 1)
-        for sample, own in enumerate(call.image):
+        into = torch.arange(call.image_id.shape[1]).repeat(len(call.image_id), 1)
+        for sample, own in enumerate(call.image_id):
             for image in set(own[own >= 0].tolist()):
                 slots = (own == image).nonzero()[:, 0]
                 into[sample, slots[1::2]] = slots[: len(slots) // 2 * 2 : 2]
@@ -117,7 +117,7 @@ def answering(into: Any, stages: int = 1) -> dict[str, Any]:
 
 
 def own_slots(call: PruneCall) -> torch.Tensor:
-    return torch.arange(call.image.shape[1]).repeat(len(call.image), 1)
+    return torch.arange(call.image_id.shape[1]).repeat(len(call.image_id), 1)
 
 
 def moved(slot: int, target: int) -> Any:

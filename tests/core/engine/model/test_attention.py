@@ -24,7 +24,7 @@ def reader(layer: int, boundary: int, tapped: bool) -> tuple[type[Stage[Any]], l
 
         @hookimpl
         def prune(self, call: PruneCall) -> None:
-            seen.append(call.attention_rows(layer, call.queries))
+            seen.append(call.attention_rows(layer, call.instruction_slots))
 
     return Reader, seen
 

@@ -28,7 +28,7 @@ class EvictAfterPrefill(Stage[Any]):
 
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep:
-        return CacheKeep({n: (call.layers[n].image >= 0).cumsum(1) <= 3 for n in (2, 3)})
+        return CacheKeep({n: (call.layers[n].image_id >= 0).cumsum(1) <= 3 for n in (2, 3)})
 
 
 EVICTING = policy(**RAGGED["stages"], evict={"use": EvictAfterPrefill})

@@ -75,7 +75,7 @@ def check(calls: list[PruneCall], offset: int = 0) -> None:
         assert call.carried.shape == (*call.index.shape, 2)
         for sample in range(len(call.index)):
             for slot in range(call.index.shape[1]):
-                image, token = int(call.image[sample, slot]), int(call.index[sample, slot])
+                image, token = int(call.image_id[sample, slot]), int(call.index[sample, slot])
                 got = call.carried[sample, slot].tolist()
                 if image >= 0:
                     place = token + offset - FIRST[image]
@@ -100,13 +100,13 @@ def test_patches_carry_what_they_were_given(mode: dict[str, Any]) -> None:
         model.generate(**INPUTS, **GREEDY, **mode)
     if not mode:
         check(Numbered.seen)
-        counts = [[int((call.image == image).sum()) for image in range(3)] for call in Numbered.seen]
+        counts = [[int((call.image_id == image).sum()) for image in range(3)] for call in Numbered.seen]
         assert counts == [[16, 16, 16], [7, 7, 7]]
     got = set()
     for call in Other.seen:
         assert call.carried is not None
-        patch = call.image >= 0
-        got |= set(zip(call.image[patch].tolist(), call.carried[patch][:, 0].tolist(), strict=True))
+        patch = call.image_id >= 0
+        got |= set(zip(call.image_id[patch].tolist(), call.carried[patch][:, 0].tolist(), strict=True))
     assert got == {(image, place) for image in range(3) for place in range(16)}
 
 
@@ -116,7 +116,7 @@ def test_rows_that_others_thin_out_and_merge_go_on_carrying() -> None:
     with dropflow.attach(model, policy(carry={"use": Numbered}, thin={"use": Thin})):
         model(**INPUTS)
     check(Numbered.seen)
-    assert [int((Numbered.seen[0].image == image).sum()) for image in range(3)] == [5, 5, 5]
+    assert [int((Numbered.seen[0].image_id == image).sum()) for image in range(3)] == [5, 5, 5]
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def test_beams_and_a_carrying_stage_give_the_tokens_of_the_plain_model() -> None
     call = Numbered.seen[0]
     assert call.carried is not None
     assert torch.equal(call.carried[0], call.carried[1])
-    images = [sorted(set(row.tolist()) - {-1}) for row in call.image]  # copies of a sample share no image number
+    images = [sorted(set(row.tolist()) - {-1}) for row in call.image_id]  # copies of a sample share no image number
     assert images == [[0], [3], [1, 2], [4, 5], [], []]
     assert call.image_sizes == (16,) * 6
 
@@ -163,9 +163,9 @@ class Reader(Numbered):
 def test_questions_are_one_per_sample_and_the_copies_of_a_sample_share_its() -> None:
     model, ask = tiny_llava(), ["a", "b", "c"]
     with dropflow.attach(model, policy(read={"use": Reader})):
-        with dropflow.asking(ask):
+        with dropflow.questions(ask):
             model.generate(**INPUTS, **GREEDY, num_beams=2)
-        with dropflow.asking(["all"]):
+        with dropflow.questions(["all"]):
             model(**INPUTS)
         assert {call.questions for call in Reader.seen} == {("a", "a", "b", "b", "c", "c"), ("all",) * 3}
         model(INPUTS["input_ids"][2:])  # without an image nobody asks
@@ -177,7 +177,7 @@ def test_questions_are_one_per_sample_and_the_copies_of_a_sample_share_its() -> 
             except UnsupportedCall as error:
                 failed.append(error)
 
-        with dropflow.asking(ask):
+        with dropflow.questions(ask):
             thread = threading.Thread(target=run)
             thread.start()
             thread.join()

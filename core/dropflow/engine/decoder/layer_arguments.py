@@ -20,11 +20,11 @@ from dropflow.engine.tokens.positions import renumbered
 
 
 @dataclass(frozen=True, eq=False)
-class Fitting:
+class LayerArguments:
     """One live set of a call; what layers that hold the same need is computed for the first of them, and kept."""
 
     live: LiveSet
-    image: Int[Tensor, "batch tokens"]
+    image_id: Int[Tensor, "batch tokens"]
     """Image number of each token, as a `KeyIndex` notes it."""
     valid: Bool[Tensor, "batch tokens"] | None
     """False for padding of the prompt that is read; `None` where a call reads none."""
@@ -38,12 +38,12 @@ class Fitting:
     """Logarithm of the soft weights that stages gave so far; 0 where there is none."""
     _made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict, init=False)
 
-    def moved(self, live: LiveSet, want: Bool[Tensor, "batch tokens"]) -> Fitting:
-        """For another live set, of the tokens `want`."""
-        dropped = None if self.rotary is None or self.valid is None else self.valid.sum(1) - want.sum(1)
+    def moved(self, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> LayerArguments:
+        """For another live set, of the tokens `live_mask`."""
+        dropped = None if self.rotary is None or self.valid is None else self.valid.sum(1) - live_mask.sum(1)
         return replace(self, live=live, dropped=dropped)
 
-    def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> Fitting:
+    def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> LayerArguments:
         """With the soft weights of one more boundary, which multiply those of the ones before."""
         if log_weights is None or not log_weights.requires_grad:
             return self
@@ -62,7 +62,7 @@ class Fitting:
         length = 0 if held is None else held.length
         past = self._once(("past", id(index), length), index, lambda: self._past(held))
         keys: KeyIndex = self._once(
-            ("keys", id(past)), past, lambda: past.followed_by(self.live, self.image, self.dropped)
+            ("keys", id(past)), past, lambda: past.followed_by(self.live, self.image_id, self.dropped)
         )
         return keys
 
@@ -101,7 +101,7 @@ class Fitting:
 
     def _past(self, held: FlowLayer | None) -> KeyIndex:
         index = self.live.index
-        return held.known() if held is not None and held.length else KeyIndex.plain(len(index), 0, index.device)
+        return held.full_index() if held is not None and held.length else KeyIndex.plain(len(index), 0, index.device)
 
     def _weighted(self, mask: Tensor | None, log_weights: Tensor, keys: KeyIndex, dtype: torch.dtype) -> Tensor:
         """The layer's mask, made for `keys`, with the soft weights of the live tokens; earlier turns have none."""

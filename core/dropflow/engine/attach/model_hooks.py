@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropflow.backbone.backbone import MODALITIES
 from dropflow.backbone.wrapped import check_called, forget_compiled
-from dropflow.engine.attach import refuse
+from dropflow.engine.attach import refusals
 from dropflow.engine.attach.call import Call, CallLock
 from dropflow.engine.decoder.head import full_logits, live_states, loss_of, shifted
 from dropflow.engine.decoder.record import CallRecord
@@ -35,7 +35,7 @@ _encoding: ContextVar[bool] = ContextVar("dropflow_encoding", default=False)
 """True while a wrapped features method runs, in this thread."""
 
 
-class Service:
+class ModelHooks:
     """Hooks on model, core and text decoder; installed on creation, gone after `remove`."""
 
     def __init__(self, backbone: Backbone, plan: Plan) -> None:
@@ -117,7 +117,7 @@ class Service:
         keep = kwargs.get("logits_to_keep", 0)
         call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
         brings = self._brings_images(kwargs)
-        refuse.check_call(self._backbone, self._plan, kwargs, brings)
+        refusals.check_call(self._backbone, self._plan, kwargs, brings)
         if call.labels is not None and brings and isinstance(keep, int) and keep == 0 and "shift_labels" not in kwargs:
             own = inspect.signature(model.forward).parameters
             call.loss = {"labels": call.labels, **{k: v for k, v in kwargs.items() if k not in own}}
@@ -151,7 +151,7 @@ class Service:
         if call is None or call.owner is core:
             check_called(self._backbone.model)
             call = self._open(core)
-            refuse.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
+            refusals.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
         call.attention_mask = kwargs.get("attention_mask")
         call.modalities, call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
@@ -168,7 +168,7 @@ class Service:
             return {}, stated
         backbone, ids = self._backbone, kwargs.get("input_ids")
         embeds: Any = kwargs.get("inputs_embeds")
-        brings = backbone.brings(kwargs)
+        brings = backbone.modalities_in(kwargs)
         if brings:
             masks = {
                 name: backbone.embedded_placeholders(embeds, name) if ids is None else backbone.placeholders(ids, name)
@@ -177,7 +177,7 @@ class Service:
             visual = torch.stack(list(masks.values())).any(0)
             return masks, visual if bool(visual.any()) else None
         if ids is not None:
-            refuse.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
+            refusals.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
         return {}, None
 
     def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
@@ -199,7 +199,7 @@ class Service:
         if embeds is None:
             embeds = self._backbone.text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
-        refuse.check_positions(self._plan, kwargs.get("position_ids"))
+        refusals.check_positions(self._plan, kwargs.get("position_ids"))
         prompt = None
         added: tuple[tuple[Tensor, Tensor], ...] = ()
         if call.visual is not None:
@@ -208,11 +208,11 @@ class Service:
             instruction = instruction_tokens(valid, call.labels, call.logits_to_keep)
             fixed = self._backbone.tokens_per_image
             flags = join_flags(call.modalities, call.flags)
-            refuse.check_encoded(self._plan, flags)
+            refusals.check_encoded(self._plan, flags)
             prompt = make_prompt(call.visual.to(embeds.device), flags, valid, instruction, fixed)
             if self._plan.reads_questions:
                 prompt = replace(prompt, questions=questions_of(batch))
-            kwargs, added = self._backbone.added(kwargs)
+            kwargs, added = self._backbone.deepstack_residuals(kwargs)
         step = 0 if prompt is not None else _generated(cache)
         self._run = Run(self._plan, self._backbone, prompt, embeds, step, added)
         self._layers.install(self._run.layer)
@@ -230,7 +230,9 @@ class Service:
         hidden = output[0]
         if call.loss is not None and not run.live.everything:
             wanted = (
-                shifted(call.loss["labels"]) != -100 if self._backbone.model.training else torch.ones_like(run.want)
+                shifted(call.loss["labels"]) != -100
+                if self._backbone.model.training
+                else torch.ones_like(run.live_mask)
             )
             hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
         else:
@@ -271,7 +273,7 @@ class Service:
             return None
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         given: Any = kwargs.get("input_ids") if embeds is None else embeds
-        return refuse.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
+        return refusals.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedModel(

@@ -111,7 +111,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             f"text decoder: {config.num_kv_shared_layers} layers share the keys of others, so that layers cannot hold "
             "different tokens; no policy can be attached to this model"
         )
-    unknown = backbone.brings(arguments) - backbone.visual_ids.keys()
+    unknown = backbone.modalities_in(arguments) - backbone.visual_ids.keys()
     if unknown:
         raise UnsupportedModel(
             f"{', '.join(sorted(unknown))}: the adapter {type(backbone).__name__} knows no placeholder token for it; "
