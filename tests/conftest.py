@@ -50,6 +50,7 @@ def installed_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extension(installed_extension: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The extension is found in this process, as if it were installed beside the engine."""
     monkeypatch.syspath_prepend(str(installed_extension))
+    monkeypatch.syspath_prepend(str(EXTENSION / "tests"))
     yield EXTENSION
-    for name in [name for name in sys.modules if name.split(".")[0] == "dropflow_example"]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dropflow_example", "tiny_deepseek_vl")]:
         del sys.modules[name]

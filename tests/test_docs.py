@@ -67,6 +67,7 @@ def test_the_tutorials_build_the_extension() -> None:
         "pyproject.toml",
         "dropflow_example/top_p.py",
         "dropflow_example/deepseek_vl.py",
+        "tests/tiny_deepseek_vl.py",
         "dropflow_example/example-top-p.yaml",
     }
     for file, text in told.items():

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, Projections, Sublayers, VisionEncoder
-from dropflow.backbone.backbone import square
-from dropflow.backbone.image_layout import ImageLayout
+from dropflow import Backbone, ImageLayout, Projections, Sublayers, VisionEncoder, square_grid
 from dropflow.errors import UnsupportedModel
-from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
 
 PLAIN = {"clip_vision_model", "siglip_vision_model"}
 """Towers that give every image the same number of tokens, laid out row by row."""
@@ -64,7 +61,7 @@ class Llava(Backbone):
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches; `None` for a number that is no square, such as patches plus CLS."""
-        return square(tokens) if self._tower.model_type in PLAIN else None
+        return square_grid(tokens) if self._tower.model_type in PLAIN else None
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per entry; Pixtral's sizes in pixels give its grid."""
@@ -73,21 +70,3 @@ class Llava(Backbone):
             return super().layouts(modality, sizes, arguments)
         patch = self._tower.patch_size
         return [[ImageLayout(n, (int(h) // patch, int(w) // patch))] for n, (h, w) in zip(sizes, pixels, strict=True)]
-
-    @classmethod
-    def tiny(cls) -> Tiny:
-        """A LLaVA with a CLIP tower of 4 x 4 patches."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-        def build() -> Any:
-            vision = CLIPVisionConfig(**VISION, image_size=24, patch_size=6)
-            config = LlavaConfig(
-                text_config=LlamaConfig(**TEXT),
-                vision_config=vision,
-                image_token_id=IMAGE,
-                vision_feature_layer=-2,
-                vision_feature_select_strategy="default",
-            )
-            return LlavaForConditionalGeneration(config)
-
-        return Tiny(build, {"image": square_pictures(24, 16)})

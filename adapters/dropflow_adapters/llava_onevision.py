@@ -6,11 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from dropflow.backbone.image_layout import ImageLayout
-from dropflow.testing.tiny import VIDEO, Picture, Tiny, pixels
-from dropflow_adapters.llava_next import LlavaNext, anyres_image, small
+from dropflow import ImageLayout
+from dropflow_adapters.llava_next import LlavaNext
 
 
 class LlavaOnevision(LlavaNext):
@@ -32,18 +29,3 @@ class LlavaOnevision(LlavaNext):
         most = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * self.side**2))
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
-
-    @classmethod
-    def tiny(cls) -> Tiny:
-        """A LLaVA-OneVision with tiles of 4 x 4 patches and frames of 2 x 2 tokens."""
-        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-        def build() -> Any:
-            config = LlavaOnevisionConfig(**small("siglip_vision_model", "full"), video_token_id=VIDEO)
-            return LlavaOnevisionForConditionalGeneration(config)
-
-        def video(_: int, dice: torch.Generator) -> Picture:
-            layouts = [ImageLayout(4, (2, 2)), ImageLayout(4, (2, 2)), ImageLayout(5, (2, 2), tail=1)]
-            return Picture([VIDEO] * 13, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, layouts)
-
-        return Tiny(build, {"image": anyres_image, "video": video})

@@ -2,42 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
-from dropflow.backbone.image_layout import ImageLayout
-from dropflow.testing.tiny import END, START, VIDEO, Picture, Tiny
-from dropflow_adapters.qwen2_vl import Qwen2VL, packed, packed_image, tokens_and_text, with_token_types
+from dropflow_adapters.qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration`; every frame pair of a video stands apart, behind its time stamp."""
-
-    @classmethod
-    def tiny(cls) -> Tiny:
-        """A Qwen3-VL with two deepstack layers."""
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-        vision = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "out_hidden_size": 32,
-            "depth": 3,
-            "num_heads": 2,
-            "patch_size": 4,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 64,
-        }
-
-        def build() -> Any:
-            config = Qwen3VLConfig(**tokens_and_text([2, 1, 1], head_dim=8), vision_config=vision)
-            return Qwen3VLForConditionalGeneration(config)
-
-        return Tiny(build, {"image": packed_image, "video": stamped_video}, with_token_types)
-
-
-def stamped_video(_: int, dice: torch.Generator) -> Picture:
-    """A video of two times 2 x 3 tokens, each behind a text token."""
-    frame = [5, START, *[VIDEO] * 6, END]
-    return Picture(frame * 2, packed("video", 2, 4, 6, dice), [ImageLayout(6, (2, 3))] * 2)

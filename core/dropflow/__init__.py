@@ -1,7 +1,8 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
-from dropflow import errors
-from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder
+from dropflow import errors, operators
+from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder, backbone_for, square_grid
+from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.attach.flow import Flow, attach
 from dropflow.engine.decoder.record import LayerReport, Report
@@ -18,18 +19,24 @@ from dropflow.lifecycle.payloads import (
     WindowCall,
 )
 from dropflow.lifecycle.questions import questions
-from dropflow.lifecycle.stage import Forecast, Stage, StageContext, StageOptions, Window
+from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, StageOptions, Window
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy
+from dropflow.units import BackboneShape, Budget, Depth, Rounding, Scale, Tokens
 
 __all__ = [
     "Backbone",
+    "BackboneShape",
     "BoundaryEvent",
+    "Budget",
     "CacheCall",
     "CacheEvent",
     "CacheKeep",
     "CacheView",
+    "DecoderWidths",
+    "Depth",
     "Encode",
+    "EncodeBoundary",
     "EncodeCall",
     "EncodeEvent",
     "EncodeStep",
@@ -45,16 +52,22 @@ __all__ = [
     "Projections",
     "PruneCall",
     "Report",
+    "Rounding",
+    "Scale",
     "Stage",
     "StageContext",
     "StageOptions",
     "Sublayers",
+    "Tokens",
     "VisionEncoder",
     "Window",
     "WindowCall",
     "attach",
+    "backbone_for",
     "errors",
     "hookimpl",
     "load_policy",
+    "operators",
     "questions",
+    "square_grid",
 ]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dropflow import (
     Backbone,
+    Depth,
     Encode,
+    EncodeBoundary,
     EncodeCall,
     Forecast,
     Keep,
@@ -20,11 +22,10 @@ from dropflow import (
     Stage,
     StageContext,
     StageOptions,
+    Tokens,
     hookimpl,
 )
-from dropflow.lifecycle.stage import EncodeBoundary
-from dropflow.operators.ranking import text_rows
-from dropflow.units import Depth, Tokens
+from dropflow.operators import text_rows
 from dropflow_cdpruner.dpp import greedy_map, mean_cosine, rescaled, sharpened
 from dropflow_cdpruner.joint_space import JointSpace
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
-from dropflow.units import Budget
+from dropflow import Budget, Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
 
 
 class KeepAll(Stage[StageOptions]):

@@ -10,9 +10,20 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.selection import keep_top
-from dropflow.units import Depth, Tokens
+from dropflow import (
+    Depth,
+    Encode,
+    EncodeCall,
+    Forecast,
+    Keep,
+    PruneCall,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+)
+from dropflow.operators import keep_top
 
 
 class SubsetOptions(StageOptions):

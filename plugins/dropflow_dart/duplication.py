@@ -10,10 +10,9 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.operators.selection import top
-from dropflow.units import Budget, Depth, Tokens
+from dropflow.operators import top
 from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dropflow.operators.selection import top
+from dropflow.operators import top
 
 
 def key_sizes(keys: Float[Tensor, "kv_heads tokens dim"]) -> Float[Tensor, "tokens"]:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.units import Tokens
+from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow_divprune.diversity import max_min
 
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.ranking import instruction_scores, keep_best
-from dropflow.units import Depth, Rounding, Tokens
+from dropflow import Depth, Forecast, Keep, PruneCall, Rounding, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.operators import instruction_scores, keep_best
 
 
 class AttentionRankOptions(StageOptions):

@@ -8,12 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
+from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.operators.ranking import instruction_scores
-from dropflow.operators.selection import divide, keep_top
-from dropflow.policy.schedule import first_keep
-from dropflow.units import Budget, Depth, Tokens
+from dropflow.operators import divide, first_keep, instruction_scores, keep_top
 from dropflow_hidrop.topk import soft_weights
 
 

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dropflow import Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
-from dropflow.units import Depth
+from dropflow import Depth, Forecast, Stage, StageContext, StageOptions, WindowCall, hookimpl
 
 
 class LateInjectionOptions(StageOptions):

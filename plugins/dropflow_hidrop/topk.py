@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dropflow.operators.relaxation import soft_top, standardised, straight_through
+from dropflow.operators import soft_top, standardised, straight_through
 
 LEAST = 1e-8
 """Attention probability below which tokens count as equally unattended, in the logarithm."""

@@ -8,10 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.ranking import row_parts, text_rows
-from dropflow.operators.selection import keep_top
-from dropflow.units import Budget, Depth, Tokens
+from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.operators import keep_top, row_parts, text_rows
 from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
 
 

@@ -9,9 +9,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.operators.selection import top
-from dropflow.units import Budget
+from dropflow import Budget, Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
+from dropflow.operators import top
 
 
 class KeySetOptions(StageOptions):

@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dropflow import CacheCall, CacheKeep, CacheView, Stage, StageContext, StageOptions, hookimpl
+from dropflow import CacheCall, CacheKeep, CacheView, Depth, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.operators.selection import keep_top
-from dropflow.units import Depth, Tokens
+from dropflow.operators import keep_top
 
 
 class OutputAwareCacheOptions(StageOptions):

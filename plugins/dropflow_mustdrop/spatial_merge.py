@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
+from dropflow import Budget, Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import DecisionError
-from dropflow.operators.merging import merge_windows, window_members, window_similarity
-from dropflow.units import Budget, Tokens
+from dropflow.operators import merge_windows, window_members, window_similarity
 
 
 class SpatialMergeOptions(StageOptions):

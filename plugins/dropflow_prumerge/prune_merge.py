@@ -10,10 +10,8 @@ from jaxtyping import Int
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.lifecycle.stage import EncodeBoundary
-from dropflow.operators.merging import first_places
-from dropflow.operators.selection import top
+from dropflow import Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageOptions, hookimpl
+from dropflow.operators import first_places, top
 from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
 
 

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.ranking import instruction_scores, keep_best
-from dropflow.units import Depth, Tokens
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.operators import instruction_scores, keep_best
 
 
 class PyramidOptions(StageOptions):

@@ -10,10 +10,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.ranking import row_parts
-from dropflow.operators.selection import keep_top
-from dropflow.units import Depth, Tokens
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.operators import keep_top, row_parts
 from dropflow_sparsevlm.gravity import best_heads, gravity, guarded
 from dropflow_sparsevlm.rating import rater_rows
 from dropflow_sparsevlm.survivors import forecast, images_left

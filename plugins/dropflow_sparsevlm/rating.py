@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow import PruneCall
-from dropflow.operators.ranking import columns_of, text_rows
+from dropflow.operators import columns_of, text_rows
 
 
 def relevance(visual: Float[Tensor, "visual dim"], text: Float[Tensor, "text dim"]) -> Float[Tensor, "text"]:

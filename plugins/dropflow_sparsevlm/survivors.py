@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dropflow import Forecast, PruneCall
-from dropflow.units import Budget
+from dropflow import Budget, Forecast, PruneCall
 from dropflow_sparsevlm.recycling import recycled
 
 

@@ -10,10 +10,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators.ranking import row_parts
-from dropflow.operators.selection import keep_top
-from dropflow.units import Budget, Depth, Tokens
+from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.operators import keep_top, row_parts
 from dropflow_sparsevlm.rating import adaptive_count, rater_rows
 from dropflow_sparsevlm.recycling import clusters, recycled
 from dropflow_sparsevlm.survivors import forecast, images_left

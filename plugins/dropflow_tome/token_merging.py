@@ -10,10 +10,8 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.lifecycle.stage import EncodeBoundary
-from dropflow.operators.merging import first_places
-from dropflow.units import Budget
+from dropflow import Budget, Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
+from dropflow.operators import first_places
 from dropflow_tome.matching import Matching, match, merge, schedule
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dropflow.operators.selection import top
+from dropflow.operators import top
 
 
 def split(scores: Float[Tensor, "patches"], dominant: int) -> tuple[Int[Tensor, "dominant"], Int[Tensor, "left"]]:

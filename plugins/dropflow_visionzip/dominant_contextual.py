@@ -9,10 +9,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.lifecycle.stage import EncodeBoundary
-from dropflow.operators.merging import first_places
-from dropflow.units import Budget, Tokens
+from dropflow import (
+    Budget,
+    Encode,
+    EncodeBoundary,
+    EncodeCall,
+    Forecast,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+)
+from dropflow.operators import first_places
 from dropflow_visionzip.contextual import contextual_tokens, split
 
 

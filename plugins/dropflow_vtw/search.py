@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import dropflow
-from dropflow.backbone.backbone import backbone_for
+from dropflow import backbone_for
 
 FIRST = 5
 """The lowest boundary that the released search tries."""

@@ -13,8 +13,8 @@ from unseen import UNSEEN
 import dropflow
 from dropflow import Stage
 from dropflow.errors import PolicyError, UnsupportedModel
+from dropflow.testing.families.tiny import IMAGE, TEXT, VIDEO, VISION
 from dropflow.testing.probes import WINDOW, Ranked, policy
-from dropflow.testing.tiny import IMAGE, TEXT, VIDEO, VISION
 from dropflow_adapters.auto import Auto
 
 

@@ -15,8 +15,8 @@ from dropflow.errors import UnsupportedCall
 from dropflow.testing import MaskedOracle, Tiny, tiny_models
 from dropflow.testing.case import Case
 from dropflow.testing.facts import truth
+from dropflow.testing.families.tiny import IMAGE, TEXT, VISION, Picture, pixels
 from dropflow.testing.probes import RAGGED, WINDOW, EveryThird, policy, use
-from dropflow.testing.tiny import IMAGE, TEXT, VISION, Picture, pixels
 from dropflow_adapters.llava import Llava
 
 FAMILIES = tiny_models()
@@ -148,7 +148,7 @@ def test_budgets_are_split_among_images_by_the_stated_rule(options: Any, expecte
     [(5, [12, 8], [3, 2]), (1, [8, 8], [1, 0]), (10, [3, 3, 3], [3, 3, 3]), (4, [3, 3, 3], [2, 1, 1]), (0, [4], [0])],
 )
 def test_a_total_is_divided_by_largest_remainder(total: int, sizes: list[int], parts: list[int]) -> None:
-    from dropflow.operators.selection import divide
+    from dropflow.operators import divide
 
     assert divide(total, sizes) == parts
 
@@ -177,7 +177,7 @@ def test_pixtral_images_keep_their_aspect_ratio() -> None:
 
     from dropflow.testing import assert_backbone_conforms
 
-    assert assert_backbone_conforms(Llava, lambda: Tiny(build, {"image": picture})) < 1e-5
+    assert assert_backbone_conforms(Llava, Tiny(build, {"image": picture})) < 1e-5
 
 
 @torch.no_grad()

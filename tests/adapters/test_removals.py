@@ -10,7 +10,7 @@ import types
 import pytest
 
 from dropflow import Backbone
-from dropflow.testing import BrokenGuarantee, assert_backbone_conforms
+from dropflow.testing import BrokenGuarantee, assert_backbone_conforms, tiny_models
 
 REMOVALS = [
     pytest.param(
@@ -23,7 +23,7 @@ REMOVALS = [
     ),
     pytest.param(
         "gemma3:Gemma3",
-        "        return square(tokens)\n",
+        "        return square_grid(tokens)\n",
         "        return None\n",
         r"Gemma3 \(images\): the fact 'grid' is wrong: image 0 has the grid \(4, 4\), the adapter says None; "
         r"see `grid` or `layouts` of Gemma3",
@@ -64,4 +64,4 @@ def without(adapter: str, line: str, instead: str) -> type[Backbone]:
 @pytest.mark.parametrize(("adapter", "line", "instead", "message"), REMOVALS)
 def test_a_missing_fact_is_named(adapter: str, line: str, instead: str, message: str) -> None:
     with pytest.raises(BrokenGuarantee, match=message):
-        assert_backbone_conforms(without(adapter, line, instead))
+        assert_backbone_conforms(without(adapter, line, instead), tiny_models()[adapter.split(":")[0]][1])

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.testing.tiny import (
+from dropflow.testing.families.tiny import (
     END,
     IMAGE,
     START,

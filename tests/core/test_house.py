@@ -1,43 +1,167 @@
-"""The house: imports run one way, and every hook is documented with its signature."""
+"""The house: imports run down from room to room, nobody reaches into the engine, and every hook is documented."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packages import PACKAGES
 
+ROOMS = (
+    ("errors",),
+    ("units",),
+    ("lifecycle",),
+    ("policy", "operators"),
+    ("backbone",),
+    ("engine.model", "engine.tokens"),
+    ("engine.decoder",),
+    ("engine.vision",),
+    ("engine.attach",),
+    ("testing",),
+)
+"""Rooms of `dropflow` from the ground up. A room imports itself and floors below; rooms of one floor know nothing of
+each other."""
+LAB = (
+    ("errors",),
+    ("files", "markdown"),
+    ("digits.data",),
+    ("digits.checkpoints",),
+    ("digits.training", "inputs"),
+    ("measure",),
+    ("compare", "explain", "finetune", "profile", "trace"),
+    ("bench",),
+    ("console",),
+)
+"""The same for `dropflow_lab`."""
+PUBLIC = {"dropflow", "dropflow.errors", "dropflow.operators"}
+"""What plug-ins and adapters may import of `dropflow`."""
 
-def modules(package: str) -> Iterator[Path]:
+
+def files(package: str) -> dict[str, Path]:
+    """Dotted name of every module of an installed package -> its file."""
     root = Path(importlib.import_module(package).__path__[0])
-    yield from root.rglob("*.py")
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = (package, *path.relative_to(root).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def imported(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path, known: set[str]) -> set[str]:
+    """Modules that a file imports at run time, wherever it does so; names out of `known` are modules, too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    annotations = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in annotations:
+            continue
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name.split(".")[0] for name in names}
+            assert not node.level, f"{path}: a relative import"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= submodules
+            if len(submodules) < len(node.names):
+                found.add(node.module)
+    return found
+
+
+def arrows(package: str) -> dict[str, set[str]]:
+    """Module -> the modules of the same package that it imports."""
+    modules = files(package)
+    return {name: imports(path, modules.keys()) & modules.keys() - {name} for name, path in modules.items()}
+
+
+def room(module: str, floors: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
+    """Floor and room of a module of a package."""
+    inside = module.partition(".")[2]
+    for floor, rooms in enumerate(floors):
+        for one in rooms:
+            if inside == one or inside.startswith(f"{one}."):
+                return floor, one
+    raise AssertionError(f"{module} lies in no room; the house is described in CONTRIBUTING.md")
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """One line for each import that closes a circle."""
+    found, done, path = [], set(), []
+
+    def visit(node: str) -> None:
+        path.append(node)
+        for target in sorted(graph.get(node, ())):
+            if target in path:
+                found.append(" -> ".join([*path[path.index(target) :], target]))
+            elif target not in done:
+                visit(target)
+        done.add(path.pop())
+
+    for node in sorted(graph):
+        if node not in done:
+            visit(node)
+    return found
+
+
+@pytest.mark.parametrize(("package", "floors"), [("dropflow", ROOMS), ("dropflow_lab", LAB)])
+def test_arrows_run_down(package: str, floors: tuple[tuple[str, ...], ...]) -> None:
+    wrong = []
+    for module, targets in arrows(package).items():
+        parents = {".".join(module.split(".")[:i]) for i in range(1, module.count(".") + 1)}
+        if module == package or any(name.startswith(f"{module}.") for name in files(package)):
+            continue  # `__init__` re-exports; the packages of rooms hold nothing of their own
+        floor, own = room(module, floors)
+        for target in targets - parents - {package}:
+            below, other = room(target, floors)
+            if not (below < floor or other == own):
+                wrong.append(f"{module} -> {target}")
+        if package in targets:
+            wrong.append(f"{module} -> {package}, whose names are for others")
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_towards_the_engine(package: str) -> None:
-    allowed = {package, "dropflow"} if package != "dropflow" else {"dropflow"}
-    for path in modules(package):
-        own = {name for name in imported(path) if name.startswith("dropflow")}
-        assert own <= allowed, f"{path} imports {sorted(own - allowed)}"
+def test_no_circles_between_files(package: str) -> None:
+    assert not circles(arrows(package))
+
+
+@pytest.mark.parametrize("package", ["dropflow", "dropflow_lab"])
+def test_no_circles_between_folders(package: str) -> None:
+    modules = files(package)
+    folder = {name: path.parent for name, path in modules.items()}
+    graph: dict[str, set[str]] = {}
+    for module, targets in arrows(package).items():
+        if module != package:
+            own = graph.setdefault(str(folder[module]), set())
+            own |= {str(folder[target]) for target in targets if target != package} - {str(folder[module])}
+    assert not circles(graph)
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "dropflow"])
+def test_others_import_the_public_names_alone(package: str) -> None:
+    for module, path in files(package).items():
+        own = {name for name in imports(path, files("dropflow").keys()) if name.split(".")[0].startswith("dropflow")}
+        others = {name for name in own if name.split(".")[0] not in (package, "dropflow")}
+        assert not others, f"{module} imports {sorted(others)} sideways"
+        reached = {name for name in own if name.split(".")[0] == "dropflow"}
+        if package == "dropflow_lab":  # the instruments look at every room, but for two
+            forbidden = {name for name in reached if name.startswith(("dropflow.engine", "dropflow.testing"))}
+        else:
+            forbidden = reached - PUBLIC
+        assert not forbidden, f"{module} imports {sorted(forbidden)}; public are {sorted(PUBLIC)}"
 
 
 def test_the_engine_names_no_method_and_no_backbone() -> None:
     words = ("hidrop", "mustdrop", "clip", "siglip", "qwen", "mistral")
-    for path in modules("dropflow"):
+    for module, path in files("dropflow").items():
+        if module.startswith("dropflow.testing.families"):
+            continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         named = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)] + [
             n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
@@ -47,8 +171,9 @@ def test_the_engine_names_no_method_and_no_backbone() -> None:
 
 def test_flash_attention_and_torchvision_are_never_imported() -> None:
     for package in PACKAGES:
-        for path in modules(package):
-            assert not imported(path) & {"flash_attn", "torchvision", "torchaudio"}, path
+        for path in files(package).values():
+            roots = {name.split(".")[0] for name in imports(path, set())}
+            assert not roots & {"flash_attn", "torchvision", "torchaudio"}, path
 
 
 def test_every_hook_is_in_the_docs_with_its_signature() -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,9 +18,6 @@ from dropflow.backbone.wrapped import unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
-
-if TYPE_CHECKING:
-    from dropflow.testing.tiny import Tiny
 
 MODALITIES = ("image", "video")
 """What a core encodes by `get_image_features` and `get_video_features`."""
@@ -96,11 +93,6 @@ class Backbone:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-
-    @classmethod
-    def tiny(cls) -> Tiny | None:
-        """A tiny random model of the family and prompts for it, for the conformance kit; `None` where none is given."""
-        return None
 
     @property
     def core(self) -> Any:
@@ -258,7 +250,7 @@ class Backbone:
         return frozenset(known)
 
 
-def square(tokens: int) -> tuple[int, int] | None:
+def square_grid(tokens: int) -> tuple[int, int] | None:
     """Square grid of `tokens` patches; `None` for a number that is no square."""
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else None

@@ -1,1 +1,33 @@
-"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing."""
+"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, and dividing a budget."""
+
+from dropflow.operators.budgets import divide, first_keep
+from dropflow.operators.merging import (
+    first_places,
+    mean_into,
+    merge_windows,
+    window_members,
+    window_similarity,
+)
+from dropflow.operators.ranking import columns_of, instruction_scores, keep_best, row_parts, text_rows
+from dropflow.operators.relaxation import soft_top, standardised, straight_through
+from dropflow.operators.selection import keep_top, top
+
+__all__ = [
+    "columns_of",
+    "divide",
+    "first_keep",
+    "first_places",
+    "instruction_scores",
+    "keep_best",
+    "keep_top",
+    "mean_into",
+    "merge_windows",
+    "row_parts",
+    "soft_top",
+    "standardised",
+    "straight_through",
+    "text_rows",
+    "top",
+    "window_members",
+    "window_similarity",
+]

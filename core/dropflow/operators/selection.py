@@ -45,18 +45,3 @@ def keep_top(
         lowest = lowest.scatter_reduce(0, group, kept, "amin")
         keep = (scores.flatten() >= lowest[group]) & (allowed > 0)
     return keep.view(batch, slots)
-
-
-def divide(total: int, sizes: Sequence[int]) -> list[int]:
-    """Divide `total` tokens among images of these sizes in proportion, by largest remainder, ties to the first.
-
-    No image gets more than it has: a total beyond all tokens gives every image its size.
-    """
-    every = sum(sizes)
-    if total >= every:
-        return list(sizes)
-    parts = [total * size // every for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda image: (-(total * sizes[image] % every), image))
-    for image in by_remainder[: total - sum(parts)]:
-        parts[image] += 1
-    return parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from dropflow.lifecycle.stage import Forecast, Window
 from dropflow.units import Budget
@@ -80,26 +79,3 @@ def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None
         if forecast.protected is not None:
             protected = max(protected, forecast.protected.of(count))
     return count, protected
-
-
-def first_keep(average: float, layers: int, visual_tokens: int, window: Window, keeps: Mapping[int, int | None]) -> int:
-    """Solve the first keep of a pyramid from a budget of average visual tokens over all layers (rounded up).
-
-    `keeps` maps boundaries to counts, the first one being the unknown (HiDrop, arXiv:2602.23699, section 3.2: the tail
-    is fixed and the first keep follows from the budget). Raises `ValueError` when no count from the second keep to
-    `visual_tokens` reaches the average.
-    """
-    boundaries = [*sorted(keeps), window.exit]
-    before = visual_tokens * (boundaries[0] - window.entry)
-    tail = sum((keeps[b] or 0) * (end - b) for b, end in pairwise(boundaries[1:]))
-    span = boundaries[1] - boundaries[0]
-    exact = (average * layers - before - tail) / span
-    solved = -int(-(exact - 1e-9) // 1)
-    floor = (keeps[boundaries[1]] or 0) if len(keeps) > 1 else 0
-    if not floor <= solved <= visual_tokens:
-        low, high = ((before + tail + k * span) / layers for k in (floor, visual_tokens))
-        raise ValueError(
-            f"an average of {average:g} visual tokens needs a first keep of {solved}, not in {floor}..{visual_tokens}; "
-            f"with these boundaries the average can be {low:.2f} to {high:.2f}"
-        )
-    return solved

@@ -2,6 +2,19 @@
 
 from dropflow.testing.case import BrokenGuarantee
 from dropflow.testing.facts import check_facts
+from dropflow.testing.families import tiny_models
+from dropflow.testing.families.tiny import (
+    END,
+    IMAGE,
+    START,
+    TEXT,
+    VIDEO,
+    VISION,
+    Picture,
+    Tiny,
+    pixels,
+    square_pictures,
+)
 from dropflow.testing.guarantees import (
     check_batch_invariance,
     check_drop_is_mask,
@@ -11,9 +24,14 @@ from dropflow.testing.guarantees import (
 )
 from dropflow.testing.kit import Cell, assert_backbone_conforms, assert_stage_conforms, run_cell, stage_entry
 from dropflow.testing.oracle import MaskedOracle
-from dropflow.testing.tiny import Picture, Tiny, tiny_models
 
 __all__ = [
+    "END",
+    "IMAGE",
+    "START",
+    "TEXT",
+    "VIDEO",
+    "VISION",
     "BrokenGuarantee",
     "Cell",
     "MaskedOracle",
@@ -27,7 +45,9 @@ __all__ = [
     "check_isolation",
     "check_no_op",
     "check_refusals",
+    "pixels",
     "run_cell",
+    "square_pictures",
     "stage_entry",
     "tiny_models",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dropflow.backbone.backbone import Backbone
 from dropflow.engine.attach.flow import Flow, attach
-from dropflow.testing.tiny import SAMPLES, Part, Picture, Tiny
+from dropflow.testing.families.tiny import SAMPLES, Part, Picture, Tiny
 
 BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 

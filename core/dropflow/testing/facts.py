@@ -12,8 +12,8 @@ from torch import Tensor
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.errors import UnsupportedModel
 from dropflow.testing.case import BrokenGuarantee, Case
+from dropflow.testing.families.tiny import IMAGE, VIDEO, Picture
 from dropflow.testing.probes import Witness, policy, use
-from dropflow.testing.tiny import IMAGE, VIDEO, Picture
 
 TOKENS, OWNER, GRID = "token ids", "image owner", "grid"
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dropflow.backbone.backbone import Backbone
-from dropflow.errors import PolicyError, UnsupportedModel
+from dropflow.errors import PolicyError, UnsupportedModel, nearest
 from dropflow.lifecycle.stage import Stage
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.facts import check_facts
+from dropflow.testing.families import tiny_models
+from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, WINDOW
-from dropflow.testing.tiny import SAMPLES, Part, Tiny, tiny_models
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
 """A video, an image beside a video, and a sample without either."""
@@ -86,23 +87,25 @@ def assert_stage_conforms(
 
 def assert_backbone_conforms(
     adapter: str | type[Backbone],
-    tiny_model_factory: Callable[[], Tiny | None] | None = None,
+    tiny: Tiny | None = None,
     *,
     attention: str = "sdpa",
     side: str = "left",
 ) -> float:
     """Check the facts an adapter states and the five guarantees under it; returns the largest relative error.
 
-    `tiny_model_factory` gives the family in miniature, by default the adapter's own `tiny`. Images and, where the
-    family has them, videos are shown; tokens enter late, are ranked, dropped from the features, protected, and leave
-    early.
+    `tiny` is the family in miniature, by default that of `tiny_models()` under the adapter's name. Images and, where
+    the family has them, videos are shown; tokens enter late, are ranked, dropped from the features, protected, and
+    leave early.
     Raises `BrokenGuarantee` for the first fact or guarantee that does not hold.
     """
     family: type[Backbone] = registry.load(registry.ADAPTERS, adapter) if isinstance(adapter, str) else adapter
     name = adapter if isinstance(adapter, str) else adapter.__name__
-    tiny = (tiny_model_factory or family.tiny)()
     if tiny is None:
-        raise BrokenGuarantee(f"{name}: has no `tiny`; pass a `tiny_model_factory`")
+        known = tiny_models()
+        if name not in known:
+            raise BrokenGuarantee(f"{name}: pass `tiny`, the family in miniature; {nearest(name, known)}")
+        tiny = known[name][1]
     batches = [SAMPLES, *([VIDEO_SAMPLES] if "video" in tiny.pictures else [])]
     worst = 0.0
     for samples in batches:

@@ -19,6 +19,8 @@ from dropflow_lab.inputs import prompts
 
 LONGEST_ANSWER = 12
 """Tokens of the longest answer to a digits question, with some to spare."""
+TEST_QUESTIONS, TEST_SEED = 2000, 2026
+"""What a checkpoint that was trained from nothing is tested on: these questions of the test split, and no others."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from dropflow.lifecycle.stage import Window
-from dropflow.policy.schedule import first_keep, schedule
+from dropflow.operators import first_keep
+from dropflow.policy.schedule import schedule
 from dropflow.units import Budget
 from dropflow_lab.errors import InputError
 

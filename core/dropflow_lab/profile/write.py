@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dropflow_lab.console.output import write_text
+from dropflow_lab.files import write_text
 from dropflow_lab.profile.figure import draw
 from dropflow_lab.profile.profile import Profile
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Policy, Report
-from dropflow.engine.tokens.prompt import Prompt
 from dropflow_lab.errors import InputError
 from dropflow_lab.trace.replay import original_of
 from dropflow_lab.trace.schema import (
@@ -29,6 +28,7 @@ from dropflow_lab.trace.schema import (
 )
 
 if TYPE_CHECKING:
+    from dropflow.engine.tokens.prompt import Prompt
     from dropflow_lab.trace.recorder import Recorder
 
 

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from dropflow_lab.console.output import write_text
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import write_text
 
 Numbers = list[int]
 Scores = list[float | None]

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from dropflow import Backbone, Projections, VisionEncoder
-from dropflow.backbone.backbone import square
-from dropflow.testing.tiny import IMAGE, TEXT, VISION, Tiny, square_pictures
+from dropflow import Backbone, Projections, VisionEncoder, square_grid
 
 
 class DeepseekVL(Backbone):
@@ -18,7 +16,7 @@ class DeepseekVL(Backbone):
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches."""
-        return square(tokens)
+        return square_grid(tokens)
 
     @property
     def vision(self) -> VisionEncoder:
@@ -30,18 +28,3 @@ class DeepseekVL(Backbone):
         """Llama's."""
         attention = layer.self_attn
         return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
-
-    @classmethod
-    def tiny(cls) -> Tiny:
-        """A DeepSeek-VL with 4 x 4 patches per image."""
-        from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
-
-        def build() -> Any:
-            config = DeepseekVLConfig(
-                text_config={**TEXT, "model_type": "llama"},
-                vision_config={**VISION, "model_type": "siglip_vision_model", "image_size": 24, "patch_size": 6},
-                image_token_id=IMAGE,
-            )
-            return DeepseekVLForConditionalGeneration(config)
-
-        return Tiny(build, {"image": square_pictures(24, 16)})

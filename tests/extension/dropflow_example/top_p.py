@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from dropflow import Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
-from dropflow.units import Depth
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
 
 
 class TopPOptions(StageOptions):

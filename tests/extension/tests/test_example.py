@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from tiny_deepseek_vl import tiny
 
 import dropflow
+from dropflow import BackboneShape
 from dropflow.testing import assert_backbone_conforms, assert_stage_conforms, tiny_models
-from dropflow.units import BackboneShape
 from dropflow_example.deepseek_vl import DeepseekVL
 from dropflow_example.top_p import top_p
+
+DEEPSEEK = {"deepseek_vl": (DeepseekVL, tiny())}
 
 
 @pytest.mark.parametrize(
@@ -26,28 +29,25 @@ def test_the_fewest_best_tokens_reach_the_mass(mass: float, kept: list[bool]) ->
 
 
 def test_the_stage_conforms_on_families_of_every_kind() -> None:
-    names = ("deepseek_vl", "gemma3", "idefics3", "llava_next", "qwen3_vl")
-    cells = assert_stage_conforms("example/top-p", models={name: tiny_models()[name] for name in names})
-    assert [cell.adapter for cell in cells] == list(names)
+    names = ("gemma3", "idefics3", "llava_next", "qwen3_vl")
+    cells = assert_stage_conforms("example/top-p", models=DEEPSEEK | {name: tiny_models()[name] for name in names})
+    assert [cell.adapter for cell in cells] == ["deepseek_vl", *names]
     assert {cell.outcome for cell in cells} == {"run"}, [cell.detail for cell in cells]
 
 
 def test_the_adapter_conforms() -> None:
-    assert 0 < assert_backbone_conforms("deepseek_vl") < 1e-5
+    assert 0 < assert_backbone_conforms("deepseek_vl", tiny()) < 1e-5
 
 
 def test_stages_that_need_more_than_auto_knows_run_on_the_adapter() -> None:
-    family = {"deepseek_vl": tiny_models()["deepseek_vl"]}
-    assert family["deepseek_vl"][0] is DeepseekVL
     for stage in ("mustdrop/spatial-merge", "mustdrop/key-set"):
-        (cell,) = assert_stage_conforms(stage, models=family)
+        (cell,) = assert_stage_conforms(stage, models=DEEPSEEK)
         assert cell.outcome == "run", cell.detail
 
 
 @torch.no_grad()
 def test_the_policy_prunes_at_half_and_at_three_quarters_of_the_depth() -> None:
-    tiny = DeepseekVL.tiny()
-    model, inputs = tiny.model(), tiny.prompt([(3, "I", 5)])[0]
+    model, inputs = tiny().model(), tiny().prompt([(3, "I", 5)])[0]
     smaller = dropflow.load_policy("example-top-p", ["stages.early.mass=0.6", "stages.late.mass=0.3"])
     with dropflow.attach(model, smaller) as flow:
         model(**inputs)

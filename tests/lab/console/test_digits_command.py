@@ -20,7 +20,8 @@ def test_the_splits_are_those_of_the_task() -> None:
 def test_train_passes_its_options_on(cli, monkeypatch, tmp_path) -> None:
     calls: list[tuple[Path, dict[str, Any]]] = []
 
-    def train(out: Path, **options: Any) -> Path:
+    def train(out: Path, test: Any, **options: Any) -> Path:
+        assert callable(test)
         print("step 1")
         calls.append((out, options))
         return out

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dropflow_lab.compare.digits_accuracy import evaluate
+from dropflow_lab.compare.digits_accuracy import TEST_SEED, evaluate
 from dropflow_lab.digits.checkpoints.model import (
     build_model,
     build_processor,
@@ -17,7 +17,6 @@ from dropflow_lab.digits.checkpoints.model import (
     sample_image,
 )
 from dropflow_lab.digits.data.questions import VOCABULARY
-from dropflow_lab.digits.training.train import TEST_SEED
 
 FLOOR = 0.9
 """Share of right answers on 60 questions; about three standard errors below the measured share."""

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from dropflow_lab.digits.checkpoints.model import build_model, build_processor
+from dropflow_lab.digits.data.mix import MIX
 from dropflow_lab.digits.data.questions import KINDS, ask_all
 from dropflow_lab.digits.data.scenes import draw_scene, render
 from dropflow_lab.digits.training.attention import use_fast_attention
-from dropflow_lab.digits.training.packing import MIX, answerable, draw_batch, draw_questions, pack
+from dropflow_lab.digits.training.packing import answerable, draw_batch, draw_questions, pack
 from dropflow_lab.digits.training.subsets import WAYS, draw_subset
 from dropflow_lab.digits.training.train_language import packed_losses
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dropflow_lab.compare.digits_accuracy import evaluate
 from dropflow_lab.digits.checkpoints.model import build_model
 from dropflow_lab.digits.training import optimizers
 from dropflow_lab.digits.training.packing import draw_batch
@@ -33,7 +34,7 @@ class KilledError(Exception):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("unbroken"), recipe=TINY, test_questions=10)
+    return train(tmp_path_factory.mktemp("unbroken"), recipe=TINY)
 
 
 def _log(folder):
@@ -54,15 +55,15 @@ def test_killed_run_ends_with_the_same_weights(phase, save_seconds, unbroken, tm
     with monkeypatch.context() as patch:
         patch.setattr(phase, "step", killed_at_three)
         with pytest.raises(KilledError):
-            train(tmp_path, recipe=TINY, test_questions=10, save_seconds=save_seconds)
-    train(tmp_path, recipe=TINY, test_questions=10, save_seconds=save_seconds, resume=True)
+            train(tmp_path, recipe=TINY, save_seconds=save_seconds)
+    train(tmp_path, recipe=TINY, save_seconds=save_seconds, resume=True)
     assert (tmp_path / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert _log(tmp_path) == _log(unbroken)
 
 
 def test_finished_run_is_left_as_it_is(unbroken):
     before = load_file(unbroken / "model.safetensors")
-    train(unbroken, recipe=TINY, test_questions=10, resume=True)
+    train(unbroken, recipe=TINY, resume=True)
     after = load_file(unbroken / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -90,7 +91,7 @@ def test_log_has_loss_rate_time_and_validation_accuracy(unbroken):
 
 def test_smoke_run_learns_in_every_stage(tmp_path):
     threads = torch.get_num_threads()
-    train(tmp_path, smoke=True)
+    train(tmp_path, smoke=True, test=lambda *trained: evaluate(*trained, "test", 50).to_json())
     assert torch.get_num_threads() == threads
     losses = {(row["phase"], row["step"]): row["loss"] for row in _log(tmp_path)}
     assert losses["vision", 20] < losses["vision", 10]

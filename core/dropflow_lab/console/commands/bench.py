@@ -11,8 +11,8 @@ import typer
 
 from dropflow_lab.console.commands import bench_training
 from dropflow_lab.console.commands.digits import require_scikit_learn
-from dropflow_lab.console.options import AsJson, Threads
-from dropflow_lab.console.output import chatter_to_stderr, emit
+from dropflow_lab.console.commands.options import AsJson, Threads
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.console.options import AsJson, Threads
-from dropflow_lab.console.output import chatter_to_stderr, emit, write_text
+from dropflow_lab.console.commands.options import AsJson, Threads
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
+from dropflow_lab.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dropflow_lab.console.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
-from dropflow_lab.console.output import chatter_to_stderr, emit
+from dropflow_lab.console.commands.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from dropflow import Policy

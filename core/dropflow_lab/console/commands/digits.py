@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dropflow_lab.console.options import AsJson, Overrides
-from dropflow_lab.console.output import chatter_to_stderr, emit
+from dropflow_lab.console.commands.options import AsJson, Overrides
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 app = typer.Typer(help="The embedded demo model: train it, measure it, draw its questions.")
 
@@ -39,12 +39,17 @@ def train(
 ) -> None:
     """Train the model from nothing to a checkpoint, on the CPU."""
     require_scikit_learn()
+    from dropflow_lab.compare.digits_accuracy import TEST_QUESTIONS, TEST_SEED
+    from dropflow_lab.compare.digits_accuracy import evaluate as measure
     from dropflow_lab.digits.training.train import train as run_training
     from dropflow_lab.errors import InputError
 
+    def test(model: Any, processor: Any) -> str:
+        return measure(model, processor, "test", TEST_QUESTIONS, TEST_SEED).to_json()
+
     with chatter_to_stderr():
         try:
-            folder = run_training(out, seed=seed, threads=threads, resume=resume)
+            folder = run_training(out, seed=seed, threads=threads, resume=resume, test=test)
         except ValueError as error:  # the run that is there has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.console.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
-from dropflow_lab.console.output import chatter_to_stderr, emit, si
+from dropflow_lab.console.commands.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit, si
 
 if TYPE_CHECKING:
     from rich.table import Table

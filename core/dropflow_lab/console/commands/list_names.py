@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropflow_lab.console.options import AsJson
-from dropflow_lab.console.output import chatter_to_stderr, emit
+from dropflow_lab.console.commands.options import AsJson
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dropflow_lab.console.options import AsJson
-from dropflow_lab.console.output import chatter_to_stderr, emit, write_text
+from dropflow_lab.console.commands.options import AsJson
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
+from dropflow_lab.files import write_text
 
 
 def schema(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropflow_lab.console.options import AsJson, ModelOption, Overrides
-from dropflow_lab.console.output import chatter_to_stderr, check_writable, emit, write_text
+from dropflow_lab.console.commands.options import AsJson, ModelOption, Overrides
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
+from dropflow_lab.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from dropflow_lab.console.commands.digits import require_scikit_learn
-from dropflow_lab.console.options import AsJson, Data, ModelOption, Overrides
-from dropflow_lab.console.output import chatter_to_stderr, emit
+from dropflow_lab.console.commands.options import AsJson, Data, ModelOption, Overrides
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 
 class Precision(StrEnum):

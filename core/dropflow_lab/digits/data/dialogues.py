@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dropflow_lab.digits.data.glyphs import check_split
+from dropflow_lab.digits.data.mix import shuffled
 from dropflow_lab.digits.data.scenes import draw_scene, render
-from dropflow_lab.digits.training.packing import shuffled
 
 
 @dataclass(frozen=True)

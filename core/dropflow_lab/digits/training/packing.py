@@ -7,7 +7,6 @@ itself only: the losses are those of the unpacked prompts, at a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow_lab.digits.checkpoints.model import PIXEL_MEAN, PIXEL_STD
-from dropflow_lab.digits.data.questions import KINDS, VOCABULARY, Question, ask_all
+from dropflow_lab.digits.data.mix import shuffled
+from dropflow_lab.digits.data.questions import KINDS, VOCABULARY, Question
 from dropflow_lab.digits.data.scenes import COLORS, PATCHES, Scene, draw_scene, render
 
-# How often a kind is drawn. Binding colour to digit is learned last, so it is two fifths of the mix.
-MIX = {
-    "pos": 0.09,
-    "where": 0.09,
-    "exist": 0.05,
-    "count": 0.04,
-    "c2d": 0.18,
-    "d2c": 0.22,
-    "rel": 0.12,
-    "maxmin": 0.08,
-    "read": 0.06,
-    "sum": 0.07,
-}
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 PREFIX = tuple(WORD_IDS[word] for word in ("<s>", "user", ":"))
 """The tokens in front of the picture."""
@@ -66,17 +53,6 @@ class PackedBatch:
     """Index into `COLORS`, -100 for padding."""
 
 
-def shuffled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """Yield all questions about the scene in random order, kinds in the proportions of `MIX` as long as they last."""
-    asked = ask_all(scene)
-    for questions in asked.values():
-        rng.shuffle(questions)
-    asked["exist"] = _balanced(asked["exist"], rng)
-    while left := [kind for kind in KINDS if asked[kind]]:
-        weights = np.asarray([MIX[kind] for kind in left])
-        yield asked[left[int(rng.choice(len(left), p=weights / weights.sum()))]].pop()
-
-
 def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Question]:
     """Draw different questions about the scene, kinds in the proportions of `MIX`, to fill `room` tokens."""
     chosen: list[Question] = []
@@ -90,16 +66,6 @@ def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Qu
 
 def _words(question: Question) -> list[str]:
     return [*question.text.split(), "assistant", ":", *question.answer.split(), "</s>"]
-
-
-def _balanced(questions: list[Question], rng: np.random.Generator) -> list[Question]:
-    """Order yes and no at random with equal odds, for the front of the list is used last."""
-    sides = {answer: [q for q in questions if q.answer == answer] for answer in ("yes", "no")}
-    pairs = [side for pair in zip(sides["yes"], sides["no"], strict=False) for side in pair]
-    for start in range(0, len(pairs), 2):
-        if rng.integers(2):
-            pairs[start], pairs[start + 1] = pairs[start + 1], pairs[start]
-    return pairs
 
 
 def draw_batch(

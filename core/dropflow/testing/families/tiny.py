@@ -9,9 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dropflow.backbone.backbone import Backbone
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.policy.registry import ADAPTERS, load, names
 
 PAD, BOS, EOS, START, END, VIDEO, IMAGE = 0, 1, 2, 90, 91, 97, 98
 """Token ids of the tiny vocabulary; 3..89 are words, `START` and `END` may enclose an image."""
@@ -136,14 +134,3 @@ def square_pictures(size: int, tokens: int, *, enclosed: bool = True, gridded: b
         )
 
     return make
-
-
-def tiny_models() -> dict[str, tuple[type[Backbone], Tiny]]:
-    """Adapter name -> its class and tiny family, for every registered adapter that gives one (no network is used)."""
-    found: dict[str, tuple[type[Backbone], Tiny]] = {}
-    for name in names(ADAPTERS):
-        adapter: type[Backbone] = load(ADAPTERS, name)
-        tiny = adapter.tiny()
-        if tiny is not None:
-            found[name] = (adapter, tiny)
-    return found

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,21 +29,6 @@ def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> No
     console = Console(highlight=False, markup=False, emoji=False)
     for item in shown:
         console.print(item, soft_wrap=isinstance(item, str))
-
-
-def check_writable(folder: Path) -> None:
-    """Raise `InputError` where nothing can be written below `folder`, before anything is measured for it."""
-    from dropflow_lab.errors import InputError  # imports the engine
-
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise InputError(f"--out: {there} is no folder that can be written to; name another one")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def si(value: float, unit: str = "") -> str:
