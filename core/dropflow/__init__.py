@@ -4,7 +4,9 @@ from dropflow import errors, operators
 from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder, backbone_for, square_grid
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.engine.attach.flow import Flow, attach
+from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
+from dropflow.engine.attach.flow import Flow, FlowSet
+from dropflow.engine.attach.pretrained import from_pretrained
 from dropflow.engine.decoder.record import LayerReport, Report
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
@@ -44,6 +46,7 @@ __all__ = [
     "Eviction",
     "Exit",
     "Flow",
+    "FlowSet",
     "Forecast",
     "ImageLayout",
     "Keep",
@@ -63,8 +66,12 @@ __all__ = [
     "Window",
     "WindowCall",
     "attach",
+    "attach_set",
     "backbone_for",
+    "detach",
     "errors",
+    "flow_of",
+    "from_pretrained",
     "hookimpl",
     "load_policy",
     "operators",

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
+from jaxtyping import Int
 from pydantic import BeforeValidator, WithJsonSchema
+from torch import Tensor
 
 from dropflow.errors import PolicyError
 
@@ -65,6 +68,22 @@ class Budget:
         if self.rounding == "ceil":
             return min(math.ceil(exact), visual_tokens)
         return int(exact) if self.rounding == "floor" else round(exact)
+
+    def of_each(self, visual_tokens: Int[Tensor, "images"]) -> Int[Tensor, "images"]:
+        """The same for every image, on the device: nothing is read back. MPS, which has no float64, counts on the host.
+
+        Shares are multiplied in float64, as `of` does.
+        """
+        if self.share is None:
+            return visual_tokens.clamp(max=self.tokens or 0)
+        if visual_tokens.device.type == "mps":
+            return torch.tensor([self.of(size) for size in visual_tokens.tolist()], device=visual_tokens.device)
+        exact = self.share * visual_tokens.double()
+        if self.rounding == "half_up":
+            return (exact + 0.5).floor().clamp(min=1).long().minimum(visual_tokens)
+        if self.rounding == "ceil":
+            return exact.ceil().long().minimum(visual_tokens)
+        return (exact.floor() if self.rounding == "floor" else exact.round()).long()
 
 
 @dataclass(frozen=True)

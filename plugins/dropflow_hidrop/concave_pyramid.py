@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from pydantic import Field
+from torch import Tensor
 
 from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import PolicyError
@@ -92,15 +94,16 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         chosen = call.image_id.masked_fill(call.protected | unranked, -1)
         return Keep(keep | unranked, scores, soft_weights(scores, chosen, keep, self.options.temperature))
 
-    def _counts(self, call: PruneCall, budget: Budget) -> list[int]:
+    def _counts(self, call: PruneCall, budget: Budget) -> Sequence[int] | Int[Tensor, "images"]:
         """Tokens that stay of each image, by image number."""
+        if self.options.split != "total" or budget.tokens is None:
+            return call.counts(budget)
         counts = [budget.of(size) for size in call.image_sizes]
-        if self.options.split == "total" and budget.tokens is not None:
-            for own in call.image_id.tolist():
-                images = sorted({image for image in own if image >= 0})
-                shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
-                for image, share in zip(images, shares, strict=True):
-                    counts[image] = share
+        for own in call.image_id.tolist():
+            images = sorted({image for image in own if image >= 0})
+            shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
+            for image, share in zip(images, shares, strict=True):
+                counts[image] = share
         return counts
 
 

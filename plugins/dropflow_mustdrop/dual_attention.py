@@ -81,7 +81,7 @@ class DualAttention(Stage[DualAttentionOptions]):
     def prune(self, call: PruneCall) -> Keep | None:
         """Keep what the text attends to."""
         rows, asks = text_rows(call)
-        if not bool(asks.any()):
+        if not rows.shape[1]:
             return None
         with torch.no_grad():
             sums, peaks = attention_scores(row_parts(call, call.boundary - 1, rows, asks))
@@ -92,8 +92,7 @@ class DualAttention(Stage[DualAttentionOptions]):
         if budget is None:
             return Keep(dual_keep(sums, peaks, totals, *thresholds) | unranked, sums)
         ranking = dual_ranking(sums, peaks, totals, *thresholds)
-        counts = [budget.of(size) for size in call.image_sizes]
-        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image_id, counts)
+        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image_id, call.counts(budget))
         return Keep(best | unranked, ranking)
 
 

@@ -38,8 +38,8 @@ def block_totals(
     """
     block = blocks(visual)
     scores = torch.where(visual, global_scores, 0)
-    count = int(block.max()) + 1 if block.numel() else 1
-    sums = scores.new_zeros(len(scores), count).scatter_add(1, block, scores)
+    most = (block.shape[1] + 1) // 2  # runs that fit into a row: their number is on the device
+    sums = scores.new_zeros(len(scores), most + 1).scatter_add(1, block, scores)
     return torch.where(visual, sums.gather(1, block), 0)
 
 

@@ -12,6 +12,7 @@ from method_goldens import FEW, recorded
 from tiny import IMAGE, policy, prompt, tiny_llava
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import top
 from dropflow.policy.plan import resolve
@@ -91,7 +92,7 @@ def test_the_choice_is_the_formulas_on_the_models_own_keys_and_norm(reference: b
     text = model.get_decoder()
     got: list[torch.Tensor] = []
     handle = text.layers[2].register_forward_pre_hook(lambda _, args: got.append(args[0]))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = getattr(model(**inputs, use_cache=True), CACHE_ARGUMENT)
     handle.remove()
     keys, states = cache.layers[1].keys[0].transpose(0, 1).flatten(1), text.norm(got[0])[0]
     sizes = keys.abs().sum(1) if reference else (keys**2).sum(1).sqrt()

@@ -13,6 +13,7 @@ from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import PolicyError
 from dropflow.units import Budget
 from dropflow_fastv import AttentionRank
@@ -93,7 +94,7 @@ def test_any_ranking_follows_the_rule(images: int, before: int, behind: int, hea
 def test_the_ranking_row_is_the_eager_models(text: str) -> None:
     inputs = prompt([(3, "I", 5)])
     with dropflow.attach(tiny_llava(text=text), policy(fastv=FASTV)) as flow:
-        flow._backbone.model(**inputs)
+        flow._hooks.backbone.model(**inputs)
         kept = flow.live()[2, 0, 4:20].nonzero()[:, 0].tolist()
     eager = tiny_llava(text=text, attention="eager")
     expected = eager(**inputs, output_attentions=True).attentions[1][0, :, -1, 4:20].mean(0)
@@ -110,10 +111,10 @@ def test_caches_and_positions_behind_the_boundary(llava: Any) -> None:
     )
     inputs, cache = prompt([(3, "I", 5)]), DynamicCache()
     with dropflow.attach(llava, policy(fastv=FASTV)) as flow:
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         live = flow.live()[2, 0].nonzero()[:, 0].tolist()
         lengths = [held.keys.shape[-2] for held in cache.layers]
-        more = {"attention_mask": torch.ones(1, 26, dtype=torch.long), "past_key_values": cache}
+        more = {"attention_mask": torch.ones(1, 26, dtype=torch.long), CACHE_ARGUMENT: cache}
         llava(input_ids=torch.tensor([[7]]), **more)
     handle.remove()
     assert lengths == [25] * 2 + [14] * 4

@@ -12,6 +12,7 @@ from watching import told, watched
 
 import dropflow
 from dropflow import Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import PolicyError
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
@@ -97,7 +98,7 @@ def test_cache_lengths_on_thirty_two_layers() -> None:
     model, inputs = tiny_llava(layers=32, grid=24), prompt([(34, "I", 25)], grid=24)
     cache = DynamicCache()
     with dropflow.attach(model, "hidrop-48") as flow:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_ARGUMENT: cache})
         report = flow.report()
     text = 60
     visual = [0] * 8 + [576] * 2 + [87] * 4 + [10] * 2 + [5] * 2 + [1] * 6 + [0] * 8
@@ -113,7 +114,7 @@ def test_each_image_is_pruned_by_its_own_count(llava: Any) -> None:
     inputs = prompt([("I", 2, "I", 9), (4, "I", 3)])
     with dropflow.attach(llava, HIDROP) as flow:
         cache = DynamicCache()
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         visual = [(live & (inputs["input_ids"] == 98)).sum(1).tolist() for live in flow.live()]
         first = inputs["input_ids"][0] == 98
         halves = [flow.live()[2, 0][first][:16].sum().item(), flow.live()[2, 0][first][16:].sum().item()]

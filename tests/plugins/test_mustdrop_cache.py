@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import keep_top
 
@@ -25,7 +26,7 @@ def test_layers_from_the_boundary_on_hold_the_final_survivors_of_any_method(llav
     for name, stages in {"full": {}, "reduced": {"cache": CACHE}}.items():
         with dropflow.attach(llava, policy(**RAGGED["stages"], **stages)) as flow:
             caches[name] = DynamicCache()
-            llava(**inputs, past_key_values=caches[name])
+            llava(**inputs, **{CACHE_ARGUMENT: caches[name]})
             live = flow.live()
     longest = int(live[-1].sum(1).max())
     indices = [layer.index for layer in caches["reduced"].layers]
@@ -54,7 +55,7 @@ def test_with_an_exit_the_survivors_are_those_of_the_last_layer_with_vision(llav
     )["stages"]
     with dropflow.attach(llava, policy(**stages, cache=CACHE)):
         output = llava.generate(**inputs, **BUDGET, return_dict_in_generate=True)
-    assert [layer.keys.shape[2] - 5 for layer in output.past_key_values.layers] == [25, 11, 11, 11, 11, 9]
+    assert [layer.keys.shape[2] - 5 for layer in getattr(output, CACHE_ARGUMENT).layers] == [25, 11, 11, 11, 11, 9]
 
 
 def decode(
@@ -65,15 +66,15 @@ def decode(
     logits: list[Tensor] = []
     held: list[Any] = []
     with dropflow.attach(model, which):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_ARGUMENT: cache})
         for token in tokens.T:
             held.append([held_tokens(layer.full_index()) for layer in cache.layers])
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             ids = (mask.cumsum(1) - 1)[:, -1:]
             logits.append(
-                model(input_ids=token[:, None], attention_mask=mask, position_ids=ids, past_key_values=cache).logits[
-                    :, -1
-                ]
+                model(
+                    input_ids=token[:, None], attention_mask=mask, position_ids=ids, **{CACHE_ARGUMENT: cache}
+                ).logits[:, -1]
             )
     return logits, held
 
@@ -107,7 +108,7 @@ def test_eviction_while_decoding_equals_hiding_what_nobody_attended_to(rule: dic
         )
         for number, layer in enumerate(model.get_decoder().layers)
     ]
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE_ARGUMENT: cache})
     evicted = 0
     for step, token in enumerate(tokens.T, start=1):
         for number in range(6):
@@ -122,7 +123,7 @@ def test_eviction_while_decoding_equals_hiding_what_nobody_attended_to(rule: dic
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=ids,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             output_attentions=True,
         )
         assert relative_error(logits[step - 1], output.logits[:, -1]) < 1e-5, step
@@ -156,7 +157,7 @@ def test_protected_entries_are_never_evicted() -> None:
         protected = flow._last().prompt.protected
         text = flow._last().prompt.text
     assert protected.sum(1).tolist() == [8, 16, 0]
-    for layer in output.past_key_values.layers[1:]:
+    for layer in getattr(output, CACHE_ARGUMENT).layers[1:]:
         tokens = held_tokens(layer.full_index())
         for sample in range(3):
             expected = (protected | text)[sample].nonzero()[:, 0].tolist()
@@ -169,10 +170,10 @@ def test_what_was_attended_to_follows_beams_and_crops(llava: Any) -> None:
     which = policy(cache=CACHE | {"interval": 2, "budget": 5})
     with dropflow.attach(llava, which):
         cache = DynamicCache()
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         token, mask = torch.tensor([[5], [6]]), inputs["attention_mask"]
         mask = torch.cat((mask, torch.ones_like(token)), 1)
-        llava(input_ids=token, attention_mask=mask, past_key_values=cache)
+        llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: cache})
         layer = cache.layers[3]
         notes = layer.recall("cache")
         assert notes.shape == (2, layer.keys.shape[2])
@@ -191,7 +192,7 @@ def test_what_was_attended_to_follows_beams_and_crops(llava: Any) -> None:
 @torch.no_grad()
 def test_decoding_reads_no_attention_unless_asked(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tapped: list[str] = []
-    monkeypatch.setattr("dropflow.engine.decoder.run.tap", lambda *_: tapped.append("tap"))
+    monkeypatch.setattr("dropflow.engine.decoder.cache_stages.tapped", lambda *_: tapped.append("tap"))
     with dropflow.attach(llava, policy(cache=CACHE)):
         llava.generate(**prompt(), **BUDGET)
     assert not tapped

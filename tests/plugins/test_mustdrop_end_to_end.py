@@ -16,6 +16,7 @@ from watching import Watch, told
 
 import dropflow
 from dropflow import hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache import FlowLayer
 from dropflow.operators.ranking import text_rows
 from dropflow_mustdrop import DualAttention, equal_token_number
@@ -160,7 +161,7 @@ def test_recorded_runs(name: str) -> None:
     close(torch.cat(output.logits), recorded["step_logits"], "logits of the steps")
     decoded = torch.tensor([[int(ids) for ids in step] for step in calls.positions[1:]])
     assert torch.equal(decoded, recorded["decode_rope_position"])
-    held = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in getattr(output, CACHE_ARGUMENT).layers]
     assert held == recorded["decode_kv_len"][-1].tolist()
 
     # numbers of tokens
@@ -180,9 +181,9 @@ def test_recorded_caches(name: str) -> None:
     model, inputs = prompt_of(recorded)
     full, reduced = DynamicCache(), DynamicCache()
     with dropflow.attach(model, published(recorded, cache=None)):
-        model(**inputs, past_key_values=full)
+        model(**inputs, **{CACHE_ARGUMENT: full})
     with dropflow.attach(model, published(recorded)) as flow:
-        model(**inputs, past_key_values=reduced)
+        model(**inputs, **{CACHE_ARGUMENT: reduced})
         live = flow.live()[:, 0]
     assert [layer.keys.shape[2] for layer in full.layers] == recorded["kv_len_before_policy"].tolist()
     assert [layer.keys.shape[2] for layer in reduced.layers] == recorded["kv_len_after_prefill"].tolist()

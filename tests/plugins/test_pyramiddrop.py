@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from watching import told, watched
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.units import Budget
 
 RECORD = golden("pdrop_rank")
@@ -103,10 +104,10 @@ def test_cache_lengths_and_decode_positions(llava: Any) -> None:
     inputs, cache = prompt([(3, "I", 5)]), DynamicCache()
     pyramid = {"use": "pyramiddrop/pyramid", "keep": {2: 0.5, 3: 0.25, 5: 0.125}}
     with dropflow.attach(llava, policy(pyramid=pyramid) | {"positions": "compact"}):
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         lengths = [held.keys.shape[-2] for held in cache.layers]
         seen.clear()
-        more = {"attention_mask": torch.ones(1, 26, dtype=torch.long), "past_key_values": cache}
+        more = {"attention_mask": torch.ones(1, 26, dtype=torch.long), CACHE_ARGUMENT: cache}
         llava(input_ids=torch.tensor([[7]]), **more)
     for handle in handles:
         handle.remove()

@@ -11,6 +11,7 @@ from tiny import policy, prompt, relative_error
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_vtw import divergence, find_boundary, first_within, last_logits
 
 RECORD = golden("vtw_findk")
@@ -88,7 +89,7 @@ def test_states_in_front_of_the_boundary_are_the_dense_ones_and_caches_hold_text
     handle = layer.register_forward_hook(lambda _, __, output: states.append(output))
     llava(**inputs)
     with dropflow.attach(llava, policy(withdraw={"use": "vtw/withdrawal", "at": 3})) as flow:
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         visual = [layer.visual_tokens for layer in flow.report().layers]
     handle.remove()
     assert torch.equal(states[0], states[1])

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import dropflow
 from dropflow import Policy
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.policy import registry
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
@@ -264,7 +265,7 @@ def test_any_depth(layers: int) -> None:
         live = flow.live()[:, 0]
         first = flow.plan.stages[3][1].context.scale.boundary(2, "at")
     final = int(live[-1].sum()) + 4
-    lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in getattr(output, CACHE_ARGUMENT).layers]
     assert len(lengths) == layers
     assert lengths[first:] == [final] * (layers - first)
     assert lengths[:first] == [int(own.sum()) + 4 for own in live[:first]]

@@ -88,6 +88,9 @@ class Backbone:
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
+    token_arguments: ClassVar[Mapping[str, int]] = {}
+    """What else a decoder layer takes for every token: name of the argument -> its dimension of tokens, from the end
+    (-1 for (..., tokens), -2 for (..., tokens, dim)). The engine knows positions, masks and caches."""
     gridded: bool = False
     """Whether `layouts` gives every image a patch grid although images differ in size."""
 
@@ -178,7 +181,10 @@ class Backbone:
     ) -> Bool[Tensor, "batch tokens"]:
         """Which tokens of the prompt stand for image features, of one modality or of any."""
         ids = [token for name, token in self.visual_ids.items() if modality in (None, name)]
-        return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))
+        found = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in ids:  # not `isin`, whose second tensor would be copied from the host
+            found |= input_ids == token
+        return found
 
     def embedded_placeholders(self, inputs_embeds: Tensor, modality: str | None = None) -> Bool[Tensor, "batch tokens"]:
         """The same for a prompt given as embeddings (batch, tokens, dim): those equal to a placeholder's embedding."""

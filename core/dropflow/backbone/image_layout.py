@@ -6,11 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-
-KEPT, PROTECTED, IMAGE, LINE, EXTRA, CARRIED = range(6)
-"""Columns of the flags of every row of image features; from `CARRIED` on, what stages gave the row to carry."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,17 @@ class ImageLayout:
             extra[self.head + columns : self.tokens - self.tail : columns + 1] = True
         return extra
 
+    @property
+    def lines(self) -> int:
+        """Lines that its rows belong to."""
+        return max(1, self.grid[0]) if self.line_ends and self.grid else 1
+
+    def patch_rows(self, device: torch.device) -> Int[Tensor, "patches"]:
+        """The row of each patch."""
+        patch = torch.arange(self.patches, device=device)
+        ends = patch // self.grid[1] if self.line_ends and self.grid and self.grid[1] else 0
+        return patch + self.head + ends
+
     def line(self, device: torch.device) -> Int[Tensor, "tokens"]:
         """The line that each row belongs to."""
         row = torch.arange(self.tokens, device=device) - self.head
@@ -65,38 +73,12 @@ class ImageLayout:
         """Rows that stay when of the patches these do."""
         if not self.has_extra:
             return patches
-        extra, line = self.extra(patches.device), self.line(patches.device)
-        keep = torch.zeros_like(extra)
-        keep[~extra] = patches
-        alive = torch.zeros(int(line.max()) + 1, dtype=torch.bool, device=patches.device)
-        alive[line[keep]] = True
-        return torch.where(extra, alive[line], keep)
-
-
-def flags(
-    layouts: Sequence[ImageLayout],
-    first: int,
-    device: torch.device,
-    kept: Sequence[Bool[Tensor, "patches"]] | None = None,
-    protected: Sequence[Bool[Tensor, "patches"]] | None = None,
-    carried: Sequence[Float[Tensor, "patches carries"]] = (),
-) -> Float[Tensor, "rows flags"]:
-    """Flags of the rows of `layouts`, numbered from `first`: kept, protected, image number, line, extra, carried."""
-    tables = []
-    columns = CARRIED + (carried[0].shape[1] if carried else 0)
-    for number, layout in enumerate(layouts):
-        table = torch.zeros(layout.tokens, columns, device=device)
-        table[:, KEPT] = 1.0 if kept is None else layout.keep_of(kept[number]).float()
-        table[:, IMAGE] = first + number
-        if layout.has_extra:
-            table[:, EXTRA] = layout.extra(device).float()
-            table[:, LINE] = layout.line(device).float()
-        if protected is not None:
-            table[table[:, EXTRA] == 0, PROTECTED] = protected[number].float()
-        if columns > CARRIED:
-            table[table[:, EXTRA] == 0, CARRIED:] = carried[number].to(table)
-        tables.append(table)
-    return torch.cat(tables) if tables else torch.zeros(0, columns, device=device)
+        extra, line, rows = self.extra(patches.device), self.line(patches.device), self.patch_rows(patches.device)
+        keep = torch.zeros_like(extra).index_copy(0, rows, patches)
+        alive = torch.zeros(self.lines, dtype=torch.long, device=patches.device).index_add(
+            0, line[rows], patches.long()
+        )
+        return torch.where(extra, alive[line] > 0, keep)
 
 
 def split(entries: Sequence[Tensor], layouts: Sequence[Sequence[ImageLayout]]) -> Iterator[tuple[ImageLayout, Tensor]]:

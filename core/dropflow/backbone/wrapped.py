@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from packaging.version import Version
-from torch._dynamo import OptimizedModule
+from torch._dynamo import OptimizedModule, trace_rules
 from torch.nn.parallel import DistributedDataParallel
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
@@ -39,15 +38,10 @@ def check_compiled(parts: Mapping[str, Any]) -> None:
             )
 
 
-def forget_compiled(layers: Iterable[Any]) -> None:
-    """Drop all compiled code of this process, to be compiled anew at the next call, unless `layers` are compiled alone.
-
-    Dynamo does not check for new hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`), so a model that was compiled
-    as a whole and run before would go on as if no policy were attached; whose code is whose cannot be told. Layers that
-    are compiled one by one have none of our hooks, and their code serves on.
-    """
-    if not any(isinstance(layer, OptimizedModule) or layer._compiled_call_impl is not None for layer in layers):
-        torch.compiler.reset()
+@cache  # the rules are the process's, and grow with every call
+def leave_uncompiled() -> None:
+    """Let Dynamo run the code of this package as it is, and go on compiling what that calls, such as layers."""
+    trace_rules.add(__name__.partition(".")[0])
 
 
 def check_called(model: Any) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.model.attention import QueryKey
     from dropflow.lifecycle.stage import EncodeBoundary, Window
+    from dropflow.units import Budget
 
 RowAttention = Callable[[int, Tensor], Tensor]
 Columns = Callable[[int], tuple[Tensor, ...]]
@@ -98,9 +99,18 @@ class PruneCall:
     """What this stage's `encode` gave each patch to carry (`Encode.carry`), float32; 0 for all other tokens."""
     questions: tuple[str, ...] | None = None
     """What each sample asks, as text, for stages with `reads_questions`."""
+    patches: Int[Tensor, "images"] | None = None
+    """`image_sizes` on the device (see `counts`)."""
+    most_text: int | None = None
+    """At most so many text tokens of a sample follow its first visual token."""
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
+
+    def counts(self, budget: Budget) -> Int[Tensor, "images"]:
+        """How many tokens of each image `budget` lets stay, by image number; on the device, which is not waited for."""
+        sizes = self.patches
+        return budget.of_each(torch.tensor(self.image_sizes, device=self.index.device) if sizes is None else sizes)
 
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, behind k-norm and RoPE, for the slots.

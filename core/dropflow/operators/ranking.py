@@ -33,8 +33,7 @@ def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Bud
     Protected tokens stay in any case and count against the budget. A sample that has no instruction token, such as one
     whose labels are all -100, is not pruned.
     """
-    counts = [budget.of(size) for size in call.image_sizes]
-    best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
+    best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, call.counts(budget))
     return best | ~call.instruction_valid.any(1, keepdim=True)
 
 
@@ -48,12 +47,17 @@ def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, 
     behind = (call.image_id >= 0).cumsum(1) > 0
     last = torch.where(call.instruction_valid, call.instruction_slots, -1).amax(1, keepdim=True)
     text = behind & call.text & (slots <= last)
-    return columns_of(text)
+    return columns_of(text, call.most_text)
 
 
-def columns_of(mask: Bool[Tensor, "batch columns"]) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
-    """Columns where each row is true, in order and filled up on the left, and which entries are no filling."""
-    most = int(mask.sum(1).max())
+def columns_of(
+    mask: Bool[Tensor, "batch columns"], most: int | None = None
+) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
+    """Columns where each row is true, in order and filled up on the left, and which entries are no filling.
+
+    `most` bounds how many a row has; without it, the device is waited for.
+    """
+    most = int(mask.sum(1).max()) if most is None else most
     columns = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - most :]
     return columns, mask.gather(1, columns)
 

@@ -10,34 +10,41 @@ from torch import Tensor
 
 
 def top(scores: Float[Tensor, "tokens"], count: int) -> Int[Tensor, "count"]:
-    """The `count` highest-scored tokens, best first, ties to the lowest index; all of them if there are fewer."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count]
+    """The `count` highest-scored tokens, best first, ties to the lowest index; all of them if there are fewer.
+
+    NaN counts as the lowest of all.
+    """
+    return torch.sort(_nan_last(scores), descending=True, stable=True).indices[:count]
 
 
 def keep_top(
     scores: Float[Tensor, "batch slots"],
     image: Int[Tensor, "batch slots"],
-    counts: Sequence[int],
+    counts: Sequence[int] | Int[Tensor, "images"],
     *,
     keep_ties: bool = False,
 ) -> Bool[Tensor, "batch slots"]:
     """Keep the `counts[g]` highest-scored tokens of every image g, in every sample apart from the others.
 
-    `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border go to the
+    Counts given as a tensor on the device (see `Budget.of_each`) cost no copy from the host. NaN counts as the lowest
+    of all scores. `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border go to the
     lowest slot, so that exactly min(count, size) tokens stay; with `keep_ties` the whole tie group stays, as rank
     operators such as DMS do (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more may.
     """
     batch, slots = scores.shape
     images = len(counts)
+    scores = _nan_last(scores)
     group = torch.where(image < 0, images, image)  # text goes to a last group that keeps nothing
     group = (group + torch.arange(batch, device=group.device)[:, None] * (images + 1)).flatten()
     by_score = torch.sort(scores.flatten(), descending=True, stable=True).indices
     order = by_score[torch.sort(group[by_score], stable=True).indices]  # grouped, best first inside a group
-    sizes = torch.bincount(group, minlength=batch * (images + 1))
+    sizes = torch.zeros(batch * (images + 1), dtype=torch.long, device=group.device)
+    sizes.index_add_(0, group, torch.ones_like(group))  # `bincount` would wait for the device
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(batch * slots, device=order.device) - starts[group[order]]
-    allowed = torch.tensor([*counts, 0], device=scores.device).repeat(batch)[group]
+    allowed = torch.as_tensor(counts, dtype=torch.long, device=scores.device)
+    allowed = torch.nn.functional.pad(allowed, (0, 1)).repeat(batch)[group]
     keep = rank < allowed
     if keep_ties:
         lowest = scores.new_full((batch * (images + 1),), torch.inf)
@@ -45,3 +52,8 @@ def keep_top(
         lowest = lowest.scatter_reduce(0, group, kept, "amin")
         keep = (scores.flatten() >= lowest[group]) & (allowed > 0)
     return keep.view(batch, slots)
+
+
+def _nan_last(scores: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Scores with NaN, which sorts before every number, made the lowest."""
+    return torch.where(scores.isnan(), -torch.inf, scores) if scores.is_floating_point() else scores

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,8 @@ class Plan:
     hooks: Hooks
     window: Window
     """Where vision enters and exits, by the stages' forecasts."""
+    serial: int = field(default_factory=itertools.count(1).__next__, compare=False)
+    """A number of its own, by which what was made under it is told apart."""
 
     @cached_property
     def forecasts(self) -> dict[str, Forecast]:
@@ -70,6 +73,26 @@ class Plan:
     def reads_questions(self) -> bool:
         """Whether some stage reads the questions as text."""
         return any(stage.reads_questions for _, stage in self.stages)
+
+    @property
+    def identity(self) -> tuple[Policy, BackboneShape]:
+        """Equal for plans that do the same: what one of them has written the other may continue."""
+        return self.policy, self.shape
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all layers of the decoder hold the same tokens, by the stages' forecasts: none drops any in there."""
+        prunes = (stage for _, stage in self.hooks.implementers("prune"))
+        stay = (
+            self.forecasts[name].keeps.get(boundary)
+            for name, stage in self.hooks.implementers("prune")
+            for boundary in stage.prune_at
+        )
+        return (
+            not any(self.hooks.watched(hook) for hook in ("inject", "exit", "decode_cache"))
+            and not any(stage.differentiable for stage in prunes)
+            and all(budget is not None and (budget.share or 0) >= 1 for budget in stay)
+        )
 
     @property
     def idle(self) -> bool:

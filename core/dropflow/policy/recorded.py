@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,23 +36,47 @@ def recorded_policy(config: Any) -> Policy:
         raise PolicyError("\n".join([*lines, remedy])) from None
 
 
-class Recording:
-    """The policy stands in `config` until `remove`, which puts back what was there; or for good, after `keep`.
+def note_dense(config: Any) -> None:
+    """Log a warning where a model runs as it is, although its config records a policy."""
+    found = getattr(config, FIELD, None)
+    if found is not None:
+        name = found.get("name") if isinstance(found, Mapping) else None
+        logging.getLogger("dropflow").warning(
+            "this model runs dense, though its config records the policy %r; dropflow.attach(model) lets it count", name
+        )
 
-    Recordings of several models that share one config object may be removed in any order.
+
+class Recording:
+    """The policy of one model stands in its `config` until `remove`, which puts back what was there; for good, after
+    `keep`.
+
+    Recordings of several models that share one config object may be removed in any order: the last one that is left
+    stands there.
     """
 
-    def __init__(self, config: Any, policy: Policy) -> None:
-        self._config, self._policy = config, policy
-        self._own = _Entry(to_jsonable_python(policy.to_dict(), fallback=repr))
-        self._own.before = getattr(config, FIELD, None)
-        setattr(config, FIELD, self._own)
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._token = object()
+        self._policy: Policy | None = None
+
+    def put(self, policy: Policy) -> None:
+        """Let `policy` stand in the config."""
+        self._policy = policy
+        present = getattr(self._config, FIELD, None)
+        entry = present if isinstance(present, _Entry) else _Entry(present)
+        entry.stack.append((self._token, to_jsonable_python(policy.to_dict(), fallback=repr)))
+        entry.show()
+        setattr(self._config, FIELD, entry)
 
     def keep(self) -> None:
         """Leave the policy in the config after `remove`; raises `PolicyError` where it could not be read back."""
-        entry = dict(self._own)
+        present = getattr(self._config, FIELD, None)
+        stack = present.stack if isinstance(present, _Entry) else []
+        own = [said for token, said in stack if token is self._token]
+        if present is None or not own or self._policy is None:
+            raise PolicyError(f"record: `config.{FIELD}` was replaced after attaching, so that nothing can be kept")
         try:
-            same = load_policy(_with_numbers(entry)) == self._policy
+            same = load_policy(_with_numbers(own[0])) == self._policy
         except PolicyError as error:
             raise PolicyError(
                 f"{error}\nrecord: a recorded policy names its stages, so register them as entry points of a package"
@@ -61,26 +86,37 @@ class Recording:
                 f"record: the policy {self._policy.name!r} reads back from JSON as another one; use options that are "
                 "plain data, and no text that looks like a number as a key"
             )
-        self._own.before = entry
+        present.before = own[0]
 
     def remove(self) -> None:
         """Put back what the config held before; harmless when done before."""
         present = getattr(self._config, FIELD, None)
-        if present is self._own:
-            if self._own.before is None:
-                delattr(self._config, FIELD)
-            else:
-                setattr(self._config, FIELD, self._own.before)
-        while isinstance(present, _Entry):
-            if present.before is self._own:
-                present.before = self._own.before
-            present = present.before
+        if not isinstance(present, _Entry):
+            return
+        present.stack = [(token, said) for token, said in present.stack if token is not self._token]
+        present.show()
+        if present.stack:
+            return
+        if present.before is None:
+            delattr(self._config, FIELD)
+        else:
+            setattr(self._config, FIELD, present.before)
 
 
 class _Entry(dict[str, Any]):
-    """A recorded policy that knows what stood in its place."""
+    """What the config holds while policies are attached: the last one of a stack."""
 
-    before: Any = None
+    def __init__(self, before: Any = None) -> None:
+        super().__init__()
+        self.before = before
+        """What the config held when nothing was attached."""
+        self.stack: list[tuple[object, dict[str, Any]]] = []
+        """Whose policy is which, the latest last."""
+
+    def show(self) -> None:
+        """Hold what the last one says."""
+        self.clear()
+        self.update(self.stack[-1][1] if self.stack else {})
 
 
 def _with_numbers(value: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ STAGES, ADAPTERS, POLICIES = "dropflow.stages", "dropflow.adapters", "dropflow.p
 
 def names(group: str) -> list[str]:
     """Registered names of a group, sorted, without importing what they stand for."""
-    return sorted({point.name for point in entry_points(group=group)})
+    return sorted({point.name for point in _points(group)})
 
 
 def load(group: str, name: str) -> Any:
@@ -25,13 +27,30 @@ def load(group: str, name: str) -> Any:
     Raises `UnknownName` with the nearest valid names, `DuplicateName` when two packages claim the name, and
     `BrokenPlugin` when its package cannot be imported; other names stay usable in each case.
     """
-    points = {point.value: point for point in entry_points(group=group, name=name)}
+    points = {point.value: point for point in _points(group).select(name=name)}
     if not points:
         raise UnknownName(f"{group}: nothing is registered as {name!r}; {nearest(name, names(group))}")
     if len(points) > 1:
         owners = ", ".join(f"{owner(p)} ({value})" for value, p in sorted(points.items()))
         raise DuplicateName(f"{group}: {name!r} is registered by {owners}; uninstall one of them")
     return _import(group, next(iter(points.values())))
+
+
+def _points(group: str) -> EntryPoints:
+    return _all_points(tuple((folder, _changed(folder)) for folder in sys.path)).select(group=group)
+
+
+@lru_cache(maxsize=1)
+def _all_points(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Every entry point there is, read again once a folder that packages are imported from has changed."""
+    return entry_points()
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def owner(point: EntryPoint) -> str:
@@ -62,7 +81,7 @@ def policy_files() -> dict[str, Path]:
 
 
 def _policy_files_of_packages() -> Iterator[tuple[str, Path]]:
-    for point in entry_points(group=POLICIES):
+    for point in _points(POLICIES):
         yield from _yaml_files(point)
 
 

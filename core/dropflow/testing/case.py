@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dropflow.backbone.backbone import Backbone
-from dropflow.engine.attach.flow import Flow, attach
+from dropflow.engine.attach.attach import attach
+from dropflow.engine.attach.flow import Flow
 from dropflow.testing.families.tiny import SAMPLES, Part, Picture, Tiny
 
 BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

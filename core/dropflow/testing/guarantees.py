@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.flow import Flow
 from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
 from dropflow.testing.case import (
@@ -97,7 +98,7 @@ def _held(case: Case, tokens: int) -> Tensor:
     """Tokens of the prompt that each layer's cache holds behind the prefill, (layers, batch, tokens) boolean."""
     cache = DynamicCache()
     with case.attach():
-        case.model(**case.inputs, past_key_values=cache)
+        case.model(**case.inputs, **{CACHE_ARGUMENT: cache})
     held = torch.zeros(len(cache.layers), len(case.samples), tokens, dtype=torch.bool)
     for number, layer in enumerate(cache.layers):
         index = layer.full_index()
@@ -114,6 +115,8 @@ def _check_decoding(case: Case) -> None:
         tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
         evicting = flow.plan.hooks.implementers("decode_cache")
+        if flow.plan.uniform:
+            _check_static_decoding(left, tokens)
     if evicts_while_decoding(flow):
         return  # the kit notes it on the cell
     held = _held(left, live.shape[2]) if evicting else None
@@ -123,6 +126,19 @@ def _check_decoding(case: Case) -> None:
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
         raise left.broken(MASK, f"from decode step {step} on, other tokens are generated than by the masked run")
+
+
+def _check_static_decoding(left: Case, tokens: Tensor) -> None:
+    """A policy by which all layers hold the same tokens generates with a static cache what it generates without.
+
+    Nothing is checked where the static cache has windows, which is refused.
+    """
+    try:
+        static = left.model.generate(**left.inputs, **BUDGET, cache_implementation="static", disable_compile=True)
+    except UnsupportedModel:
+        return
+    if not torch.equal(static, tokens):
+        raise left.broken(MASK, "with a static cache other tokens are generated than with a dynamic one")
 
 
 def evicts_while_decoding(flow: Flow) -> bool:
@@ -179,11 +195,13 @@ def _check_beams(left: Case) -> None:
 
 
 def fingerprint(model: Any) -> list[Any]:
-    """Everything attaching could leave behind: hooks, instance attributes, parameters."""
+    """Everything attaching could leave behind: hooks, modules, instance attributes, parameters."""
     state: list[Any] = [list(model.state_dict())]
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        state.append((name, *map(len, hooks), sorted(k for k in module.__dict__ if not k.startswith("_"))))
+        state.append(
+            (name, type(module), *map(len, hooks), sorted(k for k in module.__dict__ if not k.startswith("_")))
+        )
     return state
 
 
@@ -234,14 +252,15 @@ def _expected(error: Exception) -> Iterator[None]:
 def check_refusals(case: Case) -> float:
     """Guarantee 5: what cannot be right raises before any decoder layer runs, and the model works afterwards."""
     model, text = case.model, case.adapter(case.model).text
-    static = StaticCache(text.config, max_cache_len=256)
     without = {k: v for k, v in case.inputs.items() if k in ("input_ids", "attention_mask")}
     asks: tuple[tuple[str, dict[str, Any], type[DropflowError]], ...] = (
-        ("a static cache", case.inputs | {"past_key_values": static}, UnsupportedModel),
         ("output_hidden_states", case.inputs | {"output_hidden_states": True}, UnsupportedCall),
         ("placeholders without an image", without, MissingImage),
     )
-    with case.attach():
+    with case.attach() as flow:
+        if not flow.plan.uniform:  # layers will hold different tokens
+            cache = {CACHE_ARGUMENT: StaticCache(text.config, max_cache_len=256)}
+            asks += (("a static cache", case.inputs | cache, UnsupportedModel),)
         flowing = model(**case.inputs).logits
         for what, inputs, error in asks:
             with layer_inputs(case) as ran:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from dropflow.backbone.backbone import Backbone, backbone_for
 
@@ -68,8 +69,8 @@ class MaskedOracle:
     def _hook(self, number: int) -> Any:
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0]
-            cache = kwargs.get("past_key_values")
-            if cache is not None and cache.get_seq_length(number):
+            caches = {name: value for name, value in kwargs.items() if isinstance(value, Cache)}
+            if any(cache.get_seq_length(number) for cache in caches.values()):
                 raise ValueError("the masked oracle runs without a cache; pass use_cache=False")
             if number == 0:
                 self._raw, self.hidden = hidden, []
@@ -81,7 +82,8 @@ class MaskedOracle:
                 hidden = self._merged(hidden, self._merges[number])
             self.hidden.append(hidden)
             mask = self._mask(kwargs["attention_mask"], live, hidden, number)
-            return (hidden, *args[1:]), kwargs | {"attention_mask": mask, "past_key_values": None, "use_cache": False}
+            changed = dict.fromkeys(caches) | {"attention_mask": mask, "use_cache": False}
+            return (hidden, *args[1:]), kwargs | changed
 
         return before
 

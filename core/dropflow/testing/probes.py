@@ -51,7 +51,7 @@ class Ranked(Stage[Any]):
         weight = call.instruction_valid.to(rows.dtype)[:, :, None]
         scores = (rows * weight).sum(1)[:, -call.index.shape[1] :]
         budget = Budget(share=self.shares[self.prune_at.index(call.boundary)])
-        return Keep(keep_top(scores, call.image_id, [budget.of(size) for size in call.image_sizes]), scores)
+        return Keep(keep_top(scores, call.image_id, call.counts(budget)), scores)
 
 
 class KeepAll(Ranked):

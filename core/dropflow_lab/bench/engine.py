@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.measure.flop_count import count_flops
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
@@ -117,7 +118,7 @@ def _variants(shape: SubjectShape) -> Iterator[dict[str, Any]]:
 def _decode(model: Any, cache: Any) -> Callable[[], Any]:
     """One decode step, which leaves the cache a token longer."""
     token = torch.tensor([[2]])
-    return lambda: model(input_ids=token, past_key_values=cache, use_cache=True)
+    return lambda: model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache})
 
 
 def _overhead(prefill: Mapping[str, list[float]], decode: Mapping[str, list[float]], name: str) -> Overhead:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
+
 _IMAGE_TOKEN = 1
 
 
@@ -121,4 +123,4 @@ def build_batch(shape: SubjectShape) -> dict[str, Any]:
 
 def prefill_of(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
     """Return one prefill as `generate` runs it, to be called: a fresh cache, logits of the last token only."""
-    return lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    return lambda: getattr(model(**inputs, use_cache=True, logits_to_keep=1), CACHE_ARGUMENT)

@@ -14,7 +14,7 @@ import dropflow
 from dropflow import Flow, Policy
 from dropflow.backbone import flops
 from dropflow.backbone.backbone import Backbone, backbone_for
-from dropflow.policy.plan import resolve
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.inputs.data import Sample
 from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.measure.flop_count import count_flops
@@ -134,7 +134,7 @@ def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any
 def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
     def prefill() -> Any:
         options = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
-        return backbone.model.generate(**prompt, **options).past_key_values
+        return getattr(backbone.model.generate(**prompt, **options), CACHE_ARGUMENT)
 
     with _attached(backbone, policy) as (flow, meter):
         cache = prefill()
@@ -194,10 +194,8 @@ def _attached(backbone: Backbone, policy: Policy | None) -> Iterator[tuple[Flow 
     if policy is None:
         yield None, None
         return
-    plan = resolve(policy, backbone.shape)
-    meter = SelectionMeter(plan)
-    with Flow(backbone, plan) as flow:
-        yield flow, meter
+    with dropflow.attach(backbone.model, policy) as flow:
+        yield flow, SelectionMeter(flow.plan)
 
 
 def _bytes(held: torch.Tensor) -> int:

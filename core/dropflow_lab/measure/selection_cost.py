@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropflow import Flow, load_policy
-from dropflow.backbone.backbone import backbone_for
-from dropflow.engine.decoder import run
-from dropflow.engine.vision import encode
+import dropflow
 from dropflow.lifecycle.hooks import HOOKS
-from dropflow.policy.plan import Plan, resolve
+from dropflow.lifecycle.spans import watched
+from dropflow.policy.plan import Plan
 from dropflow_lab.measure.flop_count import count_flops
 
 
@@ -49,7 +46,7 @@ class SelectionMeter:
     def measure(self, run: Callable[[], object]) -> None:
         """Run once and note the seconds of selection."""
         self.elapsed = 0.0
-        with self._timed_taps():
+        with watched(self._timed_span) if self._taps else nullcontext():
             run()
         self.seconds.append(self.elapsed)
 
@@ -87,34 +84,19 @@ class SelectionMeter:
             self.elapsed += time.perf_counter() - start
 
     @contextmanager
-    def _timed_taps(self) -> Iterator[None]:
-        """Time the taps of decoder and vision layers; all of them are the metered stages' where they have any."""
-        with ExitStack() as patched:
-            for module in (run, encode) if self._taps else ():
-                patched.enter_context(patch.object(module, "tap", self._timed_tap(module.tap)))
+    def _timed_span(self, name: str) -> Iterator[None]:  # noqa: ARG002  # taps are the only spans there are
+        start = time.perf_counter()
+        try:
             yield
-
-    def _timed_tap(self, tap: Callable[..., Any]) -> Callable[..., Any]:
-        @contextmanager
-        def timed(implementation: str, seen: Callable[[Any], None]) -> Iterator[None]:
-            opened = tap(implementation, lambda layer: self._timed(lambda: seen(layer)))
-            self._timed(opened.__enter__)
-            try:
-                yield
-            finally:
-                self._timed(lambda: opened.__exit__(None, None, None))
-
-        return timed
+        finally:
+            self.elapsed += time.perf_counter() - start
 
 
 @contextmanager
 def metered(model: Any, policy: Any, stage: str | None = None) -> Iterator[SelectionMeter]:
     """Attach `policy` to `model` with a meter around the stage of that name in the policy, or around all stages."""
-    backbone = backbone_for(model)
-    plan = resolve(load_policy(policy), backbone.shape)
-    meter = SelectionMeter(plan, stage)
-    with Flow(backbone, plan):
-        yield meter
+    with dropflow.attach(model, policy) as flow:
+        yield SelectionMeter(flow.plan, stage)
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

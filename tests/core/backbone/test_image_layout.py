@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dropflow.backbone.image_layout import EXTRA, IMAGE, KEPT, LINE, ImageLayout, flags
-from dropflow.engine.tokens.prompt import join_flags, make_prompt
+from dropflow.backbone.image_layout import ImageLayout
+from dropflow.engine.tokens.prompt import Prompt, VisualTokens, make_prompt
+from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.errors import UnsupportedModel
 
 CPU = torch.device("cpu")
@@ -39,40 +42,76 @@ def test_extra_rows_stay_with_the_last_patch_of_their_line() -> None:
     assert ENDED.keep_of(torch.tensor([0, 0, 1, 0], dtype=torch.bool)).int().tolist() == [0, 0, 1, 0, 1]
 
 
+def test_every_patch_knows_its_row() -> None:
+    for layout in (ImageLayout(4, (2, 2)), NEWLINES, CLS, ENDED, ImageLayout(7, (2, 2), head=1, line_ends=True)):
+        assert layout.patch_rows(CPU).tolist() == (~layout.extra(CPU)).nonzero()[:, 0].tolist()
+        assert layout.lines == int(layout.line(CPU).max()) + 1
+
+
+def test_flags_are_packed_for_the_way_through_transformers() -> None:
+    kept = [torch.tensor([True, False, True, True, False, True]), torch.tensor([False] * 4)]
+    carried = [torch.arange(12.0).view(6, 2), torch.full((4, 2), 7.0)]
+    flags = RowFlags.of([NEWLINES, CLS], 3, 11, CPU, kept, [~kept[0], ~kept[1]], carried)
+    assert (len(flags), flags.images, flags.lines, flags.plan) == (13, 5, 2, 11)
+    assert flags.kept.int().tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert flags.image.tolist() == [3] * 8 + [4] * 5
+    assert flags.carried[[0, 3, 4, 8, 9]].tolist() == [[0, 1], [0, 0], [6, 7], [0, 0], [7, 7]]
+    whole = replace(flags, images=8)
+    for read in (RowFlags.unpack(flags.pack(whole)), RowFlags.unpack(flags.pack(whole), whole)):
+        assert (read.images, read.lines, read.plan) == (8, 2, 11)
+        for name in ("kept", "protected", "image", "line", "extra", "carried"):
+            assert torch.equal(getattr(read, name), getattr(flags, name)), name
+    assert len(RowFlags.unpack(flags.pack(whole)[:0])) == 0
+
+
+def placed(masks: dict[str, torch.Tensor], flags: dict[str, RowFlags] | None, fixed: int | None = None) -> Prompt:
+    visual = VisualTokens.found(masks)
+    assert visual is not None
+    batch = len(visual.mask)
+    asks = (torch.zeros(batch, 1, dtype=torch.long), torch.ones(batch, 1, dtype=torch.bool))
+    return make_prompt(visual, flags and visual.rows(flags), torch.ones_like(visual.mask), asks, fixed)
+
+
 def test_images_of_two_modalities_are_numbered_on() -> None:
     ids = torch.tensor([[7, 8, 8, 9, 9], [8, 7, 9, 9, 7]])
-    tables = {
-        "image": flags([ImageLayout(2), ImageLayout(1)], 0, CPU),
-        "video": flags([ImageLayout(2), ImageLayout(2)], 0, CPU),
+    masks = {"image": ids == 8, "video": ids == 9}
+    flags = {
+        "image": RowFlags.of([ImageLayout(2), ImageLayout(1)], 0, 1, CPU),
+        "video": RowFlags.of([ImageLayout(2), ImageLayout(2)], 0, 1, CPU),
     }
-    joined = join_flags({"image": ids == 8, "video": ids == 9}, tables)
-    assert joined is not None
-    assert joined[:, IMAGE].tolist() == [0, 0, 2, 2, 1, 3, 3]
-    assert joined[:, KEPT].tolist() == [1.0] * 7
-    assert join_flags({"image": ids == 8, "video": ids == 9}, {"image": tables["image"]}) is None
+    prompt = placed(masks, flags)
+    assert prompt.image_id.tolist() == [[-1, 0, 0, 2, 2], [1, -1, 3, 3, -1]]
+    assert prompt.image_sizes == (2, 1, 2, 2)
+    assert prompt.patches.tolist() == [2, 1, 2, 2]
+    visual = VisualTokens.found(masks)
+    assert visual is not None
+    assert visual.rows({"image": flags["image"]}) is None
+    nines = VisualTokens.found({"image": ids == 9})
+    assert nines is not None
     with pytest.raises(UnsupportedModel, match=r"4 image placeholders by the adapter's token ids, but .* 3 rows"):
-        join_flags({"image": ids == 9}, tables)
+        nines.rows(flags)
+    assert VisualTokens.found({"image": ids == 5}) is None
 
 
 def test_a_prompt_tells_patches_from_newlines() -> None:
     visual = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
-    table = flags([NEWLINES], 0, CPU)
-    assert table[:, EXTRA].sum() == 2
-    assert table[:, LINE].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    asks = (torch.tensor([[9]]), torch.tensor([[True]]))
-    prompt = make_prompt(visual, table, torch.ones_like(visual), asks, None)
+    flags = RowFlags.of([NEWLINES], 0, 1, CPU)
+    assert flags.extra.sum() == 2
+    assert flags.line.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    prompt = placed({"image": visual}, {"image": flags})
     assert prompt.scored.tolist() == [[-1, 0, 0, 0, -1, 0, 0, 0, -1, -1]]
     assert prompt.image_id.tolist() == [[-1, 0, 0, 0, 0, 0, 0, 0, 0, -1]]
     assert prompt.image_sizes == (6,)
-    want = torch.tensor([[1, 0, 0, 0, 1, 0, 1, 0, 1, 1]], dtype=torch.bool)
-    assert prompt.without_widows(want).int().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0, 1, 1]]
+    live = torch.tensor([[1, 0, 0, 0, 1, 0, 1, 0, 1, 1]], dtype=torch.bool)
+    assert prompt.without_widows(live).int().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0, 1, 1]]
+    assert prompt.extents["present"] == (10, 10, 10)
+    assert prompt.extents["after"].high == 1
 
 
 def test_without_features_images_are_runs_or_of_fixed_size_numbered_over_the_batch() -> None:
     visual = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
-    asks = (torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.bool))
-    runs = make_prompt(visual, None, torch.ones_like(visual), asks, None)
+    runs = placed({"image": visual}, None)
     assert runs.image_id.tolist() == [[0, 0, -1, 1, 1], [-1] * 5, [-1, 2, 2, 2, 2]]
-    fixed = make_prompt(visual, None, torch.ones_like(visual), asks, 2)
+    fixed = placed({"image": visual}, None, 2)
     assert fixed.image_id.tolist() == [[0, 0, -1, 1, 1], [-1] * 5, [-1, 2, 2, 3, 3]]
     assert fixed.image_sizes == (2, 2, 2, 2)

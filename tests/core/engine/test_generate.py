@@ -10,6 +10,7 @@ from tiny import CHUNKS_IMAGES, HIDROP, IMAGE, KEEP_ALL, RAGGED, policy, prompt,
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import MissingImage, UnsupportedCall
 from dropflow.testing import MaskedOracle
 
@@ -77,7 +78,7 @@ def test_decoding_holds_what_the_schedule_says(llava: Any) -> None:
     with dropflow.attach(llava, HIDROP) as flow:
         output = llava.generate(**inputs, **BUDGET, return_dict_in_generate=True)
         report = flow.report()
-    cache = output.past_key_values
+    cache = getattr(output, CACHE_ARGUMENT)
     visual = [0, 16, 7, 7, 2, 0]
     generated = BUDGET["max_new_tokens"] - 1  # the last token is never fed back
     assert [layer.keys.shape[-2] for layer in cache.layers] == [text + n + generated for n in visual]
@@ -130,7 +131,7 @@ def test_a_second_turn_with_a_new_image_on_the_returned_cache(llava: Any) -> Non
             input_ids=ids,
             attention_mask=mask,
             pixel_values=later["pixel_values"],
-            past_key_values=turn.past_key_values,
+            **{CACHE_ARGUMENT: getattr(turn, CACHE_ARGUMENT)},
             **BUDGET,
         )
         lives.append(flow.live())
@@ -149,11 +150,13 @@ def test_a_text_turn_between_images_is_fitted_to_each_layers_cache(llava: Any) -
     more = torch.randint(3, 97, (3, 4), generator=torch.Generator().manual_seed(3))
     with dropflow.attach(llava, RAGGED) as flow:
         cache = DynamicCache(config=llava.config.text_config)
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         live = flow.live()
         mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
         position = mask.cumsum(1) - 1
-        logits = llava(input_ids=more, attention_mask=mask, past_key_values=cache, position_ids=position[:, -4:]).logits
+        logits = llava(
+            input_ids=more, attention_mask=mask, **{CACHE_ARGUMENT: cache}, position_ids=position[:, -4:]
+        ).logits
         inputs_again = {"input_ids": torch.cat((inputs["input_ids"], more), 1), "pixel_values": inputs["pixel_values"]}
     with MaskedOracle(llava, live):
         # without position ids the first call counted padding, too

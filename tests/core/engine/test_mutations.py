@@ -16,7 +16,8 @@ from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.tokens.cache import FlowLayer
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import gather_mask, restrict_argument
+from dropflow.engine.tokens.masks import gather_mask
+from dropflow.engine.tokens.restricting import restrict
 from dropflow.testing import MaskedOracle
 
 Patch = pytest.MonkeyPatch
@@ -58,22 +59,22 @@ def scores_are_those_of_the_boundarys_layer() -> None:
 
     inputs = prompt([(3, "I", 5)])
     with dropflow.attach(tiny_llava(), policy(read={"use": Reads})) as flow:
-        flow._backbone.model(**inputs)
+        flow._hooks.backbone.model(**inputs)
     expected = tiny_llava(attention="eager")(**inputs, output_attentions=True).attentions[3][:, :, -1:]
     assert relative_error(scores[0], expected) < 1e-5
 
 
 def compact_positions(patch: Patch) -> None:
-    def renumbered(value: Any, live: LiveSet) -> Any:
+    def renumbered(name: str, value: Any, live: LiveSet, more: Any) -> Any:
         ranks = torch.arange(live.slots).expand(live.index.shape)
-        return restrict_argument(value, LiveSet(ranks, live.valid, live.total))
+        return restrict(name, value, LiveSet(ranks, live.valid, live.total), more)
 
-    patch.setattr("dropflow.engine.decoder.layer_arguments.restrict_argument", renumbered)
+    patch.setattr("dropflow.engine.decoder.layer_arguments.restrict", renumbered)
 
 
 def unmasked_padding(patch: Patch) -> None:
-    def trusting(mask: Tensor | None, live: LiveSet, keys: KeyIndex, *, flash: bool) -> Tensor | None:
-        return gather_mask(mask, live, KeyIndex(keys.logical, None, keys.image_id, keys.length), flash=flash)
+    def trusting(mask: Tensor | None, live: LiveSet, keys: KeyIndex, **more: Any) -> Tensor | None:
+        return gather_mask(mask, live, KeyIndex(keys.logical, None, keys.image_id, keys.length), **more)
 
     patch.setattr("dropflow.engine.decoder.layer_arguments.gather_mask", trusting)
 
@@ -108,7 +109,7 @@ def score_one_layer_early(patch: Patch) -> None:
         return attach(model, *args, **kwargs)
 
     def early(self: LayerProbe, number: int, _: Any, *rest: Any, **more: Any) -> None:
-        original(self, number, attached[-1].get_decoder()._modules["layers"][number - 1], *rest, **more)
+        original(self, number, [*attached[-1].get_decoder()._modules["layers"].children()][number - 1], *rest, **more)
 
     patch.setattr(dropflow, "attach", remembering)
     patch.setattr(LayerProbe, "__init__", early)

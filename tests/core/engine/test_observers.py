@@ -83,12 +83,12 @@ def test_without_observers_no_event_is_made_and_nothing_is_told(llava: Any, monk
         raise AssertionError("made although nobody watches")
 
     for name in (
-        "decoder.run.BoundaryEvent",
-        "decoder.run.CacheEvent",
-        "decoder.run.cache_views",
-        "decoder.decide.Eviction",
-        "vision.encode.EncodeStep",
-        "vision.vision.EncodeEvent",
+        "decoder.prompt_run.BoundaryEvent",
+        "decoder.cache_stages.CacheEvent",
+        "decoder.cache_stages.cache_views",
+        "decoder.decide_cache.Eviction",
+        "vision.vision_run.EncodeStep",
+        "vision.encoding.EncodeEvent",
     ):
         monkeypatch.setattr(f"dropflow.engine.{name}", refuse)
     with dropflow.attach(llava, policy(**MIXED)) as flow:

@@ -10,7 +10,8 @@ import torch
 from tiny import HIDROP, RAGGED, policy, prompt, relative_error, tiny_llava
 
 import dropflow
-from dropflow.engine.tokens.prompt import instruction_tokens, make_prompt
+from dropflow.engine.tokens.prompt import VisualTokens, instruction_tokens, make_prompt
+from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.testing import MaskedOracle
 
 SAMPLES = ((3, "I", 9), ("I", 2, "I", 12), (8,))
@@ -124,14 +125,17 @@ def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None
     visual = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1]], dtype=torch.bool)
     valid = torch.ones_like(visual)
     asks = instruction_tokens(valid, None, 0)
-    runs = make_prompt(visual, None, valid, asks, None)
+    runs = make_prompt(VisualTokens(visual, {}), None, valid, asks, None)
     assert runs.image_id.tolist() == [[0, 0, -1, 1, -1, -1], [-1] * 6, [-1, 2, 2, 2, -1, 3]]
     assert runs.image_sizes == (2, 1, 3, 1)
-    pairs = make_prompt(visual[2:], None, valid[2:], (asks[0][2:], asks[1][2:]), 2)
+    pairs = make_prompt(VisualTokens(visual[2:], {}), None, valid[2:], (asks[0][2:], asks[1][2:]), 2)
     assert pairs.image_id.tolist() == [[-1, 0, 0, 1, -1, 1]]
-    flags = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 2], [1, 0, 2], [0, 0, 2], [1, 0, 3]])
-    patches = torch.nn.functional.pad(flags, (0, 2))  # no newlines or other extra rows
-    encoded = make_prompt(visual, patches, valid, asks, None)
+    kept, protected = torch.tensor([1, 0, 1, 1, 1, 0, 1]) > 0, torch.tensor([0, 0, 1, 0, 0, 0, 0]) > 0
+    image, none = torch.tensor([0, 0, 1, 2, 2, 2, 3]), torch.zeros(7, dtype=torch.long)
+    flags = RowFlags(kept, protected, image, none, none > 0, torch.zeros(7, 0), images=4, lines=0, plan=0)
+    found = VisualTokens.found({"image": visual})
+    assert found is not None
+    encoded = make_prompt(found, found.rows({"image": flags}), valid, asks, None)
     assert encoded.image_sizes == (1, 1, 2, 1)
     assert encoded.protected.nonzero().tolist() == [[0, 3]]
     assert (~encoded.present).nonzero().tolist() == [[0, 1], [2, 3]]

@@ -163,7 +163,7 @@ def test_the_schema_accepts_shipped_policies_and_rejects_misspelt_ones() -> None
 
 def points(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> None:
     made = EntryPoints(EntryPoint(name, value, registry.STAGES) for name, value in entries)
-    monkeypatch.setattr(registry, "entry_points", lambda **match: made.select(**match))
+    monkeypatch.setattr(registry, "_points", lambda group: made.select(group=group))
 
 
 def test_a_broken_package_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

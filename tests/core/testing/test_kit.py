@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl
-from dropflow.engine.attach import refusals
-from dropflow.engine.decoder.run import Run
-from dropflow.engine.model.stand_in import StandIn
+from dropflow.engine.attach import model_hooks, refusals
+from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.model.shadowing import Shadows
 from dropflow.testing import (
     BrokenGuarantee,
     assert_stage_conforms,
@@ -33,7 +33,7 @@ def case(which: dict[str, Any], name: str = "llava") -> Case:
 
 def test_what_the_model_adds_behind_layers_being_lost_breaks_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_no_op(case(WINDOW, "qwen3_vl")) == 0.0
-    monkeypatch.setattr(Run, "_with_added", lambda _, __, hidden: hidden)
+    monkeypatch.setattr(PromptRun, "_with_residual", lambda _, __, hidden: hidden)
     with pytest.raises(BrokenGuarantee, match=r"qwen3_vl: guarantee 1 \(no-op identity\) is broken: logits differ"):
         check_no_op(case(WINDOW, "qwen3_vl"))
 
@@ -41,13 +41,13 @@ def test_what_the_model_adds_behind_layers_being_lost_breaks_the_first(monkeypat
 def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     from dropflow.engine.decoder import layer_arguments
 
-    def first_positions(value: Any, live: Any) -> Any:
+    def first_positions(name: str, value: Any, live: Any, more: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(first_positions(item, live) for item in value)
+            return tuple(first_positions(name, item, live, more) for item in value)
         return value[..., : live.slots, :].expand(live.index.shape[0], -1, -1) if value.dim() == 3 else value
 
     assert 0 < check_drop_is_mask(case(WINDOW)) < 1e-5
-    monkeypatch.setattr(layer_arguments, "restrict_argument", first_positions)
+    monkeypatch.setattr(layer_arguments, "restrict", first_positions)
     message = r"guarantee 2 \(drop = mask\) is broken: in front of layer 1, sample 0.*by \d.*allowed 1e-05"
     with pytest.raises(BrokenGuarantee, match=message):
         check_drop_is_mask(case(WINDOW))
@@ -125,7 +125,12 @@ def test_eviction_that_the_masked_run_does_not_know_of_is_noticed(monkeypatch: p
 
 def test_layers_left_replaced_break_the_fourth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_isolation(case(WINDOW)) == 0.0
-    monkeypatch.setattr(StandIn, "remove", lambda _: None)
+
+    class Forgetful(Shadows):
+        def lift_all(self) -> None:
+            pass
+
+    monkeypatch.setattr(model_hooks, "Shadows", Forgetful)
     with pytest.raises(
         BrokenGuarantee, match=r"guarantee 4 \(isolation\) is broken: detaching leaves .*language_model"
     ):

@@ -10,8 +10,6 @@ import torch
 
 import dropflow
 from dropflow import Keep, PruneCall, Stage, hookimpl
-from dropflow.engine.decoder import run
-from dropflow.engine.vision import encode
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.stages import MEASURED, POLICIES, StageBench, bench_stages
 from dropflow_lab.measure.selection_cost import metered
@@ -86,7 +84,7 @@ def test_the_clock_runs_in_the_measured_stage_alone(monkeypatch: pytest.MonkeyPa
     assert meter.seconds == [2 * 10 + 5 + 500] * 2
 
 
-def test_taps_are_timed_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
 
@@ -98,13 +96,11 @@ def test_taps_are_timed_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         def prune(self, call: PruneCall) -> None:
             call.attention_rows(0, call.instruction_slots)
 
-    taps = run.tap, encode.tap
     model = build_model(SMALL)
     with torch.no_grad(), metered(model, {"name": "tap", "stages": {"t": {"use": Taps}}}, "t") as meter:
         meter.measure(prefill_of(model, build_prompt(SMALL)))
     # opening the tap, seeing q and k, closing it, and the hook itself: four stretches of one tick
     assert meter.seconds == [4.0]
-    assert (run.tap, encode.tap) == taps
 
 
 def test_a_metered_model_answers_as_under_the_policy_itself() -> None:

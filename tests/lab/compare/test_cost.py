@@ -13,7 +13,6 @@ import torch
 import dropflow
 from dropflow.backbone.backbone import backbone_for
 from dropflow.policy import registry
-from dropflow.policy.plan import resolve
 from dropflow_lab.compare.compare import fitting
 from dropflow_lab.compare.cost import NEW_TOKENS, measure_cost
 from dropflow_lab.inputs.data import Sample, read_samples
@@ -92,9 +91,8 @@ def test_the_clock_gives_every_stretch_to_one_part(
     model, processor = loaded
     backbone = backbone_for(model)
     prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
-    plan = resolve(dropflow.load_policy(mild), backbone.shape)
-    meter = SelectionMeter(plan)
-    with dropflow.Flow(backbone, plan), monkeypatch.context() as patched:
+    with dropflow.attach(model, mild) as flow, monkeypatch.context() as patched:
+        meter = SelectionMeter(flow.plan)
         ticks = itertools.count()
         patched.setattr(time, "perf_counter", lambda: float(next(ticks)))
         split = Stopwatch(backbone, meter).split(

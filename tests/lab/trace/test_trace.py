@@ -13,6 +13,7 @@ from tiny import HIDROP, policy, prompt, tiny_llava
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.errors import InputError
 from dropflow_lab.trace import Trace, record_inputs
 
@@ -24,7 +25,7 @@ def test_counts_are_those_of_the_report_and_of_the_real_caches(which: dict[str, 
     (run,) = trace.runs
     with dropflow.attach(model, which) as flow:
         behind_prefill = DynamicCache()
-        model(**inputs, past_key_values=behind_prefill)
+        model(**inputs, **{CACHE_ARGUMENT: behind_prefill})
         out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
         report, live = flow.report(), flow.live()
     assert [layer.visual_tokens for layer in run.layers] == [layer.visual_tokens for layer in report.layers]
@@ -32,7 +33,7 @@ def test_counts_are_those_of_the_report_and_of_the_real_caches(which: dict[str, 
     assert [layer.flops for layer in run.layers] == [layer.flops for layer in report.layers]
     assert sum(map(len, trace.entering(run))) == report.entry_visual_tokens
     assert run.calls[0].kv_entries == [layer.keys.shape[-2] for layer in behind_prefill.layers]
-    assert run.calls[-1].kv_entries == [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    assert run.calls[-1].kv_entries == [layer.keys.shape[-2] for layer in getattr(out, CACHE_ARGUMENT).layers]
     assert [call.token for call in run.calls] == out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     for boundary in run.boundaries:
         kept = [

@@ -2,62 +2,44 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from dropflow.engine.decoder.site import DecoderRun, Site
+from dropflow.engine.tokens.prompt import VisualTokens
+from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.vision_run import VisionRun
+
+if TYPE_CHECKING:
+    from dropflow.engine.attach.flow import Flow
 
 
 @dataclass(eq=False)
 class Call:
-    """What earlier hooks of one forward leave for later ones."""
+    """All that belongs to one call: made when it begins, gone when it ends, however it ends."""
 
-    owner: object
-    """The module whose hooks opened this call and will close it."""
-    thread: int
+    owner: Any
+    """The module whose hooks opened this call and will close it, or the method that encodes images by itself."""
+    flow: Flow | None
+    """The policy that counts; `None` where the model runs dense."""
+    site: Site | None
     labels: Tensor | None = None
     logits_to_keep: int = 0
-    attention_mask: Tensor | None = None
-    visual: Tensor | None = None
-    """Visual tokens (batch, tokens) boolean, if this call brings images."""
-    modalities: Mapping[str, Tensor] = field(default_factory=dict)
-    """The same by modality, where the prompt tells."""
-    flags: dict[str, Tensor] = field(default_factory=dict)
-    """Modality -> flags of the visual rows, in placeholder order (see `image_layout.py`)."""
+    attention_mask: Any = None
+    visual: VisualTokens | None = None
+    """Visual tokens, if this call brings images."""
+    flags: dict[str, RowFlags] = field(default_factory=dict)
+    """Modality -> flags of the rows of its features."""
     loss: Mapping[str, Any] | None = None
-    """Arguments of the loss, if it is computed behind the model on live positions."""
+    """Arguments of the loss, if it is computed after the model on live positions."""
     live_rows: Tensor | None = None
     """Row of the head's input that each position (batch, tokens) reads, where it runs on live positions only."""
-
-
-class CallLock:
-    """Lets one thread at a time run the forward of one attached model; forwards of others wait.
-
-    The steps of a `generate` take turns with those of another thread: all that outlives a forward is in its own cache.
-    A call that ended by an exception no hook saw (a keyboard interrupt) is taken over by the next one of its thread.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.call: Call | None = None
-
-    def open(self, owner: object) -> Call:
-        """Begin a call, waiting for another thread's to end."""
-        thread = threading.get_ident()
-        if self.call is None or self.call.thread != thread:
-            self._lock.acquire()
-        self.call = Call(owner, thread)
-        return self.call
-
-    def mine(self) -> Call | None:
-        """This thread's open call."""
-        call = self.call
-        return call if call is not None and call.thread == threading.get_ident() else None
-
-    def close(self) -> None:
-        """End this thread's call, if it has one."""
-        if self.mine() is not None:
-            self.call = None
-            self._lock.release()
+    encoding: bool = False
+    """True while a features method runs, which may call another one."""
+    vision: VisionRun | None = None
+    """The pass through the vision encoder that runs now."""
+    decoder: DecoderRun | None = None
+    """The pass through the text decoder that runs now."""

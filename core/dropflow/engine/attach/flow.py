@@ -1,76 +1,30 @@
-"""Attaching a policy to a model."""
+"""What attaching returns: a flow for one policy, or a set of flows of which each call chooses one."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dropflow.backbone.backbone import Backbone, backbone_for
-from dropflow.backbone.versions import warn_if_untested
-from dropflow.engine.attach import refusals
 from dropflow.engine.attach.model_hooks import ModelHooks
 from dropflow.engine.decoder.record import CallRecord, Report
-from dropflow.errors import UnsupportedCall, UnsupportedModel
-from dropflow.policy.plan import Plan, resolve
+from dropflow.errors import UnsupportedCall, nearest
+from dropflow.policy.plan import Plan
 from dropflow.policy.policy import Policy
-from dropflow.policy.policy_file import Source, load_policy
-from dropflow.policy.recorded import Recording, recorded_policy
-
-_attached: weakref.WeakKeyDictionary[Any, weakref.ref[Flow]] = weakref.WeakKeyDictionary()
-"""Flow of each attached core; weak on both sides, since a flow holds its model."""
-
-
-def attach(
-    model: Any,
-    policy: Source | None = None,
-    *,
-    overrides: Sequence[str] = (),
-    adapter: str | type[Backbone] | None = None,
-) -> Flow:
-    """Let `policy` govern every forward of `model` until the flow is detached or its `with` block ends.
-
-    `policy` is a name, a path, a mapping or a `Policy`; without one, the policy recorded in the model's config counts.
-    `overrides` are `path=value`. `adapter` names a backbone adapter where the model's `model_type` does not. Nothing of
-    the model is changed but a few removable hooks, and `config.dropflow`, which holds the policy while it is attached:
-    a model saved meanwhile, such as by a trainer, records it (see `Flow.record`).
-
-    Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
-    (or has a flow attached already).
-    """
-    warn_if_untested()
-    backbone = backbone_for(model, adapter)
-    present = _flow_of(backbone)
-    if present is not None:
-        name = present.policy.name
-        raise UnsupportedModel(f"attach: the policy {name!r} is attached to this model already; detach it first")
-    source = recorded_policy(backbone.model.config) if policy is None else policy
-    return Flow(backbone, resolve(load_policy(source, overrides), backbone.shape))
-
-
-def _flow_of(backbone: Backbone) -> Flow | None:
-    reference = _attached.get(backbone.core)
-    return None if reference is None else reference()
+from dropflow.policy.recorded import Recording
 
 
 class Flow:
     """A policy attached to a model; a context manager that detaches at its end."""
 
-    def __init__(self, backbone: Backbone, plan: Plan) -> None:
-        refusals.check_model(backbone, plan)
-        for _, stage in plan.stages:
-            stage.prepare(backbone)
-        self._backbone, self._plan = backbone, plan
-        self._service = ModelHooks(backbone, plan)
-        self._service.flow = self
-        self._recording = Recording(backbone.model.config, plan.policy)
-        _attached[backbone.core] = weakref.ref(self)
+    def __init__(self, plan: Plan, hooks: ModelHooks, recording: Recording | None, detach: Callable[[], None]) -> None:
+        """Made by `dropflow.attach`; `detach` takes it off the model."""
+        self._plan, self._hooks, self._recording, self._detach = plan, hooks, recording, detach
+        self._record: CallRecord | None = None
 
     @property
     def policy(self) -> Policy:
@@ -84,8 +38,8 @@ class Flow:
 
     @property
     def attached(self) -> bool:
-        """Whether the policy still governs the model."""
-        return _flow_of(self._backbone) is self
+        """Whether the policy still governs the model, or is one that its calls may choose."""
+        return any(flow is self for flow in self._hooks.flows.values())
 
     def report(self) -> Report:
         """Tokens per layer, FLOPs and KV bytes of the last prefill that brought images.
@@ -95,7 +49,7 @@ class Flow:
         return self._last().report()
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
-        """Which tokens of the last prefill that brought images were live in front of each layer; errors as `report`."""
+        """Which tokens of the last prefill that brought images were live before each layer; errors as `report`."""
         return self._last().live()
 
     def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
@@ -105,12 +59,16 @@ class Flow:
         """
         return dict(self._last().merges)
 
+    def noted(self, record: CallRecord | None) -> None:
+        """Take what happened in a prefill; the engine calls it."""
+        self._record = record or self._record
+
     def _last(self) -> CallRecord:
         if self._plan.idle:
             raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is watched")
-        if self._service.record is None:
+        if self._record is None:
             raise UnsupportedCall("report: no prompt with images has been run since this policy was attached")
-        return self._service.record
+        return self._record
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
@@ -123,32 +81,84 @@ class Flow:
             raise UnsupportedCall(
                 f"visual: expected a torch.bool tensor (batch, tokens), got {tokens.dtype} {tuple(tokens.shape)}"
             )
-        self._service.stated.visual = tokens
-        try:
+        with self._hooks.visual.let(self._hooks, tokens):
             yield
-        finally:
-            self._service.stated.visual = None
 
     def record(self) -> None:
         """Leave the policy in the model's config for good, so that models saved after `detach` record it, too.
 
         Raises `PolicyError` for a policy that `attach` could not read back, such as one whose stages are no entry
-        points of an installed package.
+        points of an installed package, and `UnsupportedCall` for one of a set that is not its default.
         """
+        if self._recording is None:
+            raise UnsupportedCall("record: a model's config holds one policy, which is the default of the set")
         self._recording.keep()
 
     def detach(self) -> None:
-        """Take every hook off the model; harmless when done before."""
-        self._service.remove()
-        self._recording.remove()
-        if self.attached:
-            del _attached[self._backbone.core]
+        """Take every hook off the model, after the forward that runs now, if one does; harmless when done before.
+
+        Of a set, all policies are detached together.
+        """
+        self._detach()
 
     def __enter__(self) -> Flow:
         if not self.attached:
             raise UnsupportedCall(
-                f"flow: the policy {self.policy.name!r} was detached, and a flow serves once; call `dropflow.attach` "
-                "again"
+                f"flow: the policy {self.policy.name!r} was detached, and a flow cannot be reused after detach; call "
+                "`dropflow.attach` again"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+class FlowSet(Mapping[str, Flow | None]):
+    """Named policies attached to one model, of which each call chooses one; `None` stands for the model as it is.
+
+    Maps names to flows. A context manager that detaches all of them at its end.
+    """
+
+    def __init__(self, flows: Mapping[str, Flow | None], hooks: ModelHooks, detach: Callable[[], None]) -> None:
+        """Made by `dropflow.attach_set`."""
+        self._flows, self._hooks, self._detach = dict(flows), hooks, detach
+
+    def __getitem__(self, name: str) -> Flow | None:
+        return self._flows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flows)
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model's calls still choose among these."""
+        return bool(self._hooks.flows) and self._hooks.flows.keys() == self._flows.keys()
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Flow | None]:
+        """Let the policy of this name count for the calls of this thread inside the block; gives its flow.
+
+        Every call of one `generate` must run under the same. Raises `UnsupportedCall` for a name that is not in the
+        set.
+        """
+        if name not in self._flows:
+            raise UnsupportedCall(f"using: no policy {name!r} in this set; {nearest(name, self._flows)}")
+        with self._hooks.chosen.let(self._hooks, name):
+            yield self._flows[name]
+
+    def detach(self) -> None:
+        """Take every hook off the model, after the forward that runs now, if one does; harmless when done before."""
+        self._detach()
+
+    def __enter__(self) -> FlowSet:
+        if not self.attached:
+            raise UnsupportedCall(
+                "flows: this set was detached, and cannot be reused after detach; call `dropflow.attach_set` again"
             )
         return self
 

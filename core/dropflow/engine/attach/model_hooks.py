@@ -1,133 +1,232 @@
-"""Serves every forward of one model under a plan: the hooks that carry a call from its first module to its last."""
+"""The hooks of one attached model: they carry each call from its first module to its last."""
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dropflow.backbone.backbone import MODALITIES
-from dropflow.backbone.wrapped import check_called, forget_compiled
+from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
-from dropflow.engine.attach.call import Call, CallLock
+from dropflow.engine.attach.call import Call
+from dropflow.engine.attach.stated import Stated
+from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import full_logits, live_states, loss_of, shifted
-from dropflow.engine.decoder.record import CallRecord
-from dropflow.engine.decoder.run import Run
-from dropflow.engine.model.stand_in import StandIn
-from dropflow.engine.tokens.cache import is_flow_cache, serving
-from dropflow.engine.tokens.prompt import instruction_tokens, join_flags, make_prompt, valid_tokens
-from dropflow.engine.vision.vision import Vision, take_flags, with_flags
+from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.model.arguments import cache_in, named, parameters_of
+from dropflow.engine.model.attention import HeadShards
+from dropflow.engine.model.shadowing import Shadows
+from dropflow.engine.model.stand_in import RunLayer, stand_in
+from dropflow.engine.model.turns import Turn, Turns, calling_frame
+from dropflow.engine.tokens.cache import check_written_by, is_flow_cache, seen_by, serving
+from dropflow.engine.tokens.prompt import (
+    VisualTokens,
+    document_starts,
+    instruction_tokens,
+    make_prompt,
+    valid_tokens,
+)
+from dropflow.engine.vision.encoding import encode, joined, take_flags, with_flags
+from dropflow.engine.vision.vision_run import VisionRun
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.questions import questions_of
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
-    from dropflow.policy.plan import Plan
-
-_encoding: ContextVar[bool] = ContextVar("dropflow_encoding", default=False)
-"""True while a wrapped features method runs, in this thread."""
+    from dropflow.engine.attach.flow import Flow, FlowSet
+    from dropflow.policy.recorded import Recording
 
 
 class ModelHooks:
-    """Hooks on model, core and text decoder; installed on creation, gone after `remove`."""
+    """Hooks on model, core and text decoder, and what stands over their attributes; gone after `remove`.
 
-    def __init__(self, backbone: Backbone, plan: Plan) -> None:
-        self._backbone, self._plan = backbone, plan
-        self._lock = CallLock()
-        self._layers = StandIn(backbone.text)
-        self._vision = Vision(plan, backbone)
-        self._run: Run | None = None
-        self._undo: list[Callable[[], None]] = []
-        self.stated = threading.local()
-        """Its `visual` holds the visual tokens a caller states for the calls of this thread."""
-        self.flow: object = None
-        """What attached this service: alive as long as the hooks are, whoever else holds it."""
-        self.record: CallRecord | None = None
-        """What happened in the last prefill that brought images."""
-        if not plan.idle:
-            self._install()
+    They are inert until `flows` are set, and again from the moment they are taken away. So wherever attaching or
+    detaching is interrupted, what is left on the model changes nothing, and the next one cleans it up.
+    """
 
-    def remove(self) -> None:
-        """Take every hook off the model; harmless when done before."""
-        while self._undo:
-            self._undo.pop()()
-        self.flow = None
-        self._close()
+    def __init__(self, backbone: Backbone, turns: Turns, shards: HeadShards | None) -> None:
+        self.backbone, self._turns, self._shards = backbone, turns, shards
+        self._standing, self._passing = Shadows(), Shadows()
+        """What lies over the model's objects while it is attached, and for a moment of a call."""
+        self._handles: list[Any] = []
+        self.flows: Mapping[str, Flow | None] = {}
+        """The policies that may count, by name; `None` for dense. Empty while nothing is attached."""
+        self.default = ""
+        """Name of the one that counts where a caller states none."""
+        self.handle: Flow | FlowSet | None = None
+        """What attaching returned: alive as long as the hooks are, whoever else holds it."""
+        self.recording: Recording | None = None
+        """The policy in the model's config."""
+        self.serials: set[int] = set()
+        """`Plan.serial` of every policy of `flows`."""
+        self.chosen: Stated[str] = Stated("dropflow_chosen")
+        self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
+        """Visual tokens that a caller states for the calls of a thread."""
 
-    def _install(self) -> None:
-        forget_compiled(self._backbone.text.layers)
-        model, core, text = self._backbone.model, self._backbone.core, self._backbone.text
-        hooked = [
-            (core, self._before_core, self._after_core),
-            (text, self._before_text, self._after_text),
-        ]
+    # Attaching and detaching; the caller has a turn
+
+    def install(self, flows: Mapping[str, Flow | None], default: str) -> None:
+        """Put everything on the model, and let the flows count from now on."""
+        self.remove()
+        if all(flow is None or flow.plan.idle for flow in flows.values()):  # nothing can change anything
+            self.default, self.flows = default, dict(flows)
+            return
+        model, core, text = self.backbone.model, self.backbone.core, self.backbone.text
+        hooked = [(core, self._before_core, self._after_core), (text, self._before_text, self._after_text)]
         if model is not core:  # a core may be attached without its head
             hooked.append((model, self._before_model, self._after_model))
         for module, before, after in hooked:
-            handles = (
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True, always_call=True),
-            )
-            self._undo += [handle.remove for handle in handles]
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        plans = [flow.plan for flow in flows.values() if flow is not None]
+        stand_in(self._standing, text, self._decoder_layer)
+        encoder = self.backbone.vision
+        if encoder is not None:
+            stand_in(self._standing, encoder.owner, self._vision_layer)
+            if encoder.projector is not None and any("features" in plan.encode_at for plan in plans):
+                self._handles.append(encoder.projector.register_forward_pre_hook(self._before_projector))
         for modality in MODALITIES:
-            if hasattr(core, f"get_{modality}_features"):
-                self._wrap_features(core, modality)
+            name = f"get_{modality}_features"
+            if hasattr(core, name):
+                self._standing.lay(core.__dict__, name, self._features_method(core, modality))
+        self.default, self.flows = default, dict(flows)
 
-    def _wrap_features(self, core: Any, modality: str) -> None:
+    def remove(self) -> None:
+        """Take everything off the model; harmless when done before, and may be interrupted and done again."""
+        self.flows = {}
+        self._passing.lift_all()
+        self._standing.lift_all()
+        while self._handles:
+            self._handles[-1].remove()
+            self._handles.pop()
+
+    # Turns and calls
+
+    def _open(self, owner: object, frame: FrameType) -> Call | None:
+        """Begin a call, after those of other threads; `None` where nothing is attached any more.
+
+        What an interrupted call has left on the model's objects is put back first.
+        """
+        mine = self._turns.mine()
+        if mine is not None:
+            raise UnsupportedCall(
+                f"{type(owner).__name__}: called inside of its own forward, such as by a stage's hook; a stage may run "
+                "other models, attached ones too, but not the one it is attached to"
+            )
+        turn = self._turns.take(frame)
+        self._passing.lift_all()
+        if not self.flows:
+            turn.end()
+            return None
+        flow = self.flows[self.chosen.of(self, self.default)]
+        site = None
+        if flow is not None and not flow.plan.idle:
+            site = Site(flow.plan, self.backbone, self._passing, self._shards)
+        turn.call = call = Call(owner, flow, site)
+        if site is not None:
+            serving.set(_while(turn))  # from here on: some cores build the masks themselves, before the text decoder
+        return call
+
+    def _mine(self) -> Call | None:
+        """This thread's call."""
+        turn = self._turns.mine()
+        return None if turn is None else turn.call
+
+    def _close(self, owner: object) -> None:
+        """End the call that `owner` has opened, if it has."""
+        turn = self._turns.mine()
+        if turn is not None and turn.call is not None and turn.call.owner is owner:
+            serving.set(None)
+            turn.end()
+
+    def _decoder_layer(self) -> RunLayer | None:
+        call = self._mine()
+        return call.decoder.layer if call is not None and call.decoder is not None else None
+
+    def _vision_layer(self) -> RunLayer | None:
+        call = self._mine()
+        return call.vision.layer if call is not None and call.vision is not None and call.vision.inside else None
+
+    # Images
+
+    def _features_method(self, core: Any, modality: str) -> Any:
         name = f"get_{modality}_features"
         original = getattr(core, name)
         signature = inspect.signature(original)
 
         @wraps(original)
         def get_features(*args: Any, **kwargs: Any) -> Any:
-            if _encoding.get():  # a model may encode videos by its method for images
-                return original(*args, **kwargs)
-            if not kwargs.get("return_dict", True):
-                raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
-            token = _encoding.set(True)
-            try:
-                given = signature.bind_partial(*args, **kwargs).arguments
-                output, flags = self._vision.encode(
-                    modality, lambda: original(*args, **(kwargs | {"return_dict": True})), given
-                )
-            finally:
-                _encoding.reset(token)
-            call = self._lock.mine()
+            call = self._mine()
+            if call is not None and (call.encoding or call.site is None):
+                return original(*args, **kwargs)  # a model may encode videos by its method for images
+            alone = call is None
             if call is None:
-                return with_flags(output, flags)
-            call.flags[modality] = torch.cat(flags)
-            return output
+                call = self._open(get_features, sys._getframe())
+            try:
+                if call is None or call.site is None:
+                    return original(*args, **kwargs)
+                if not kwargs.get("return_dict", True):
+                    raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
+                given = signature.bind_partial(*args, **kwargs).arguments
+                call.encoding = True
+                call.vision = VisionRun(call.site) if call.site.plan.encode_at else None
+                output, flags = encode(
+                    call.site,
+                    call.vision,
+                    modality,
+                    lambda: original(*args, **(kwargs | {"return_dict": True})),
+                    given,
+                )
+                if alone:
+                    return with_flags(output, flags)
+                call.flags[modality] = joined(flags)
+                return output
+            finally:
+                if call is not None:
+                    call.encoding, call.vision = False, None
+                if alone:
+                    self._close(get_features)
 
-        setattr(core, name, get_features)
-        self._undo.append(lambda: core.__dict__.pop(name, None))
+        return get_features
+
+    def _before_projector(self, projector: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG002
+        call = self._mine()
+        if call is None or call.vision is None or not call.vision.reduces_features:
+            return None
+        return call.vision.features(args[0]), *args[1:]
 
     # Hooks of the model: labels and loss
 
     def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(model, self._backbone.model)
-        args, kwargs = _named(model, args, kwargs)
-        call = self._open(model)
+        self._check_owner(model, self.backbone.model)
+        args, kwargs = named(model, args, kwargs)
+        call = self._open(model, calling_frame())
+        if call is None or call.site is None:
+            self._check_dense(call, kwargs)
+            return args, kwargs
         keep = kwargs.get("logits_to_keep", 0)
         call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
         brings = self._brings_images(kwargs)
-        refusals.check_call(self._backbone, self._plan, kwargs, brings)
+        refusals.check_call(self.backbone, call.site.plan, kwargs, brings)
         if call.labels is not None and brings and isinstance(keep, int) and keep == 0 and "shift_labels" not in kwargs:
-            own = inspect.signature(model.forward).parameters
+            own = parameters_of(model)
             call.loss = {"labels": call.labels, **{k: v for k, v in kwargs.items() if k not in own}}
             kwargs = kwargs | {"labels": None}
         return args, kwargs
 
     def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        call = self._lock.mine()
+        call = self._mine()
         try:
-            if call is None or call.loss is None or output is None:
+            if call is None or call.owner is not model or call.loss is None or output is None:
                 return output
             logits = output[0]
             if call.live_rows is None:  # nothing was dropped: the loss as the model itself computes it
@@ -140,124 +239,147 @@ class ModelHooks:
             output["logits"] = logits
             return type(output)(**{**output, "loss": loss})
         finally:
-            self._close()
+            self._close(model)
 
-    # Hooks of the core: images
+    # Hooks of the core: which tokens are visual
 
     def _before_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(core, self._backbone.core)
-        args, kwargs = _named(core, args, kwargs)
-        call = self._lock.mine()
-        if call is None or call.owner is core:
-            check_called(self._backbone.model)
-            call = self._open(core)
-            refusals.check_call(self._backbone, self._plan, kwargs, self._brings_images(kwargs))
+        self._check_owner(core, self.backbone.core)
+        args, kwargs = named(core, args, kwargs)
+        call = self._mine()
+        if call is None or call.owner is not self.backbone.model or call.owner is core:
+            check_called(self.backbone.model)
+            call = self._open(core, calling_frame())
+            if call is not None and call.site is not None:
+                refusals.check_call(self.backbone, call.site.plan, kwargs, self._brings_images(kwargs))
+        if call is None or call.site is None:
+            self._check_dense(call, kwargs)
+            return args, kwargs
         call.attention_mask = kwargs.get("attention_mask")
-        call.modalities, call.visual = self._visual_tokens(kwargs)
+        call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
-            plain, call.flags = take_flags(self._backbone, kwargs["mm_encoder_outputs"])
+            plain, call.flags = take_flags(call.site, kwargs["mm_encoder_outputs"], kwargs)
             kwargs = kwargs | {"mm_encoder_outputs": plain}
         return args, kwargs
 
-    def _brings_images(self, kwargs: dict[str, Any]) -> bool:
-        return self._stated(kwargs) is not None or self._backbone.has_images(kwargs)
+    def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
+        self._close(core)
+        return output
 
-    def _visual_tokens(self, kwargs: dict[str, Any]) -> tuple[Mapping[str, Tensor], Tensor | None]:
+    def _check_dense(self, call: Call | None, kwargs: dict[str, Any]) -> None:
+        """Where no policy counts, nothing that was made under one may be used."""
+        if call is not None:
+            refusals.check_dense(kwargs)
+
+    def _brings_images(self, kwargs: dict[str, Any]) -> bool:
+        return self._stated(kwargs) is not None or self.backbone.has_images(kwargs)
+
+    def _visual_tokens(self, kwargs: dict[str, Any]) -> VisualTokens | None:
         stated = self._stated(kwargs)
         if stated is not None:
-            return {}, stated
-        backbone, ids = self._backbone, kwargs.get("input_ids")
+            return VisualTokens(stated, {}) if bool(stated.any()) else None
+        backbone, ids = self.backbone, kwargs.get("input_ids")
         embeds: Any = kwargs.get("inputs_embeds")
         brings = backbone.modalities_in(kwargs)
         if brings:
-            masks = {
-                name: backbone.embedded_placeholders(embeds, name) if ids is None else backbone.placeholders(ids, name)
-                for name in sorted(brings)
-            }
-            visual = torch.stack(list(masks.values())).any(0)
-            return masks, visual if bool(visual.any()) else None
+            return VisualTokens.found(
+                {
+                    name: backbone.embedded_placeholders(embeds, name)
+                    if ids is None
+                    else backbone.placeholders(ids, name)
+                    for name in sorted(brings)
+                }
+            )
         if ids is not None:
-            refusals.check_placeholders(backbone, ids, kwargs.get("past_key_values"))
-        return {}, None
+            refusals.check_placeholders(backbone, ids, cache_in(kwargs)[1])
+        return None
 
-    def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        call = self._lock.mine()
-        if call is not None and call.owner is core:
-            self._close()
-        return output
+    def _stated(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Visual tokens that the caller states, where they are those of this call."""
+        visual = self.visual.of(self, None)
+        if visual is None:
+            return None
+        embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)[1]
+        given: Any = kwargs.get("input_ids") if embeds is None else embeds
+        return refusals.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
 
     # Hooks of the text decoder: layers
 
     def _before_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._lock.mine()
+        args, kwargs = named(text, args, kwargs)
+        call = self._mine()
         if call is None:
+            call = self._open_directly(text, kwargs)
+        if call is None or call.site is None:
             return args, kwargs
-        args, kwargs = _named(text, args, kwargs)
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        stand_in(self._standing, text, self._decoder_layer)  # should somebody have replaced the list
+        site, (_, cache) = call.site, cache_in(kwargs)
+        embeds = kwargs.get("inputs_embeds")
         if call.visual is None and not is_flow_cache(cache):
             return args, kwargs  # nothing to restrict, nothing to fit: the model runs as it is
+        check_written_by(cache, site.plan.identity, site.plan.policy.name)
         if embeds is None:
-            embeds = self._backbone.text.get_input_embeddings()(kwargs["input_ids"])
+            embeds = self.backbone.text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
-        refusals.check_positions(self._plan, kwargs.get("position_ids"))
-        prompt = None
-        added: tuple[tuple[Tensor, Tensor], ...] = ()
-        if call.visual is not None:
-            batch, tokens = embeds.shape[:2]
-            valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device)
-            instruction = instruction_tokens(valid, call.labels, call.logits_to_keep)
-            fixed = self._backbone.tokens_per_image
-            flags = join_flags(call.modalities, call.flags)
-            refusals.check_encoded(self._plan, flags)
-            prompt = make_prompt(call.visual.to(embeds.device), flags, valid, instruction, fixed)
-            if self._plan.reads_questions:
-                prompt = replace(prompt, questions=questions_of(batch))
-            kwargs, added = self._backbone.deepstack_residuals(kwargs)
-        step = 0 if prompt is not None else _generated(cache)
-        self._run = Run(self._plan, self._backbone, prompt, embeds, step, added)
-        self._layers.install(self._run.layer)
+        refusals.check_positions(site.plan, kwargs.get("position_ids"))
+        if call.visual is None:
+            call.decoder = ContinuedRun(site, embeds, _generated(cache))
+            return args, kwargs
+        flags = call.visual.rows(call.flags)
+        refusals.check_encoded(site.plan, flags)
+        batch, tokens = embeds.shape[:2]
+        valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, seen_by(cache))
+        starts = None
+        if call.attention_mask is None and cache is None:  # only then transformers takes rows for packed ones
+            starts = document_starts(kwargs.get("position_ids"))
+            refusals.check_packed(site.implementation, starts)
+        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts)
+        visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
+        prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
+        if site.plan.reads_questions:
+            prompt = replace(prompt, questions=questions_of(len(embeds)))
+        kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
+        call.decoder = PromptRun(site, prompt, embeds, residuals)
         return args, kwargs
 
-    def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        run, call = self._run, self._lock.mine()
-        if run is None or call is None:
-            return output
-        self._stop()
-        if output is None:  # the forward has raised
-            return output
-        self.record = run.record or self.record
-        run.finish()
-        hidden = output[0]
-        if call.loss is not None and not run.live.everything:
-            wanted = (
-                shifted(call.loss["labels"]) != -100
-                if self._backbone.model.training
-                else torch.ones_like(run.live_mask)
-            )
-            hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
-        else:
-            hidden = run.live.expand(hidden)
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output["last_hidden_state"] = hidden
-        return output
-
-    def _open(self, module: Any) -> Call:
-        call = self._lock.open(module)
-        self._stop()  # what a call that no hook saw the end of (a keyboard interrupt) has left
-        serving.set(True)  # from here on: some cores build the masks themselves, in front of the text decoder
+    def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:
+        """Begin a call of the decoder by itself, which says less than one of the core."""
+        call = self._open(text, calling_frame())
+        if call is None or call.site is None:
+            self._check_dense(call, kwargs)
+            return call
+        call.attention_mask = kwargs.get("attention_mask")
+        stated, (_, cache) = self._stated(kwargs), cache_in(kwargs)
+        if stated is not None or kwargs.get("input_ids") is not None:
+            refusals.check_call(self.backbone, call.site.plan, kwargs, stated is not None)
+            call.visual = self._visual_tokens(kwargs)
+        elif not is_flow_cache(cache):
+            refusals.refuse_direct_call(type(text).__name__)
         return call
 
-    def _stop(self) -> None:
-        if self._run is not None:
-            self._run = None
-            self._layers.remove()
-
-    def _close(self) -> None:
-        self._stop()
-        if self._lock.mine() is not None:
-            serving.set(False)
-        self._lock.close()
+    def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
+        call = self._mine()
+        try:
+            if call is None or call.decoder is None or call.flow is None:
+                return output
+            run, call.decoder = call.decoder, None
+            if output is None:  # the forward has raised
+                return output
+            call.flow.noted(run.record)
+            run.finish()
+            hidden = output[0]
+            if call.loss is not None and isinstance(run, PromptRun) and not run.live.everything:
+                training = self.backbone.model.training
+                wanted = shifted(call.loss["labels"]) != -100 if training else torch.ones_like(run.live_mask)
+                hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
+            else:
+                hidden = run.live.expand(hidden)
+            if isinstance(output, tuple):
+                return (hidden, *output[1:])
+            output["last_hidden_state"] = hidden
+            return output
+        finally:
+            self._close(text)
 
     def _check_owner(self, module: Any, own: Any) -> None:
         if module is not own:
@@ -265,33 +387,25 @@ class ModelHooks:
                 f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes some); "
                 "attach a policy to each copy, or use DistributedDataParallel"
             )
-
-    def _stated(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Visual tokens that the caller states, where they are those of this call."""
-        visual: Tensor | None = getattr(self.stated, "visual", None)
-        if visual is None:
-            return None
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        given: Any = kwargs.get("input_ids") if embeds is None else embeds
-        return refusals.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
+        if torch.compiler.is_exporting():
+            raise UnsupportedCall(
+                "torch.export: a policy decides anew at every call what flows, which no exported graph can hold; "
+                "export the model after detaching"
+            )
 
     def __reduce__(self) -> NoReturn:
+        names = ", ".join(repr(flow.policy.name) for flow in self.flows.values() if flow is not None)
         raise UnsupportedModel(
-            f"a model with a policy attached cannot be copied or pickled ({self._plan.policy.name!r} is); detach first "
-            "and attach to the copy. `save_pretrained` and `state_dict` work, and the config records the policy"
+            f"a model with a policy attached cannot be copied or pickled ({names} is); detach first and attach to the "
+            "copy. `save_pretrained` and `state_dict` work, and the config records the policy"
         )
 
 
+def _while(turn: Turn) -> Any:
+    return lambda: turn.mine
+
+
 def _generated(cache: Any) -> int:
-    """Tokens appended since the last prompt was settled, this call's one included."""
+    """Tokens appended since the last prompt was noted, this call's one included."""
     layer = cache.layers[0]
     return int(layer.length - layer.prompt + 1) if layer.index is not None else 0
-
-
-def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional arguments by their names, so that hooks find them."""
-    if not args:
-        return args, kwargs
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [p.name for p in parameters[: len(args)]]
-    return (), dict(zip(names, args, strict=True)) | kwargs

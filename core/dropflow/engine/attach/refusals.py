@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.wrapped import check_compiled
-from dropflow.engine.tokens.cache import check_cache
-from dropflow.engine.vision.vision import FlowFeatures
+from dropflow.engine.model.arguments import annotated_parameters, cache_in
+from dropflow.engine.model.attention import HeadShards
+from dropflow.engine.tokens.cache import check_cache, is_flow_cache
+from dropflow.engine.tokens.restricting import CACHES, check_parameters
+from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.encoding import FlowFeatures
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.questions import questions_of
 
@@ -21,9 +26,33 @@ if TYPE_CHECKING:
     from dropflow.policy.plan import Plan
 
 
-def check_model(backbone: Backbone, plan: Plan) -> None:
-    """Refuse a policy whose stages need facts the backbone cannot give, or name layers it has not."""
+TENSOR_STYLES = frozenset(
+    {
+        "colwise",
+        "rowwise",
+        "packed_colwise",
+        "packed_rowwise",
+        "rowwise_split_input",
+        "rowwise_rep",
+        "colwise_rep",
+        "colwise_gather_output",
+        "embedding_rowwise",
+        "embedding_colwise",
+        "replicated_with_grad_allreduce",
+        "replicate",
+        "all_reduce",
+    }
+)
+"""Styles of tensor-parallel plans by which every rank sees every token, and some heads."""
+
+
+def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> None:
+    """Refuse a policy whose stages need facts the backbone cannot give, or name layers that it lacks."""
     check_compiled({"core": backbone.core, "text decoder": backbone.text})
+    for layer in {type(layer): layer for layer in backbone.text._modules["layers"]}.values():
+        found = annotated_parameters(layer)
+        if found is not None:
+            check_parameters(type(layer).__name__, found, backbone.token_arguments)
     facts = backbone.facts()
     faults = [
         f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
@@ -36,6 +65,12 @@ def check_model(backbone: Backbone, plan: Plan) -> None:
         wrong = [layer for layer in (*stage.prune_at, *stage.taps, *stage.decode_taps) if not 0 <= layer < depth]
         faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
     faults += _vision_faults(backbone, plan)
+    faults += [
+        f"stages.{name}: trains its selection, for which gradients would have to cross the ranks of `tp_plan`; use "
+        "FSDP2 or DistributedDataParallel, or set a hard selection in this stage"
+        for name, stage in plan.stages
+        if stage.differentiable and shards is not None
+    ]
     if plan.policy.positions == "compact" and not backbone.linear_positions:
         faults.append(
             "positions: `compact` renumbers one position per token, but this backbone's positions have several "
@@ -43,6 +78,32 @@ def check_model(backbone: Backbone, plan: Plan) -> None:
         )
     if faults:
         raise PolicyError("\n".join(faults))
+
+
+def head_shards(backbone: Backbone) -> HeadShards | None:
+    """The ranks that share the heads of a tensor-parallel model; `None` for a model that is whole.
+
+    Raises `UnsupportedModel` for a plan by which a rank does not see every token, or heads cannot be told.
+    """
+    model: Any = backbone.model
+    size, mesh = getattr(model, "_tp_size", None) or 1, getattr(model, "_device_mesh", None)
+    names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
+    if mesh is not None and "pp" in names and mesh["pp"].size() > 1:
+        raise UnsupportedModel("distributed_config: layers are spread over ranks (pp_size), which no policy can cross")
+    if size <= 1 or mesh is None:
+        return None
+    unknown = sorted({style for style in (model.tp_plan or {}).values() if style not in TENSOR_STYLES})
+    if unknown:
+        raise UnsupportedModel(
+            f"tp_plan: {', '.join(unknown)}: dropflow does not know what a rank sees under this style; known are "
+            f"{', '.join(sorted(TENSOR_STYLES))}"
+        )
+    widths = backbone.decoder_widths
+    if widths.heads % size or widths.kv_heads % size:
+        raise UnsupportedModel(
+            f"tp_plan: {widths.heads} heads and {widths.kv_heads} KV heads do not divide evenly among {size} ranks"
+        )
+    return HeadShards((mesh["tp"] if "tp" in names else mesh).get_group(), size)
 
 
 def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
@@ -126,7 +187,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
     if plan.reads_questions:
         ids = arguments.get("input_ids")
         questions_of(len(arguments["inputs_embeds"] if ids is None else ids))
-    check_cache(arguments.get("past_key_values"), plan.shape.layers)
+    _check_cache(plan, arguments)
     check_positions(plan, arguments.get("position_ids"))
     for name, instead in (
         ("output_hidden_states", "layers hold different tokens; watch them with an `observe` stage"),
@@ -136,6 +197,48 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         asked = arguments.get(name)
         if asked if asked is not None else getattr(config, name, False):
             raise UnsupportedCall(f"{name}: not available under a policy: {instead}, or detach the policy")
+
+
+def _check_cache(plan: Plan, arguments: dict[str, Any]) -> None:
+    """Refuse a cache that cannot hold what the policy leaves; a policy that drops nothing leaves it as it is."""
+    name, cache = cache_in(arguments)
+    others = [arguments[name] for name in CACHES if arguments.get(name) is not None]
+    if name is None and others:
+        cache = others[0]
+    if not plan.uniform or plan.encode_at:
+        check_cache(cache, plan.shape.layers, uniform=plan.uniform)
+
+
+def check_dense(arguments: dict[str, Any]) -> None:
+    """Refuse what was made under a policy where none counts."""
+    if is_flow_cache(cache_in(arguments)[1]):
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: this cache was written under a policy, and this call runs without one; continue under "
+            "the policy it was written with, or start with a fresh cache"
+        )
+    for modality, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        if isinstance(output, FlowFeatures):
+            raise UnsupportedCall(
+                f"mm_encoder_outputs: the {modality} features were encoded under a policy, and this call runs without "
+                "one; pass the pixels"
+            )
+
+
+def check_packed(implementation: str, starts: Tensor | None) -> None:
+    """Refuse packed rows where the attention reads their documents from positions with gaps."""
+    if starts is not None and "flash" in implementation:
+        raise UnsupportedCall(
+            f"position_ids: start anew inside of rows, which {implementation!r} reads off the positions that are left, "
+            "so that documents would run together; load the model with 'sdpa' or 'eager', or pad the batch"
+        )
+
+
+def refuse_direct_call(decoder: str) -> None:
+    """Refuse a call of the decoder by itself with embeddings of which nobody says what is visual."""
+    raise UnsupportedCall(
+        f"{decoder}: called directly with `inputs_embeds`, among which no policy can tell visual tokens; say which "
+        "they are by `with flow.visual(mask):` (all false for text), or call the whole model"
+    )
 
 
 def _check_gradients(backbone: Backbone, plan: Plan) -> None:
@@ -167,7 +270,8 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
     ):
         raise MissingImage(
             "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
-            "or leave the placeholders out"
+            "or leave the placeholders out. (In assisted generation the draft model gets no images from transformers, "
+            "so that no policy can be attached to it)"
         )
 
 
@@ -189,7 +293,7 @@ def stated_tokens(
     )
 
 
-def check_encoded(plan: Plan, flags: Tensor | None) -> None:
+def check_encoded(plan: Plan, flags: Mapping[str, RowFlags] | None) -> None:
     """Refuse image features that the policy's `encode` stages have not seen."""
     if flags is None and plan.encode_at:
         name = next(iter(plan.encode_at.values()))[0][0]

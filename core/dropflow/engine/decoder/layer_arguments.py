@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,37 +10,101 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dropflow.engine.decoder.probe import Arguments, hidden_of
 from dropflow.engine.decoder.weights import weighted_mask
-from dropflow.engine.tokens.cache import FlowLayer
+from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of
+from dropflow.engine.tokens.cache import FlowLayer, UniformLayer
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import OWN_WAY, causal_mask, gather_mask, restrict_argument
+from dropflow.engine.tokens.masks import causal_mask, continued_mask, gather_mask
 from dropflow.engine.tokens.positions import renumbered
+from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
+
+Held = FlowLayer | UniformLayer | None
+"""The cache layer of a decoder layer; `None` where there is no cache."""
+
+
+class Once:
+    """What was made before for the same things; layers of a run that hold the same share it.
+
+    A key is a word and the things themselves: tensors, indices and caches are told apart by identity, and the key keeps
+    them alive.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Hashable, ...], Any] = {}
+
+    def __call__(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """The thing of this key, made the first time it is asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 @dataclass(frozen=True, eq=False)
-class LayerArguments:
-    """One live set of a call; what layers that hold the same need is computed for the first of them, and kept."""
+class Context:
+    """What is the same for all layers of a call."""
 
-    live: LiveSet
-    image_id: Int[Tensor, "batch tokens"]
-    """Image number of each token, as a `KeyIndex` notes it."""
-    valid: Bool[Tensor, "batch tokens"] | None
-    """False for padding of the prompt that is read; `None` where a call reads none."""
     flash: bool
     """Whether the attention implementation takes masks of two dimensions."""
     rotary: Callable[[Tensor], Any] | None
     """Makes position embeddings for ids (batch, slots), where positions are compact; `None` where they persist."""
+    token_dims: Mapping[str, int]
+    """Arguments that the backbone names (`Backbone.token_arguments`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContinuedArguments:
+    """For a call of text alone that continues a cache from which tokens are missing."""
+
+    context: Context
+    live: LiveSet
+    """All tokens of the call."""
+    _once: Once = field(default_factory=Once)
+
+    def arguments(self, kwargs: dict[str, Any], held: Held) -> dict[str, Any]:
+        """Keyword arguments with the mask and the positions that the layer's cache needs."""
+        index = None if held is None else held.index
+        if held is None or index is None:
+            return kwargs
+        mask = kwargs.get("attention_mask")
+        found = self._positions(index, kwargs)
+        if not index.complete and (mask is not None or index.valid is not None):
+            length, total, flash = held.length, self.live.total, self.context.flash
+            found["attention_mask"] = self._once(
+                ("mask", mask, index), lambda: continued_mask(mask, index, length, total, flash=flash)
+            )
+        return kwargs | found if found else kwargs
+
+    def _positions(self, index: KeyIndex, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions that are compact; shared by layers whose caches lack the same tokens."""
+        rotary, dropped = self.context.rotary, index.dropped
+        if rotary is None or dropped is None:
+            return {}
+        made: dict[str, Any] = self._once(
+            ("positions", dropped), lambda: renumbered(kwargs, self.live, None, dropped, rotary)
+        )
+        return dict(made)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerArguments:
+    """One live set of a call that brings visual tokens; what layers that hold the same need is computed once."""
+
+    context: Context
+    live: LiveSet
+    image_id: Int[Tensor, "batch tokens"]
+    """Image number of each token, as a `KeyIndex` notes it."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False for padding of the prompt."""
     dropped: Int[Tensor, "batch"] | None = None
     """Tokens of this call, by sample, that are not live; counted for compact positions only."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights that stages gave so far; 0 where there is none."""
-    _made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict, init=False)
+    _once: Once = field(default_factory=Once, init=False)
 
     def moved(self, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> LayerArguments:
         """For another live set, of the tokens `live_mask`."""
-        dropped = None if self.rotary is None or self.valid is None else self.valid.sum(1) - live_mask.sum(1)
+        dropped = None if self.context.rotary is None else self.valid.sum(1) - live_mask.sum(1)
         return replace(self, live=live, dropped=dropped)
 
     def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> LayerArguments:
@@ -49,57 +113,51 @@ class LayerArguments:
             return self
         return replace(self, log_weights=log_weights if self.log_weights is None else self.log_weights + log_weights)
 
-    def suits(self, held: FlowLayer | None, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the model's own mask fits what the layer's cache holds, as in decoding without padding."""
-        index = None if held is None else held.index
-        return index is None or (
-            index.valid is None and (len(index) == index.length or kwargs["attention_mask"] is None)
-        )
-
-    def keys(self, held: FlowLayer | None) -> KeyIndex:
+    def keys(self, held: Held) -> KeyIndex:
         """What the layer's cache will hold after this call; shared by layers that hold the same."""
-        index = None if held is None else held.index
-        length = 0 if held is None else held.length
-        past = self._once(("past", id(index), length), index, lambda: self._past(held))
-        keys: KeyIndex = self._once(
-            ("keys", id(past)), past, lambda: past.followed_by(self.live, self.image_id, self.dropped)
-        )
+        index, length = (None, 0) if held is None else (held.index, held.length)
+        past = self._once(("past", index, int(length)), lambda: self._past(held))
+        keys: KeyIndex = self._once(("keys", past), lambda: past.followed_by(self.live, self.image_id, self.dropped))
         return keys
 
     def arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], held: FlowLayer | None, keys: KeyIndex
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held, keys: KeyIndex
     ) -> Arguments:
-        """All arguments but hidden states and cache, as the live tokens and `keys` need them."""
-        positions = self.positions(held, kwargs)
+        """All arguments of `layer` but hidden states and cache, as the live tokens and `keys` need them."""
+        positions = self._positions(held, kwargs)
         mask = kwargs.get("attention_mask")
-        if not keys.complete:
-            make = lambda: gather_mask(mask, self.live, keys, flash=self.flash)  # noqa: E731
-            kwargs = kwargs | {"attention_mask": self._once(("mask", id(mask), id(keys)), (mask, keys), make)}
+        width = None if held is None else held.width(len(keys))
+        if not keys.complete or (width or 0) > len(keys):
+            gathered = self._once(
+                ("mask", mask, keys, width),
+                lambda: gather_mask(mask, self.live, keys, flash=self.context.flash, width=width),
+            )
+            kwargs = kwargs | {"attention_mask": gathered}
         if self.log_weights is not None:
             fitted, weights, dtype = kwargs.get("attention_mask"), self.log_weights, hidden_of(args, kwargs).dtype
-            make = lambda: self._weighted(fitted, weights, keys, dtype)  # noqa: E731
-            kwargs = kwargs | {"attention_mask": self._once(("weights", id(fitted), id(keys)), (fitted, keys), make)}
+            weighted = self._once(("weights", fitted, keys), lambda: self._weighted(fitted, weights, keys, dtype))
+            kwargs = kwargs | {"attention_mask": weighted}
         if self.live.everything:
             return args, kwargs | positions
-        kwargs = {k: v if k in OWN_WAY or k in positions else self._restricted(v) for k, v in kwargs.items()}
-        return (*args[:1], *(self._restricted(value) for value in args[1:])), kwargs | positions
+        names = parameters_of(layer)
+        args = (*args[:1], *(self._restricted(*one) for one in zip(names[1:], args[1:], strict=False)))
+        kwargs = {name: value if name in positions else self._restricted(name, value) for name, value in kwargs.items()}
+        return args, kwargs | positions
 
-    def positions(self, held: FlowLayer | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _positions(self, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position arguments that compact positions replace; shared by layers whose caches lack the same tokens."""
-        rotary = self.rotary
+        rotary = self.context.rotary
         if rotary is None:
             return {}
         dropped = None if held is None or held.index is None else held.index.dropped
         if dropped is None and self.live.everything:
             return {}
         found: dict[str, Any] = self._once(
-            ("positions", id(dropped)),
-            (dropped, kwargs),
-            lambda: renumbered(kwargs, self.live, self.valid, dropped, rotary),
+            ("positions", dropped), lambda: renumbered(kwargs, self.live, self.valid, dropped, rotary)
         )
         return found
 
-    def _past(self, held: FlowLayer | None) -> KeyIndex:
+    def _past(self, held: Held) -> KeyIndex:
         index = self.live.index
         return held.full_index() if held is not None and held.length else KeyIndex.plain(len(index), 0, index.device)
 
@@ -110,13 +168,9 @@ class LayerArguments:
             own = torch.nn.functional.pad(log_weights, (len(keys) - log_weights.shape[1], 0))
             return weighted_mask(causal_mask(self.live, keys) if mask is None else mask, own, dtype)
 
-    def _restricted(self, value: Any) -> Any:
-        if not isinstance(value, Tensor | tuple | list):
+    def _restricted(self, name: str, value: Any) -> Any:
+        known = self.context.token_dims
+        if (name not in TOKEN_DIMS and name not in known) or not isinstance(value, Tensor | tuple | list):
             return value
-        return self._once(("value", id(value)), value, lambda: restrict_argument(value, self.live))
-
-    def _once(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gave for this key before; `source` is kept alive, as its id is part of the key."""
-        if key not in self._made:
-            self._made[key] = (source, make())
-        return self._made[key][1]
+        key = tuple(value) if isinstance(value, list) else value
+        return self._once(("value", name, key), lambda: restrict(name, value, self.live, known))

@@ -1,10 +1,11 @@
-"""Asks the coming layer for attention rows of the live tokens: its norm, q, k and RoPE, nothing behind them."""
+"""Asks the coming layer for attention rows of the live tokens: its norm, q, k and RoPE, nothing after them."""
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dropflow.backbone.backbone import Projections
+from dropflow.engine.model.arguments import Arguments, cache_in, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey, attend, row_attention
+from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.tap import probe
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import OWN_WAY, restrict_argument
+from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
 from dropflow.errors import UnsupportedCall
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
+"""Whose hooks are part of what a module computes; all others watch, and are not called while ranking."""
 
 
 class LayerProbe:
@@ -40,10 +44,14 @@ class LayerProbe:
         implementation: str,
         projections: Projections | None,
         past: Tensor | None,
+        sharded: Callable[[QueryKey], QueryKey],
+        shadows: Shadows,
     ) -> None:
+        """`sharded` notes on q and k whose heads they are, where ranks share them."""
         self.number = number
         self._layer, self._hidden, self._make_arguments = layer, hidden, arguments
         self._implementation, self._projections, self._past = implementation, projections, past
+        self._sharded, self._shadows = sharded, shadows
         self._keys: QueryKey | None = None
         self._with_gradient = False
 
@@ -62,49 +70,49 @@ class LayerProbe:
 
     def _all_keys(self) -> QueryKey:
         unread = () if self._projections is None else (self._projections.query, self._projections.value)
-        found = self._run_layer(self._hidden, self._arguments, unread)
-        return found if self._past is None else replace(found, key=torch.cat((self._past, found.key), 2))
+        found = self._sharded(self._run_layer(self._hidden, self._arguments, unread))
+        if self._past is None:
+            return found
+        return replace(found, key=torch.cat((self._past.to(found.key.device), found.key), 2))
 
     def _query(self, rows: Tensor, projections: Projections) -> Tensor:
+        rows = rows.to(self._hidden.device)
         hidden = self._hidden.gather(1, rows[:, :, None].expand(-1, -1, self._hidden.shape[2]))
-        some = LiveSet(rows, None, self._hidden.shape[1])
+        some, known = LiveSet(rows, None, self._hidden.shape[1]), TOKEN_DIMS
         args, kwargs = self._arguments
-        args = tuple(restrict_argument(value, some) for value in args)
-        kwargs = {key: value if key in OWN_WAY else restrict_argument(value, some) for key, value in kwargs.items()}
+        names = parameters_of(self._layer)
+        args = (*args[:1], *(_some(name, value, some) for name, value in zip(names[1:], args[1:], strict=False)))
+        kwargs = {name: _some(name, value, some) if name in known else value for name, value in kwargs.items()}
         return self._run_layer(hidden, (args, kwargs), (projections.key, projections.value)).query
 
     def _run_layer(self, hidden: Tensor, arguments: Arguments, unread: tuple[nn.Module, ...]) -> QueryKey:
-        args, kwargs = with_hidden(hidden, arguments[0], arguments[1] | {"past_key_values": None, "use_cache": False})
+        args, kwargs = with_hidden(hidden, *arguments)
+        cache, _ = cache_in(kwargs)
+        without: dict[str, Any] = {} if cache is None else {cache: None}
+        if "use_cache" in kwargs:
+            without["use_cache"] = False
+        kwargs = kwargs | without
         _gather_shards(self._layer)
-        with _ranking(self._layer), _unread(unread):
+        with _ranking(self._layer, self._shadows), _unread(unread, self._shadows):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
 
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a layer."""
-    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return hidden
-
-
-def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Arguments of a layer with other hidden states."""
-    if "hidden_states" in kwargs:
-        return args, kwargs | {"hidden_states": hidden}
-    return (hidden, *args[1:]), kwargs
+def _some(name: str, value: Any, live: LiveSet) -> Any:
+    return restrict(name, value, live, {}) if name in TOKEN_DIMS else value
 
 
 @contextmanager
-def _unread(projections: tuple[Any, ...]) -> Iterator[None]:
+def _unread(projections: tuple[Any, ...], shadows: Shadows) -> Iterator[None]:
     """Let projections whose result nobody reads give zeros without a matrix product."""
-    for projection in projections:
-        width = projection.out_features
-        projection.forward = lambda x, width=width: x.new_zeros(()).expand(*x.shape[:-1], width)
-    try:
-        yield
-    finally:
+    with ExitStack() as laid:
         for projection in projections:
-            del projection.forward
+            laid.enter_context(shadows.over(projection.__dict__, "forward", _zeros_of_width(projection.out_features)))
+        yield
+
+
+def _zeros_of_width(width: int) -> Callable[..., Tensor]:
+    return lambda hidden, *_, **__: hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
 
 
 def _gather_shards(layer: nn.Module) -> None:
@@ -120,13 +128,28 @@ def _gather_shards(layer: nn.Module) -> None:
 
 
 @contextmanager
-def _ranking(layer: nn.Module) -> Iterator[None]:
-    """Rank as at inference: no dropout (such as LoRA's) in q and k, and no layer that checkpoints itself."""
-    training = [module for module in layer.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
+def _ranking(layer: nn.Module, shadows: Shadows) -> Iterator[None]:
+    """Rank as at inference: no dropout (such as LoRA's) in q and k, no checkpointing, and nobody's hooks but theirs
+    whose business it is to compute.
+
+    Only dropout is told that nothing trains: quantised modules pack their weights anew when their mode changes.
+    """
+    with ExitStack() as laid:
+        if layer.training:
+            laid.enter_context(shadows.over(layer.__dict__, "gradient_checkpointing", False))
+        for module in layer.modules():
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd):
+                laid.enter_context(shadows.over(module.__dict__, "training", False))
+            for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+                own = module.__dict__[hooks]
+                kept = OrderedDict((key, hook) for key, hook in own.items() if _computes(hook))
+                if len(kept) < len(own):
+                    laid.enter_context(shadows.over(module.__dict__, hooks, kept))
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _computes(hook: Any) -> bool:
+    """Whether a hook belongs to a library that computes by hooks, such as FSDP."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").startswith(_LIBRARIES)

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class HeadShards:
+    """The ranks of a tensor-parallel model, each of which computes some heads of every attention layer."""
+
+    group: Any
+    """Their process group."""
+    size: int
+
+    def whole(self, own: Tensor, heads: int, dim: int = 1) -> Tensor:
+        """All `heads` along `dim`, from this rank's `own`; in the order of the ranks, which is that of the heads."""
+        if own.shape[dim] == heads:
+            return own
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+
+@dataclass(frozen=True)
 class QueryKey:
-    """What one attention layer computes with: q and k behind q/k-norm and RoPE, and the mask it was given."""
+    """What one attention layer computes with: q and k after q/k-norm and RoPE, and the mask it was given."""
 
     query: Float[Tensor, "batch heads queries dim"]
     key: Float[Tensor, "batch kv_heads keys dim"]
@@ -25,14 +43,27 @@ class QueryKey:
     """Only where the kernel enforces the window itself (a two-dimensional mask or none)."""
     rotary: Any = None
     """The `position_embeddings` that a text decoder's layer was given, for its queries; `None` where it got none."""
+    shards: HeadShards | None = None
+    """Set where this rank holds only some of the `heads` and `kv_heads` of the model."""
+    heads: int = 0
+    kv_heads: int = 0
+
+    def whole(self) -> QueryKey:
+        """The same with q and k of all heads."""
+        if self.shards is None:
+            return self
+        query, key = self.shards.whole(self.query, self.heads), self.shards.whole(self.key, self.kv_heads)
+        return replace(self, query=query, key=key, shards=None)
 
 
 def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
     """Attention probabilities of the query rows `rows`, equal to those rows of the eager model's map.
 
-    Grouped KV heads are shared without repeating keys. Softmax runs in float32; the result has q's dtype.
+    Grouped KV heads are shared without repeating keys. Products and softmax run in float32, so that half precision
+    cannot overflow; the result has q's dtype, and all heads of a tensor-parallel model.
     """
     _, heads, _, dim = layer.query.shape
+    rows = rows.to(layer.query.device)
     return attend(layer, layer.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim)), rows)
 
 
@@ -41,21 +72,31 @@ def attend(
 ) -> Float[Tensor, "batch heads rows keys"]:
     """The same for q of the rows given apart; of `layer.query` only the shape is read."""
     batch, heads, count, dim = query.shape
-    kv_heads = layer.key.shape[1]
+    key, rows = layer.key.to(query.device), rows.to(query.device)
+    kv_heads = key.shape[1]
     picked = query.reshape(batch, kv_heads, heads // kv_heads * count, dim)  # query heads of one KV head are adjacent
-    scores = picked @ layer.key.transpose(-1, -2) * layer.scaling
+    scores = _wide(picked) @ _wide(key).transpose(-1, -2) * layer.scaling
     scores = scores.view(batch, heads, count, -1)
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     bias = row_bias(layer, rows)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    return torch.softmax(scores, -1, dtype=torch.float32).nan_to_num(0.0).to(query.dtype)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as rows of padding do
+    weights = weights.masked_fill(sees_nothing, 0.0).to(query.dtype)
+    return weights if layer.shards is None else layer.shards.whole(weights, layer.heads)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: products of float16 overflow before they are scaled."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def row_bias(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Tensor | None:
     """The rows' part of the mask: (batch, heads or 1, rows, keys), boolean (true: seen) or additive, or `None`."""
-    mask, batch, keys = layer.mask, rows.shape[0], layer.key.shape[2]
+    mask = None if layer.mask is None else layer.mask.to(rows.device)
+    batch, keys = rows.shape[0], layer.key.shape[2]
     if mask is not None and mask.dim() == 4:
         mask = mask.expand(batch, *mask.shape[1:])
         index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])

@@ -1,59 +1,70 @@
-"""Stand-ins for a module's layers: what iterates `owner.layers` during one forward meets boundaries in between."""
+"""A stand-in for a module's list of layers: who iterates it during a call that prunes meets boundaries in between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from dropflow.engine.model.shadowing import Shadows
 
 RunLayer = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Step:
-    """Stands for one layer: a call goes to the active run, everything else to the layer itself.
+    """Stands for one layer: a call goes to `run`, everything else to the layer itself.
 
     It lies outside `layer.__call__`, so outside gradient checkpointing, per-layer `torch.compile` and the hooks of
     FSDP or offloading, none of which notice it.
     """
 
-    def __init__(self, number: int, layer: nn.Module, run: Callable[[], RunLayer]) -> None:
+    def __init__(self, number: int, layer: nn.Module, run: RunLayer) -> None:
         self._number, self._layer, self._run = number, layer, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run()(self._number, self._layer, args, kwargs)
+        return self._run(self._number, self._layer, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
 
-class StandIn:
-    """Shadows `owner.layers` for the time of one forward.
+class StandIn(nn.ModuleList):
+    """The list it stands for, sharing all it holds, so that both change together.
 
-    The instance attribute hides the registered `ModuleList`, since `nn.Module.__getattr__` is asked only where normal
-    lookup fails; `state_dict`, `named_modules`, PEFT and FSDP see nothing of it.
+    Where `running` gives a run, iteration gives steps instead of layers; at all other times, and to everybody who does
+    not iterate, it is the list. It takes the list's place in the owner's `_modules`: code that was compiled before
+    attaching is guarded by that entry, so it is compiled anew, and is used again after detaching.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-        self._run: RunLayer | None = None
-        self._steps: list[Step] = []
-        self._layers: Any = None
+    __slots__ = ("_running",)
+    _running: Callable[[], RunLayer | None]
 
-    def install(self, run: RunLayer) -> None:
-        """Let `run` call the layers until `remove`."""
-        layers = self.owner._modules["layers"]
-        if self._layers is not layers:  # made once, and again should somebody replace the list
-            assert isinstance(layers, nn.ModuleList)
-            self._layers, self._steps = layers, [Step(i, layer, self._active) for i, layer in enumerate(layers)]
-        self._run = run
-        self.owner.__dict__["layers"] = self._steps
+    def __init__(self) -> None:
+        raise TypeError("a StandIn is made by `stand_in`")
 
-    def remove(self) -> None:
-        """Uncover the owner's own layers; harmless if they are."""
-        self.owner.__dict__.pop("layers", None)
-        self._run = None
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries())
 
-    def _active(self) -> RunLayer:
-        assert self._run is not None
-        return self._run
+    def __getitem__(self, index: Any) -> Any:
+        entries = self._entries()
+        if isinstance(index, slice) and not any(isinstance(entry, Step) for entry in entries):
+            return nn.ModuleList(entries[index])
+        return entries[index]
+
+    def _entries(self) -> list[Any]:
+        run, layers = self._running(), list(self._modules.values())
+        if run is None:
+            return layers
+        return [Step(number, layer, run) for number, layer in enumerate(layers) if layer is not None]
+
+
+def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], RunLayer | None]) -> None:
+    """Let a `StandIn` take the place of `owner.layers`, until `shadows` are lifted; harmless when one stands there."""
+    layers: Any = owner._modules["layers"]
+    if isinstance(layers, StandIn):
+        return
+    made = StandIn.__new__(StandIn)
+    made.__dict__ = layers.__dict__
+    object.__setattr__(made, "_running", running)
+    shadows.lay(owner._modules, "layers", made)

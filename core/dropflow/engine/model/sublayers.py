@@ -6,49 +6,38 @@ residual exactly as it was, so that the halves one after the other are the whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from dropflow.backbone.backbone import Sublayers
-from dropflow.engine.decoder.probe import Arguments, with_hidden
+from dropflow.engine.model.arguments import Arguments, with_hidden
+from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.tap import uncompiled
 
 
-def in_two(layer: nn.Module, parts: Sublayers, arguments: Arguments, between: Callable[[Tensor], Tensor]) -> Any:
+def in_two(
+    layer: nn.Module, parts: Sublayers, arguments: Arguments, between: Callable[[Tensor], Tensor], shadows: Shadows
+) -> Any:
     """Run `layer` with `between` applied to the hidden states that its attention leaves.
 
-    Activation checkpointing is off for this layer: a second run in the backward pass would not be in halves.
+    Activation checkpointing is off for this layer: a second run in the backward pass would not be in halves. (Layers of
+    transformers checkpoint themselves while `training` is set; their children keep their own flag.)
     """
     args, kwargs = arguments
-    with _without_checkpointing(layer):
-        with _silent(parts.feed_forward, lambda hidden: hidden.new_zeros(()).expand(hidden.shape)):
+    with shadows.over(layer.__dict__, "training", False):
+        with shadows.over(parts.feed_forward.__dict__, "forward", _silent(lambda hidden: _zeros_like(hidden))):
             hidden = between(layer.forward(*args, **kwargs))
-        with _silent(parts.attention, lambda hidden: (hidden.new_zeros(()).expand(hidden.shape), None)):
+        with shadows.over(parts.attention.__dict__, "forward", _silent(lambda hidden: (_zeros_like(hidden), None))):
             args, kwargs = with_hidden(hidden, args, kwargs)
             return uncompiled(layer)(*args, **kwargs)
 
 
-@contextmanager
-def _silent(module: Any, answer: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Let `module` give `answer(hidden states)`; what else shadows its forward, such as offloading, comes back."""
-    shadow = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: answer(args[0] if args else kwargs["hidden_states"])
-    try:
-        yield
-    finally:
-        del module.forward
-        if shadow is not None:
-            module.forward = shadow
+def _zeros_like(hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(()).expand(hidden.shape)
 
 
-@contextmanager
-def _without_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Layers of transformers checkpoint themselves while `training` is set; their children keep their own flag."""
-    training, layer.training = layer.training, False
-    try:
-        yield
-    finally:
-        layer.training = training
+def _silent(answer: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """A forward that answers from the hidden states it is given, and computes nothing."""
+    return lambda *args, **kwargs: answer(args[0] if args else kwargs["hidden_states"])

@@ -1,25 +1,27 @@
 """Sees q and k of one attention layer as it runs, by any attention implementation, without changing the model.
 
 Every attention of transformers 5 looks its kernel up in `ALL_ATTENTION_FUNCTIONS`. While a tap is open, the entry in
-use is overridden by a dispatcher that shows q and k to the tap of the *current thread* and then delegates; other
-threads and other models pass straight through it.
+use is shadowed by a dispatcher that shows q and k to the tap of the *current thread* and then delegates; other threads
+and other models pass straight through it.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dropflow.engine.model.attention import QueryKey
+from dropflow.engine.model.shadowing import Shadows
+from dropflow.engine.model.turns import Turn, Turns
+from dropflow.lifecycle.spans import TAP, span
 
 Seen = Callable[[QueryKey], None]
+T = TypeVar("T")
 
 
 class Probed(BaseException):
@@ -27,40 +29,42 @@ class Probed(BaseException):
     that handles errors swallows it.)"""
 
 
-_tap: ContextVar[Seen | None] = ContextVar("dropflow_tap", default=None)
-_lock = threading.Lock()
-_open: dict[str, int] = {}
-_absent = object()
+_here: ContextVar[tuple[Turn, Seen] | None] = ContextVar("dropflow_tap", default=None)
+"""The tap of this thread. It holds as long as its turn: a tap that an interrupt has left behind is none."""
+_table = Turns()
+"""Who may edit the table of attention functions, which all models share."""
 
 
-@contextmanager
-def tap(implementation: str, seen: Seen) -> Iterator[None]:
-    """Call `seen` with q and k of every attention that runs inside the block, in this thread.
+def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
+    """Return `call()`, and show `seen` q and k of every attention that runs in it, in this thread.
 
     `implementation` is the model's attention implementation (`config._attn_implementation`).
     """
-    _install(implementation)
-    token = _tap.set(seen)
+    with span(TAP):
+        tap = Turn(sys._getframe())
+        _dispatcher(implementation, tap)
+        token = _here.set((tap, seen))
     try:
-        yield
+        return call()
     finally:
-        _tap.reset(token)
-        _remove(implementation)
+        with span(TAP):
+            tap.end()
+            _here.reset(token)
+            sweep()
 
 
 def probe(implementation: str, layer: Callable[[], Any]) -> QueryKey:
-    """Run `layer()` up to its first attention and return q and k; nothing behind that point is executed."""
+    """Run `layer()` up to its first attention and return q and k; nothing after that point is executed."""
     found: list[QueryKey] = []
 
     def stop(layer_qk: QueryKey) -> None:
         found.append(layer_qk)
         raise Probed
 
-    with tap(implementation, stop):
-        try:
-            layer()
-        except Probed:
-            return found[0]
+    try:
+        tapped(implementation, stop, layer)
+    except Probed:
+        return found[0]
     raise RuntimeError("the layer ran without looking its attention up in ALL_ATTENTION_FUNCTIONS")
 
 
@@ -70,52 +74,64 @@ def uncompiled(layer: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _install(implementation: str) -> None:
-    with _lock:
-        _open[implementation] = _open.get(implementation, 0) + 1
-        if _open[implementation] == 1:
-            original = ALL_ATTENTION_FUNCTIONS.get(implementation, _absent)
-            ALL_ATTENTION_FUNCTIONS[implementation] = _Dispatcher(original)
+def sweep() -> None:
+    """Take away every dispatcher that no open tap needs, such as those that an interrupt has left."""
+    turn = _table.take(sys._getframe())
+    for implementation, dispatcher in list(_dispatchers.items()):
+        dispatcher.taps = [tap for tap in dispatcher.taps if not tap.over]
+        if not dispatcher.taps:
+            dispatcher.shadows.lift_all()
+            del _dispatchers[implementation]
+    turn.end()
 
 
-def _remove(implementation: str) -> None:
-    with _lock:
-        _open[implementation] -= 1
-        if _open[implementation] == 0:
-            dispatcher = ALL_ATTENTION_FUNCTIONS[implementation]
-            del ALL_ATTENTION_FUNCTIONS[implementation]
-            # the entry may have been a local override of somebody else's, which ours replaced
-            if ALL_ATTENTION_FUNCTIONS.get(implementation, _absent) is not dispatcher.original is not _absent:
-                ALL_ATTENTION_FUNCTIONS[implementation] = dispatcher.original
+def _dispatcher(implementation: str, tap: Turn) -> None:
+    """Let a dispatcher stand in the table, for `tap` among others."""
+    turn = _table.take(sys._getframe())
+    standing = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    dispatcher = standing if isinstance(standing, _Dispatcher) else _Dispatcher(standing)
+    dispatcher.taps.append(tap)
+    _dispatchers[implementation] = dispatcher
+    if dispatcher is not standing:
+        # the entries of this one table; what other files registered for all is below them
+        dispatcher.shadows.lay(vars(ALL_ATTENTION_FUNCTIONS)["_local_mapping"], implementation, dispatcher)
+    turn.end()
 
 
 class _Dispatcher:
     """Shows q and k to the current thread's tap, then runs what the model would have run."""
 
     def __init__(self, original: Any) -> None:
-        self.original = original
+        self._original = original
+        self.shadows = Shadows()
+        self.taps: list[Turn] = []
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        seen = _tap.get()
-        if seen is not None:
-            causal = kwargs.get("is_causal")
-            seen(
-                QueryKey(
-                    query,
-                    key,
-                    attention_mask,
-                    scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-                    causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-                    softcap=kwargs.get("softcap"),
-                    sliding_window=kwargs.get("sliding_window")
-                    if attention_mask is None or attention_mask.dim() == 2
-                    else None,
-                )
-            )
-        if self.original is not _absent:
-            return self.original(module, query, key, value, attention_mask, **kwargs)
+        here = _here.get()
+        if here is not None and here[0].mine:
+            with span(TAP):
+                here[1](_query_key(module, query, key, attention_mask, kwargs))
+        if self._original is not None:
+            return self._original(module, query, key, value, attention_mask, **kwargs)
         # "eager" has no entry: each modeling file brings its own function
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+_dispatchers: dict[str, _Dispatcher] = {}
+"""Attention implementation -> the dispatcher in its place."""
+
+
+def _query_key(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> QueryKey:
+    causal = kwargs.get("is_causal")
+    return QueryKey(
+        query,
+        key,
+        mask,
+        scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        softcap=kwargs.get("softcap"),
+        sliding_window=kwargs.get("sliding_window") if mask is None or mask.dim() == 2 else None,
+    )

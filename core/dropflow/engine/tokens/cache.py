@@ -1,23 +1,83 @@
-"""The KV cache under a policy: every layer holds its own tokens and reports the logical length of the whole."""
+"""The KV cache under a policy: layers hold their own tokens and report the logical length of the whole."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
-serving: ContextVar[bool] = ContextVar("dropflow_serving", default=False)
-"""True while a model runs under a policy, in this thread."""
+L = TypeVar("L", bound="_Indexed")
+serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
+"""Says whether a model runs under a policy in this thread; an interrupted call leaves one that says no."""
 
 
-class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
+class _Indexed:
+    """What a cache layer knows of the logical tokens that its entries hold."""
+
+    index: KeyIndex | None
+    """The tokens of the first entries; `None` where every entry is a token in its place."""
+    prompt: int
+    """Logical tokens seen when the last prompt was noted."""
+    written_by: Any
+    """What wrote it: any value, equal for equal policies on equal backbones."""
+
+    @property
+    def length(self) -> int:
+        """Logical tokens seen: those of the index, and one for each entry appended since."""
+        raise NotImplementedError
+
+    def set_index(self, index: KeyIndex) -> None:
+        """State what the entries are, after a call that stored fewer tokens than it saw."""
+        self.index, self.prompt = index, index.length
+
+    def width(self, entries: int) -> int:
+        """Entries that attention is given where `entries` are held."""
+        return entries
+
+    def full_index(self) -> KeyIndex:
+        """Index of all entries held now, implicit ones included; the layer must hold some."""
+        raise NotImplementedError
+
+    def _check_served(self) -> None:
+        alive = serving.get()
+        if (alive is None or not alive()) and not _asked_by_generate():
+            raise UnsupportedCall(
+                f"{CACHE_ARGUMENT}: this cache was written under a policy; attach the policy again to continue with "
+                "it, or start with a fresh cache"
+            )
+
+
+def _asked_by_generate() -> bool:
+    """Whether `generate` prepares masks for a static cache, before any model runs."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith("transformers.models.") and frame.f_code.co_name == "forward":
+            return False
+        if name.startswith("transformers.generation."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers ships no types
     """A cache layer that may hold fewer entries than tokens were seen.
 
     `get_seq_length` and `get_mask_sizes` answer in logical tokens, so that position ids, masks and `generate`'s
@@ -27,17 +87,16 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
 
     keys: Tensor
     values: Tensor
+    _layer_type = None  # not one that transformers should make by itself
 
-    def __init__(self, is_sliding: bool = False) -> None:
+    def __init__(self, is_sliding: bool = False, written_by: Any = None) -> None:
         super().__init__()
         self.is_sliding = is_sliding
-        self.index: KeyIndex | None = None
-        self.prompt = 0
-        """Logical tokens seen when the last prompt was settled."""
+        self.index, self.prompt, self.written_by = None, 0, written_by
         self._notes: dict[str, Tensor] = {}
 
     @classmethod
-    def adopt(cls, layer: Any, where: str) -> FlowLayer:
+    def adopt(cls, layer: Any, where: str, written_by: Any = None) -> FlowLayer:
         """Take over an ordinary dynamic layer, with what it holds; raises `UnsupportedModel` for other kinds."""
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModel(
@@ -45,7 +104,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
                 "use transformers' DynamicCache (cache_implementation=None or 'dynamic')"
             )
         seen = layer.get_seq_length()
-        adopted = cls(layer.is_sliding)
+        adopted = cls(layer.is_sliding, written_by)
         if seen:
             keys: Tensor = layer.keys
             values: Tensor = layer.values
@@ -61,13 +120,9 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
 
     @property
     def length(self) -> int:
-        """Logical tokens seen: those of the index, and one for each entry appended since."""
+        """Logical tokens seen."""
         held = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
         return held if self.index is None else self.index.length + held - len(self.index)
-
-    def set_index(self, index: KeyIndex) -> None:
-        """State what the entries are, after a call that stored fewer tokens than it saw."""
-        self.index, self.prompt = index, index.length
 
     def remember(self, stage: str, notes: Tensor) -> None:
         """Keep a stage's number for each entry (batch, entries)."""
@@ -80,7 +135,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
         return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
 
     def full_index(self) -> KeyIndex:
-        """Index of all entries held now, implicit ones included; the layer must hold some."""
+        """Index of all entries held now."""
         if self.index is None:
             return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
         return self.index.upto(self.length)
@@ -102,11 +157,7 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
 
         Raises `UnsupportedCall` outside an attached model, where entries would be taken for other tokens.
         """
-        if not serving.get():
-            raise UnsupportedCall(
-                "past_key_values: this cache was written under a policy; attach the policy again to continue with it, "
-                "or start with a fresh cache"
-            )
+        self._check_served()
         return self.length + query_length, 0
 
     def reset(self) -> None:
@@ -150,35 +201,221 @@ class FlowLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no ty
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
 
 
-def check_cache(cache: Any, layers: int) -> None:
-    """Raise `UnsupportedModel` for a cache that cannot hold a different length per layer."""
+class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+    """A layer of any other kind, such as a static or a quantized one, in a cache whose layers all hold the same tokens.
+
+    It stores what it is given in the layer's own way, and only reports logical lengths.
+    """
+
+    _layer_type = None
+    is_sliding = False
+
+    def __init__(self, inner: Any, written_by: Any = None) -> None:
+        self._inner = inner
+        self.index, self.prompt, self.written_by = None, 0, written_by
+
+    @classmethod
+    def adopt(cls, layer: Any, where: str, written_by: Any = None) -> UniformLayer:
+        """Take over a layer, with what it holds; raises `UnsupportedModel` for kinds without one entry per token."""
+        attention = isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        if not attention or layer.is_sliding:
+            raise UnsupportedModel(
+                f"{where}: a cache layer of type {type(layer).__name__} holds no entry for each token, so that dropped "
+                "tokens would be taken for others; use transformers' DynamicCache"
+            )
+        adopted = cls(layer, written_by)
+        seen = int(layer.get_seq_length())
+        if seen:
+            adopted.set_index(KeyIndex.plain(layer.keys.shape[0], seen, layer.keys.device))
+        return adopted
+
+    @property
+    def _shift(self) -> int:
+        """Logical tokens that no entry holds."""
+        return 0 if self.index is None else self.index.length - len(self.index)
+
+    @property
+    def length(self) -> int:
+        """Logical tokens seen; a tensor, without synchronisation, where the layer counts on its device."""
+        seen: int = self._inner.get_seq_length() + self._shift
+        return seen
+
+    def width(self, entries: int) -> int:
+        """A static layer gives attention all it has room for."""
+        held: int = self._inner.get_mask_sizes(0)[0]
+        return max(held, entries)
+
+    def full_index(self) -> KeyIndex:
+        """Index of all entries held now."""
+        length = int(self.length)
+        if self.index is None:
+            return KeyIndex.plain(self.keys.shape[0], length, self.keys.device)
+        return self.index.upto(length)
+
+    @property
+    def keys(self) -> Any:
+        """The layer's own."""
+        return self._inner.keys
+
+    @property
+    def values(self) -> Any:
+        """The layer's own."""
+        return self._inner.values
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has stored anything."""
+        return bool(self._inner.is_initialized)
+
+    @property
+    def is_compileable(self) -> bool:
+        """As the layer says."""
+        return bool(self._inner.is_compileable)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The layer's own."""
+        self._inner.lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own."""
+        return self._inner.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """Logical tokens seen."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The layer's own, in logical tokens; raises `UnsupportedCall` as `FlowLayer.get_mask_sizes`."""
+        self._check_served()
+        length, offset = self._inner.get_mask_sizes(query_length)
+        return length + self._shift, offset
+
+    def get_max_length(self) -> int:
+        """The layer's own."""
+        most: int = self._inner.get_max_length()
+        return most
+
+    def offload(self) -> None:
+        """The layer's own."""
+        self._inner.offload()
+
+    def prefetch(self) -> None:
+        """The layer's own."""
+        self._inner.prefetch()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._inner.reset()
+        self.index, self.prompt = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back generated tokens, in the layer's own way."""
+        if self.index is not None and int(self.length) + tokens_to_remove < self.index.length:
+            raise ValueError("only generated tokens can be cropped from this cache")
+        self._inner.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick samples, as beam search does."""
+        self._inner.reorder_cache(beam_idx)
+        if self.index is not None:
+            self.index = self.index.rows(beam_idx, lambda: beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples of the batch."""
+        self._inner.batch_select_indices(indices)
+        if self.index is not None:
+            self.index = self.index.rows(indices, lambda: indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        self._inner.batch_repeat_interleave(repeats)
+        if self.index is not None:
+            batch, device = self.index.logical.shape[0], self.index.logical.device
+            rows = torch.arange(batch, device=device).repeat_interleave(repeats)
+            self.index = self.index.rows(repeats, lambda: rows)
+
+
+def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
+    """Raise `UnsupportedModel` for a cache that cannot hold what a policy leaves.
+
+    `uniform` says that all layers will hold the same tokens, which any kind of layer with one entry per token can.
+    """
     if cache is None:
         return
     if not isinstance(cache, Cache):
-        raise UnsupportedModel(f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}")
+        raise UnsupportedModel(f"{CACHE_ARGUMENT}: expected a transformers DynamicCache, got {type(cache).__name__}")
     if cache.offloading:
-        raise UnsupportedModel("past_key_values: an offloaded cache is not supported; use a plain DynamicCache")
-    if cache.layer_class_to_replicate not in (None, DynamicLayer):
+        raise UnsupportedModel(f"{CACHE_ARGUMENT}: an offloaded cache is not supported; use a plain DynamicCache")
+    replicated = cache.layer_class_to_replicate
+    if not uniform and replicated not in (None, DynamicLayer):
         raise UnsupportedModel(
-            f"past_key_values: layers of type {cache.layer_class_to_replicate.__name__} cannot hold a different length "
-            "each; use a plain DynamicCache"
+            f"{CACHE_ARGUMENT}: layers of type {replicated.__name__} cannot hold a different length each; use a plain "
+            "DynamicCache"
         )
-    for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, FlowLayer):
-            FlowLayer.adopt(layer, f"past_key_values.layers[{number}]")
+    _adopted(cache, uniform=uniform, written_by=None)
     if len(cache.layers) > layers:
-        raise UnsupportedModel(f"past_key_values: {len(cache.layers)} layers for a decoder of {layers}")
+        raise UnsupportedModel(f"{CACHE_ARGUMENT}: {len(cache.layers)} layers for a decoder of {layers}")
 
 
-def convert_cache(cache: Cache, layers: int) -> None:
-    """Give the caller's own cache object a `FlowLayer` for each of `layers` decoder layers, in place."""
-    converted = [
-        layer if isinstance(layer, FlowLayer) else FlowLayer.adopt(layer, f"past_key_values.layers[{number}]")
-        for number, layer in enumerate(cache.layers)
-    ]
-    cache.layers[:] = converted + [FlowLayer() for _ in range(layers - len(converted))]
+def convert_cache(cache: Cache, layers: int, *, uniform: bool, written_by: Any) -> None:
+    """Give the caller's own cache object a layer that knows its tokens for each decoder layer, in place."""
+    adopted = _adopted(cache, uniform=uniform, written_by=written_by)
+    replicated = cache.layer_class_to_replicate or DynamicLayer
+    for _ in range(layers - len(adopted)):
+        adopted.append(
+            FlowLayer(written_by=written_by) if replicated is DynamicLayer else UniformLayer(replicated(), written_by)
+        )
+    cache.layers[:] = adopted
+
+
+def _adopted(cache: Cache, *, uniform: bool, written_by: Any) -> list[Any]:
+    found = []
+    for number, layer in enumerate(cache.layers):
+        where = f"{CACHE_ARGUMENT}.layers[{number}]"
+        dynamic = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if isinstance(layer, _Indexed) and not (isinstance(layer, UniformLayer) and not uniform):
+            found.append(layer)
+        elif uniform and not dynamic:
+            found.append(UniformLayer.adopt(layer, where, written_by))
+        else:
+            found.append(FlowLayer.adopt(layer, where, written_by))
+    return found
 
 
 def is_flow_cache(cache: Any) -> bool:
-    """Whether the cache was written under a policy."""
-    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], FlowLayer)
+    """Whether the cache was written under a policy that dropped something."""
+    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], _Indexed)
+
+
+def check_written_by(cache: Any, writer: Any, policy: str) -> None:
+    """Raise `UnsupportedCall` for a cache that another policy has written."""
+    if is_flow_cache(cache) and cache.layers[0].written_by != writer:
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
+            "it was written with, or start with a fresh cache"
+        )
+
+
+def seen_by(cache: Any) -> int:
+    """Logical tokens that a cache has seen; a host synchronisation where a static one has seen any."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def entries_of(layer: Any) -> int:
+    """Entries that a cache layer holds."""
+    index = getattr(layer, "index", None)
+    return int(layer.get_seq_length()) - (0 if index is None else index.length - len(index))
+
+
+def keys_of(layer: Any) -> Tensor | None:
+    """Keys (batch, kv_heads, entries, dim) that a cache layer holds; `None` where it holds none, or no plain ones."""
+    entries, inner = entries_of(layer), getattr(layer, "_inner", layer)
+    if not entries or any("Quantized" in kind.__name__ for kind in type(inner).__mro__):
+        return None
+    keys: Tensor = inner.keys[:, :, :entries]
+    return keys

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.engine.tokens.host import Extent
+
 
 @dataclass(frozen=True, eq=False)
 class LiveSet:
@@ -33,10 +35,9 @@ class LiveSet:
         return cls(torch.arange(total, device=device).expand(batch, -1), None, total, everything=True)
 
     @classmethod
-    def of(cls, live: Bool[Tensor, "batch tokens"]) -> LiveSet:
-        """Compact the tokens where `live` is true (one host synchronisation, for the number of slots)."""
-        counts = live.sum(1)
-        low, high = torch.stack((counts.min(), counts.max())).tolist()
+    def of(cls, live: Bool[Tensor, "batch tokens"], extent: Extent | None = None) -> LiveSet:
+        """Compact the tokens where `live` is true; one host synchronisation where its `extent` is not known."""
+        low, high, _ = Extent.read(live) if extent is None else extent
         slots = max(high, 1)
         # a stable sort of booleans puts the live tokens last, in order
         index = torch.argsort(live.to(torch.uint8), dim=1, stable=True)[:, live.shape[1] - slots :]

@@ -1,55 +1,24 @@
-"""Gathers what crosses into a layer, the model's own mask above all: rows of live queries, columns of held keys."""
+"""The mask of a decoder layer, gathered from the model's own: rows of live queries, columns of held keys."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
 
-OWN_WAY = ("attention_mask", "past_key_values", "hidden_states")
-"""Arguments of a decoder layer that are not restricted by their token dimension."""
 
-
-def restrict_argument(value: Any, live: LiveSet) -> Any:
-    """Restrict one argument of a decoder layer to the live tokens; what has no token dimension passes unchanged.
-
-    Floats carry tokens on dimension -2 ((batch, tokens, dim), cos and sin, per-layer inputs), integers and booleans on
-    -1 ((batch, tokens), (3, batch, tokens)); tuples and lists are taken apart. A batch dimension of 1 is broadcast.
-    """
-    if isinstance(value, tuple | list):
-        return type(value)(restrict_argument(item, live) for item in value)
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    wide = (value.is_floating_point() or value.is_complex()) and value.dim() >= 2 and value.shape[-2] == live.total
-    if not wide and value.shape[-1] != live.total:
-        return value
-    return _take(value, live.index) if wide else _take(value[..., None], live.index)[..., 0]
-
-
-def _take(value: Tensor, index: Int[Tensor, "batch slots"]) -> Tensor:
-    """Rows of dimension -2 of a (..., batch or 1, tokens, dim) tensor, by sample."""
-    batch, slots = index.shape
-    index = index.to(value.device)
-    if value.dim() == 2:
-        value = value[None]
-    if batch == 1:
-        return value.index_select(-2, index[0])
-    lead, dim = value.shape[:-3], value.shape[-1]
-    value = value.expand(*lead, batch, *value.shape[-2:])
-    return value.gather(-2, index.view(*[1] * len(lead), batch, slots, 1).expand(*lead, batch, slots, dim))
-
-
-def gather_mask(mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash: bool) -> Tensor | None:
+def gather_mask(
+    mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash: bool, width: int | None = None
+) -> Tensor | None:
     """The mask of a layer that runs `queries` against the entries `keys`, from the model's full-length mask.
 
     `keys` covers past and present entries. Kinds of masks, as transformers builds them: `None` (causal, nothing
     padded) stays so where no padding slot needs hiding; (batch, keys) for FlashAttention; (batch, heads, queries,
-    keys) boolean for SDPA or additive for eager. `flash` says which kind replaces a `None` that cannot stay.
+    keys) boolean for SDPA or additive for eager. `flash` says which kind replaces a `None` that cannot stay. A layer
+    whose cache gives attention more entries than are held, `width` of them, sees none of the others.
     """
     if mask is None:
         return None if keys.valid is None else (keys.valid if flash else causal_mask(queries, keys))
@@ -60,12 +29,39 @@ def gather_mask(mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash:
     batch = torch.arange(logical.shape[0], device=mask.device)[:, None, None]
     mask = mask.expand(logical.shape[0], *mask.shape[1:])
     picked = mask[batch, :, queries.index.to(mask.device)[:, :, None], logical[:, None, :]].movedim(-1, 1)
-    if keys.valid is None:
-        return picked
-    hidden = ~keys.valid[:, None, None, :]
-    if picked.dtype != torch.bool:
-        return picked.masked_fill(hidden, torch.finfo(picked.dtype).min)
-    return (picked & ~hidden) | _own_slot(queries, keys)
+    if keys.valid is not None:
+        picked = _hidden(picked, ~keys.valid.to(picked.device)[:, None, None, :])
+        if picked.dtype == torch.bool:
+            picked = picked | _own_slot(queries, keys).to(picked.device)
+    empty = 0 if width is None else width - len(keys)
+    return torch.nn.functional.pad(picked, (0, empty), value=_nothing(picked.dtype)) if empty else picked
+
+
+def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: int, *, flash: bool) -> Tensor | None:
+    """The mask of a layer that runs all `tokens` of a call of text, after `length` logical tokens were seen.
+
+    `index` are the explicit entries of its cache; all that came after them are held in their places. Kinds of masks as
+    for `gather_mask`.
+    """
+    more = length - index.length + tokens
+    if mask is None:
+        if index.valid is None:
+            return None
+        if flash or tokens == 1:
+            valid = torch.nn.functional.pad(index.valid, (0, more), value=True)
+            return valid if flash else valid[:, None, None, :]
+        whole = LiveSet.whole(len(index.logical), tokens, index.logical.device)
+        return causal_mask(whole, index.upto(length + tokens))
+    mask = mask.expand(index.logical.shape[0], *mask.shape[1:])
+    logical = index.logical.to(mask.device)
+    hidden = None if index.valid is None else ~index.valid.to(mask.device)
+    if mask.dim() == 2:
+        held = mask.gather(1, logical)
+        held = held if hidden is None else held * (~hidden).to(held.dtype)
+    else:
+        held = mask.gather(3, logical[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+        held = held if hidden is None else _hidden(held, hidden[:, None, None, :])
+    return torch.cat((held, mask[..., index.length :]), -1)
 
 
 def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
@@ -75,6 +71,15 @@ def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queri
     if keys.valid is None:
         return seen[:, None]
     return (seen & keys.valid[:, None, :])[:, None] | _own_slot(queries, keys)
+
+
+def _hidden(mask: Tensor, where: Tensor) -> Tensor:
+    return mask & ~where if mask.dtype == torch.bool else mask.masked_fill(where, _nothing(mask.dtype))
+
+
+def _nothing(dtype: torch.dtype) -> float | bool:
+    """What a mask of this dtype holds for keys that are not seen."""
+    return False if dtype == torch.bool else torch.finfo(dtype).min
 
 
 def _own_slot(queries: LiveSet, keys: KeyIndex) -> Tensor:

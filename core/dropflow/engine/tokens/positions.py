@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import restrict_argument
+from dropflow.engine.tokens.restricting import restrict
 
 IDS, EMBEDDINGS = "position_ids", "position_embeddings"
 """The arguments of a decoder layer that say where its tokens stand."""
@@ -35,7 +35,7 @@ def renumbered(
     own = {name: arguments[name] for name in (IDS, EMBEDDINGS) if name in arguments}
     if not live.everything:
         ranks = ranked(live, valid)
-        own = {name: restrict_argument(value, ranks) for name, value in own.items()}
+        own = {name: restrict(name, value, ranks, {}) for name, value in own.items()}
     if dropped is None:
         return own
     ids = own[IDS] - dropped.to(own[IDS].device)[:, None]

@@ -10,8 +10,45 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dropflow.backbone.image_layout import CARRIED, EXTRA, IMAGE, KEPT, LINE, PROTECTED
+from dropflow.engine.tokens.host import Extent, read
+from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens of a call."""
+
+    mask: Bool[Tensor, "batch tokens"]
+    places: Mapping[str, Int[Tensor, "rows 2"]]
+    """Modality -> sample and token of each of its placeholders, in order; empty where the caller stated the tokens."""
+
+    @classmethod
+    def found(cls, masks: Mapping[str, Bool[Tensor, "batch tokens"]]) -> VisualTokens | None:
+        """Those of each modality (one host synchronisation for each); `None` where there are none."""
+        places = {modality: mask.nonzero() for modality, mask in masks.items()}
+        if not any(len(rows) for rows in places.values()):
+            return None
+        return cls(torch.stack(list(masks.values())).any(0), places)
+
+    def rows(self, flags: Mapping[str, RowFlags]) -> Mapping[str, RowFlags] | None:
+        """`flags` of the features of each modality; `None` where some modality was encoded without anybody seeing it.
+
+        Raises `UnsupportedModel` where placeholders and features differ in number.
+        """
+        if not self.places or not self.places.keys() <= flags.keys():
+            return None
+        for modality, places in self.places.items():
+            rows, found = len(flags[modality]), len(places)
+            if rows != found:
+                remedy = "correct `modalities` or `visual_ids` of the adapter"
+                if rows and found % rows == 0:  # some families repeat features by code of their own
+                    remedy = "generate one sequence per sample, without beams, if samples were repeated; or " + remedy
+                raise UnsupportedModel(
+                    f"the prompt has {found} {modality} placeholders by the adapter's token ids, but the model encoded "
+                    f"{rows} rows of {modality} features; {remedy}"
+                )
+        return {modality: flags[modality] for modality in self.places}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +68,16 @@ class Prompt:
     instruction_valid: Bool[Tensor, "batch rows"]
     image_sizes: tuple[int, ...]
     """Present patches of each image."""
+    patches: Int[Tensor, "images"]
+    """The same on the device."""
+    extents: Mapping[str, Extent]
+    """How many tokens are `valid`, `present` and `text`, and at most `after`: text after the first visual token."""
     extra: Bool[Tensor, "batch tokens"] | None = None
-    """Visual tokens that are no patches, such as newlines (see `image_layout.py`); `None` where there are none."""
+    """Visual tokens that are no patches, such as newlines (see `ImageLayout`); `None` where there are none."""
     line: Int[Tensor, "batch tokens"] | None = None
     """Number of the line each visual token belongs to, 0 for all others; goes with `extra`."""
+    lines: int = 0
+    """All of these numbers are below this."""
     carried: Float[Tensor, "batch tokens carries"] | None = None
     """What stages gave visual tokens to carry (`Plan.carries` says whose is where); `None` where nothing."""
     questions: tuple[str, ...] | None = None
@@ -50,17 +93,15 @@ class Prompt:
         if self.extra is None or self.line is None:
             return live_mask
         alive = live_mask & self.visual & ~self.extra
-        count = torch.zeros(live_mask.shape[0], int(self.line.max()) + 1, dtype=torch.long, device=live_mask.device)
+        count = torch.zeros(live_mask.shape[0], self.lines, dtype=torch.long, device=live_mask.device)
         count.scatter_add_(1, self.line, alive.long())
         return live_mask & ~(self.extra & ~self.protected & (count.gather(1, self.line) == 0))
 
     @property
     def answer_sources(self) -> Bool[Tensor, "batch tokens"]:
         """Visual tokens that an answer is predicted from, as where a caption follows its image at once."""
-        asks = (
-            torch.zeros_like(self.image_id).scatter_add_(1, self.instruction_slots, self.instruction_valid.long()) > 0
-        )
-        return asks & self.visual & self.present
+        counts = torch.zeros_like(self.image_id).scatter_add_(1, self.instruction_slots, self.instruction_valid.long())
+        return (counts > 0) & self.visual & self.present
 
     def keeping_answer_sources(self) -> Prompt:
         """The same, with those tokens protected."""
@@ -78,132 +119,171 @@ class Prompt:
 
 
 def make_prompt(
-    visual: Bool[Tensor, "batch tokens"],
-    flags: Float[Tensor, "rows flags"] | None,
+    visual: VisualTokens,
+    flags: Mapping[str, RowFlags] | None,
     valid: Bool[Tensor, "batch tokens"],
     instruction: tuple[Tensor, Tensor],
     tokens_per_image: int | None,
 ) -> Prompt:
-    """Put together what adapter, encode stages and caller say.
+    """Put together what adapter, encode stages and caller say; one host synchronisation.
 
-    `flags` has one row per visual token in (batch, token) order (see `image_layout.py`). Without it images are told
-    apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
+    `flags` has one row per placeholder of each modality, images of a later one are numbered on. Without it images are
+    told apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
     """
-    image = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
-    present, protected = valid.clone(), torch.zeros_like(visual)
+    tokens = _Placed(visual.mask, valid)
     if flags is None:
-        image[visual] = _number_images(visual, tokens_per_image)[visual]
-        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present))
-    flags = flags.to(visual.device)
-    image[visual] = _number_copies(visual, flags[:, IMAGE].long())
-    present[visual] &= flags[:, KEPT] > 0
-    protected[visual] = flags[:, PROTECTED] > 0
-    carried = None
-    if flags.shape[1] > CARRIED:
-        carried = flags.new_zeros(*visual.shape, flags.shape[1] - CARRIED)
-        carried[visual] = flags[:, CARRIED:]
-    if not bool((flags[:, EXTRA] > 0).any()):
-        return Prompt(image, valid, present, protected, *instruction, _sizes(image, present), carried=carried)
-    extra, line = torch.zeros_like(visual), torch.zeros_like(image)
-    extra[visual] = flags[:, EXTRA] > 0
-    own = flags[:, IMAGE] * (flags[:, LINE].max() + 1) + flags[:, LINE]
-    line[visual] = torch.unique(own, return_inverse=True)[1]
-    sizes = _sizes(image.masked_fill(extra, -1), present)
-    return Prompt(image, valid, present, protected, *instruction, sizes, extra, line, carried)
-
-
-def join_flags(
-    visual: Mapping[str, Bool[Tensor, "batch tokens"]], flags: Mapping[str, Float[Tensor, "rows flags"]]
-) -> Float[Tensor, "rows flags"] | None:
-    """Flags of all visual tokens in (batch, token) order; images of a later modality are numbered on.
-
-    `None` where some modality was encoded without anybody seeing it. Raises `UnsupportedModel` where placeholders and
-    features differ in number.
-    """
-    if not visual or not visual.keys() <= flags.keys():
-        return None
-    first = next(iter(visual.values()))
-    columns = max(CARRIED, *(rows.shape[1] for rows in flags.values()))
-    table = torch.zeros(*first.shape, columns, device=first.device)
-    anywhere, offset = torch.zeros_like(first), 0
-    for modality, where in visual.items():
-        rows = flags[modality].to(first.device)
-        found = int(where.sum())
-        if len(rows) != found:
-            remedy = "correct `modalities` or `visual_ids` of the adapter"
-            if len(rows) and found % len(rows) == 0:  # some families repeat features by code of their own
-                remedy = "generate one sequence per sample, without beams, if samples were repeated; or else " + remedy
-            raise UnsupportedModel(
-                f"the prompt has {found} {modality} placeholders by the adapter's token ids, but the model encoded "
-                f"{len(rows)} rows of {modality} features; {remedy}"
-            )
-        table[where] = rows + offset * (torch.arange(columns, device=rows.device) == IMAGE)
-        anywhere |= where
-        offset += int(rows[:, IMAGE].max()) + 1 if len(visual) > 1 and len(rows) else 0
-    return table[anywhere]
-
-
-def _number_images(visual: Tensor, tokens_per_image: int | None) -> Tensor:
-    """Images numbered through the batch, so that images of different samples never share a number."""
-    if tokens_per_image is not None:
-        number = (visual.long().cumsum(1) - 1) // tokens_per_image
+        tokens.number_runs(tokens_per_image)
     else:
-        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        number = starts.long().cumsum(1) - 1
-    images = number.masked_fill(~visual, -1).amax(1) + 1
-    return number + (images.cumsum(0) - images)[:, None]
+        tokens.place(visual.places, flags)
+    return tokens.prompt(instruction)
 
 
-def _number_copies(visual: Bool[Tensor, "batch tokens"], image: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+class _Placed:
+    """Numbers of each token, in the making."""
+
+    def __init__(self, visual: Tensor, valid: Tensor) -> None:
+        self._visual, self._valid = visual, valid
+        self._image_id = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
+        self._present, self._protected = valid.clone(), torch.zeros_like(visual)
+        self._extra: Tensor | None = None
+        self._line: Tensor | None = None
+        self._carried: Tensor | None = None
+        self._most_images = self._lines = 0
+
+    def number_runs(self, tokens_per_image: int | None) -> None:
+        """Images numbered through the batch, so that images of different samples never share a number."""
+        visual = self._visual
+        if tokens_per_image is not None:
+            number = (visual.long().cumsum(1) - 1) // tokens_per_image
+        else:
+            starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+            number = starts.long().cumsum(1) - 1
+        images = number.masked_fill(~visual, -1).amax(1) + 1
+        number = number + (images.cumsum(0) - images)[:, None]
+        self._image_id = torch.where(visual, number, -1)
+        ((self._most_images,),) = read(images.sum())
+
+    def place(self, places: Mapping[str, Tensor], flags: Mapping[str, RowFlags]) -> None:
+        """Put the flags of every row where its placeholder is."""
+        lines, width = max(rows.lines for rows in flags.values()), max(rows.carried.shape[1] for rows in flags.values())
+        shape, device = self._visual.shape, self._visual.device
+        if lines:
+            self._extra = torch.zeros_like(self._visual)
+            self._line = torch.zeros(shape, dtype=torch.long, device=device)
+        if width:
+            self._carried = torch.zeros(*shape, width, device=device)
+        images = sum(rows.images for rows in flags.values())
+        first = 0
+        for modality, rows in flags.items():
+            at = places[modality].to(device).unbind(1)
+            number = rows.image.to(device) + first
+            self._image_id.index_put_(at, number)
+            self._present.index_put_(at, rows.kept.to(device) & self._valid[at])
+            self._protected.index_put_(at, rows.protected.to(device))
+            if self._extra is not None and self._line is not None:
+                self._extra.index_put_(at, rows.extra.to(device))
+                self._line.index_put_(at, number * lines + rows.line.to(device))
+            if self._carried is not None:
+                self._carried[..., : rows.carried.shape[1]].index_put_(at, rows.carried.to(device))
+            first += rows.images
+        self._lines, self._most_images = images * lines, images * len(self._visual)
+        self._image_id = _number_copies(self._image_id, images)
+
+    def prompt(self, instruction: tuple[Tensor, Tensor]) -> Prompt:
+        """The finished prompt."""
+        image_id, present = self._image_id, self._present
+        scored = image_id if self._extra is None else image_id.masked_fill(self._extra, -1)
+        counts = torch.zeros(self._most_images + 1, dtype=torch.long, device=image_id.device)
+        counts.index_add_(0, scored.flatten() + 1, present.flatten().long())
+        text = self._valid & ~self._visual
+        after = text & (self._visual.cumsum(1) > 0)
+        (last,), sizes, *per_sample = read(
+            image_id.max(), counts, *(mask.sum(1) for mask in (self._valid, present, text, after))
+        )
+        return Prompt(
+            image_id=image_id,
+            valid=self._valid,
+            present=present,
+            protected=self._protected,
+            instruction_slots=instruction[0],
+            instruction_valid=instruction[1],
+            image_sizes=tuple(sizes[1 : last + 2]),
+            patches=counts[1 : last + 2],
+            extents=dict(zip(("valid", "present", "text", "after"), map(Extent.of, per_sample), strict=True)),
+            extra=self._extra,
+            line=self._line,
+            lines=self._lines,
+            carried=self._carried,
+        )
+
+
+def _number_copies(image_id: Int[Tensor, "batch tokens"], images: int) -> Int[Tensor, "batch tokens"]:
     """Numbers of the images of visual tokens; where `generate` repeats samples, as for beams, each copy has its own."""
-    if not len(image):
-        return image
-    sample, images = visual.nonzero()[:, 0], int(image.max()) + 1
-    shown = torch.zeros(len(visual), images, dtype=torch.long, device=visual.device)
-    shown[sample, image] = 1
-    copy = shown.cumsum(0)[sample, image] - 1
-    return image + copy * images
+    shown = torch.zeros(len(image_id), images + 1, dtype=torch.long, device=image_id.device)
+    shown.scatter_(1, image_id + 1, 1)
+    copy = (shown.cumsum(0) - 1).gather(1, image_id + 1)
+    return torch.where(image_id < 0, image_id, image_id + copy * images)
 
 
-def _sizes(image: Tensor, present: Tensor) -> tuple[int, ...]:
-    counts = torch.zeros(image.shape[0], int(image.max()) + 2, dtype=torch.long, device=image.device)
-    counts.scatter_add_(1, image + 1, present.long())
-    return tuple(counts.amax(0).tolist()[1:])
-
-
-def valid_tokens(attention_mask: Any, batch: int, tokens: int, device: torch.device) -> Bool[Tensor, "b t"]:
+def valid_tokens(
+    attention_mask: Any, batch: int, tokens: int, device: torch.device, seen: int | None = None
+) -> Bool[Tensor, "batch tokens"]:
     """Which of the last `tokens` tokens are no padding, from a (batch, all) or (batch, heads, tokens, all) mask.
 
-    Of masks given per kind of layer, any one says it.
+    Of masks given per kind of layer, any one says it. `seen` tokens came before; a mask of a static cache has columns
+    for tokens that are still to come.
     """
     if isinstance(attention_mask, Mapping):
         attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
     if attention_mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if attention_mask.dim() == 4:  # a token that may not see itself is padding
-        diagonal = attention_mask[:, 0].diagonal(attention_mask.shape[3] - tokens, dim1=1, dim2=2)
-        seen = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        seen = attention_mask.shape[3] - tokens if seen is None else seen
+        diagonal = attention_mask[:, 0].diagonal(seen, dim1=1, dim2=2)[:, :tokens]
+        real: Tensor = diagonal if diagonal.dtype == torch.bool else diagonal == 0
     else:
-        seen = attention_mask[:, -tokens:].bool()
-    real: Tensor = seen.expand(batch, -1).to(device)
-    return real
+        real = attention_mask[:, -tokens:].bool()
+    return real.expand(batch, -1).to(device)
 
 
 def instruction_tokens(
-    valid: Bool[Tensor, "batch tokens"], labels: Tensor | None, logits_to_keep: int
+    valid: Bool[Tensor, "batch tokens"],
+    labels: Tensor | None,
+    logits_to_keep: int,
+    starts: Bool[Tensor, "batch tokens"] | None = None,
 ) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
-    """Logical index of the tokens that ask, and which entries count.
+    """Logical index of the instruction tokens, and which entries count.
 
-    With labels: the last token in front of every labelled span, so one per round (HiDrop, section 3.2), none for a
-    sample without labels. Otherwise the last token of the prompt; where `generate` has put draft tokens behind it
-    (prompt lookup), that is the first position whose logits it asks for.
+    With labels: the last token before every labelled span, so one per round (HiDrop, section 3.2), none for a sample
+    without labels. Otherwise the last token of the prompt, or of every document where `starts` says that rows are
+    packed; where `generate` has put draft tokens after it (prompt lookup), that is the first position whose logits it
+    asks for.
     """
     if labels is not None:
-        asks = torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid
-        rows = max(int(asks.sum(1).max()), 1)
-        index = torch.argsort(asks.to(torch.uint8), dim=1, stable=True)[:, -rows:]
-        return index, asks.gather(1, index)
+        return _columns(torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid)
+    if starts is not None:
+        following = torch.nn.functional.pad(starts[:, 1:] | ~valid[:, 1:], (0, 1), value=True)
+        return _columns(following & valid)
     last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
     if logits_to_keep > 1:
         last = last - (logits_to_keep - 1)
     return last.clamp(min=0)[:, None], valid.any(1)[:, None]
+
+
+def document_starts(position_ids: Any) -> Bool[Tensor, "batch tokens"] | None:
+    """Where position ids (batch, tokens) start anew, as in packed rows; `None` where they never do.
+
+    Of multimodal positions (4, batch, tokens) the first ones are those of the text.
+    """
+    if not isinstance(position_ids, Tensor) or not (position_ids.dim() == 2 or len(position_ids) == 4):
+        return None
+    position_ids = position_ids if position_ids.dim() == 2 else position_ids[0]
+    starts = torch.nn.functional.pad(position_ids[:, 1:] < position_ids[:, :-1], (1, 0))
+    return starts if bool(starts.any()) else None
+
+
+def _columns(mask: Bool[Tensor, "batch tokens"]) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
+    """Columns where each row is true, in order and filled up on the left; one column at least."""
+    most = max(Extent.read(mask).high, 1)
+    index = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, -most:]
+    return index, mask.gather(1, index)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.engine.tokens.host import read
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.payloads import Encode
 
@@ -35,7 +37,7 @@ class Rows:
         carried = torch.zeros(count, carries, device=device)
         return cls(places, torch.zeros_like(places).bool(), torch.ones(count, device=device), carried)
 
-    def behind(self, extra: int) -> Rows:
+    def after(self, extra: int) -> Rows:
         """Rows of a tower whose first `extra` prefix tokens reach the LLM too: they fill the first placeholders."""
         if not extra:
             return self
@@ -48,64 +50,111 @@ class Rows:
             carried=torch.cat((first.carried, self.carried)),
         )
 
-
-def apply(answer: Encode, image: int, features: Tensor, rows: Rows, where: str, columns: slice) -> tuple[Tensor, Rows]:
-    """One image's part of a decision; raises `DecisionError` naming `where` if it does not fit.
-
-    `columns` are those of the stage that decided, of all that rows carry.
-    """
-    if answer.rows is not None:
-        if answer.places is None or answer.keep is not None:
-            raise DecisionError(f"{where}: `encode` returned rows; they go with `places`, and not with `keep`")
-        features, rows = answer.rows[image], _rewritten(answer, image, rows, where)
-    elif answer.keep is not None:
-        keep = _fits(answer.keep[image], rows, image, where) | rows.protected
-        features = features[keep]
-        places, protected, sizes = rows.places[keep], rows.protected[keep], rows.sizes[keep]
-        rows = replace(rows, places=places, protected=protected, sizes=sizes, carried=rows.carried[keep])
-    if answer.protect is not None:
-        rows = replace(rows, protected=rows.protected | _fits(answer.protect[image], rows, image, where))
-    if answer.carry is not None:
-        rows = replace(rows, carried=_loaded(answer.carry[image], rows, image, where, columns))
-    return features, rows
+    def taken(self, index: Int[Tensor, "left"]) -> Rows:
+        """Only the rows of these numbers."""
+        return replace(
+            self,
+            places=self.places[index],
+            protected=self.protected[index],
+            sizes=self.sizes[index],
+            carried=self.carried[index],
+        )
 
 
-def _rewritten(answer: Encode, image: int, rows: Rows, where: str) -> Rows:
-    assert answer.rows is not None
-    assert answer.places is not None
-    features, places = answer.rows[image], answer.places[image]
-    sizes = torch.ones(len(places), device=places.device) if answer.sizes is None else answer.sizes[image]
-    if (
-        len(features) != len(places)
-        or len(sizes) != len(places)
-        or not bool(torch.isin(places, rows.places).all())
-        or bool((places.diff() <= 0).any())
-    ):
-        raise DecisionError(
-            f"{where}: `encode` returned {len(features)} rows, places {tuple(places.shape)} and sizes "
+class Decided:
+    """What one stage's decision leaves of the images of a call."""
+
+    def __init__(self, answer: Encode, where: str, columns: slice) -> None:
+        """`where` names the stage in errors; `columns` are its own, of all that rows carry."""
+        self._answer, self._where, self._columns = answer, where, columns
+        self.faults: list[tuple[Bool[Tensor, ""], DecisionError]] = []
+        """Errors that hold where the number beside them, which lies on the device, is true."""
+
+    def apply(
+        self, features: Sequence[Float[Tensor, "rows dim"]], rows: Sequence[Rows]
+    ) -> tuple[list[Float[Tensor, "left dim"]], list[Rows]]:
+        """Features and rows of every image after the decision; at most one host synchronisation for all of them.
+
+        Raises `DecisionError` for what does not fit by its shape.
+        """
+        answer = self._answer
+        left, features = list(rows), list(features)
+        if answer.rows is not None:
+            if answer.places is None or answer.keep is not None:
+                raise DecisionError(
+                    f"{self._where}: `encode` returned rows; they go with `places`, and not with `keep`"
+                )
+            features = list(answer.rows)
+            left = [self._rewritten(image, own) for image, own in enumerate(left)]
+        elif answer.keep is not None:
+            masks = [
+                self._fits(mask, image, left[image]) | left[image].protected for image, mask in enumerate(answer.keep)
+            ]
+            for image, index in enumerate(_indices(masks)):
+                features[image], left[image] = features[image][index], left[image].taken(index)
+        for image, own in enumerate(left):
+            if answer.protect is not None:
+                own = replace(own, protected=own.protected | self._fits(answer.protect[image], image, own))
+            if answer.carry is not None:
+                own = replace(own, carried=self._loaded(answer.carry[image], image, own))
+            left[image] = own
+        return features, left
+
+    def _rewritten(self, image: int, rows: Rows) -> Rows:
+        answer = self._answer
+        assert answer.rows is not None
+        assert answer.places is not None
+        features, places = answer.rows[image], answer.places[image].contiguous()
+        sizes = torch.ones(len(places), device=places.device) if answer.sizes is None else answer.sizes[image]
+        wrong = DecisionError(
+            f"{self._where}: `encode` returned {len(features)} rows, places {tuple(places.shape)} and sizes "
             f"{tuple(sizes.shape)} for image {image}; expected one place and one size per row, the places ascending "
             "and out of the payload's places"
         )
-    own = torch.searchsorted(rows.places, places.contiguous())
-    return Rows(places, rows.protected[own], sizes, rows.carried[own], rows.rewritten + 1, answer.proportional)
+        if len(features) != len(places) or len(sizes) != len(places) or (len(places) and not len(rows.places)):
+            raise wrong
+        if not len(places):
+            return Rows(places, rows.protected[:0], sizes, rows.carried[:0], rows.rewritten + 1, answer.proportional)
+        own = torch.searchsorted(rows.places, places).clamp(max=len(rows.places) - 1)
+        fits = (rows.places[own] == places).all() & (places.diff() > 0).all()
+        self.faults.append((~fits, wrong))
+        return Rows(places, rows.protected[own], sizes, rows.carried[own], rows.rewritten + 1, answer.proportional)
+
+    def _loaded(self, carry: Tensor, image: int, rows: Rows) -> Float[Tensor, "rows carries"]:
+        expected = (len(rows.places), self._columns.stop - self._columns.start)
+        if not carry.is_floating_point() or tuple(carry.shape) != expected:
+            raise DecisionError(
+                f"{self._where}: `encode` returned {carry.dtype} {tuple(carry.shape)} to carry for image {image}, "
+                f"expected a float dtype and {expected}, the rows that stay and what the stage's `carries` says"
+            )
+        carried = rows.carried.clone()
+        carried[:, self._columns] = carry.detach().to(carried)
+        return carried
+
+    def _fits(self, mask: Tensor, image: int, rows: Rows) -> Tensor:
+        if mask.dtype != torch.bool or mask.shape != rows.places.shape:
+            raise DecisionError(
+                f"{self._where}: `encode` returned a mask of {mask.dtype} {tuple(mask.shape)} for image {image}, "
+                f"expected torch.bool {tuple(rows.places.shape)}"
+            )
+        return mask
 
 
-def _loaded(carry: Tensor, rows: Rows, image: int, where: str, columns: slice) -> Float[Tensor, "rows carries"]:
-    expected = (len(rows.places), columns.stop - columns.start)
-    if not carry.is_floating_point() or tuple(carry.shape) != expected:
-        raise DecisionError(
-            f"{where}: `encode` returned {carry.dtype} {tuple(carry.shape)} to carry for image {image}, expected a "
-            f"float dtype and {expected}, the rows that stay and what the stage's `carries` says"
-        )
-    carried = rows.carried.clone()
-    carried[:, columns] = carry.detach().to(carried)
-    return carried
+def raise_faults(faults: Sequence[tuple[Bool[Tensor, ""], DecisionError]]) -> None:
+    """Raise the first error that holds; one host synchronisation where there are any."""
+    if faults:
+        (wrong,) = read(torch.stack([fault for fault, _ in faults]))
+        for held, (_, error) in zip(wrong, faults, strict=True):
+            if held:
+                raise error
 
 
-def _fits(mask: Tensor, rows: Rows, image: int, where: str) -> Tensor:
-    if mask.dtype != torch.bool or mask.shape != rows.places.shape:
-        raise DecisionError(
-            f"{where}: `encode` returned a mask of {mask.dtype} {tuple(mask.shape)} for image {image}, "
-            f"expected torch.bool {tuple(rows.places.shape)}"
-        )
-    return mask
+def _indices(masks: Sequence[Bool[Tensor, "rows"]]) -> list[Int[Tensor, "left"]]:
+    """Where each mask is true; one host synchronisation for all."""
+    if not masks:
+        return []
+    (counts,) = read(torch.stack([mask.sum() for mask in masks]))
+    # a stable sort of booleans puts the rows that stay first, in order
+    return [
+        torch.argsort((~mask).to(torch.uint8), stable=True)[:count] for mask, count in zip(masks, counts, strict=True)
+    ]

@@ -69,6 +69,7 @@ def evaluate(
     """Measure exact-match accuracy on fresh questions of the test split, overall and per kind."""
     require_scikit_learn()
     import dropflow
+    from dropflow.policy.recorded import note_dense
     from dropflow_lab.compare.digits_accuracy import evaluate as measure
     from dropflow_lab.errors import InputError
     from dropflow_lab.inputs.models import load_model
@@ -78,6 +79,8 @@ def evaluate(
             raise InputError("--set: there is no policy to override; give --policy")
         chosen = None if policy is None else dropflow.load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
+        if chosen is None:
+            note_dense(loaded.config)
         with nullcontext() if chosen is None else dropflow.attach(loaded, chosen):
             measured = measure(loaded, processor, "test", questions, seed)
     kinds = json.loads(measured.to_json())

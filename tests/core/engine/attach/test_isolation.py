@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dropflow
 from dropflow import Keep, PruneCall, Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.testing.guarantees import fingerprint
 
@@ -114,11 +115,11 @@ def test_a_cache_written_under_a_policy_is_refused_without_it(llava: Any) -> Non
     cache = DynamicCache()
     token = torch.tensor([[5]])
     with dropflow.attach(llava, HIDROP):
-        llava(**prompt([(3, "I", 5)]), past_key_values=cache)
+        llava(**prompt([(3, "I", 5)]), **{CACHE_ARGUMENT: cache})
     with pytest.raises(UnsupportedCall, match="attach the policy again"):
-        llava(input_ids=token, past_key_values=cache)
+        llava(input_ids=token, **{CACHE_ARGUMENT: cache})
     with dropflow.attach(llava, HIDROP):
-        assert torch.isfinite(llava(input_ids=token, past_key_values=cache).logits).all()
+        assert torch.isfinite(llava(input_ids=token, **{CACHE_ARGUMENT: cache}).logits).all()
 
 
 def test_a_model_and_its_flow_are_freed_together() -> None:

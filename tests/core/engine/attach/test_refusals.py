@@ -14,6 +14,7 @@ from transformers.cache_utils import QuantizedLayer
 
 import dropflow
 from dropflow import Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DropflowError, MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 
 
@@ -85,7 +86,7 @@ def test_a_file_that_builds_python_objects_is_refused(llava: Any, tmp_path: Path
 
 
 def static_cache(model: Any) -> dict[str, Any]:
-    return {"past_key_values": StaticCache(model.config.text_config, max_cache_len=64)}
+    return {CACHE_ARGUMENT: StaticCache(model.config.text_config, max_cache_len=64)}
 
 
 def quantized_cache(_: Any) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def quantized_cache(_: Any) -> dict[str, Any]:
 
     cache = DynamicCache()
     cache.layers.append(Quantized())
-    return {"past_key_values": cache}
+    return {CACHE_ARGUMENT: cache}
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,10 @@ def quantized_cache(_: Any) -> dict[str, Any]:
         (
             static_cache,
             UnsupportedModel,
-            r"past_key_values\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache",
+            r"(past_key_values|cache)\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache",
         ),
-        (quantized_cache, UnsupportedModel, r"past_key_values\.layers\[0\]: a cache layer of type Quantized"),
-        (lambda _: {"past_key_values": ((1, 2),)}, UnsupportedModel, "expected a transformers DynamicCache, got tuple"),
+        (quantized_cache, UnsupportedModel, r"(past_key_values|cache)\.layers\[0\]: a cache layer of type Quantized"),
+        (lambda _: {CACHE_ARGUMENT: ((1, 2),)}, UnsupportedModel, "expected a transformers DynamicCache, got tuple"),
         (
             lambda _: {"output_hidden_states": True},
             UnsupportedCall,

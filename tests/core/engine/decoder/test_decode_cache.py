@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow import CacheCall, CacheKeep, Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DecisionError
 
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -56,10 +57,10 @@ def test_eviction_after_prefill_equals_masking_those_keys(llava: Any) -> None:
     token = torch.randint(3, 97, (3, 1), generator=torch.Generator().manual_seed(4))
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(token)), 1)
     with dropflow.attach(llava, policy(evict={"use": EvictAfterPrefill})):
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         held = [layer.keys.shape[-2] for layer in cache.layers]
-        logits = llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits
-    llava(**inputs, past_key_values=reference)
+        logits = llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
+    llava(**inputs, **{CACHE_ARGUMENT: reference})
     # the same, hidden instead of evicted: visual entries behind the third get keys that no query can reach
     visual = inputs["input_ids"] == 98
     hidden = visual & (visual.cumsum(1) > 3)
@@ -73,7 +74,7 @@ def test_eviction_after_prefill_equals_masking_those_keys(llava: Any) -> None:
 
         decoder = llava.get_decoder().layers[layer]
         handles.append(decoder.register_forward_pre_hook(hide, with_kwargs=True))
-    expected = llava(input_ids=token, attention_mask=mask, past_key_values=reference).logits
+    expected = llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: reference}).logits
     for handle in handles:
         handle.remove()
     longest = 1 + 2 + 9 + 3  # sample 1: text and its three visual entries
@@ -89,7 +90,7 @@ def test_a_stage_is_asked_at_the_steps_it_names_and_sees_attention(llava: Any) -
         stage = flow.plan.stages[0][1]
         output = llava.generate(**inputs, **BUDGET, return_dict_in_generate=True)
     assert stage.steps == [0, 2, 4]
-    lengths = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in getattr(output, CACHE_ARGUMENT).layers]
     assert stage.widths == [27, 28]  # 25 of the prompt, 2 and 4 generated, one evicted in between
     assert lengths == [30, 28, 30, 30, 30, 30]
 
@@ -103,7 +104,7 @@ def test_beams_and_crops_move_the_index_with_the_entries() -> None:
         again = model.generate(**inputs, **(BUDGET | {"num_beams": 3}))
         assert torch.equal(beams, again)
         cache = DynamicCache()
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_ARGUMENT: cache})
         before = [layer.full_index() for layer in cache.layers]
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([2, 3, 0, 1]))
@@ -131,14 +132,14 @@ def test_a_wrong_answer_is_refused(llava: Any) -> None:
         dropflow.attach(llava, policy(bad={"use": Wrong})),
         pytest.raises(DecisionError, match=r"layer 99, expected a layer from 0 to 5"),
     ):
-        llava(**prompt(), past_key_values=DynamicCache())
+        llava(**prompt(), **{CACHE_ARGUMENT: DynamicCache()})
 
 
 @torch.no_grad()
 def test_the_report_counts_what_is_left_behind_an_eviction(llava: Any) -> None:
     inputs, cache = prompt([(3, "I", 5)]), DynamicCache()
     with dropflow.attach(llava, policy(evict={"use": EvictAfterPrefill})) as flow:
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
         report = flow.report()
     held = [layer.keys.shape[2] for layer in cache.layers]
     assert held == [25, 25, 12, 12, 25, 25]

@@ -10,6 +10,7 @@ from tiny import policy, prompt, relative_error, tiny_llava
 
 import dropflow
 from dropflow import PruneCall, Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.model.attention import QueryKey, row_attention
 from dropflow.engine.model.tap import probe
 
@@ -58,9 +59,9 @@ def test_rows_of_a_second_turn_cover_the_first(llava: Any, layer: int) -> None:
     reader_stage, seen = reader(layer, 2, layer < 2)
     cache = DynamicCache()
     with dropflow.attach(llava, policy(read={"use": reader_stage})):
-        llava(**first, past_key_values=cache)
+        llava(**first, **{CACHE_ARGUMENT: cache})
         mask = torch.ones(1, first["input_ids"].shape[1] + later["input_ids"].shape[1], dtype=torch.long)
-        llava(**(later | {"attention_mask": mask}), past_key_values=cache)
+        llava(**(later | {"attention_mask": mask}), **{CACHE_ARGUMENT: cache})
     both = {"input_ids": torch.cat((first["input_ids"], later["input_ids"]), 1)}
     both["pixel_values"] = torch.cat((first["pixel_values"], later["pixel_values"]))
     expected = tiny_llava(attention="eager")(**both, output_attentions=True).attentions[layer][0, :, -1]

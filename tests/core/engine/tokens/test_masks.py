@@ -1,4 +1,4 @@
-"""What crosses a boundary, gathered: arguments by their token dimension, masks by live rows and held columns."""
+"""Masks gathered by live rows and held columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import gather_mask, restrict_argument
+from dropflow.engine.tokens.masks import gather_mask
 
 CPU = torch.device("cpu")
 LIVE = LiveSet.of(torch.tensor([[True, False, True, True], [False, False, False, True]]))
@@ -15,25 +15,6 @@ LIVE = LiveSet.of(torch.tensor([[True, False, True, True], [False, False, False,
 def keys(live: LiveSet, past: int = 0) -> KeyIndex:
     images = torch.full((live.index.shape[0], live.total), -1)
     return KeyIndex.plain(live.index.shape[0], past, CPU).followed_by(live, images)
-
-
-def test_arguments_are_restricted_on_their_token_dimension() -> None:
-    ids = torch.arange(4)[None]
-    assert restrict_argument(ids, LIVE)[0].tolist() == [0, 2, 3]
-    assert restrict_argument(ids, LIVE)[1, -1] == 3
-    rope = torch.arange(4.0)[None, :, None].expand(1, 4, 2)
-    cos, sin = restrict_argument((rope, -rope), LIVE)
-    assert cos.shape == (2, 3, 2)
-    assert cos[0, :, 0].tolist() == [0, 2, 3]
-    assert sin[1, 2].tolist() == [-3, -3]
-    multimodal = torch.arange(4).expand(3, 2, 4)
-    assert restrict_argument(multimodal, LIVE).shape == (3, 2, 3)
-    complex_rope = torch.polar(torch.ones(2, 4, 2), torch.ones(2, 4, 2))
-    assert restrict_argument(complex_rope, LIVE).shape == (2, 3, 2)
-    assert restrict_argument(torch.ones(5, 6), LIVE).shape == (5, 6)
-    assert restrict_argument("eager", LIVE) == "eager"
-    one = LiveSet.of(torch.tensor([[True, False, True, True]]))
-    assert restrict_argument(rope, one)[0, :, 0].tolist() == [0, 2, 3]
 
 
 def test_no_mask_stays_none_where_nothing_is_padded() -> None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow import CacheCall, CacheKeep, Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.positions import ranked
 from dropflow.errors import PolicyError, UnsupportedCall
@@ -119,7 +120,7 @@ def test_a_decoded_token_stands_at_the_length_of_each_layers_cache(llava: Any) -
         output = llava.generate(**inputs, **BUDGET, return_dict_in_generate=True)
     for handle in handles:
         handle.remove()
-    lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in getattr(output, CACHE_ARGUMENT).layers]
     assert lengths == [n + 4 for n in (25, 25, 9 + 3, 9 + 3, 11, 11)]
     for step in range(1, 5):
         decoded = [int(ids) for ids in seen[6 * step : 6 * step + 6]]
@@ -133,12 +134,14 @@ def test_positions_that_count_padding_stay_consistent(llava: Any) -> None:
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(token)), 1)
     with dropflow.attach(llava, compact(RAGGED)):
         cache, alone = DynamicCache(), DynamicCache()
-        llava(**inputs, past_key_values=cache)
-        logits = llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits[0]
+        llava(**inputs, **{CACHE_ARGUMENT: cache})
+        logits = llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits[0]
         own = inputs["attention_mask"][0].bool()
         assert not own.all()
-        llava(input_ids=inputs["input_ids"][:1, own], pixel_values=inputs["pixel_values"][:1], past_key_values=alone)
-        expected = llava(input_ids=token[:1], past_key_values=alone).logits[0]
+        llava(
+            input_ids=inputs["input_ids"][:1, own], pixel_values=inputs["pixel_values"][:1], **{CACHE_ARGUMENT: alone}
+        )
+        expected = llava(input_ids=token[:1], **{CACHE_ARGUMENT: alone}).logits[0]
     assert relative_error(logits, expected) < 1e-5
 
 
@@ -148,14 +151,14 @@ def test_a_second_turn_continues_where_each_layer_stands(llava: Any) -> None:
     seen: list[Tensor] = []
     with dropflow.attach(llava, compact(RAGGED)) as flow:
         cache = DynamicCache()
-        llava(**first, past_key_values=cache)
+        llava(**first, **{CACHE_ARGUMENT: cache})
         held = [layer.keys.shape[2] for layer in cache.layers]
         handles = [
             layer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
             for layer in llava.get_decoder()._modules["layers"]
         ]
         mask = torch.ones(1, first["input_ids"].shape[1] + later["input_ids"].shape[1], dtype=torch.long)
-        llava(**(later | {"attention_mask": mask}), past_key_values=cache)
+        llava(**(later | {"attention_mask": mask}), **{CACHE_ARGUMENT: cache})
         live = flow.live()[:, 0]
     for handle in handles:
         handle.remove()

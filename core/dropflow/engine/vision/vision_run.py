@@ -12,28 +12,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dropflow.backbone.image_layout import ImageLayout, flags, split
-from dropflow.engine.decoder.probe import Arguments, with_hidden
+from dropflow.backbone.image_layout import ImageLayout, split
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.model.arguments import Arguments, with_hidden
 from dropflow.engine.model.attention import QueryKey, row_attention
 from dropflow.engine.model.sublayers import in_two
-from dropflow.engine.model.tap import tap, uncompiled
-from dropflow.engine.vision.rows import Rows, apply
+from dropflow.engine.model.tap import tapped, uncompiled
+from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.rows import Decided, Rows, raise_faults
 from dropflow.errors import DecisionError, UnsupportedModel
 from dropflow.lifecycle.events import EncodeStep
 from dropflow.lifecycle.payloads import EncodeCall
 
 if TYPE_CHECKING:
-    from dropflow.backbone.backbone import Backbone, VisionEncoder
+    from dropflow.backbone.backbone import VisionEncoder
     from dropflow.lifecycle.stage import EncodeBoundary
-    from dropflow.policy.plan import Plan
 
 
-class EncodeRun:
+class VisionRun:
     """State of one call of `get_image_features`."""
 
-    def __init__(self, plan: Plan, backbone: Backbone) -> None:
-        self._plan, self._backbone = plan, backbone
-        self._vision: VisionEncoder | None = backbone.vision
+    def __init__(self, site: Site) -> None:
+        plan = site.plan
+        self._site, self._plan = site, plan
+        self._vision: VisionEncoder | None = site.backbone.vision
         self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
         self._extra = 0
         """Prefix tokens that have become rows: those still present in the encoder's output."""
@@ -47,8 +49,20 @@ class EncodeRun:
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
+        self._faults: list[tuple[Tensor, DecisionError]] = []
+        """What the decisions are blamed for when the features are finished, if it holds."""
         self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
         """What the stages decided, if somebody watches."""
+
+    @property
+    def reduces_features(self) -> bool:
+        """Whether some stage works on what the projector gets."""
+        return "features" in self._plan.encode_at
+
+    @property
+    def inside(self) -> bool:
+        """Whether some stage works inside the encoder, or reads its attention."""
+        return bool(self._taps) or any(boundary is not None for boundary in self._plan.encode_at)
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows the stages left."""
@@ -58,13 +72,17 @@ class EncodeRun:
         if number == 0:
             self._begin([hidden.shape[1] - vision.prefix] * hidden.shape[0], hidden)
         hidden = self._decide_inside(number, hidden)
-        args, kwargs = self._masked(*with_hidden(hidden, args, kwargs), hidden)
+        arguments = self._masked(*with_hidden(hidden, args, kwargs), hidden)
         self._seen.append(list(self._rows))
         if number in self._taps:
-            with tap(vision.owner.config._attn_implementation, lambda seen: self._keep_tapped(number, seen)):
-                output = self._run(number, layer, (args, kwargs), tapped=True)
+            implementation = vision.owner.config._attn_implementation
+            output = tapped(
+                implementation,
+                partial(self._keep_tapped, number),
+                lambda: self._run(number, layer, arguments, tapped=True),
+            )
         else:
-            output = self._run(number, layer, (args, kwargs), tapped=False)
+            output = self._run(number, layer, arguments, tapped=False)
         if number == vision.feature_layer - 1:
             self._features, self._prefix_rows = list(self._rows), output[:, : vision.prefix]
         return output
@@ -75,14 +93,13 @@ class EncodeRun:
             return (uncompiled(layer) if tapped else layer)(*args, **kwargs)
         assert self._vision is not None
         assert self._vision.sublayers is not None  # the policy is refused otherwise
-        parts = self._vision.sublayers(layer)
-        return in_two(layer, parts, arguments, partial(self._decide_inside, number + 0.5))
+        parts, between = self._vision.sublayers(layer), partial(self._decide_inside, number + 0.5)
+        return in_two(layer, parts, arguments, between, self._site.shadows)
 
     def features(self, rows: Float[Tensor, "images rows dim"]) -> Float[Tensor, "images rows dim"]:
         """What the projector gets instead of `rows`: the features as the stages at `features` leave them."""
-        assert self._features is not None
-        assert self._vision is not None
-        assert self._prefix_rows is not None
+        if self._features is None or self._vision is None or self._prefix_rows is None:
+            return rows  # the projector is called for something else
         self._rows, stages = self._features, self._plan.encode_at["features"]
         own = [row[: len(left.places)] for row, left in zip(rows, self._rows, strict=True)]
         decided = self._decide("features", own, stages, self._prefix_rows, self._vision.prefix)
@@ -91,7 +108,7 @@ class EncodeRun:
 
     def finish(
         self, entries: Sequence[Tensor], layouts_of: Callable[[Sequence[int]], list[list[ImageLayout]]]
-    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
+    ) -> tuple[list[Tensor], list[RowFlags]]:
         """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
 
         `layouts_of` says which images are inside entries of given sizes.
@@ -100,24 +117,23 @@ class EncodeRun:
         if self._features is not None:
             assert vision is not None
             self._extra = extra = vision.select_prefix
-            self._rows = [rows.behind(extra) for rows in self._features]
+            self._rows = [rows.after(extra) for rows in self._features]
             self._sizes = [size + extra for size in self._sizes]
             layouts = layouts_of(self._sizes)
             features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
             whole = list(features)
         else:
             layouts = layouts_of([len(rows) for rows in entries])
-            whole = [rows for _, rows in split(entries, layouts)]
-            features = [
-                rows[~layout.extra(rows.device)] if layout.has_extra else rows
-                for layout, rows in split(entries, layouts)
-            ]
+            parts = list(split(entries, layouts))
+            whole = [rows for _, rows in parts]
+            features = [rows[layout.patch_rows(rows.device)] if layout.has_extra else rows for layout, rows in parts]
             self._begin([layout.patches for own in layouts for layout in own], entries[0])
         stages = self._plan.encode_at.get(None, ())
         if stages:
             self._grids = [layout.grid for own in layouts for layout in own]
             none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
             features = self._decide(None, features, stages, none, 0 if vision is None else vision.prefix - extra)
+        raise_faults(self._faults)
         return self._refilled(layouts, whole, features, entries[0][:0])
 
     def _refilled(
@@ -126,35 +142,39 @@ class EncodeRun:
         whole: Sequence[Tensor],
         features: Sequence[Tensor],
         empty: Tensor,
-    ) -> tuple[list[Tensor], list[Float[Tensor, "rows flags"]]]:
+    ) -> tuple[list[Tensor], list[RowFlags]]:
         """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
-        full, tables, first = [], [], 0
+        full, flags, first = [], [], 0
         for own in layouts:
             last = first + len(own)
-            rows, kept = self._rows[first:last], []
-            for layout, row in zip(own, rows, strict=True):
-                keep = row.protected.new_zeros(layout.patches)
-                keep[row.places] = True
-                kept.append(keep)
+            rows = self._rows[first:last]
             parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
             full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty)
-            protected = [
-                torch.zeros_like(k).index_copy(0, r.places, r.protected) for k, r in zip(kept, rows, strict=True)
-            ]
-            carried = [
-                r.carried.new_zeros(len(k), r.carried.shape[1]).index_copy(0, r.places, r.carried)
-                for k, r in zip(kept, rows, strict=True)
-            ]
-            tables.append(flags(own, first, full[-1].device, kept, protected, carried))
+            flags.append(
+                RowFlags.of(
+                    own,
+                    first,
+                    self._plan.serial,
+                    full[-1].device,
+                    [_scattered(torch.ones_like(r.protected), r, layout) for r, layout in zip(rows, own, strict=True)],
+                    [_scattered(r.protected, r, layout) for r, layout in zip(rows, own, strict=True)],
+                    [_scattered(r.carried, r, layout) for r, layout in zip(rows, own, strict=True)],
+                )
+            )
             first = last
-        return full, tables
+        return full, flags
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
-        self._tapped[number] = replace(seen, causal=False)
+        seen = replace(seen, causal=False)
+        if self._site.shards is not None and self._vision is not None:
+            config = self._vision.owner.config
+            heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
+            seen = replace(seen, shards=self._site.shards, heads=heads, kv_heads=heads)
+        self._tapped[number] = seen
 
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
-        self._grids = [self._backbone.grid(size) for size in sizes]
+        self._grids = [self._site.backbone.grid(size) for size in sizes]
         carries = max((columns.stop for columns in self._plan.carries.values()), default=0)
         self._rows = [Rows.whole(n, like, carries) for n in sizes]
 
@@ -178,8 +198,9 @@ class EncodeRun:
         weighs = any(rows.proportional for rows in self._rows)
         if len(set(counts)) == 1 and not weighs:
             return None
-        keys = torch.arange(hidden.shape[1], device=hidden.device)
-        seen = keys < prefix + torch.tensor(counts, device=hidden.device)[:, None]
+        seen = torch.zeros(len(counts), hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        for image, count in enumerate(counts):
+            seen[image, : prefix + count] = True
         if "flash" in implementation:
             if weighs:
                 raise UnsupportedModel(
@@ -229,16 +250,14 @@ class EncodeRun:
                 has_cls=self._vision is not None and self._vision.has_cls,
                 attention=lambda layer, rows: row_attention(self._query_key(layer), rows),
                 columns=self._columns,
-                tapped=self._query_key,
+                tapped=lambda layer: self._query_key(layer).whole(),
             )
             answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
-                applied = [
-                    apply(answer, i, f, r, f"stages.{name}", self._plan.carries[name])
-                    for i, (f, r) in enumerate(zip(features, self._rows, strict=True))
-                ]
                 before = tuple(rows.places for rows in self._rows)
-                features, self._rows = [f for f, _ in applied], [r for _, r in applied]
+                decided = Decided(answer, f"stages.{name}", self._plan.carries[name])
+                features, self._rows = decided.apply(features, self._rows)
+                self._faults += decided.faults
                 if self.steps is not None and answer.decides:
                     places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
                     self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
@@ -252,7 +271,7 @@ class EncodeRun:
         if number not in self._tapped:
             raise DecisionError(
                 f"attention of vision layer {layer}: list the layer in the stage's `vision_taps`, and ask for it at a "
-                "boundary behind it"
+                "boundary after it"
             )
         return self._tapped[number]
 
@@ -265,17 +284,22 @@ class EncodeRun:
             if now.rewritten != then.rewritten:
                 raise DecisionError(
                     f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
-                    "them; read a layer behind the merging, or ask before it"
+                    "them; read a layer after the merging, or ask before it"
                 )
-            places = then.behind(self._extra).places
+            places = then.after(self._extra).places
             found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
         return tuple(found)
+
+
+def _scattered(values: Tensor, rows: Rows, layout: ImageLayout) -> Tensor:
+    """Values of an image's rows (rows, ...) at the patches they stand for (patches, ...), zeros elsewhere."""
+    return values.new_zeros(layout.patches, *values.shape[1:]).index_copy(0, rows.places, values)
 
 
 def _filled(layout: ImageLayout, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
     """The rows of one image (layout.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
     if len(own) == layout.tokens:
         return own
-    patch = (~layout.extra(own.device)).nonzero()[:, 0]
+    patch = layout.patch_rows(own.device)
     full = own.new_zeros(layout.tokens, own.shape[1]).index_copy(0, patch[rows.places], own)
     return torch.where(layout.extra(own.device)[:, None], whole, full) if layout.has_extra else full

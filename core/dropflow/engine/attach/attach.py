@@ -1,0 +1,171 @@
+"""Attaching policies to a model, and detaching them."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dropflow.backbone.backbone import Backbone, backbone_for
+from dropflow.backbone.versions import warn_if_untested
+from dropflow.backbone.wrapped import leave_uncompiled, unwrapped
+from dropflow.engine.attach import refusals
+from dropflow.engine.attach.flow import Flow, FlowSet
+from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.model.tap import sweep
+from dropflow.engine.model.turns import Turns
+from dropflow.engine.vision.encoding import attached_plans
+from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.policy.plan import Plan, resolve
+from dropflow.policy.policy_file import Source, load_policy
+from dropflow.policy.recorded import Recording, recorded_policy
+
+
+class _Attachment:
+    """Who may use one core, and what is attached to it; weak, since what is attached holds its model."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self._hooks: weakref.ref[ModelHooks] | None = None
+
+    @property
+    def hooks(self) -> ModelHooks | None:
+        """Hooks that are on the model, or that an interrupted attach or detach has left there."""
+        return None if self._hooks is None else self._hooks()
+
+    @hooks.setter
+    def hooks(self, hooks: ModelHooks | None) -> None:
+        self._hooks = None if hooks is None else weakref.ref(hooks)
+
+
+_attachments: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+"""By core, and by the model around it."""
+
+
+def attach(
+    model: Any,
+    policy: Source | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    adapter: str | type[Backbone] | None = None,
+) -> Flow:
+    """Let `policy` govern every forward of `model` until the flow is detached or its `with` block ends.
+
+    `policy` is a name, a path, a mapping or a `Policy`; without one, the policy recorded in the model's config counts.
+    `overrides` are `path=value`. `adapter` names a backbone adapter where the model's `model_type` does not. Nothing of
+    the model is changed but a few removable hooks, and `config.dropflow`, which holds the policy while it is attached:
+    a model saved meanwhile, such as by a trainer, records it (see `Flow.record`).
+
+    Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
+    (or has a flow attached already).
+    """
+    found = backbone_for(model, adapter)
+    source = recorded_policy(found.model.config) if policy is None else policy
+    hooks = _attach(found, {"": resolve(load_policy(source, overrides), found.shape)}, "")
+    flow = hooks.flows[""]
+    assert flow is not None
+    hooks.handle = flow
+    return flow
+
+
+def attach_set(
+    model: Any,
+    policies: Mapping[str, Source | None],
+    *,
+    default: str,
+    adapter: str | type[Backbone] | None = None,
+) -> FlowSet:
+    """Attach several named policies to one model, of which each call chooses one by `FlowSet.using`.
+
+    `None` stands for the model as it is. `default` names the one that counts where a caller chooses none; it is the one
+    that the model's config records. Everything else is as for `attach`.
+    """
+    if default not in policies:
+        raise PolicyError(f"attach_set: the default {default!r} is not among the policies {', '.join(policies)}")
+    found = backbone_for(model, adapter)
+    plans = {
+        name: None if source is None else resolve(load_policy(source), found.shape) for name, source in policies.items()
+    }
+    hooks = _attach(found, plans, default)
+    hooks.handle = flows = FlowSet(hooks.flows, hooks, lambda: _detach(found.core))
+    return flows
+
+
+def detach(model: Any) -> None:
+    """Take off the model whatever is attached to it, also where its handle is lost; harmless where nothing is.
+
+    Waits for a forward that another thread runs now. Raises `UnsupportedCall` inside a forward of the model itself.
+    """
+    inner = unwrapped(model)
+    if inner in _attachments:
+        _detach(inner)
+
+
+def flow_of(model: Any) -> Flow | FlowSet | None:
+    """What is attached to the model: a flow, a set of them, or `None`."""
+    attachment = _attachments.get(unwrapped(model))
+    hooks = None if attachment is None else attachment.hooks
+    return hooks.handle if hooks is not None and hooks.flows else None
+
+
+def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) -> ModelHooks:
+    warn_if_untested()
+    leave_uncompiled()
+    core = backbone.core
+    attachment = _attachments.setdefault(core, _Attachment())
+    _attachments[backbone.model] = attachment
+    shards = refusals.head_shards(backbone)
+    for plan in plans.values():
+        if plan is not None:
+            refusals.check_model(backbone, plan, shards)
+            for _, stage in plan.stages:
+                stage.prepare(backbone)
+    if attachment.turns.mine() is not None:
+        raise UnsupportedCall("attach: called inside of a forward of this model; call it before or afterwards")
+    turn = attachment.turns.take(sys._getframe())
+    try:
+        present = attachment.hooks
+        if present is not None and present.flows:
+            names = ", ".join(repr(flow.policy.name) for flow in present.flows.values() if flow is not None)
+            raise UnsupportedModel(f"attach: the policy {names} is attached to this model already; detach it first")
+        _clean(attachment)  # what an interrupted attach or detach has left
+        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards)
+        hooks.serials = {plan.serial for plan in plans.values() if plan is not None}
+        attached_plans.update(hooks.serials)
+        recorded = plans[default]
+        if recorded is not None:
+            hooks.recording = Recording(backbone.model.config)
+            hooks.recording.put(recorded.policy)
+        hooks.install({name: _flow(plan, hooks, name == default) for name, plan in plans.items()}, default)
+        return hooks
+    finally:
+        turn.end()
+
+
+def _flow(plan: Plan | None, hooks: ModelHooks, recorded: bool) -> Flow | None:
+    core = hooks.backbone.core
+    return None if plan is None else Flow(plan, hooks, hooks.recording if recorded else None, lambda: _detach(core))
+
+
+def _detach(core: Any) -> None:
+    attachment = _attachments[core]
+    if attachment.turns.mine() is not None:
+        raise UnsupportedCall("detach: called inside of a forward of this model; call it when the forward has ended")
+    turn = attachment.turns.take(sys._getframe())
+    try:
+        _clean(attachment)
+    finally:
+        turn.end()
+
+
+def _clean(attachment: _Attachment) -> None:
+    """Leave nothing on the model; may be interrupted and done again."""
+    hooks = attachment.hooks
+    if hooks is not None:
+        hooks.remove()
+        attached_plans.difference_update(hooks.serials)
+        if hooks.recording is not None:
+            hooks.recording.remove()
+        attachment.hooks = hooks.handle = None
+    sweep()

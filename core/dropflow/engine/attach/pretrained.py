@@ -1,0 +1,54 @@
+"""Loading a model together with the policy that its checkpoint records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from dropflow.backbone.backbone import Backbone
+from dropflow.engine.attach.attach import attach
+from dropflow.policy.policy_file import Source
+from dropflow.policy.recorded import recorded_policy
+
+logger = logging.getLogger("dropflow")
+
+_OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments that say where files are, and so hold for the config, too."""
+
+
+def from_pretrained(
+    folder: str | PathLike[str],
+    policy: Source | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    adapter: str | type[Backbone] | None = None,
+    model_class: Any = AutoModelForImageTextToText,
+    **kwargs: Any,
+) -> Any:
+    """Load a model by transformers, and attach the policy that its checkpoint records, or `policy` where one is given.
+
+    `transformers` itself, its pipelines and its server know nothing of Dropflow: by them, a checkpoint that records a
+    policy runs dense. This returns the model in eval mode with the policy attached, for all of them to use;
+    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`; `overrides`
+    and `adapter` those of `attach`. One line in the log `dropflow` says which policy counts.
+
+    Raises `PolicyError` before weights are loaded where no policy is given and none is recorded, and what `attach`
+    raises.
+    """
+    if policy is None:
+        if kwargs.get("config") is None:
+            kwargs["config"] = AutoConfig.from_pretrained(
+                folder, **{name: kwargs[name] for name in (*_OF_FILES, "trust_remote_code") if name in kwargs}
+            )
+        recorded_policy(kwargs["config"])
+    model = model_class.from_pretrained(folder, **kwargs)
+    flow = attach(model, policy, overrides=overrides, adapter=adapter)
+    whose = "recorded" if policy is None else "given"
+    logger.info(
+        "%s: the %s policy %r is attached; dropflow.detach(model) takes it off", folder, whose, flow.policy.name
+    )
+    return model

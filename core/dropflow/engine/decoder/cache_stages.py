@@ -1,0 +1,79 @@
+"""The caches of one pass through the decoder, q and k of its tapped layers, and the stages that decide about caches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
+from dropflow.engine.decoder.layer_arguments import Held
+from dropflow.engine.decoder.record import CallRecord
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.model.tap import tapped, uncompiled
+from dropflow.engine.tokens.cache import entries_of, is_flow_cache, keys_of
+from dropflow.errors import DecisionError
+from dropflow.lifecycle.events import CacheEvent, Eviction
+from dropflow.lifecycle.stage import Stage
+
+
+class CacheStages:
+    """What a run holds of its caches."""
+
+    def __init__(self, site: Site, step: int, tokens: int) -> None:
+        self._site, self._step, self._tokens = site, step, tokens
+        self.stages = [s for _, s in site.plan.hooks.implementers("decode_cache") if _asks(s, step)]
+        self._tapped: dict[int, QueryKey] = {}
+        self.cache: Any = None
+
+    def held(self, number: int) -> Held:
+        """The cache layer of a decoder layer."""
+        held: Held = self.cache.layers[number] if is_flow_cache(self.cache) else None
+        return held
+
+    def past(self, number: int) -> Tensor | None:
+        """Keys (batch, kv_heads, entries, dim) that a decoder layer's cache holds from earlier turns."""
+        if self.cache is None or number >= len(self.cache.layers) or not entries_of(self.cache.layers[number]):
+            return None
+        keys = keys_of(self.cache.layers[number])
+        if keys is None:
+            raise DecisionError(
+                f"layer {number}: its quantized cache of earlier turns cannot be ranked by; use a DynamicCache"
+            )
+        return keys
+
+    def tap(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer and keep its q and k."""
+        rotary = kwargs.get("position_embeddings")
+
+        def keep(seen: QueryKey) -> None:
+            self._tapped[number] = self._site.sharded(replace(seen, rotary=rotary))
+
+        return tapped(self._site.implementation, keep, lambda: uncompiled(layer)(*args, **kwargs))
+
+    def seen(self, layer: int) -> QueryKey:
+        """q and k of a tapped layer as it ran."""
+        if layer not in self._tapped:
+            raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
+        return self._tapped[layer]
+
+    def rows(self, layer: int, rows: Tensor) -> Tensor:
+        """Attention rows of a tapped layer as it ran."""
+        return row_attention(self.seen(layer), rows)
+
+    def finish(self, record: CallRecord | None) -> None:
+        """Ask the cache stages, now that every layer has written its entries, and tell those who watch."""
+        hooks = self._site.plan.hooks
+        told: list[Eviction] | None = [] if hooks.watched("observe_cache") else None
+        if (self.stages or told is not None) and is_flow_cache(self.cache):
+            decide_cache(self._site.plan, self.stages, self.cache, self._step, self._tokens, self.rows, told)
+            if record is not None and self.stages:
+                record.held = tuple(layer.full_index().tokens for layer in self.cache.layers)
+            if told is not None:
+                hooks.observe_cache(CacheEvent(self._step, tuple(told), cache_views(self.cache)))
+
+
+def _asks(stage: Stage[Any], step: int) -> bool:
+    return step == 0 or (stage.decode_every > 0 and step % stage.decode_every == 0)

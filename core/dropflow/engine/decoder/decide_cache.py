@@ -1,0 +1,130 @@
+"""Asks the cache stages, checks their decisions, and lets entries go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
+from dropflow.engine.tokens.host import Extent, read
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.errors import DecisionError
+from dropflow.lifecycle.cache_payloads import CacheCall, CacheView
+from dropflow.lifecycle.events import Eviction
+from dropflow.lifecycle.payloads import RowAttention
+from dropflow.lifecycle.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from dropflow.policy.plan import Plan
+
+
+def decide_cache(
+    plan: Plan,
+    stages: Sequence[Stage[Any]],
+    cache: Cache,
+    step: int,
+    tokens: int,
+    attention: RowAttention,
+    told: list[Eviction] | None = None,
+) -> None:
+    """Ask the cache stages one after the other, each seeing what the one before has left.
+
+    With a list in `told`, what they decided is appended to it.
+    """
+    names = {id(stage): name for name, stage in plan.stages}
+    for stage in stages:
+        name = names[id(stage)]
+        full = _full_indices(cache)
+        views = [_view(number, index, cache.layers[number].recall(name)) for number, index in enumerate(full)]
+        answer = plan.hooks.decode_cache(CacheCall(step, tokens, tuple(views), attention), stage)
+        if answer is None:
+            continue
+        for number, notes in answer.memory.items():
+            _check_entries(notes, None, number, views, name)
+            cache.layers[number].remember(name, notes)
+        stays = {}
+        for number, keep in answer.keep.items():
+            _check_entries(keep, torch.bool, number, views, name)
+            view = views[number]
+            stays[number] = (keep.to(view.valid.device) | (view.image_id < 0) | view.protected) & view.valid
+            if told is not None:
+                told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
+        _evict(cache, full, stays)
+
+
+def _evict(cache: Cache, full: Sequence[KeyIndex], stays: Mapping[int, Tensor]) -> None:
+    """Let go of what does not stay; layers that held the same and keep the same go on sharing what they hold.
+
+    One host synchronisation for all layers.
+    """
+    numbers = list(stays)
+    if not numbers:
+        return
+    before = {number: other for other, number in pairwise(numbers) if full[other] is full[number]}
+    as_before, *counts = read(
+        torch.stack(
+            [
+                (stays[number] == stays[before[number]]).all() if number in before else stays[number].new_zeros(())
+                for number in numbers
+            ]
+        ),
+        *(stays[number].sum(1) for number in numbers),
+    )
+    made: dict[int, tuple[LiveSet, KeyIndex]] = {}
+    for number, same, count in zip(numbers, as_before, counts, strict=True):
+        if same:
+            made[number] = made[before[number]]
+        else:
+            kept = LiveSet.of(stays[number], Extent.of(count))
+            made[number] = kept, full[number].compacted(kept)
+        cache.layers[number].evict(*made[number])
+
+
+def _check_entries(
+    answer: Tensor, dtype: torch.dtype | None, number: int, views: Sequence[CacheView], name: str
+) -> None:
+    """An answer about a layer's cache has one value per entry."""
+    view = views[number] if 0 <= number < len(views) else None
+    if view is None or answer.shape != view.valid.shape or answer.dtype != (dtype or answer.dtype):
+        kind = dtype or "numbers"
+        expected = f"a layer from 0 to {len(views) - 1}" if view is None else f"{kind} {tuple(view.valid.shape)}"
+        raise DecisionError(
+            f"stages.{name}: `decode_cache` answered {answer.dtype} {tuple(answer.shape)} for layer {number}, "
+            f"expected {expected}"
+        )
+
+
+def cache_views(cache: Cache) -> tuple[CacheView, ...]:
+    """What each layer's cache holds."""
+    return tuple(_view(number, index, None) for number, index in enumerate(_full_indices(cache)))
+
+
+def _full_indices(cache: Cache) -> list[KeyIndex]:
+    """What each layer holds, one index for all layers that share theirs."""
+    made: dict[tuple[KeyIndex, int], KeyIndex] = {}
+    found = []
+    for layer in cache.layers:
+        index = layer.index
+        if index is None:
+            found.append(layer.full_index())
+        else:
+            key = (index, layer.length)
+            if key not in made:
+                made[key] = layer.full_index()
+            found.append(made[key])
+    return found
+
+
+def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:
+    valid = index.image_id != PADDING
+    if index.valid is not None:
+        valid &= index.valid
+    protected = valid & (index.image_id >= PROTECTED)
+    image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
+    return CacheView(number, index.logical, valid, image, protected, memory)

@@ -1,0 +1,178 @@
+"""Asks the stages of a boundary, checks their decisions, and turns them into one boolean over logical tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.prompt import Prompt
+from dropflow.errors import DecisionError
+from dropflow.lifecycle.payloads import Entry, Keep, PruneCall, RowAttention, Tapped
+from dropflow.lifecycle.stage import Window
+
+if TYPE_CHECKING:
+    from dropflow.policy.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryState:
+    """Where a run stands: before one layer, with these tokens live."""
+
+    boundary: int
+    window: Window
+    live: LiveSet
+    live_mask: Bool[Tensor, "batch tokens"]
+    """Live tokens by logical index, padding excluded."""
+    hidden: Float[Tensor, "batch slots dim"]
+    final_norm: Callable[[Tensor], Tensor] | None
+    embeds: Float[Tensor, "batch tokens dim"]
+    """What entered the decoder."""
+    training: bool = False
+    """Whether the model trains, so that stages that ask for gradients get them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the stages of a boundary decided together."""
+
+    live_mask: Bool[Tensor, "batch tokens"]
+    """Tokens that stay live."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """By stage name, over the slots before the boundary."""
+    keeps: dict[str, Tensor] = field(default_factory=dict)
+    """What each stage answered, by its name, over the same slots."""
+    merge_into: Int[Tensor, "batch slots"] | None = None
+    """Slot that each slot's state is merged into; `None` where no stage merges."""
+    merged_by: str | None = None
+    """Name of the stage that merges."""
+    log_weights: Float[Tensor, "batch tokens"] | None = None
+    """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
+    faults: tuple[tuple[Bool[Tensor, ""], DecisionError], ...] = ()
+    """Errors that hold where the number beside them, which lies on the device, is true."""
+
+
+def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> Decision:
+    """Ask every stage of a boundary; nothing is read back from the device.
+
+    Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
+    """
+    live, boundary = state.live, state.boundary
+    call = _payload(prompt, state, attention, tapped)
+    valid, image, protected = call.valid, call.image_id, call.protected
+    drop = torch.zeros_like(valid)
+    scores: dict[str, Tensor] = {}
+    merge_into: Tensor | None = None
+    merged_by: str | None = None
+    keeps: dict[str, Tensor] = {}
+    log_weights: Tensor | None = None
+    faults: list[tuple[Tensor, DecisionError]] = []
+    for name, stage in plan.prune_at[boundary]:
+        asked = replace(call, differentiable=state.training and stage.differentiable)
+        if prompt.carried is not None and stage.carries:
+            asked = replace(asked, carried=live.take(prompt.carried[:, :, plan.carries[name]]).to(valid.device))
+        answer = plan.hooks.prune(asked, stage)
+        if answer is None:
+            continue
+        mask = _checked_keep(answer, valid, name, boundary)
+        drop |= ~mask
+        keeps[name] = mask
+        if answer.scores is not None:
+            scores[name] = answer.scores.detach()
+        if answer.merge_into is not None:
+            if merge_into is not None:
+                raise DecisionError(
+                    f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
+                    "another boundary"
+                )
+            merge_into, fault = _checked_merge(answer.merge_into, image, name, boundary)
+            merged_by = name
+            faults.append(fault)
+        if answer.weights is not None and asked.differentiable:
+            weighted = mask & (image >= 0) & ~protected
+            faults.append(_weights_fault(answer.weights, weighted, name, boundary))
+            own = torch.where(weighted, answer.weights, 1).log()
+            log_weights = own if log_weights is None else log_weights + own
+    drop &= (image >= 0) & ~protected
+    index = live.index
+    dropped = torch.zeros_like(state.live_mask).scatter_(1, index, drop.to(index.device))
+    live_mask = prompt.without_widows(state.live_mask & ~dropped)
+    if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
+        log_weights = log_weights.to(index.device)
+        log_weights = log_weights.new_zeros(live_mask.shape).scatter_add(1, index, log_weights)
+    return Decision(live_mask, scores, keeps, merge_into, merged_by, log_weights, tuple(faults))
+
+
+def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> PruneCall:
+    """What every stage of the boundary is told, on the device of the hidden states."""
+    live, device = state.live, state.hidden.device
+    valid = live.take(state.live_mask)
+    image = torch.where(valid, live.take(prompt.scored), -1)
+    protected = live.take(prompt.protected) & valid
+    slots = live.slot.gather(1, prompt.instruction_slots)
+    return PruneCall(
+        boundary=state.boundary,
+        hidden=state.hidden,
+        index=live.index.to(device),
+        valid=valid.to(device),
+        image_id=image.to(device),
+        text=(live.take(prompt.text) & valid).to(device),
+        protected=protected.to(device),
+        image_sizes=prompt.image_sizes,
+        instruction_slots=slots.clamp(min=0).to(device),
+        instruction_valid=(prompt.instruction_valid & (slots >= 0)).to(device),
+        window=state.window,
+        entry=Entry(state.embeds, torch.where(prompt.present, prompt.scored, -1)),
+        attention=attention,
+        tapped=tapped,
+        final_norm=state.final_norm,
+        questions=prompt.questions,
+        patches=prompt.patches.to(device),
+        most_text=prompt.extents["after"].high,
+    )
+
+
+def _checked_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> Bool[Tensor, "batch slots"]:
+    mask = answer.mask
+    if mask.dtype != torch.bool or mask.shape != valid.shape:
+        raise DecisionError(
+            f"stages.{name}: at boundary {boundary} `prune` returned a mask of {mask.dtype} {tuple(mask.shape)}, "
+            f"expected torch.bool {tuple(valid.shape)} (batch, slots)"
+        )
+    return mask.to(valid.device)
+
+
+def _checked_merge(
+    into: Tensor, image: Tensor, name: str, boundary: int
+) -> tuple[Int[Tensor, "batch slots"], tuple[Tensor, DecisionError]]:
+    """Targets of a merge, with every token that is no patch left to itself, and what is wrong if some fit nothing."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
+    if into.dtype != torch.long or into.shape != image.shape:
+        raise DecisionError(
+            f"{told} of {into.dtype} {tuple(into.shape)}, expected torch.int64 {tuple(image.shape)} (batch, slots)"
+        )
+    own = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    into = torch.where(image >= 0, into.to(image.device), own)
+    target = into.clamp(0, image.shape[1] - 1)
+    fits = (target == into) & (image.gather(1, target) == image) & (into.gather(1, target) == target)
+    wrong = DecisionError(f"{told} with a token merged into no slot of its own image, or into one that is merged too")
+    return target, (~fits.all(), wrong)
+
+
+def _weights_fault(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> tuple[Tensor, DecisionError]:
+    """Soft weights are one float per slot, positive and finite for the visual tokens that the stage keeps."""
+    told = f"stages.{name}: at boundary {boundary} `prune` returned weights"
+    if not weights.is_floating_point() or weights.shape != weighted.shape:
+        raise DecisionError(
+            f"{told} of {weights.dtype} {tuple(weights.shape)}, expected a float dtype and {tuple(weighted.shape)} "
+            "(batch, slots)"
+        )
+    own = weights.detach()
+    fits = (torch.isfinite(own) & (own > 0)) | ~weighted
+    wrong = DecisionError(f"{told} that are not positive and finite for every visual token it keeps; give 1 to these")
+    return ~fits.all(), wrong

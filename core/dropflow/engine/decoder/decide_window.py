@@ -1,0 +1,51 @@
+"""Asks the stages where vision enters and exits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dropflow.engine.tokens.prompt import Prompt
+from dropflow.errors import DecisionError
+from dropflow.lifecycle.payloads import Exit, WindowCall
+from dropflow.lifecycle.stage import Window
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.policy.plan import Plan
+
+
+@dataclass(frozen=True)
+class WindowDecision:
+    """Where vision enters (the deepest of the `inject` answers) and exits (the shallowest of the `exit` answers)."""
+
+    window: Window
+    keep_answer_sources: bool
+    """Whether visual tokens that an answer is predicted from outlive the exit."""
+    by: dict[int, tuple[str, ...]]
+    """The stages that answered so, for these two boundaries."""
+
+
+def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecision:
+    """Ask the `inject` and `exit` stages."""
+    call = WindowCall(backbone, (prompt.present & prompt.visual).sum(1), prompt.text.sum(1))
+    layers = plan.shape.layers
+    entries = _boundaries(plan.hooks.inject(call), "inject", layers)
+    answered = {name: one if isinstance(one, Exit) else Exit(one) for name, one in plan.hooks.exit(call)}
+    exits = _boundaries(((name, one.boundary) for name, one in answered.items()), "exit", layers)
+    window = Window(max(entries.values(), default=0), min(exits.values(), default=layers))
+    by = {
+        boundary: tuple(name for name, answer in answers.items() if answer == boundary)
+        for boundary, answers in ((window.entry, entries), (window.exit, exits))
+    }
+    spared = any(answered[name].keep_answer_sources for name in by[window.exit] if name in exits)
+    return WindowDecision(window, spared, by)
+
+
+def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> dict[str, int]:
+    found = dict(answers)
+    for name, boundary in found.items():
+        if not 0 <= boundary <= layers:
+            raise DecisionError(f"stages.{name}: `{hook}` answered {boundary}, expected a boundary from 0 to {layers}")
+    return found

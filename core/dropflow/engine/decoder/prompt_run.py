@@ -1,0 +1,242 @@
+"""A call that brings visual tokens: what crosses each boundary of the decoder, and what watches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropflow.engine.decoder.cache_stages import CacheStages
+from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide_keeps
+from dropflow.engine.decoder.decide_window import decide_window
+from dropflow.engine.decoder.layer_arguments import LayerArguments
+from dropflow.engine.decoder.probe import LayerProbe
+from dropflow.engine.decoder.record import CallRecord
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.weights import with_positional_mask
+from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
+from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.tokens.cache import convert_cache, entries_of
+from dropflow.engine.tokens.cache_index import PADDING, PROTECTED
+from dropflow.engine.tokens.host import Extent, read
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.prompt import Prompt
+from dropflow.engine.tokens.restricting import check_arguments
+from dropflow.errors import DecisionError
+from dropflow.lifecycle.events import BoundaryEvent
+from dropflow.operators.merging import mean_into
+
+
+class PromptRun:
+    """State of one forward of the text decoder with visual tokens: the policy acts at its boundaries."""
+
+    def __init__(
+        self, site: Site, prompt: Prompt, embeds: Tensor, residuals: tuple[tuple[Tensor, Tensor], ...] = ()
+    ) -> None:
+        """`embeds` (batch, tokens, dim) are raw: the states with which injected tokens enter.
+
+        `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`).
+        """
+        batch, tokens = embeds.shape[:2]
+        plan, backbone = site.plan, site.backbone
+        self._site, self._embeds, self._residuals = site, embeds, residuals
+        self._caches = CacheStages(site, 0, tokens)
+        cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
+        self._taps = cache_taps | {layer for own in plan.prune_at.values() for _, s in own for layer in s.taps}
+        self._live_when: dict[int, LiveSet] = {}
+        """What was live when a tapped layer ran."""
+        decided = decide_window(plan, backbone, prompt)
+        self.window, self._window_edge_by = decided.window, decided.by
+        if decided.keep_answer_sources:
+            prompt = prompt.keeping_answer_sources()
+        self.prompt = prompt
+        self._outlive = prompt.answer_sources & prompt.present if decided.keep_answer_sources else None
+        self.live_mask, self._count = prompt.valid, prompt.extents["valid"].total
+        image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
+        self.record: CallRecord | None = CallRecord(plan, backbone.decoder_widths, prompt, embeds.element_size())
+        self._arguments = LayerArguments(
+            site.context(embeds), LiveSet.whole(batch, tokens, embeds.device), image, prompt.valid
+        )
+
+    @property
+    def live(self) -> LiveSet:
+        """Tokens of this call that are live before the coming layer."""
+        return self._arguments.live
+
+    @property
+    def drops(self) -> bool:
+        """Whether some layer may hold fewer tokens than the call has."""
+        return not self._site.plan.uniform or self.prompt.extents["present"] != self.prompt.extents["valid"]
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run decoder layer `number` on what is live before it."""
+        if number == 0:
+            self._begin(layer, args, kwargs)
+        args, kwargs = self._cross(number, layer, args, kwargs)
+        held, arguments = self._caches.held(number), self._arguments
+        keys = arguments.keys(held)
+        args, kwargs = arguments.arguments(layer, args, kwargs, held, keys)
+        if arguments.log_weights is not None:
+            args, kwargs = with_positional_mask(layer, args, kwargs)
+        if number in self._taps:
+            self._live_when[number] = self.live
+            output = self._caches.tap(number, layer, args, kwargs)
+        else:
+            output = layer(*args, **kwargs)
+        if held is not None and held.is_initialized:
+            held.set_index(keys)
+        return output if number >= len(self._residuals) else self._with_residual(number, output)
+
+    def finish(self) -> None:
+        """Ask the cache stages."""
+        self._caches.finish(self.record)
+
+    def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what the first layer is given, before anything has run."""
+        plan, known = self._site.plan, self._site.backbone.token_arguments
+        if self.drops:
+            given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
+            check_arguments(given, self.live, known)
+        _, cache = cache_in(kwargs)
+        self._caches.cache = cache
+        if cache is None or self.record is None:
+            return
+        self.record.seen = int(cache.get_seq_length())
+        if self.drops or plan.hooks.watched("observe_cache"):
+            convert_cache(cache, plan.shape.layers, uniform=plan.uniform, written_by=plan.identity)
+        if self.record.seen:
+            self.record.past = tuple(map(entries_of, cache.layers))
+
+    def _with_residual(self, number: int, hidden: Tensor) -> Tensor:
+        """After layer `number`: live visual tokens receive what the model itself would add to all of them."""
+        where, rows = self._residuals[number]
+        where = where.to(hidden.device)[:, :, None]
+        added = hidden.new_zeros(*where.shape[:2], hidden.shape[2]).masked_scatter(where, rows.to(hidden))
+        return hidden + (added if self.live.everything else self.live.take(added))
+
+    def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Apply what the policy says at the boundary before layer `number` to the hidden states."""
+        prompt, window, plan = self.prompt, self.window, self._site.plan
+        inside = window.entry <= number < window.exit
+        stages = plan.prune_at.get(number, ()) if inside else ()
+        at_window_edge = number in (0, window.entry, window.exit)
+        if not (at_window_edge or stages):
+            return args, kwargs
+        hidden = hidden_of(args, kwargs)
+        if at_window_edge:
+            raw = self._embeds if number == window.entry > 0 else None
+            if inside:
+                hidden = self._move(prompt.present, hidden, raw, prompt.extents["present"])
+            elif self._outlive is None or number < window.exit:
+                hidden = self._move(prompt.text, hidden, None, prompt.extents["text"])
+            else:
+                hidden = self._move(prompt.text | self._outlive, hidden, None)
+        shown, decision = self.live, Decision(self.live_mask)
+        merged: Tensor | None = None
+        if stages:
+            decision = self._decide(number, layer, hidden, args, kwargs)
+            if decision.merge_into is not None:
+                hidden = mean_into(hidden, decision.merge_into)
+                merged = shown.to_tokens(decision.merge_into.to(shown.index.device))
+            hidden = self._move(decision.live_mask, hidden, None, None, decision)
+            self._arguments = self._arguments.weighed(decision.log_weights)
+        if self.record is not None:
+            self.record.add(number, self.live_mask, merged)
+        if plan.hooks.watched("observe"):
+            self._tell(number, tuple(name for name, _ in stages), shown, decision, merged)
+        return with_hidden(hidden, args, kwargs)
+
+    def _decide(
+        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Decision:
+        site, held, arguments = self._site, self._caches.held(number), self._arguments
+        probe = LayerProbe(
+            number,
+            layer,
+            hidden,
+            lambda: arguments.arguments(layer, args, kwargs, held, arguments.keys(held)),
+            implementation=site.implementation,
+            projections=site.backbone.projections(layer),
+            past=self._caches.past(number),
+            sharded=site.sharded,
+            shadows=site.shadows,
+        )
+
+        def rows(asked: int, slots: Tensor) -> Tensor:
+            found = probe.rows(slots) if asked == number else row_attention(self._seen_now(asked), slots)
+            return found.to(hidden.device)
+
+        training = torch.is_grad_enabled() and site.backbone.text.training
+        state = BoundaryState(
+            number,
+            self.window,
+            self.live,
+            self.live_mask,
+            hidden,
+            site.backbone.final_norm,
+            self._embeds,
+            training,
+        )
+        return decide_keeps(site.plan, self.prompt, state, rows, lambda asked: self._seen_now(asked).whole())
+
+    def _seen_now(self, layer: int) -> QueryKey:
+        """q and k of a tapped layer, if the tokens it saw are those that are live now."""
+        seen = self._caches.seen(layer)
+        if self._live_when[layer] is not self.live:
+            raise DecisionError(f"layer {layer}: the live set has changed since its attention ran")
+        return seen
+
+    def _move(
+        self,
+        live_mask: Tensor,
+        hidden: Tensor,
+        raw: Tensor | None,
+        extent: Extent | None = None,
+        decision: Decision | None = None,
+    ) -> Tensor:
+        """Make `live_mask` the live set and bring the hidden states along; with `raw`, tokens may enter.
+
+        One host synchronisation where the `extent` of the mask is not known. Raises what the decision is blamed for.
+        """
+        if extent is None:
+            faults = () if decision is None else decision.faults
+            counts, blamed = read(
+                live_mask.sum(1), torch.stack([wrong for wrong, _ in faults]) if faults else live_mask.new_zeros(0)
+            )
+            for wrong, (_, error) in zip(blamed, faults, strict=True):
+                if wrong:
+                    raise error
+            extent = Extent.of(counts)
+        if extent.total == self._count:  # one is part of the other, so that they are the same
+            return hidden  # padding, too, stays where it is until a token really goes
+        if decision is not None and self._site.plan.uniform:
+            raise DecisionError(
+                "a stage forecasts that every token stays, and has dropped some; correct its `forecast`, on which the "
+                "kind of cache depends"
+            )
+        live = LiveSet.of(live_mask, extent)
+        hidden = live.restrict(self.live, hidden, raw)
+        self._arguments, self.live_mask = self._arguments.moved(live, live_mask), live_mask
+        self._count = extent.total
+        return hidden
+
+    def _tell(
+        self, number: int, names: tuple[str, ...], shown: LiveSet, decision: Decision, merged: Tensor | None
+    ) -> None:
+        """Tell those who watch what was applied; `shown` are the slots that the stages saw."""
+        event = BoundaryEvent(
+            boundary=number,
+            stages=names,
+            window_edge_by=self._window_edge_by.get(number, ()),
+            window=self.window,
+            prompt=self.prompt,
+            live=self.live_mask,
+            image_id=self.prompt.image_id,
+            index=shown.index,
+            scores=decision.scores,
+            keeps=decision.keeps,
+            merged_into=merged,
+            merged_by=decision.merged_by,
+        )
+        self._site.plan.hooks.observe(event)

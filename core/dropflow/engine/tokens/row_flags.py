@@ -1,0 +1,144 @@
+"""What the engine notes of every row of image features, and how it travels with them through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dropflow.backbone.image_layout import ImageLayout
+from dropflow.engine.tokens.host import read
+
+_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _IMAGES, _LINES, _PLAN, _CARRIED = range(9)
+"""Columns of a packed table; from the last one on, what stages gave the row to carry."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowFlags:
+    """Rows of image features in the order of their placeholders."""
+
+    kept: Bool[Tensor, "rows"]
+    """False for what an encode stage dropped."""
+    protected: Bool[Tensor, "rows"]
+    """What no stage may drop."""
+    image: Int[Tensor, "rows"]
+    """Number of the image, from 0."""
+    line: Int[Tensor, "rows"]
+    """Number of the line inside the image (see `ImageLayout`)."""
+    extra: Bool[Tensor, "rows"]
+    """Rows that are no patches, such as newlines."""
+    carried: Float[Tensor, "rows carries"]
+    """What stages gave the row to carry (`Plan.carries` says whose is where)."""
+    images: int
+    """All image numbers are below this."""
+    lines: int
+    """All line numbers are below this; 0 where no image has extra rows."""
+    plan: int
+    """`Plan.serial` of the policy under which the rows were made."""
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    @classmethod
+    def of(
+        cls,
+        layouts: Sequence[ImageLayout],
+        first: int,
+        plan: int,
+        device: torch.device,
+        kept: Sequence[Bool[Tensor, "patches"]] | None = None,
+        protected: Sequence[Bool[Tensor, "patches"]] | None = None,
+        carried: Sequence[Float[Tensor, "patches carries"]] = (),
+    ) -> RowFlags:
+        """Flags of the rows of `layouts`, numbered from `first`; patches are kept, and not protected, by default."""
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        width = carried[0].shape[1] if carried else 0
+        none = torch.zeros(0, width, device=device)
+        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, first + len(layouts), 0, plan)
+        return whole.joined(
+            [
+                _of_one(
+                    layout,
+                    first + number,
+                    whole,
+                    None if kept is None else kept[number],
+                    None if protected is None else protected[number],
+                    carried[number] if carried else None,
+                )
+                for number, layout in enumerate(layouts)
+            ]
+        )
+
+    def joined(self, parts: Sequence[RowFlags]) -> RowFlags:
+        """These rows and those of `parts`, one after the other."""
+        every = [self, *parts]
+        return RowFlags(
+            kept=torch.cat([part.kept for part in every]),
+            protected=torch.cat([part.protected for part in every]),
+            image=torch.cat([part.image for part in every]),
+            line=torch.cat([part.line for part in every]),
+            extra=torch.cat([part.extra for part in every]),
+            carried=torch.cat([part.carried for part in every]),
+            images=max(part.images for part in every),
+            lines=max(part.lines for part in every),
+            plan=self.plan,
+        )
+
+    def pack(self, whole: RowFlags) -> Float[Tensor, "rows columns"]:
+        """One float32 table, exact up to 2^24 images; `whole` are the flags that these are a part of."""
+        table = torch.zeros(len(self), _CARRIED + self.carried.shape[1], device=self.image.device)
+        table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
+        table[:, _IMAGE], table[:, _LINE], table[:, _CARRIED:] = self.image, self.line, self.carried
+        table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
+        return table
+
+    @classmethod
+    def unpack(cls, table: Float[Tensor, "rows columns"], known: RowFlags | None = None) -> RowFlags:
+        """The flags in a packed table, some rows of which may be repeated or missing by now.
+
+        `known` are the flags it was packed from; without them the numbers that the host must know are read from it.
+        """
+        images, lines, plan = (known.images, known.lines, known.plan) if known is not None else (0, 0, 0)
+        if known is None and len(table):
+            ((images, lines, plan),) = read(table[0, _IMAGES:_CARRIED])
+        return cls(
+            kept=table[:, _KEPT] > 0,
+            protected=table[:, _PROTECTED] > 0,
+            image=table[:, _IMAGE].long(),
+            line=table[:, _LINE].long(),
+            extra=table[:, _EXTRA] > 0,
+            carried=table[:, _CARRIED:],
+            images=images,
+            lines=lines,
+            plan=plan,
+        )
+
+
+def _of_one(
+    layout: ImageLayout,
+    number: int,
+    like: RowFlags,
+    kept: Bool[Tensor, "patches"] | None,
+    protected: Bool[Tensor, "patches"] | None,
+    carried: Float[Tensor, "patches carries"] | None,
+) -> RowFlags:
+    device = like.image.device
+    patch = layout.patch_rows(device)
+    plain = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
+    own = replace(
+        like,
+        kept=~plain if kept is None else layout.keep_of(kept),
+        protected=plain if protected is None else plain.index_copy(0, patch, protected),
+        image=torch.full((layout.tokens,), number, device=device),
+        line=torch.zeros(layout.tokens, dtype=torch.long, device=device),
+        extra=plain,
+        carried=like.carried.new_zeros(layout.tokens, like.carried.shape[1]),
+    )
+    if carried is not None:
+        own = replace(own, carried=own.carried.index_copy(0, patch, carried.to(own.carried)))
+    if layout.has_extra:
+        own = replace(own, extra=layout.extra(device), line=layout.line(device), lines=layout.lines)
+    return own

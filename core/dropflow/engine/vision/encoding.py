@@ -1,0 +1,206 @@
+"""The vision side of a call: `encode` stages inside the encoder and on its output, and how their answers travel.
+
+What an `encode` stage drops stays in the features as a row that is not live, so that placeholders, position ids,
+deepstack features and multimodal RoPE stay aligned. The flags of every row (see `row_flags.py`) say so, and which image
+it belongs to. `generate` encodes images before the forward and may expand or slice the features in between; the flags
+ride along as one more entry of `deepstack_features`, which transformers expands and slices with the features, and are
+taken off before the model sees them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dropflow.backbone.image_layout import ImageLayout
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.vision_run import VisionRun
+from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.lifecycle.events import EncodeEvent, EncodeStep
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+
+
+F = TypeVar("F", bound="Features")
+attached_plans: set[int] = set()
+"""`Plan.serial` of every policy that is attached to a model now."""
+
+
+@dataclass
+class Features(BaseModelOutputWithPooling):  # type: ignore[misc]  # transformers ships no types
+    """Encoded images as a core takes them."""
+
+    deepstack_features: Any = None
+
+
+@dataclass
+class FlowFeatures(Features):
+    """Encoded images with the packed flags of their rows as the last entry of `deepstack_features`.
+
+    Rows that were dropped hold nothing, so that no model may read them once the policy is detached.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "pooler_output" and _read_by_a_model(sys._getframe(1)) and self.flags().plan not in attached_plans:
+            raise UnsupportedCall(
+                "mm_encoder_outputs: these features were encoded under a policy that has been detached since; encode "
+                "the images again"
+            )
+        return super().__getattribute__(name)
+
+    def flags(self) -> RowFlags:
+        """Flags of all rows."""
+        fields = self.__dict__
+        return RowFlags.unpack(torch.cat(list(fields["deepstack_features"][-1])), fields.get("known"))
+
+
+def _read_by_a_model(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("transformers.models.")
+
+
+def encode(
+    site: Site, run: VisionRun | None, modality: str, features: Callable[[], Any], arguments: Mapping[str, Any]
+) -> tuple[Any, list[RowFlags]]:
+    """Call `features()` and ask the encode stages; returns its output, one row per placeholder again, and the flags.
+
+    `run` is the one that the encoder's layers find while `features()` is called; `None` for a policy without encode
+    stages. `arguments` are those of the model's own method; flags come one per entry of the features.
+    """
+    backbone, hooks = site.backbone, site.plan.hooks
+    output = features()
+    if run is None:
+        if hooks.watched("observe_encode"):
+            _tell(site, modality, _layouts_of(backbone, modality, output, arguments), ())
+        return output, plain_flags(site, modality, output, arguments)
+    name, pooled = _features(output)
+    layouts: list[list[ImageLayout]] = []
+
+    def layouts_of(sizes: Sequence[int]) -> list[list[ImageLayout]]:
+        layouts[:] = _layouts(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+        return layouts
+
+    full, flags = run.finish(_entries(pooled), layouts_of)
+    if run.steps is not None:
+        _tell(site, modality, layouts, run.steps)
+    if isinstance(pooled, Tensor):
+        output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
+    else:
+        output[name] = [
+            rows.view(*own.shape[:-1], -1) if own.dim() > 2 else rows for rows, own in zip(full, pooled, strict=True)
+        ]
+    return output, flags
+
+
+def _tell(site: Site, modality: str, layouts: Sequence[Sequence[ImageLayout]], steps: Sequence[EncodeStep]) -> None:
+    encoder = site.backbone.vision
+    flat = tuple(layout for own in layouts for layout in own)
+    prefix = 0 if encoder is None else encoder.select_prefix
+    site.plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
+
+
+def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[RowFlags]:
+    """Flags of features from which no stage has dropped anything."""
+    found, first = [], 0
+    for own, rows in zip(
+        _layouts_of(site.backbone, modality, output, arguments), _entries(_features(output)[1]), strict=True
+    ):
+        found.append(RowFlags.of(own, first, site.plan.serial, rows.device))
+        first += len(own)
+    return found
+
+
+def joined(flags: Sequence[RowFlags]) -> RowFlags:
+    """The flags of all entries of features."""
+    return flags[0].joined(flags[1:])
+
+
+def with_flags(output: Any, flags: Sequence[RowFlags]) -> FlowFeatures:
+    """The output with its flags attached."""
+    whole = joined(flags)
+    packed = [own.pack(whole) for own in flags]
+    features = _copied(FlowFeatures, output, [*(output.get("deepstack_features") or ()), packed])
+    features.__dict__["known"] = whole
+    return features
+
+
+def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
+    """A copy with every field that the model's own class of output has."""
+    copy = kind(pooler_output=output.get("pooler_output"), deepstack_features=deepstack)
+    for name, value in output.items():
+        if name not in ("pooler_output", "deepstack_features"):
+            copy[name] = value
+    return copy
+
+
+def take_flags(
+    site: Site, encoded: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, RowFlags]]:
+    """Separate the flags, by modality, from `mm_encoder_outputs`; made anew where this engine did not encode.
+
+    `arguments` are those of the core. The caller's objects are left as they are: `generate` without a cache passes them
+    again at every step. Raises `UnsupportedCall` for features that were encoded under another policy.
+    """
+    plain, flags = dict(encoded), {}
+    for modality, output in encoded.items():
+        if isinstance(output, FlowFeatures):
+            flags[modality] = output.flags()
+            plain[modality] = _copied(Features, output, list(output.deepstack_features[:-1]) or None)
+            if flags[modality].plan != site.plan.serial:
+                raise UnsupportedCall(
+                    f"mm_encoder_outputs: the {modality} features were encoded under another policy than "
+                    f"{site.plan.policy.name!r}; pass the pixels, or encode them under this one"
+                )
+        elif output is not None:
+            flags[modality] = joined(plain_flags(site, modality, output, arguments))
+    return plain, flags
+
+
+def _features(output: Any) -> tuple[str, Any]:
+    """The projected features and the field they are in; models without a vision encoder have them in the first."""
+    pooled = output.get("pooler_output")
+    return ("pooler_output", pooled) if pooled is not None else ("last_hidden_state", output["last_hidden_state"])
+
+
+def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
+    """Features entry by entry: a list, or a tensor with or without a dimension for entries."""
+    entries = [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled)
+    return [rows.flatten(0, -2) if rows.dim() > 2 else rows for rows in entries]
+
+
+def _layouts_of(
+    backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
+) -> list[list[ImageLayout]]:
+    """The images in features from which no stage has dropped anything."""
+    pooled = _features(output)[1]
+    sizes = [len(rows) for rows in _entries(pooled)]
+    return _layouts(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
+
+
+def _layouts(
+    backbone: Backbone, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any], stacked: bool
+) -> list[list[ImageLayout]]:
+    """What the adapter says of the entries, checked."""
+    layouts = backbone.layouts(modality, sizes, arguments)
+    told = [sum(layout.tokens for layout in own) for own in layouts]
+    if told != list(sizes):
+        raise UnsupportedModel(
+            f"{type(backbone).__name__}.layouts: says that the entries of the {modality} features have {told} rows, "
+            f"but they have {list(sizes)}" + (" (a stacked tensor)" if stacked else "") + "; correct the adapter"
+        )
+    for layout in (layout for own in layouts for layout in own):
+        if layout.grid is not None and layout.grid[0] * layout.grid[1] != layout.patches:
+            raise UnsupportedModel(
+                f"{type(backbone).__name__}.layouts: gives the grid {layout.grid} to an image of {layout.patches} "
+                "patches; correct the adapter's grid or extra rows"
+            )
+    return layouts
