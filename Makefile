@@ -17,11 +17,15 @@ demo: $(VENV)/.wheel
 test: check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(FLAGS)
 
-# An environment of other versions, `.venvs/NAME`; environments/NAME.txt says which.
-env-%: environments/%.txt
+# An environment of other versions or with more packages, `.venvs/NAME`; environments/NAME.txt says which.
+env-%: .venvs/%.txt
+	$(MAKE) VENV=.venvs/$* CONSTRAINTS=$< .venvs/$*/.dev
+	.venvs/$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< -r environments/$*.txt
+
+.PRECIOUS: .venvs/%.txt
+.venvs/%.txt: environments/%.txt environments/constraints.py constraints.txt
 	mkdir -p .venvs
-	$(PYTHON) environments/constraints.py $* > .venvs/$*.txt
-	$(MAKE) VENV=.venvs/$* CONSTRAINTS=.venvs/$*.txt .venvs/$*/.dev
+	$(PYTHON) environments/constraints.py $* > $@
 
 # The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
 test-oldest test-newest: test-%: env-%
@@ -53,7 +57,7 @@ $(VENV)/.python:
 	touch $@
 
 # torch first: a bare `torch` requirement would otherwise be free to take the newest build
-$(VENV)/.deps: $(VENV)/.python constraints.txt pyproject.toml
+$(VENV)/.deps: $(VENV)/.python $(CONSTRAINTS) pyproject.toml
 	$(PIP) torch
 	touch $@
 

@@ -67,8 +67,8 @@ def run(name: str, cli: Callable[..., Any]) -> int:
     """Run a document from top to bottom; returns how many blocks ran.
 
     Python blocks share one namespace. YAML blocks with `stages` are read as policies. Of sh blocks, the lines
-    `dropflow ...` are run; others (`pip`, `pytest`, `make`) are not. A block titled `output` is what the block in
-    front of it must print.
+    `dropflow ...` are run; others (`pip`, `pytest`, `make`) are not. A block titled `output` is what the block before
+     it must print.
     """
     printed, ran = "", 0
     with _namespace(Path(name).stem) as module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,14 +50,9 @@ class HostSyncs(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _found(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "torch/" not in f.filename and "syncs.py" not in f.filename]
-        self.places.append(
-            f"{what} at " + " < ".join(f"{f.filename.split('/')[-1]}:{f.lineno}" for f in frames[-3:][::-1])
-        )
-
-    def within(self, *parts: str) -> list[str]:
-        """Those whose place names one of `parts`."""
-        return [place for place in self.places if any(part in place for part in parts)]
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/syncs.py" not in f.filename]
+        callers = (f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-4:]))
+        self.places.append(f"{what} at {' < '.join(callers)}")
 
 
 class _Operators(TorchDispatchMode):

@@ -19,6 +19,7 @@ from training import Prompts, collate, freeze_tower
 from typer.testing import CliRunner
 
 import dropflow
+import dropflow.testing
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
 from dropflow_lab.console.cli import app
@@ -88,6 +89,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
     missing = [name for name in dropflow.__all__ if f'id="dropflow.{name}"' not in reference]
+    for package in (dropflow.operators, dropflow.testing):
+        missing += [name for name in package.__all__ if not re.search(rf'\.{name}"|<code>{name}</code>', reference)]
     assert not missing, f"docs/reference.md lacks {missing}"
 
 
@@ -97,7 +100,7 @@ def test_the_makefile_has_the_readmes_commands() -> None:
         pytest.skip("README.md is not beside the tests")
     text = readme.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for command in ("demo", "test", "docs", "test-oldest"):
+    for command in ("demo", "test", "docs", "test-oldest", "test-newest"):
         assert f"make {command}" in text
         assert re.search(rf"^(?:[\w-]+ )*{command}(?: [\w-]+)*:", makefile, re.MULTILINE)
 

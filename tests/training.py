@@ -78,7 +78,7 @@ class Losses(TrainerCallback):  # type: ignore[misc]  # transformers leaves it u
 
 
 def freeze_tower(model: Any) -> Any:
-    """As LLaVA is trained; its last layers, behind `vision_feature_layer`, would have no gradient."""
+    """As LLaVA is trained; its last layers, after `vision_feature_layer`, would have no gradient."""
     for name, weight in model.named_parameters():
         weight.requires_grad_("vision_tower" not in name)
     return model

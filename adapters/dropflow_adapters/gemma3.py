@@ -10,7 +10,7 @@ class Gemma3(Backbone):
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens behind the pooling."""
+        """Tokens after the pooling."""
         return int(self.model.config.mm_tokens_per_image)
 
     def grid(self, tokens: int) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ class Qwen2VL(Backbone):
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
-        """The grid of patches (time, height, width) behind the merger, one image per time."""
+        """The grid of patches (time, height, width) after the merger, one image per time."""
         patches = arguments.get(f"{modality}_grid_thw")
         if patches is None:
             return super().layouts(modality, sizes, arguments)

@@ -1,4 +1,4 @@
-"""Qwen3-VL: deepstack features of early ViT layers are added behind the first decoder layers."""
+"""Qwen3-VL: deepstack features of early ViT layers are added after the first decoder layers."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from dropflow_adapters.qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
-    """`Qwen3VLForConditionalGeneration`; every frame pair of a video stands apart, behind its time stamp."""
+    """`Qwen3VLForConditionalGeneration`; every frame pair of a video stands apart, after its time stamp."""

@@ -29,8 +29,8 @@ def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
     return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "description": expected})
 
 
-Depth = Annotated[int | float, *_number("a boundary, the layer in front of which it lies", "a share of depth")]
-"""Boundary `i` lies in front of decoder layer `i` (0-based); a float is a share of the model's depth."""
+Depth = Annotated[int | float, *_number("a boundary, the layer before which it lies", "a share of depth")]
+"""Boundary `i` lies before decoder layer `i` (0-based); a float is a share of the model's depth."""
 
 Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
@@ -54,7 +54,9 @@ class Budget:
     """How many visual tokens of one image stay: an absolute count, or a share of the image's tokens at entry."""
 
     tokens: int | None = None
+    """So many of every image; `None` where a share is given."""
     share: float | None = None
+    """In (0, 1]; `None` where a count is given."""
     rounding: Rounding = "half_up"
     """Of shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil."""
 
@@ -91,15 +93,18 @@ class Scale:
     """Turns the numbers of a policy into those of one backbone, refusing absolute ones tuned for another shape."""
 
     target: BackboneShape
+    """The backbone that the policy is for now."""
     tuned_for: BackboneShape | None = None
+    """The one that its numbers were tuned for."""
     rescale: bool = False
+    """Whether absolute numbers tuned for another shape are scaled instead of refused."""
 
     def boundary(self, value: int | float, path: str) -> int:
         """Boundary 0..L that `value` means on the target; raises `PolicyError` naming `path`."""
         depth = self.target.layers
         if isinstance(value, float):
             return math.floor(value * depth + 0.5)
-        if value and self.tuned_for is not None and self.tuned_for.layers != depth:  # 0 is in front of any model
+        if value and self.tuned_for is not None and self.tuned_for.layers != depth:  # 0 is before any model
             self._refuse_unless_rescaled(path, value, f"{self.tuned_for.layers} layers", f"{depth}")
             value = math.floor(value * depth / self.tuned_for.layers + 0.5)
         if value > depth:

@@ -49,7 +49,7 @@ class ConditionalDPPOptions(StageOptions):
     theta: float | None = Field(
         default=None, gt=0, lt=1, description="weight of relevance beside diversity; without, relevance as it is"
     )
-    at: Depth = Field(default=0, description="boundary to prune at; 0 is in front of the LLM, as published")
+    at: Depth = Field(default=0, description="boundary to prune at; 0 is before the LLM, as published")
     reference: bool = Field(
         default=False,
         description="as released: relevance is rescaled over all images of a sample together, and a question too long "
@@ -64,7 +64,7 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     `clip`, relevance is less the cosine of patch and question in CLIP's joint space (released code: post
     norm and visual projection on the patches that the projector gets; mean over the segments of a long question).
     Without, which is ours for backbones that have no CLIP tower, it is the mean cosine of the projected token with the
-    embeddings of the text tokens behind the first image. Where there is no text, or all relevance is equal, diversity
+    embeddings of the text tokens after the first image. Where there is no text, or all relevance is equal, diversity
     alone decides. Where fewer tokens are independent than are asked for, the most relevant of the others fill up; the
     released code gets NaN there and keeps fewer. Every image (tile, frame) has a choice of its own.
 

@@ -42,7 +42,7 @@ class JointSpace:
 
     @torch.no_grad()
     def patches(self, features: Float[Tensor, "rows tower"]) -> Float[Tensor, "rows width"]:
-        """Patches of the tower as the projector gets them, behind CLIP's last norm and visual projection."""
+        """Patches of the tower as the projector gets them, after CLIP's last norm and visual projection."""
         normed = self._clip.vision_model.post_layernorm(features.to(self._device, torch.float32))
         projected: Tensor = self._clip.visual_projection(normed)
         return projected

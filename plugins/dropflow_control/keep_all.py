@@ -1,4 +1,4 @@
-"""A stage that is asked in front of every layer and drops nothing: what is left is the engine's own cost."""
+"""A stage that is asked before every layer and drops nothing: what is left is the engine's own cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dropflow import Budget, Forecast, Keep, PruneCall, Stage, StageOptions, hoo
 class KeepAll(Stage[StageOptions]):
     """Every visual token stays at every boundary."""
 
-    summary = "asked in front of every layer, drops nothing"
+    summary = "asked before every layer, drops nothing"
 
     @property
     def prune_at(self) -> tuple[int, ...]:

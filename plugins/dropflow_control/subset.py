@@ -32,7 +32,7 @@ class SubsetOptions(StageOptions):
     keep: dict[Depth, Tokens] | None = Field(
         default=None,
         min_length=1,
-        description="boundary -> visual tokens per image that stay behind it, protected ones included",
+        description="boundary -> visual tokens per image that stay after it, protected ones included",
     )
     encode: Tokens | None = Field(
         default=None, description="instead of `keep`: visual tokens of each image that reach the LLM"
@@ -41,7 +41,7 @@ class SubsetOptions(StageOptions):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.keep is None) == (self.encode is None):
-            raise ValueError("expected either `keep` (at boundaries of the LLM) or `encode` (in front of it)")
+            raise ValueError("expected either `keep` (at boundaries of the LLM) or `encode` (before it)")
         return self
 
 

@@ -21,33 +21,33 @@ class DuplicationOptions(StageOptions):
 
     at: Depth = Field(
         default=2,
-        description="boundary at which it prunes; the keys of the layer in front of it choose the pivots",
+        description="boundary at which it prunes; the keys of the layer before it choose the pivots",
     )
     keep: Tokens = Field(default=128, description="visual tokens per image that stay, pivots among them")
     image_pivots: PositiveInt = Field(default=4, description="pivots among the tokens of each image")
     text_pivots: NonNegativeInt = Field(
-        default=4, description="pivots among the text behind the image; fewer where there is less text"
+        default=4, description="pivots among the text after the image; fewer where there is less text"
     )
     reference: bool = Field(
         default=False,
         description="do as the released code does: count `keep`, rounded down to a multiple of the pivots, beside the "
         "image's pivots (132 for 128); go through the pivots in the order of a Python set of their indices, which "
         "changes a few of the kept tokens; and measure keys by their L1 norm, which RoPE makes depend on positions, so "
-        "that padding in front of a prompt matters unless position ids leave it out, as those of `generate` do",
+        "that padding before a prompt matters unless position ids leave it out, as those of `generate` do",
     )
 
 
 class Duplication(Stage[DuplicationOptions]):
     """Of every image, the pivots stay and the tokens that are least alike to one of them.
 
-    Pivots are the tokens of the image, and of the text behind it up to the instruction's last token, whose keys (in the
-    layer in front of the boundary, behind RoPE) have the largest norm. One pivot after the other, the image's by
+    Pivots are the tokens of the image, and of the text after it up to the instruction's last token, whose keys (in the
+    layer before the boundary, after RoPE) have the largest norm. One pivot after the other, the image's by
     falling norm and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm
     gives them, have the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not
     change. No attention map is formed. Each image has its own pivots, where
-    the released code takes everything behind the first image's start for one image and stops at batches; a pool that
-    runs out and a prompt with little text behind the image end the choice instead of an error. Protected tokens stay
-    and count against the number. Raises `PolicyError` for a boundary in front of which no layer with vision lies.
+    the released code takes everything after the first image's start for one image and stops at batches; a pool that
+    runs out and a prompt with little text after the image end the choice instead of an error. Protected tokens stay
+    and count against the number. Raises `PolicyError` for a boundary before which no layer with vision lies.
     """
 
     Options = DuplicationOptions
@@ -70,7 +70,7 @@ class Duplication(Stage[DuplicationOptions]):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layer in front of it."""
+        """The layer before it."""
         return (self._boundary - 1,)
 
     def forecast(self) -> Forecast:
@@ -129,7 +129,7 @@ class Duplication(Stage[DuplicationOptions]):
 
 
 def _text_behind(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
-    """Slots of the text behind an image, up to the sample's last instruction token."""
+    """Slots of the text after an image, up to the sample's last instruction token."""
     slots = torch.arange(call.index.shape[1], device=call.index.device)
     last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
     return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

@@ -1,4 +1,4 @@
-"""Pruning once behind the first layers, by the attention of the layer that has just run (FastV, section 4.1)."""
+"""Pruning once after the first layers, by the attention of the layer that has just run (FastV, section 4.1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AttentionRankOptions(StageOptions):
 
     at: Depth = Field(
         default=2,
-        description="boundary to prune at, the published K; the layer in front of it, K - 1, ranks",
+        description="boundary to prune at, the published K; the layer before it, K - 1, ranks",
     )
     keep: Tokens = Field(
         default=0.5,
@@ -33,16 +33,16 @@ class AttentionRankOptions(StageOptions):
 class AttentionRank(Stage[AttentionRankOptions]):
     """At one boundary, the visual tokens of each image that the last instruction token attends to most stay.
 
-    Score of a token: attention probability from the last token of the prompt in the layer in front of the boundary,
+    Score of a token: attention probability from the last token of the prompt in the layer before the boundary,
     mean over heads; the softmax runs over all keys (section 4.1, where the text says "from all tokens"; the released
     code reads the last row). Survivors keep their order and positions; the choice is made once, in the prefill. With
-    labels it is the mean over the tokens in front of every answer. Every sample is ranked by its own attention (the
+    labels it is the mean over the tokens before every answer. Every sample is ranked by its own attention (the
     released code ranks a batch by its first sample). Raises `PolicyError` where vision takes no part in the ranking
     layer.
     """
 
     Options = AttentionRankOptions
-    summary = "behind the first layers, the tokens that the last prompt token attends to most stay"
+    summary = "after the first layers, the tokens that the last prompt token attends to most stay"
     paper = "arXiv:2403.06764, section 4.1"
     example: ClassVar[Mapping[str, Any]] = {"at": 0.35, "keep": 0.4}
 
@@ -54,7 +54,7 @@ class AttentionRank(Stage[AttentionRankOptions]):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layer in front of it."""
+        """The layer before it."""
         return (self._at - 1,)
 
     def forecast(self) -> Forecast:

@@ -27,7 +27,7 @@ class ConcavePyramidOptions(StageOptions):
 
     keep: dict[Depth, Tokens | Literal["solve"]] = Field(
         min_length=1,
-        description="boundary -> visual tokens per image that stay behind it; the first may be `solve`, with `budget`",
+        description="boundary -> visual tokens per image that stay after it; the first may be `solve`, with `budget`",
     )
     budget: AverageBudget | None = Field(
         default=None, description="solve the first keep so that the average over all layers meets this target"
@@ -54,7 +54,7 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     """At each boundary, the visual tokens of each image that the instruction attends to most stay.
 
     Score of a token: attention probability from the last instruction token (with labels, the mean over the last
-    instruction token of every round), by the norm, q and k of the layer behind the boundary, averaged over heads; the
+    instruction token of every round), by the norm, q and k of the layer after the boundary, averaged over heads; the
     softmax runs over all keys (HiDrop, section 3.2, after PyramidDrop). A sample without an instruction token, such as
     one whose labels are all -100, is not pruned.
 

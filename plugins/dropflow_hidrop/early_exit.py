@@ -17,7 +17,7 @@ class EarlyExitOptions(StageOptions):
     keep_last: bool = Field(
         default=False,
         description="let the last visual token live to the end where an answer follows the image at once, as captions "
-        "do in pretraining, so that the first word is predicted from it; published: false, from the text in front",
+        "do in pretraining, so that the first word is predicted from it; published: false, from the text before it",
     )
 
 
@@ -25,8 +25,8 @@ class EarlyExit(Stage[EarlyExitOptions]):
     """All remaining visual tokens are dropped at the boundary `at`; the caches of earlier layers keep theirs.
 
     Where an answer follows the image at once (pretraining on BOS, image, caption), its first word is then predicted
-    from the last text token in front of the image, which has not seen it. `keep_last` keeps the last visual token for
-    it, through pruning and behind the exit; prompts with text behind the image are not touched.
+    from the last text token before the image, which has not seen it. `keep_last` keeps the last visual token for
+    it, through pruning and after the exit; prompts with text after the image are not touched.
     """
 
     Options = EarlyExitOptions

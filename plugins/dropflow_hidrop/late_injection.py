@@ -19,7 +19,7 @@ class LateInjectionOptions(StageOptions):
 class LateInjection(Stage[LateInjectionOptions]):
     """Visual tokens skip every layer before the boundary `at` and enter there as the projector made them.
 
-    They keep their original position ids; text behind the image runs its first layers without seeing it.
+    They keep their original position ids; text after the image runs its first layers without seeing it.
     """
 
     Options = LateInjectionOptions

@@ -19,13 +19,13 @@ class DualAttentionOptions(StageOptions):
     at: list[Depth] | None = Field(
         default=None,
         min_length=1,
-        description="boundaries to filter at, by the thresholds; each is ranked by the layer in front of it, so these "
+        description="boundaries to filter at, by the thresholds; each is ranked by the layer before it, so these "
         "are the published pruning layers plus one",
     )
     keep: dict[Depth, Tokens] | None = Field(
         default=None,
         min_length=1,
-        description="instead of `at`: boundary -> visual tokens per image that stay behind it, protected ones "
+        description="instead of `at`: boundary -> visual tokens per image that stay after it, protected ones "
         "included, ranked by the same scores",
     )
     global_threshold: float = Field(
@@ -52,10 +52,10 @@ class DualAttentionOptions(StageOptions):
 class DualAttention(Stage[DualAttentionOptions]):
     """At each boundary a token goes if both its scores are below their thresholds; reaching one of them keeps it.
 
-    Scores come from the attention of the layer in front of the boundary, averaged over heads, from the text tokens
-    behind the first image up to the last instruction token: their sum, as a share of what all tokens of the same
+    Scores come from the attention of the layer before the boundary, averaged over heads, from the text tokens
+    after the first image up to the last instruction token: their sum, as a share of what all tokens of the same
     picture get (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample
-    without text behind its image is not pruned. Raises `PolicyError` for a boundary in front of which no layer with
+    without text after its image is not pruned. Raises `PolicyError` for a boundary before which no layer with
     vision lies.
     """
 
@@ -70,7 +70,7 @@ class DualAttention(Stage[DualAttentionOptions]):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers in front of the boundaries."""
+        """The layers before the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)
 
     def forecast(self) -> Forecast:

@@ -47,9 +47,9 @@ class OutputAwareCacheOptions(StageOptions):
 
 
 class OutputAwareCache(Stage[OutputAwareCacheOptions]):
-    """Behind the prefill, the layers from `at` on keep only the visual tokens that the last layer with vision has.
+    """After the prefill, the layers from `at` on keep only the visual tokens that the last layer with vision has.
 
-    Layers in front of `at` keep theirs. Keys and values are gathered, never recomputed or rotated again.
+    Layers before `at` keep theirs. Keys and values are gathered, never recomputed or rotated again.
 
     With `interval` (which the paper's title promises and its code lacks) each of these layers also remembers the most
     attention that any generated token has given to each visual entry, and evicts entries by it every `interval` tokens.
@@ -81,33 +81,32 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     def decode_cache(self, call: CacheCall) -> CacheKeep | None:
         """Reduce the caches to the survivors, or to what generated tokens have attended to."""
         if call.step == 0:
-            return CacheKeep(survivors(call.layers, self._first, self._last))
+            return CacheKeep(survivors(call, self._first, self._last))
         views = [call.layers[number] for number in self.decode_taps]
         seen = {view.layer: attended(call, view) for view in views}
         if call.step % self.options.interval:
             return CacheKeep({}, seen)
-        return CacheKeep({view.layer: self._still_attended(view, seen[view.layer]) for view in views}, seen)
+        return CacheKeep(
+            {view.layer: self._still_attended(view, seen[view.layer], call.images) for view in views}, seen
+        )
 
-    def _still_attended(self, view: CacheView, seen: Float[Tensor, "batch keys"]) -> Bool[Tensor, "batch keys"]:
+    def _still_attended(
+        self, view: CacheView, seen: Float[Tensor, "batch keys"], images: int
+    ) -> Bool[Tensor, "batch keys"]:
         if self.options.threshold is not None:
             return seen >= self.options.threshold
-        images = int(view.image_id.max()) + 1
         ranking = seen.masked_fill(view.protected, torch.inf)
-        return keep_top(ranking, view.image_id, [self._budget] * images)
+        counts = torch.full((images,), self._budget, device=seen.device)
+        return keep_top(ranking, view.image_id, counts)
 
 
-def survivors(layers: tuple[CacheView, ...], first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
+def survivors(call: CacheCall, first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
     """For each layer from `first` on that holds others than layer `last`: the entries of tokens that both hold."""
-    final = layers[last]
-    length = 1 + max(int(view.index.max()) for view in layers[first : last + 1])
-    held = torch.zeros(len(final.index), length + 1, dtype=torch.bool, device=final.index.device)
-    held.scatter_(1, final.index.masked_fill(~final.valid, length), True)  # padding goes to a column nobody reads
-    keeps: dict[int, Tensor] = {}  # one for all layers that hold the same, so that the engine treats them as one
-    reduced = [view for view in layers[first:last] if view.index is not final.index]
-    for view in reduced:
-        if id(view.index) not in keeps:
-            keeps[id(view.index)] = held.gather(1, view.index)
-    return {view.layer: keeps[id(view.index)] for view in reduced}
+    final = call.layers[last]
+    held = torch.zeros(len(final.index), call.length + 1, dtype=torch.bool, device=final.index.device)
+    held.scatter_(1, final.index.masked_fill(~final.valid, call.length), True)  # padding: a column nobody reads
+    reduced = [view for view in call.layers[first:last] if view.same_as != final.same_as]
+    return {view.layer: held.gather(1, view.index) for view in reduced}
 
 
 def attended(call: CacheCall, view: CacheView) -> Float[Tensor, "batch keys"]:

@@ -19,7 +19,7 @@ class SpatialMergeOptions(StageOptions):
 
     at: int | Literal["output"] = Field(
         default=1,
-        description="vision encoder boundary to merge at: `1` is behind its layer 0, as published; `output` merges the "
+        description="vision encoder boundary to merge at: `1` is after its layer 0, as published; `output` merges the "
         "projected features, where no encoder layer can be reached",
     )
     window: tuple[PositiveInt, PositiveInt] = Field(
@@ -49,7 +49,7 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     """Windows of patches that are alike become one token each: the plain mean of their members.
 
     Position embeddings were added before; the encoder's later layers simply run on fewer tokens. Similarity of a
-    window: mean cosine over pairs of its patches. Rows and columns behind the last whole window stay as they are.
+    window: mean cosine over pairs of its patches. Rows and columns after the last whole window stay as they are.
     Raises `DecisionError` for an image without a patch grid, smaller than a window, or reduced by an earlier stage.
     """
 
@@ -137,7 +137,7 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     def _merged(
         self, features: Tensor, places: Tensor, members: Tensor, taken: Tensor
     ) -> tuple[Float[Tensor, "tokens dim"], Int[Tensor, "tokens"]]:
-        """Rows of one image behind the merging, and the places they fill."""
+        """Rows of one image after the merging, and the places they fill."""
         means, left = merge_windows(features, members, taken)
         rows = torch.cat((means, features[left]))
         if self.options.order == "reference":

@@ -18,10 +18,10 @@ def cls_scores(
     return torch.softmax(logits, 0)[prefix:]
 
 
-def outliers(scores: Float[Tensor, "values"], factor: float) -> int:
-    """Values above the third quartile by more than `factor` times the distance of the quartiles."""
-    low, high = torch.quantile(scores.float(), torch.tensor([0.25, 0.75], device=scores.device))
-    return int((scores.float() > high + factor * (high - low)).sum())
+def outliers(scores: Float[Tensor, "values"], factor: float) -> Int[Tensor, ""]:
+    """Number of values above the third quartile by more than `factor` times the distance of the quartiles."""
+    low, high = (torch.quantile(scores.float(), quarter) for quarter in (0.25, 0.75))
+    return (scores.float() > high + factor * (high - low)).sum()
 
 
 def grid_step(patches: int, kept: int) -> int:

@@ -1,4 +1,4 @@
-"""Adaptive pruning and merging by CLS attention in front of the projector (PruMerge and PruMerge+)."""
+"""Adaptive pruning and merging by CLS attention before the projector (PruMerge and PruMerge+)."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ class PruneMerge(Stage[PruneMergeOptions]):
         if self.options.ratio is not None:
             counts = [int(size * self.options.ratio) for size in sizes]
         elif self.options.count == "image":
-            counts = [outliers(own, factor) for own in scores]
+            counts = torch.stack([outliers(own, factor) for own in scores]).tolist()
         else:
-            share = outliers(torch.cat(list(scores)), factor) / sum(sizes)
+            share = int(outliers(torch.cat(list(scores)), factor)) / sum(sizes)
             counts = [int(size * share) for size in sizes]
         return [max(count, 1) for count in counts]
 

@@ -17,7 +17,7 @@ class PyramidOptions(StageOptions):
     keep: dict[Depth, Tokens] = Field(
         default={0.25: 0.5, 0.5: 0.25, 0.75: 0.125},
         min_length=1,
-        description="boundary -> visual tokens per image that stay behind it, protected ones included; a share is of "
+        description="boundary -> visual tokens per image that stay after it, protected ones included; a share is of "
         "the tokens at entry, rounded down, as published (lambda = 0.5 at 8, 16 and 24 of 32 layers)",
     )
 
@@ -25,9 +25,9 @@ class PyramidOptions(StageOptions):
 class Pyramid(Stage[PyramidOptions]):
     """At each boundary, the visual tokens of each image that the instruction attends to most stay.
 
-    Score of a token: attention probability from the last instruction token by the norm, q and k of the layer behind the
-    boundary, applied to the tokens live in front of it, mean over heads; the softmax runs over all keys (section 3.2).
-    With labels it is the mean over the tokens in front of every answer, and a sample without labels is not pruned. The
+    Score of a token: attention probability from the last instruction token by the norm, q and k of the layer after the
+    boundary, applied to the tokens live before it, mean over heads; the softmax runs over all keys (section 3.2).
+    With labels it is the mean over the tokens before every answer, and a sample without labels is not pruned. The
     choice is hard and gets no gradient. Every image is ranked apart (the released code ranks only the first). Positions
     are the policy's: published numbers were made with `positions: compact`.
     """

@@ -22,8 +22,8 @@ class GravityCorrectedOptions(StageOptions):
 
     keep: dict[Depth, Tokens] = Field(
         min_length=1,
-        description="boundary -> visual tokens per image that survive it, protected ones included; the layer in front "
-        "of it ranks, so that these are the published pruning layers plus one",
+        description="boundary -> visual tokens per image that survive it, protected ones included; the layer before "
+        "it ranks, so that these are the published pruning layers plus one",
     )
     heads: float = Field(
         default=14 / 32,
@@ -40,12 +40,12 @@ class GravityCorrectedOptions(StageOptions):
 class GravityCorrected(Stage[GravityCorrectedOptions]):
     """At each boundary the tokens survive that the raters attend to most, beyond what their distance explains.
 
-    Raters are those of `sparsevlm/text-guided`. Their attention probabilities in the layer in front of the boundary are
+    Raters are those of `sparsevlm/text-guided`. Their attention probabilities in the layer before the boundary are
     divided by W, what RoPE alone makes of the distance (see `gravity.py`; from the cos and sin that this layer was
     given, so for any base, part of a head, or position of several dimensions). Score of a token: mean over raters and
     over the heads that then attend to the sample's visual tokens most. W oscillates at long distances, and is negative
     from 1707 on for base 1e4 and 128 dims, where the released code's scores change sign; here it is never taken below
-    0.05 of what it is at distance 0, which those dims reach at distance 1109. A sample without text behind its image is
+    0.05 of what it is at distance 0, which those dims reach at distance 1109. A sample without text after its image is
     not pruned. Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may
     not turn q and k by the cos and sin that it is given.
     """
@@ -63,7 +63,7 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers in front of the boundaries."""
+        """The layers before the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)
 
     def forecast(self) -> Forecast:
@@ -92,7 +92,7 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
 def _corrected(
     call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"]
 ) -> Float[Tensor, "batch heads slots"]:
-    """Sum over the raters of their attention, in the layer in front of the boundary, over W."""
+    """Sum over the raters of their attention, in the layer before the boundary, over W."""
     layer = call.boundary - 1
     head_dim = call.tapped(layer).query.shape[-1]
     pull = guarded(gravity(*call.rotary(layer), rows, head_dim), head_dim)

@@ -40,9 +40,9 @@ def adaptive_count(attention: Float[Tensor, "raters visual"], scale: float, bias
 
 @torch.no_grad()
 def rater_rows(call: PruneCall) -> tuple[Int[Tensor, "batch raters"], Bool[Tensor, "batch raters"]] | None:
-    """Slots of the raters, and which entries count; `None` where no sample has text behind its image.
+    """Slots of the raters, and which entries count; `None` where no sample has text after its image.
 
-    Raters are chosen among the text behind a sample's first image, up to its last instruction token, by what entered
+    Raters are chosen among the text after a sample's first image, up to its last instruction token, by what entered
     the LLM, so that they are the same at every boundary.
     """
     rows, asks = text_rows(call)

@@ -1,4 +1,4 @@
-"""How many tokens of an image survive: what is left of it, and the forecast behind every boundary."""
+"""How many tokens of an image survive: what is left of it, and the forecast after every boundary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dropflow_sparsevlm.recycling import recycled
 
 @dataclass(frozen=True)
 class Survivors(Budget):
-    """What is left of an image behind the last of several boundaries: survivors, and a token for every cluster."""
+    """What is left of an image after the last of several boundaries: survivors, and a token for every cluster."""
 
     steps: tuple[Budget, ...] = ()
     """Survivors at each boundary up to this one."""
@@ -35,7 +35,7 @@ class Survivors(Budget):
 def forecast(
     keeps: Mapping[int, Budget | None], *, recycle: tuple[float, int] | None = None, at_least_one_goes: bool = False
 ) -> Forecast:
-    """Survivors and clusters behind each boundary of `keeps`, ascending; `None` from where the data decides."""
+    """Survivors and clusters after each boundary of `keeps`, ascending; `None` from where the data decides."""
     steps, found = list(keeps.values()), {}
     for number, boundary in enumerate(keeps, 1):
         known = tuple(budget for budget in steps[:number] if budget is not None)

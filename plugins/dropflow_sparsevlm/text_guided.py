@@ -32,7 +32,7 @@ class TextGuidedOptions(StageOptions):
         default=None,
         min_length=1,
         description="boundary -> visual tokens per image that survive it, protected ones included and clusters not; "
-        "the layer in front of it ranks, so that these are the published pruning layers plus one",
+        "the layer before it ranks, so that these are the published pruning layers plus one",
     )
     rank: RankBudget | None = Field(
         default=None,
@@ -58,12 +58,12 @@ class TextGuidedOptions(StageOptions):
 class TextGuided(Stage[TextGuidedOptions]):
     """At each boundary the tokens that the raters attend to most survive, and clusters of the others join them.
 
-    Raters are the text tokens behind the first image, up to the last instruction token, whose embedding has more than
+    Raters are the text tokens after the first image, up to the last instruction token, whose embedding has more than
     average to do with the image's embeddings as both enter the LLM. Score of a token: attention probability from the
-    raters in the layer in front of the boundary, mean over heads and raters; the softmax runs over all keys. Of the
+    raters in the layer before the boundary, mean over heads and raters; the softmax runs over all keys. Of the
     tokens that go, the best 30 % are clustered by density peaks, image by image, and each cluster's mean takes the
-    place of its centre, which stays: it keeps the centre's position, where the released code puts clusters behind the
-    survivors. A cluster is a token like any other at later boundaries. A sample without text behind its image is not
+    place of its centre, which stays: it keeps the centre's position, where the released code puts clusters after the
+    survivors. A cluster is a token like any other at later boundaries. A sample without text after its image is not
     pruned. Raises `PolicyError` where vision takes no part in a ranking layer.
     """
 
@@ -83,7 +83,7 @@ class TextGuided(Stage[TextGuidedOptions]):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers in front of the boundaries."""
+        """The layers before the boundaries."""
         return tuple(boundary - 1 for boundary in self._keeps)
 
     def forecast(self) -> Forecast:

@@ -30,7 +30,7 @@ class TokenMergingOptions(StageOptions):
     )
     layers: PositiveInt = Field(
         default=23,
-        description="layers that merge, from the first on; the default are those in front of LLaVA's features (23 of "
+        description="layers that merge, from the first on; the default are those before LLaVA's features (23 of "
         "24), since a later one changes nothing",
     )
     proportional: bool = Field(
@@ -78,7 +78,7 @@ class TokenMerging(Stage[TokenMergingOptions]):
         return tuple(layer for layer, count in enumerate(self._r) if count)
 
     def forecast(self) -> Forecast:
-        """Tokens left behind the last layer; at most half of an image's tokens go in one layer."""
+        """Tokens left after the last layer; at most half of an image's tokens go in one layer."""
         tokens = self.context.scale.target.visual_tokens
         if tokens is None:
             return Forecast(encoded="data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.operators import top
@@ -13,13 +13,19 @@ def split(scores: Float[Tensor, "patches"], dominant: int) -> tuple[Int[Tensor, 
     """The `dominant` best-scored patches and all the others, both in raster order."""
     chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     chosen[top(scores, dominant)] = True
-    return chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
+    order = _chosen_first(chosen)
+    return order[:dominant], order[dominant:]
+
+
+def _chosen_first(chosen: Bool[Tensor, "patches"]) -> Int[Tensor, "patches"]:
+    """Places where it is true, then the others, both ascending; their number, which the host knows, is not read."""
+    return torch.argsort((~chosen).to(torch.uint8), stable=True)
 
 
 def targets(left: int, contextual: int, device: torch.device) -> Int[Tensor, "contextual"]:
     """Positions, among `left` left-over patches, that contextual tokens grow from: evenly spaced, from the first on.
 
-    The step is left // contextual, so that the tail behind the last target holds none.
+    The step is left // contextual, so that the tail after the last target holds none.
     """
     count = min(contextual, left)
     return torch.arange(count, device=device) * (left // max(count, 1))
@@ -36,11 +42,12 @@ def contextual_tokens(
     aim = targets(len(features), contextual, features.device)
     if not len(aim):
         return features[:0]
-    others = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    others[aim] = False
+    chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    chosen[aim] = True
+    others = _chosen_first(chosen)[len(aim) :]
     with torch.no_grad():
         unit = torch.nn.functional.normalize(metric.float(), dim=1)
         assigned = (unit[others] @ unit[aim].T).argmax(1)
-        members = torch.bincount(assigned, minlength=len(aim)).clamp(min=1)
+        members = torch.zeros_like(aim).index_add_(0, assigned, torch.ones_like(assigned)).clamp(min=1)
     sums = torch.zeros_like(features[aim]).index_add(0, assigned, features[others])
     return features[aim] + sums / members[:, None].to(sums.dtype)

@@ -43,7 +43,7 @@ class DominantContextualOptions(StageOptions):
 
 
 class DominantContextual(Stage[DominantContextualOptions]):
-    """The rows that CLS attends to most stay in raster order behind the CLS row; the others are merged.
+    """The rows that CLS attends to most stay in raster order after the CLS row; the others are merged.
 
     Score of a patch: attention from CLS in one layer, summed over heads. Of the patches left over, evenly spaced ones
     are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and

@@ -61,7 +61,7 @@ def last_logits(
     at: int | None = None,
     visual: Bool[Tensor, "1 tokens"] | None = None,
 ) -> Float[Tensor, "vocabulary"]:
-    """Logits behind the last token of one prompt, with vision withdrawn at boundary `at` (`None`: the dense model).
+    """Logits after the last token of one prompt, with vision withdrawn at boundary `at` (`None`: the dense model).
 
     `visual` says which tokens are visual where image features are merged into `inputs_embeds` already. Raises
     `ValueError` for a batch or a prompt that ends in padding.
@@ -70,7 +70,7 @@ def last_logits(
     mask = inputs.get("attention_mask")
     if tokens is None or len(tokens) != 1 or (mask is not None and not bool(mask[0, -1])):
         shape = None if tokens is None else tuple(tokens.shape)
-        raise ValueError(f"last_logits: expected one prompt without padding behind it, got tokens of shape {shape}")
+        raise ValueError(f"last_logits: expected one prompt without padding after it, got tokens of shape {shape}")
     if at is None:
         return _last(model(**inputs, use_cache=False))
     policy = {"name": "withdrawal", "stages": {"withdraw": {"use": "vtw/withdrawal", "at": at}}}

@@ -22,7 +22,7 @@ class WithdrawalOptions(StageOptions):
 class Withdrawal(Stage[WithdrawalOptions]):
     """All visual tokens, however they rank, are gone from the boundary `at` on; text keeps its positions.
 
-    Layers in front of the boundary are the dense model's, and so are their caches. `at` the model's depth changes
+    Layers before the boundary are the dense model's, and so are their caches. `at` the model's depth changes
     nothing. Images are withdrawn wherever they stand in the prompt, and however many there are (the
     released code withdraws one block of a fixed length).
     """

@@ -23,7 +23,7 @@ HYBRID = {"auto:cohere2_vision", "auto:exaone4_5"}
 
 
 class Turns(Stage[Any]):
-    """Computes W for all slots in the layer in front of either boundary, and drops tokens in between."""
+    """Computes W for all slots in the layer before either boundary, and drops tokens in between."""
 
     prune_at = (1, 3)
     taps = (0, 2)

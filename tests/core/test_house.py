@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,32 @@ def test_every_hook_is_in_the_docs_with_its_signature() -> None:
     for hook in HOOKS:
         signature = str(inspect.signature(getattr(Lifecycle, hook))).replace("'", "").replace("(self, ", "(")
         assert f"{hook}{signature}" in text, f"docs/stages.md lacks `{hook}{signature}`"
+
+
+def undocumented(kind: type) -> list[str]:
+    """Public fields and methods of a class that no text follows."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = []
+    for statement, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found += [] if told else [statement.target.id]
+        elif isinstance(statement, ast.FunctionDef) and not ast.get_docstring(statement):
+            found.append(statement.name)
+    return [f"{kind.__name__}.{name}" for name in found if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("package", ["dropflow", "dropflow.testing"])
+def test_every_public_field_and_method_has_a_text(package: str) -> None:
+    public = vars(importlib.import_module(package))
+    kinds = [public[name] for name in public["__all__"] if inspect.isclass(public[name])]
+    assert [fault for kind in kinds for fault in undocumented(kind)] == []
+
+    class Silent:
+        field: int = 0
+
+        def method(self) -> None:
+            pass
+
+    assert undocumented(Silent) == ["Silent.field", "Silent.method"]

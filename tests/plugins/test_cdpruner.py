@@ -120,7 +120,7 @@ def formula(projected: torch.Tensor, similar: torch.Tensor, count: int) -> list[
 
 
 def kept(flow: dropflow.Flow, ids: torch.Tensor) -> list[list[list[int]]]:
-    """Per sample and image, the places that are live in front of the first layer."""
+    """Per sample and image, the places that are live before the first layer."""
     found = []
     for sample, row in enumerate(ids == IMAGE):
         places = flow.live()[0, sample][row].view(-1, 16)
@@ -138,10 +138,10 @@ def test_relevance_by_the_llms_own_embeddings() -> None:
         found = kept(flow, inputs["input_ids"])
     for sample, ids in enumerate(inputs["input_ids"]):
         visual = ids == IMAGE
-        behind = (visual.cumsum(0) > 0) & ~visual
+        after = (visual.cumsum(0) > 0) & ~visual
         for own in found[sample]:
             rows = next(projected).double()
-            similar = cosine_similarity(rows[:, None], embeds[sample, behind][None], dim=-1).mean(1)
+            similar = cosine_similarity(rows[:, None], embeds[sample, after][None], dim=-1).mean(1)
             assert own == formula(rows, similar, 5)
     assert [len(images) for images in found] == [1, 2, 0]
 

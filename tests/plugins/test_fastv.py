@@ -74,9 +74,9 @@ def test_counts_are_those_of_both_released_roundings() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 6), st.integers(1, 4), st.data())
-def test_any_ranking_follows_the_rule(images: int, before: int, behind: int, heads: int, data: st.DataObject) -> None:
+def test_any_ranking_follows_the_rule(images: int, before: int, after: int, heads: int, data: st.DataObject) -> None:
     """Mean over heads of the last row, the k largest, in order; heads may be permuted and the row scaled (F2 - F4)."""
-    tokens, count = before + images + behind, data.draw(st.integers(0, images))
+    tokens, count = before + images + after, data.draw(st.integers(0, images))
     row = torch.rand(1, heads, 1, tokens, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
     kept = []
     for weights in (row, row[:, torch.randperm(heads)] * 3):
@@ -103,7 +103,7 @@ def test_the_ranking_row_is_the_eager_models(text: str) -> None:
 
 @torch.no_grad()
 def test_caches_and_positions_behind_the_boundary(llava: Any) -> None:
-    """F6: n entries in front of K, the survivors behind, one more per step; positions are the original ones."""
+    """F6: n entries before K, the survivors after, one more per step; positions are the original ones."""
     seen: list[list[int]] = []
     layer = llava.get_decoder()._modules["layers"][2]
     handle = layer.register_forward_pre_hook(

@@ -78,7 +78,7 @@ def test_the_first_word_of_a_caption_is_predicted_from_bos_or_from_the_last_visu
     model, inputs = tiny_llava(), batch(side)
     bos, last = (inputs["input_ids"][0] == IMAGE).nonzero()[[0, -1], 0] + torch.tensor([-1, 0])
     other = inputs | {"pixel_values": inputs["pixel_values"].clone()}
-    other["pixel_values"][0] += 1.0  # another picture in front of the caption
+    other["pixel_values"][0] += 1.0  # another picture before the caption
     for which, blind in ((HIDROP, True), (KEEP_LAST, False)):
         with dropflow.attach(model, which) as flow:
             logits = model(**inputs).logits[0]

@@ -1,4 +1,4 @@
-"""The output-aware cache: survivors behind the prefill, and eviction by what the answer attends to."""
+"""The output-aware cache: survivors after the prefill, and eviction by what the answer attends to."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_with_an_exit_the_survivors_are_those_of_the_last_layer_with_vision(llav
 def decode(
     model: Any, inputs: dict[str, Tensor], which: dict[str, Any], tokens: Tensor
 ) -> tuple[list[Tensor], list[Any]]:
-    """Logits of every decode step, and the logical tokens each layer held in front of it."""
+    """Logits of every decode step, and the logical tokens each layer held before it."""
     cache, mask = DynamicCache(), inputs["attention_mask"]
     logits: list[Tensor] = []
     held: list[Any] = []

@@ -75,7 +75,7 @@ def test_recorded_towers(name: str, case: str) -> None:
     assert rows == 144 - 8 * recorded[f"{case}/r"]
     visual = record.image_id[0] >= 0
     present, protected = (mask[0][visual].view(images, 144) for mask in (record.present, record.protected))
-    assert torch.equal(present, (torch.arange(144) < rows).expand(images, -1))  # merged tokens first, the rest behind
+    assert torch.equal(present, (torch.arange(144) < rows).expand(images, -1))  # merged tokens first, the rest after
     for image in range(images):
         expected = recorded[f"{case}/key_index"][image].sort().values
         assert torch.equal(protected[image].nonzero()[:, 0], expected)

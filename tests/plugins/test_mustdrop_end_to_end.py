@@ -143,7 +143,7 @@ def test_recorded_runs(name: str) -> None:
         assert layer + 1 in events
         before = kept
 
-    # lengths, positions and states in front of every layer
+    # lengths, positions and states before every layer
     lengths = recorded["layer_in_len"].tolist()
     assert [int(own.sum()) for own in live] == lengths
     hidden, positions = calls.hidden[0], calls.positions[0]
@@ -168,8 +168,8 @@ def test_recorded_runs(name: str) -> None:
     counts = [layer.visual_tokens for layer in report.layers]
     assert counts == [length - start - text for length in lengths]
     assert equal_token_number(counts, images) == recorded["equal_token_number"]
-    behind = [*counts[1:], counts[-1]]
-    assert behind == recorded["num_token_per_layer"].tolist()
+    after = [*counts[1:], counts[-1]]
+    assert after == recorded["num_token_per_layer"].tolist()
 
 
 @pytest.mark.parametrize("name", recorded_names("e2e_*"))

@@ -23,7 +23,7 @@ CASES = [
 
 
 def scores(attention: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """G and M (batch, count) of the visual tokens of a map (batch, heads, n, n), from the rows behind them."""
+    """G and M (batch, count) of the visual tokens of a map (batch, heads, n, n), from the rows after them."""
     rows = attention[:, :, start + count :, start : start + count]
     return attention_scores(rows.split(5, 2))  # in parts, as the stage computes them
 

@@ -20,7 +20,7 @@ CASES = [(name, case) for name in recorded_names("merge_*") for case in golden(n
 
 
 def merge(x: Tensor, window: tuple[int, int], threshold: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Per image of `x` (images, 1 + patches, dim): merged rows behind CLS, taken windows and patches left; one r."""
+    """Per image of `x` (images, 1 + patches, dim): merged rows after CLS, taken windows and patches left; one r."""
     side = math.isqrt(x.shape[1] - 1)
     members = window_members((side, side), window)
     similar = [window_similarity(image[1:], members) for image in x]

@@ -31,7 +31,7 @@ def recorded_layer() -> Any:
 
 @torch.no_grad()
 def run(case: str, keep: float | int) -> tuple[Any, list[list[int]]]:
-    """The live set behind the recorded boundary, the scores, and the position ids that the layer gets."""
+    """The live set after the recorded boundary, the scores, and the position ids that the layer gets."""
     features = RECORD[f"{case}/features"]
     batch, tokens = features.shape[:2]
     images = RECORD[f"{case}/image_tokens"].tolist()

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Look(Stage[Any]):
-    """In front of another stage, keeps what that one will see."""
+    """Before another stage, keeps what that one will see."""
 
     encode_at = (0.5, 1, 1.5, 2.5, "features", None)
 

@@ -87,7 +87,7 @@ def test_the_heads_that_see_the_picture_best_rank() -> None:
 
 
 def made_call(rows: Tensor, start: int, rotary: Any, head_dim: int, rate: Tensor) -> PruneCall:
-    """A payload of one image in front of text, whose attention to it in layer 2 is `rows` (batch, heads, text, visual).
+    """A payload of one image before text, whose attention to it in layer 2 is `rows` (batch, heads, text, visual).
 
     Embeddings are such that the text tokens `rate` are raters.
     """
@@ -134,7 +134,7 @@ def test_score_and_choice_by_the_formulas_written_out(batch: int, dims: int) -> 
     dice = torch.Generator().manual_seed(batch)
     rows = torch.rand(batch, heads, text, images, generator=dice) ** 4
     tokens = start + images + text
-    # with gaps, as behind an earlier cut, and a padded neighbour's shift
+    # with gaps, as after an earlier cut, and a padded neighbour's shift
     positions = (torch.arange(tokens) * 3 // 2 + 5 * torch.arange(batch)[:, None]).expand(batch, -1)
     rate = torch.tensor([1, 4, 7])
     call = made_call(rows, start, rope(positions, dims, 1e4), head_dim, rate)

@@ -81,7 +81,7 @@ def test_merging_preserves_sizes_and_weighted_sums(seed: int, tokens: int, r: in
 
 
 def recorded_tower() -> tuple[Any, dict[str, Any]]:
-    """The recorded blocks as a CLIP tower, whose last layer lies behind the features."""
+    """The recorded blocks as a CLIP tower, whose last layer lies after the features."""
     golden = {
         f"{case}/{key}".strip("/"): v for case, own in recorded("tome_tower_prop").items() for key, v in own.items()
     }

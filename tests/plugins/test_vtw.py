@@ -62,7 +62,7 @@ def test_a_search_on_prompts_with_images(llava: Any) -> None:
     found = find_boundary(llava, samples, threshold=1e9, candidates=(2, 4, 6))
     assert list(found.divergences) == [2, 4, 6]
     assert found.boundary == 2
-    assert found.divergences[6] == 0, "withdrawing behind the last layer changes nothing"
+    assert found.divergences[6] == 0, "withdrawing after the last layer changes nothing"
     expected = 0.0
     for inputs in samples:
         with dropflow.attach(llava, policy(gone={"use": "hidrop/early-exit", "at": 4})):

@@ -25,11 +25,11 @@ def pyramid(**keep: int | float) -> dict[str, Any]:
 
 
 MIXTURES: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
-    "shares of what the stage in front left": ({"a": HALF, "b": HALF}, (4,) * 6),
+    "shares of what the stage before left": ({"a": HALF, "b": HALF}, (4,) * 6),
     "the order of acting, not of the file": ({"d": DIVERSE, "v": MERGED}, (6,) * 6),
     "a share of rows that the data decides": ({"p": POOL, "d": HALF}, (None,) * 6),
     "protected tokens outlive": ({"k": KEYS, "p": pyramid(b2=7, b4=3)}, (16, 16, 7, 7, 5, 5)),
-    "encoding behind protection": ({"k": KEYS, "d": DIVERSE}, (None,) * 6),
+    "encoding after protection": ({"k": KEYS, "d": DIVERSE}, (None,) * 6),
     "a share of what entered": ({"d": DIVERSE, "p": pyramid(b3=0.5)}, (6, 6, 6, 3, 3, 3)),
     "two stages at a boundary": (
         {"p": pyramid(b3=7), "r": {"use": "control/random", "keep": {3: 7}}},

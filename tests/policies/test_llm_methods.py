@@ -76,7 +76,7 @@ EQUAL_TOKENS = {
     "sparsevlm-plus-96": 96.81,
     "sparsevlm-plus-64": 64.44,
 }
-"""What the released code prints: tokens of each layer counted behind its own cut."""
+"""What the released code prints: tokens of each layer counted after its own cut."""
 
 
 @pytest.mark.parametrize("name", EQUAL_TOKENS)

@@ -257,7 +257,7 @@ def test_nothing_is_left_behind(name: str) -> None:
 @pytest.mark.parametrize("layers", [12, 31, 40])
 @torch.no_grad()
 def test_any_depth(layers: int) -> None:
-    """The published code loses caches behind layer 32 and stops below 32 layers."""
+    """The published code loses caches after layer 32 and stops below 32 layers."""
     model, inputs = tiny_llava(layers=layers, grid=6), prompt([(3, "I", 5)], grid=6)
     which = dropflow.load_policy(dropping("mustdrop-64", "compact"), ["stages.merge.threshold=0.25"])
     with dropflow.attach(model, which) as flow:

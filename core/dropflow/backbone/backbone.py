@@ -22,12 +22,12 @@ from dropflow.units import BackboneShape
 MODALITIES = ("image", "video")
 """What a core encodes by `get_image_features` and `get_video_features`."""
 FACTS = {
-    "vision_layers": "its vision encoder's layers, which stages can work in front of",
+    "vision_layers": "its vision encoder's layers, which stages can work before",
     "cls": "a CLS row in the vision encoder, whose attention ranks patches",
     "projector": "a projector that maps the patch rows of the features one by one",
     "sublayers": "the attention and feed-forward part of a vision layer, which stages can work between",
     "grid": "the patch grid of every image",
-    "final_norm": "the norm behind the text decoder's last layer",
+    "final_norm": "the norm after the text decoder's last layer",
     "rotary": "the cos and sin by which every layer of the text decoder turns q and k",
 }
 """What a stage may need of a backbone, by name."""
@@ -52,7 +52,7 @@ class VisionEncoder:
     owner: Any
     """Module whose `layers` attribute is iterated once per forward."""
     prefix: int
-    """Tokens in front of the patches, such as 1 for a CLS token; they are never dropped."""
+    """Tokens before the patches, such as 1 for a CLS token; they are never dropped."""
     has_cls: bool
     """Whether the first prefix token is a CLS token whose attention ranks patches."""
     feature_layer: int
@@ -75,8 +75,11 @@ class Projections:
     """The modules of one decoder layer that project normed hidden states to q, k and v, each with `out_features`."""
 
     query: Any
+    """Gives q (..., heads * head_dim)."""
     key: Any
+    """Gives k (..., kv_heads * head_dim)."""
     value: Any
+    """Gives v (..., kv_heads * head_dim)."""
 
 
 class Backbone:
@@ -125,7 +128,7 @@ class Backbone:
 
     @property
     def final_norm(self) -> Callable[[Tensor], Tensor] | None:
-        """The norm behind the text decoder's last layer; `None` where it is not its module `norm`."""
+        """The norm after the text decoder's last layer; `None` where it is not its module `norm`."""
         norm: Callable[[Tensor], Tensor] | None = self.text._modules.get("norm")
         return norm
 
@@ -229,7 +232,7 @@ class Backbone:
     def deepstack_residuals(
         self, arguments: Mapping[str, Any]
     ) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
-        """What the text decoder adds to visual states behind its first layers, taken out of its arguments.
+        """What the text decoder adds to visual states after its first layers, taken out of its arguments.
 
         Returns the arguments without it, and per layer which tokens (batch, tokens) boolean receive which rows
         (visual tokens, dim). The default knows the two arguments by which transformers passes deepstack features.

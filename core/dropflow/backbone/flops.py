@@ -15,9 +15,13 @@ class DecoderWidths:
     intermediate: int
     """m, the width of the gated MLP (three matrices)."""
     heads: int
+    """Query heads."""
     kv_heads: int
+    """Key and value heads."""
     head_dim: int
+    """Numbers per head."""
     vocabulary: int
+    """Rows of the LM head."""
 
     @classmethod
     def of(cls, config: Any) -> DecoderWidths:

@@ -24,11 +24,11 @@ class ImageLayout:
     grid: tuple[int, int] | None = None
     """Patch grid (rows, columns); `None` where there is none."""
     head: int = 0
-    """Extra rows in front of the patches, such as a CLS row."""
+    """Extra rows before the patches, such as a CLS row."""
     line_ends: bool = False
     """Whether every grid row is followed by an extra row; needs `grid`."""
     tail: int = 0
-    """Extra rows behind the patches."""
+    """Extra rows after the patches."""
 
     @property
     def has_extra(self) -> bool:

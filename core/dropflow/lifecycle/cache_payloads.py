@@ -16,13 +16,17 @@ class CacheView:
     """What one decoder layer's KV cache holds."""
 
     layer: int
+    """Number of the decoder layer."""
     index: Int[Tensor, "batch keys"]
     """Logical index of each entry."""
     valid: Bool[Tensor, "batch keys"]
+    """False for entries that are padding."""
     image_id: Int[Tensor, "batch keys"]
-    """Image number of visual entries; -1 for text, generated tokens and padding."""
+    """Image number of visual entries, over all turns; -1 for text, generated tokens and padding."""
     protected: Bool[Tensor, "batch keys"]
     """Entries an `encode` stage protects: they stay whatever the answer says."""
+    same_as: int
+    """The first layer that holds the very same entries: its own number, unless it shares them with earlier ones."""
     memory: Tensor | None
     """What this stage last noted of each entry (batch, keys); 0 for entries that came later, `None` before any note."""
 
@@ -35,8 +39,14 @@ class CacheCall:
     """Tokens generated since the prefill."""
     tokens: int
     """Tokens of this call: one while decoding, more where drafts are verified or a turn of text is read."""
+    length: int
+    """Logical tokens seen, this call's included: every `CacheView.index` is below it."""
+    images: int
+    """Images seen: every `CacheView.image_id` is below it."""
     layers: tuple[CacheView, ...]
+    """Every decoder layer's cache, by layer."""
     attention: RowAttention
+    """Behind `attention_rows`."""
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
         """Attention probabilities of query rows of this call, for a layer the stage lists in `taps`."""

@@ -1,4 +1,4 @@
-"""What observers are told: one frozen event behind each thing the engine applied. Letters as in `payloads.py`.
+"""What observers are told: one frozen event after each thing the engine applied. Letters as in `payloads.py`.
 
 Nothing here is made, and no scores are read, unless a stage of the policy implements the hook that gets it.
 """
@@ -25,7 +25,7 @@ class EncodeStep:
     """What one stage decided at one boundary of the vision encoder, or on its output."""
 
     boundary: EncodeBoundary
-    """As in `EncodeCall.boundary`: `None` for the projected output in front of the LLM."""
+    """As in `EncodeCall.boundary`: `None` for the projected output before the LLM."""
     stage: str
     """Its name in the policy."""
     before: tuple[Int[Tensor, "rows"], ...]
@@ -33,7 +33,7 @@ class EncodeStep:
     answer: Encode
     """What it answered; protected rows stay whatever its `keep` says."""
     places: tuple[Int[Tensor, "rows"], ...]
-    """Patches of the rows behind the decision, in the numbers of `before`."""
+    """Patches of the rows after the decision, in the numbers of `before`."""
     protected: tuple[Bool[Tensor, "rows"], ...]
     """Which of these no stage may drop from here on."""
 
@@ -49,7 +49,7 @@ class EncodeEvent:
     steps: tuple[EncodeStep, ...]
     """Decisions in the order they were applied."""
     prefix: int
-    """Prefix rows of the encoder, such as CLS, that the LLM gets in front of an image's patches: inside the encoder
+    """Prefix rows of the encoder, such as CLS, that the LLM gets before an image's patches: inside the encoder
     patches are numbered without them, on its output with them."""
 
 
@@ -58,6 +58,7 @@ class BoundaryEvent:
     """What was applied at one LLM boundary."""
 
     boundary: int
+    """Where it acted."""
     stages: tuple[str, ...]
     """Names, in the policy, of the stages that were asked to prune here."""
     window_edge_by: tuple[str, ...]
@@ -67,13 +68,13 @@ class BoundaryEvent:
     prompt: Prompt
     """Which tokens of this call are visual, padding, dropped by the encoder, or protected."""
     live: Bool[Tensor, "batch tokens"]
-    """Tokens of this call that are live in front of this layer."""
+    """Tokens of this call that are live before this layer."""
     image_id: Int[Tensor, "batch tokens"]
     """Image number of visual tokens; -1 for text and padding."""
     index: Int[Tensor, "batch slots"]
     """Logical index of the token in each slot that the stages were shown, for `scores` and `keeps`."""
     scores: Mapping[str, Float[Tensor, "batch slots"]]
-    """Scores the stages gave with their decisions, by stage name, over the slots in front of the boundary."""
+    """Scores the stages gave with their decisions, by stage name, over the slots before the boundary."""
     keeps: Mapping[str, Bool[Tensor, "batch slots"]]
     """What each stage answered, by stage name; text and protected tokens stay whatever it says."""
     merged_into: Int[Tensor, "batch tokens"] | None = None
@@ -89,6 +90,7 @@ class Eviction:
     stage: str
     """Its name in the policy."""
     layer: int
+    """Number of the decoder layer."""
     index: Int[Tensor, "batch keys"]
     """Logical index of the entries that were held before."""
     kept: Bool[Tensor, "batch keys"]
@@ -99,7 +101,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class CacheEvent:
-    """What the caches hold behind one call: the prefill (`step` 0), or a decode step."""
+    """What the caches hold after one call: the prefill (`step` 0), or a decode step."""
 
     step: int
     """Tokens generated since the prefill."""

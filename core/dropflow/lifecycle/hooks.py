@@ -53,7 +53,7 @@ class Lifecycle:
 
     @hookspec
     def observe_cache(self, event: CacheEvent) -> None:
-        """Watch what the caches hold behind the prefill or a decode step; an observer can change nothing."""
+        """Watch what the caches hold after the prefill or a decode step; an observer can change nothing."""
 
 
 HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))

@@ -34,6 +34,7 @@ class WindowCall:
     """Payload of `inject` and `exit`: what is known before the first decoder layer runs."""
 
     backbone: Backbone
+    """The model, as its adapter describes it."""
     visual_tokens: Int[Tensor, "batch"]
     """Visual tokens of each sample that reach the LLM."""
     text_tokens: Int[Tensor, "batch"]
@@ -62,10 +63,12 @@ class Exit:
 
 @dataclass(frozen=True)
 class PruneCall:
-    """Payload of `prune`: the live tokens in front of one decoder layer, one slot each."""
+    """Payload of `prune`: the live tokens before one decoder layer, one slot each."""
 
     boundary: int
+    """The one at which the stage is asked."""
     hidden: Float[Tensor, "batch slots dim"]
+    """States of the live tokens, as the layer after the boundary will get them."""
     index: Int[Tensor, "batch slots"]
     """Logical index of the token in each slot."""
     valid: Bool[Tensor, "batch slots"]
@@ -90,10 +93,13 @@ class PruneCall:
     window: Window
     """Where vision enters and exits in this call."""
     entry: Entry
+    """What entered the LLM."""
     attention: RowAttention
+    """Behind `attention_rows`."""
     tapped: Tapped
+    """Behind `keys` and `rotary`."""
     final_norm: Callable[[Tensor], Tensor] | None
-    """The norm behind the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
+    """The norm after the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
 
     carried: Float[Tensor, "batch slots carries"] | None = None
     """What this stage's `encode` gave each patch to carry (`Encode.carry`), float32; 0 for all other tokens."""
@@ -113,7 +119,7 @@ class PruneCall:
         return budget.of_each(torch.tensor(self.image_sizes, device=self.index.device) if sizes is None else sizes)
 
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
-        """Keys of an earlier layer that the stage lists in `taps`, behind k-norm and RoPE, for the slots.
+        """Keys of an earlier layer that the stage lists in `taps`, after k-norm and RoPE, for the slots.
 
         Raises `DecisionError` where the live set has changed since that layer ran.
         """
@@ -167,7 +173,7 @@ class Keep:
     merge_into: Int[Tensor, "batch slots"] | None = None
     """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
 
-    The state of a token that others name becomes the plain mean of theirs and its own, in front of this boundary's
+    The state of a token that others name becomes the plain mean of theirs and its own, before this boundary's
     layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
     image; a named token names its own slot. Entries of text and padding are ignored.
     """
@@ -178,11 +184,11 @@ class EncodeCall:
     """Payload of `encode`: the rows of each image, inside the vision encoder or on its output."""
 
     boundary: EncodeBoundary
-    """The one of the stage's `encode_at` that is being asked; `None` is the projected output in front of the LLM."""
+    """The one of the stage's `encode_at` that is being asked; `None` is the projected output before the LLM."""
     features: tuple[Float[Tensor, "rows dim"], ...]
     """Patch rows of each image (picture, tile or frame), without CLS and newline rows."""
     prefix_rows: Float[Tensor, "images prefix dim"]
-    """Rows (such as CLS) that the encoder holds in front of the patches; behind the projector, none are given."""
+    """Rows (such as CLS) that the encoder holds before the patches; after the projector, none are given."""
     places: tuple[Int[Tensor, "rows"], ...]
     """For each row, which of the image's patches it stands for (0-based, ascending, row by row of the grid)."""
     sizes: tuple[Float[Tensor, "rows"], ...]
@@ -190,13 +196,15 @@ class EncodeCall:
     grids: tuple[tuple[int, int] | None, ...]
     """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
     prefix: int
-    """Rows (such as CLS) that the vision encoder holds in front of the patches."""
+    """Rows (such as CLS) that the vision encoder holds before the patches."""
     has_cls: bool
     """Whether the encoder's first row is a CLS row, whose attention ranks patches."""
     attention: RowAttention
+    """Behind `attention_rows`, `cls_attention` and `received_attention`."""
     columns: Columns
     """Which keys of a tapped layer the present rows of each image were."""
     tapped: Tapped
+    """Behind `query_keys`."""
 
     def query_keys(
         self, layer: int

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
 
 EncodeBoundary = int | float | Literal["features"] | None
-"""A place on the vision side: in front of layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
-and its feed-forward part; `features`, behind all layers, on what the projector gets; `None`, behind the projector."""
+"""A place on the vision side: before layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
+and its feed-forward part; `features`, after all layers, on what the projector gets; `None`, after the projector."""
 
 
 class StageOptions(BaseModel):
@@ -30,7 +30,9 @@ class Window:
     """The layers in which vision takes part: `entry <= layer < exit`."""
 
     entry: int
+    """Boundary from which vision is live."""
     exit: int
+    """Boundary from which no vision is live."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Forecast:
     protected: Budget | None = None
     """Of the rows that an `encode` stage finds, those that no later stage may drop."""
     keeps: Mapping[int, Budget | None] = field(default_factory=dict)
-    """Visual tokens of one image left behind each boundary (a `prune` stage)."""
+    """Visual tokens of one image left after each boundary (a `prune` stage)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class StageContext:
         return found
 
     def check_layer_in_front(self, option: str, boundaries: Iterable[int]) -> None:
-        """For stages that rank by the layer in front of a boundary: vision takes part in it, and in the one behind.
+        """For stages that rank by the layer before a boundary: vision takes part in it, and in the one after.
 
         Raises `PolicyError` otherwise.
         """
@@ -143,7 +145,7 @@ class Stage(Generic[O_co]):
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
-        """Where `encode` is asked; `None`, the encoder's output in front of the LLM, unless a stage says otherwise."""
+        """Where `encode` is asked; `None`, the encoder's output before the LLM, unless a stage says otherwise."""
         return (None,)
 
     @property
@@ -163,7 +165,7 @@ class Stage(Generic[O_co]):
 
     @property
     def decode_taps(self) -> tuple[int, ...]:
-        """Decoder layers whose attention rows `decode_cache` reads while decoding, but not behind the prefill."""
+        """Decoder layers whose attention rows `decode_cache` reads while decoding, but not after the prefill."""
         return ()
 
     @property
@@ -182,7 +184,7 @@ class Stage(Generic[O_co]):
         return 0
 
     def prepare(self, backbone: Backbone) -> None:
-        """Called once when the policy is attached, in front of everything else: load what the stage needs beside it.
+        """Called once when the policy is attached, before everything else: load what the stage needs beside it.
 
         Raises `PolicyError` naming the option (see `StageContext.path`) that does not fit `backbone`.
         """

@@ -12,7 +12,7 @@ from torch import Tensor
 def window_members(grid: tuple[int, int], window: tuple[int, int]) -> Int[Tensor, "windows members"]:
     """Raster indices of the patches in each window of a tiling of `grid` (rows, columns), both in raster order.
 
-    Windows do not overlap. Rows and columns behind the last whole window belong to none; there may be no window at all.
+    Windows do not overlap. Rows and columns after the last whole window belong to none; there may be no window at all.
     """
     (rows, columns), (high, wide) = grid, window
     down, across = rows // high, columns // wide

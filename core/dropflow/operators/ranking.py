@@ -16,8 +16,8 @@ from dropflow.units import Budget
 def instruction_scores(call: PruneCall, layer: int | None = None) -> Float[Tensor, "batch slots"]:
     """Mean over heads and instruction tokens of the attention each live token receives.
 
-    `layer` is one that the stage lists in `taps`, by default the one behind the boundary. The softmax runs over all
-    keys. The instruction token is the last one of the prompt or, with labels, the last one in front of every answer.
+    `layer` is one that the stage lists in `taps`, by default the one after the boundary. The softmax runs over all
+    keys. The instruction token is the last one of the prompt or, with labels, the last one before every answer.
     """
     rows = call.attention_rows(call.boundary if layer is None else layer, call.instruction_slots).mean(
         1
@@ -38,15 +38,15 @@ def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Bud
 
 
 def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
-    """Slots of the text tokens behind each sample's first visual token, up to its last instruction token.
+    """Slots of the text tokens after each sample's first visual token, up to its last instruction token.
 
     The second tensor is false where a sample has fewer of them than the longest. With labels the answer of the last
     round is left out, and a sample without an instruction token has no rows.
     """
     slots = torch.arange(call.index.shape[1], device=call.index.device)
-    behind = (call.image_id >= 0).cumsum(1) > 0
+    after = (call.image_id >= 0).cumsum(1) > 0
     last = torch.where(call.instruction_valid, call.instruction_slots, -1).amax(1, keepdim=True)
-    text = behind & call.text & (slots <= last)
+    text = after & call.text & (slots <= last)
     return columns_of(text, call.most_text)
 
 

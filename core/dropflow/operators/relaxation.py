@@ -1,4 +1,4 @@
-"""Pure functions behind trained selection: a top-k mask of each image that is differentiable in the scores."""
+"""Pure functions after trained selection: a top-k mask of each image that is differentiable in the scores."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ def keep_top(
 ) -> Bool[Tensor, "batch slots"]:
     """Keep the `counts[g]` highest-scored tokens of every image g, in every sample apart from the others.
 
-    Counts given as a tensor on the device (see `Budget.of_each`) cost no copy from the host. NaN counts as the lowest
-    of all scores. `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border go to the
-    lowest slot, so that exactly min(count, size) tokens stay; with `keep_ties` the whole tie group stays, as rank
-    operators such as DMS do (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more may.
+    Counts given as a tensor on the device (see `PruneCall.counts`) cost no copy from the host. NaN counts as the lowest
+    of all scores. `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border
+    go to the lowest slot, so that exactly min(count, size) tokens stay; with `keep_ties` the whole tie group stays, as
+    rank operators such as DMS do (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more may.
     """
     batch, slots = scores.shape
     images = len(counts)

@@ -6,11 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from dropflow.errors import PolicyError
 from dropflow.lifecycle.hooks import HOOKS, Hooks
+from dropflow.lifecycle.lazy import lazy
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.policy.policy import Policy
 from dropflow.policy.schedule import Schedule, encoded, schedule
@@ -30,12 +30,12 @@ class Plan:
     serial: int = field(default_factory=itertools.count(1).__next__, compare=False)
     """A number of its own, by which what was made under it is told apart."""
 
-    @cached_property
+    @lazy
     def forecasts(self) -> dict[str, Forecast]:
         """What each stage says it will do."""
         return {name: stage.forecast() for name, stage in self.stages}
 
-    @cached_property
+    @lazy
     def prune_at(self) -> dict[int, tuple[tuple[str, Stage[Any]], ...]]:
         """Boundary -> stages asked to prune there, in policy order."""
         asked: dict[int, tuple[tuple[str, Stage[Any]], ...]] = {}
@@ -44,7 +44,7 @@ class Plan:
                 asked[boundary] = (*asked.get(boundary, ()), (name, stage))
         return asked
 
-    @cached_property
+    @lazy
     def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
         """Place on the vision side -> stages asked to encode there, in policy order."""
         asked: dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]] = {}
@@ -53,14 +53,14 @@ class Plan:
                 asked[boundary] = (*asked.get(boundary, ()), (name, stage))
         return asked
 
-    @cached_property
+    @lazy
     def encodes(self) -> tuple[Forecast, ...]:
         """Forecasts of the stages that encode, in the order in which each acts for the last time."""
         asked = [(name, stage.encode_at) for name, stage in self.hooks.implementers("encode") if stage.encode_at]
         places = {name: max(map(_place, boundaries)) for name, boundaries in asked}
         return tuple(self.forecasts[name] for name in sorted(places, key=lambda name: places[name]))
 
-    @cached_property
+    @lazy
     def carries(self) -> dict[str, slice]:
         """Stage -> its columns of all that a row carries from `encode` to `prune`, in policy order; none for most."""
         found, start = {}, 0
@@ -69,7 +69,7 @@ class Plan:
             start = found[name].stop
         return found
 
-    @cached_property
+    @lazy
     def reads_questions(self) -> bool:
         """Whether some stage reads the questions as text."""
         return any(stage.reads_questions for _, stage in self.stages)
@@ -79,7 +79,7 @@ class Plan:
         """Equal for plans that do the same: what one of them has written the other may continue."""
         return self.policy, self.shape
 
-    @cached_property
+    @lazy
     def uniform(self) -> bool:
         """Whether all layers of the decoder hold the same tokens, by the stages' forecasts: none drops any in there."""
         prunes = (stage for _, stage in self.hooks.implementers("prune"))
@@ -135,7 +135,7 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
 
 
 def _place(boundary: EncodeBoundary) -> tuple[bool, float]:
-    """Sorts places on the vision side: the encoder's layers, what the projector gets, and behind it."""
+    """Sorts places on the vision side: the encoder's layers, what the projector gets, and after it."""
     return boundary is None, boundary if isinstance(boundary, int | float) else math.inf
 
 
@@ -183,7 +183,7 @@ def _check_order(plan: Plan) -> None:
 
 
 def _keep_path(plan: Plan, name: str, boundary: int) -> str:
-    """Where the policy says what stays behind a boundary: an entry of `keep`, `keep` itself, or else the stage."""
+    """Where the policy says what stays after a boundary: an entry of `keep`, `keep` itself, or else the stage."""
     keep = getattr(plan.policy.stages[name].options, "keep", None)
     if keep is None:
         return f"stages.{name}"

@@ -37,11 +37,17 @@ class Policy:
     """An ordered composition of stages, every option validated; make one with `load_policy`."""
 
     name: str
+    """A plain name, by which reports and files call it."""
     stages: dict[str, StageUse]
+    """Name of each stage in this policy -> the stage and its options, in the order they are asked."""
     description: str = ""
+    """What it is for, in a sentence."""
     tuned_for: TunedFor | None = None
+    """The backbone that its absolute numbers are for; `None` where it has none."""
     rescale: bool = False
+    """Whether absolute numbers are scaled to other backbones instead of refused."""
     positions: Literal["persistent", "compact"] = "persistent"
+    """Whether positions stay what they are, or are renumbered after every drop."""
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as plain data, as a YAML file would say it."""

@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that a mapping says twice, where plain YAML would quietly take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML does it, behind the check."""
+        """As PyYAML does it, after the check."""
         seen: set[Any] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":

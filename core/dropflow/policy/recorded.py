@@ -57,33 +57,34 @@ class Recording:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._token = object()
-        self._policy: Policy | None = None
 
     def put(self, policy: Policy) -> None:
         """Let `policy` stand in the config."""
-        self._policy = policy
         present = getattr(self._config, FIELD, None)
         entry = present if isinstance(present, _Entry) else _Entry(present)
         entry.stack.append((self._token, to_jsonable_python(policy.to_dict(), fallback=repr)))
         entry.show()
         setattr(self._config, FIELD, entry)
 
-    def keep(self) -> None:
-        """Leave the policy in the config after `remove`; raises `PolicyError` where it could not be read back."""
+    def keep(self, policy: Policy) -> None:
+        """Leave `policy`, which was put, in the config after `remove`.
+
+        Raises `PolicyError` where it could not be read back.
+        """
         present = getattr(self._config, FIELD, None)
         stack = present.stack if isinstance(present, _Entry) else []
         own = [said for token, said in stack if token is self._token]
-        if present is None or not own or self._policy is None:
+        if present is None or not own:
             raise PolicyError(f"record: `config.{FIELD}` was replaced after attaching, so that nothing can be kept")
         try:
-            same = load_policy(_with_numbers(own[0])) == self._policy
+            same = load_policy(_with_numbers(own[0])) == policy
         except PolicyError as error:
             raise PolicyError(
                 f"{error}\nrecord: a recorded policy names its stages, so register them as entry points of a package"
             ) from None
         if not same:
             raise PolicyError(
-                f"record: the policy {self._policy.name!r} reads back from JSON as another one; use options that are "
+                f"record: the policy {policy.name!r} reads back from JSON as another one; use options that are "
                 "plain data, and no text that looks like a number as a key"
             )
         present.before = own[0]

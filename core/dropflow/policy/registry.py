@@ -37,13 +37,13 @@ def load(group: str, name: str) -> Any:
 
 
 def _points(group: str) -> EntryPoints:
-    return _all_points(tuple((folder, _changed(folder)) for folder in sys.path)).select(group=group)
+    return _points_now(group, tuple((folder, _changed(folder)) for folder in sys.path))
 
 
-@lru_cache(maxsize=1)
-def _all_points(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
-    """Every entry point there is, read again once a folder that packages are imported from has changed."""
-    return entry_points()
+@lru_cache(maxsize=8)
+def _points_now(group: str, _folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Entry points of a group, read again once a folder that packages are imported from has changed."""
+    return entry_points(group=group)
 
 
 def _changed(folder: str) -> int:

@@ -11,7 +11,7 @@ from dropflow.units import Budget
 
 @dataclass(frozen=True)
 class Schedule:
-    """Visual tokens of one image in front of every decoder layer; `None` where the data decides."""
+    """Visual tokens of one image before every decoder layer; `None` where the data decides."""
 
     per_layer: tuple[int | None, ...]
     entry: int | None
@@ -49,7 +49,7 @@ def schedule(
 
 
 def _left(current: int | None, entry: int | None, protected: int, budgets: Sequence[Budget | None]) -> int | None:
-    """Tokens behind a boundary; `None` where the data decides."""
+    """Tokens after a boundary; `None` where the data decides."""
     if current is None or entry is None or any(budget is None for budget in budgets):
         return None
     dropping = [count for budget in budgets if budget is not None and (count := budget.of(entry)) < current]
@@ -61,7 +61,7 @@ def _left(current: int | None, entry: int | None, protected: int, budgets: Seque
 def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None, int]:
     """Visual tokens of an image that reach the LLM, and how many of them are protected.
 
-    `None` where the data decides, as it does where a stage drops rows behind one that protects some: which of them it
+    `None` where the data decides, as it does where a stage drops rows after one that protects some: which of them it
     would have kept, too, cannot be told. Nothing is then said of protected ones.
     """
     count: int | None = visual_tokens

@@ -25,7 +25,7 @@ class Truth:
     owner: Tensor
     """(batch, tokens): number of the image whose patch a token is; -1 for all other tokens."""
     grids: Sequence[tuple[int, int] | None]
-    """Of every image, those of pictures in front of those of videos, as features are encoded."""
+    """Of every image, those of pictures before those of videos, as features are encoded."""
 
 
 def truth(case: Case) -> Truth:

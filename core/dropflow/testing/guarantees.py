@@ -30,8 +30,11 @@ from dropflow.testing.case import (
     text_embeddings,
 )
 from dropflow.testing.oracle import MaskedOracle
-from dropflow.testing.probes import EVERYTHING
+from dropflow.testing.probes import EVERYTHING, RanksByNumbers
 from dropflow.testing.training import check_training, labelled
+
+WATCH = "watched-by-the-kit"
+"""Name of the stage by which the kit looks at what the others do."""
 
 
 @torch.no_grad()
@@ -69,9 +72,13 @@ def check_drop_is_mask(case: Case) -> float:
 @torch.no_grad()
 def _check_prefill(case: Case) -> float:
     real = case.real
-    with case.attach() as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
+    watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": RanksByNumbers}}}
+    with case.attach(watched) as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
         logits, encodes = case.model(**case.inputs).logits, flow.plan.encode_at
         live, merges = flow.live(), flow.merges()
+        watch: Any = dict(flow.plan.stages)[WATCH]
+    for stage, boundary in watch.faults:
+        raise case.broken(MASK, f"stages.{stage} ranks visual tokens by NaN at boundary {boundary}; give numbers")
     replaced = embeds[0] if encodes else None
     with MaskedOracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
         expected = case.model(**case.inputs, use_cache=False).logits
@@ -84,7 +91,7 @@ def _check_prefill(case: Case) -> float:
             if not error < TOLERANCE:
                 raise case.broken(
                     MASK,
-                    f"in front of layer {layer}, sample {sample}, the states of live tokens differ from the masked "
+                    f"before layer {layer}, sample {sample}, the states of live tokens differ from the masked "
                     f"run's by {error:.1e} (relative), allowed {TOLERANCE:.0e}",
                 )
             worst = max(worst, error)
@@ -95,7 +102,7 @@ def _check_prefill(case: Case) -> float:
 
 
 def _held(case: Case, tokens: int) -> Tensor:
-    """Tokens of the prompt that each layer's cache holds behind the prefill, (layers, batch, tokens) boolean."""
+    """Tokens of the prompt that each layer's cache holds after the prefill, (layers, batch, tokens) boolean."""
     cache = DynamicCache()
     with case.attach():
         case.model(**case.inputs, **{CACHE_ARGUMENT: cache})
@@ -220,7 +227,7 @@ def check_isolation(case: Case) -> float:
     if left:
         raise case.broken(ISOLATION, f"detaching leaves hooks or attributes on {[entry[0] for entry in left]}")
     if not torch.equal(model(**case.inputs).logits, plain):
-        raise case.broken(ISOLATION, "logits behind detaching are not the plain model's")
+        raise case.broken(ISOLATION, "logits after detaching are not the plain model's")
     return 0.0
 
 

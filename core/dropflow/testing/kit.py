@@ -29,8 +29,11 @@ class Cell:
     """The outcome of one stage on one adapter."""
 
     stage: str
+    """Name of the stage."""
     adapter: str
+    """Name of the family."""
     outcome: Literal["run", "refused", "failed"]
+    """Whether all guarantees held, the family refused the stage, or something broke."""
     detail: str = ""
     """Why it was refused, what broke, or what of a run could not be compared."""
     error: float = 0.0

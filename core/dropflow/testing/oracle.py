@@ -21,12 +21,12 @@ from dropflow.backbone.backbone import Backbone, backbone_for
 class MaskedOracle:
     """While open, every forward of `model` masks what `live` says is dropped; calls must not use a cache.
 
-    `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens behind the prompt
+    `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens after the prompt
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
     dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
-    tokens of the prompt the tokens behind it still see, where a stage evicts cache entries. `merges` (boundary ->
-    (batch, tokens)) says into which token's state each one's is averaged in front of a layer. `log_weights` (layers,
+    tokens of the prompt the tokens after it still see, where a stage evicts cache entries. `merges` (boundary ->
+    (batch, tokens)) says into which token's state each one's is averaged before a layer. `log_weights` (layers,
     batch, tokens) are added to the attention scores of each layer's keys, for stages that give soft weights.
     """
 
@@ -106,7 +106,7 @@ class MaskedOracle:
         return args, kwargs | {"inputs_embeds": torch.cat((prompt, whole[:, prompt.shape[1] :]), 1)}
 
     def _of(self, number: int, hidden: Tensor, lives: Tensor | None = None) -> Bool[Tensor, "batch tokens"]:
-        """A layer's row of `lives` for this forward: expanded over beams, all true behind the prompt."""
+        """A layer's row of `lives` for this forward: expanded over beams, all true after the prompt."""
         live = (self._live if lives is None else lives)[number].to(hidden.device)
         live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
         return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)

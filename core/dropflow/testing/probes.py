@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropflow.lifecycle.events import BoundaryEvent
 from dropflow.lifecycle.hooks import hookimpl
 from dropflow.lifecycle.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
 from dropflow.lifecycle.stage import Stage
@@ -29,7 +30,7 @@ class Leave(Stage[Any]):
 
     @hookimpl
     def exit(self, call: WindowCall) -> int:
-        """The boundary in front of the last layer."""
+        """The boundary before the last layer."""
         return call.backbone.shape.layers - 1
 
 
@@ -77,7 +78,7 @@ class EveryThird(Stage[Any]):
 
 
 class Inside(EveryThird):
-    """The same in front of the vision encoder's second layer."""
+    """The same before the vision encoder's second layer."""
 
     @property
     def encode_at(self) -> tuple[int | None, ...]:
@@ -110,6 +111,23 @@ class Witness(Stage[Any]):
     def prune(self, call: PruneCall) -> None:
         """Note whose patch each token is."""
         self.images, self.index = call.image_id, call.index
+
+
+class RanksByNumbers(Stage[Any]):
+    """Notes which stages have ranked a patch by NaN, and decides nothing."""
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.faults: list[tuple[str, int]] = []
+        """Name of each such stage, and the boundary."""
+
+    @hookimpl
+    def observe(self, event: BoundaryEvent) -> None:
+        """Look at all scores of one boundary."""
+        patches = event.prompt.scored.gather(1, event.index) >= 0
+        for name, scores in event.scores.items():
+            if bool((scores.isnan() & patches).any()):
+                self.faults.append((name, event.boundary))
 
 
 def policy(**stages: Mapping[str, Any]) -> dict[str, Any]:

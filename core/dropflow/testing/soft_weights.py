@@ -43,7 +43,7 @@ class GivenWeights:
         return answer
 
     def log_weights(self, layers: int, batch: int, tokens: int) -> Float[Tensor, "layers batch tokens"] | None:
-        """Logarithm of the weights in front of every layer, by logical token; `None` where no stage gave any."""
+        """Logarithm of the weights before every layer, by logical token; `None` where no stage gave any."""
         if not self._given:
             return None
         whole = self._given[0][3].new_zeros(layers, batch, tokens)
@@ -51,8 +51,8 @@ class GivenWeights:
             counts = answer.mask & (call.image_id >= 0) & ~call.protected
             own = torch.where(counts, leaf, 1).log()
             own = own.new_zeros(batch, tokens).scatter_add(1, call.index, own)
-            behind = torch.arange(layers, device=own.device) >= call.boundary
-            whole = whole + behind[:, None, None] * own
+            after = torch.arange(layers, device=own.device) >= call.boundary
+            whole = whole + after[:, None, None] * own
         return whole
 
     def backward(self) -> None:

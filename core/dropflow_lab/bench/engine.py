@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
-from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.measure.flop_count import count_flops
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
@@ -28,6 +30,12 @@ REDUCED: dict[str, Any] = {
         "pyramid": {"use": "hidrop/concave-pyramid", "keep": {5: 140, 8: 9}},
         "exit": {"use": "hidrop/early-exit", "at": 11},
     },
+}
+
+RAGGED: dict[str, Any] = {
+    "name": "bench-ragged",
+    "description": "drops so few tokens that they save no time, from samples of different lengths",
+    "stages": {"pyramid": {"use": "hidrop/concave-pyramid", "keep": {5: 0.97, 8: 0.9}}},
 }
 
 _REDUCED_PREFILLS = 4  # calls per sample, so that it takes about as long as one prefill of the others
@@ -56,16 +64,29 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """One decode step of two samples of different lengths, after a few of their tokens were dropped twice."""
+
+    decode_ratio: Spread
+    """Time under `RAGGED`, over time without a policy on the same padded batch."""
+    tiny_decode_ratio: Spread
+    """The same on `SHAPES["tiny"]`, where nearly all is overhead."""
+
+
+@dataclass(frozen=True)
 class EngineBench:
     """All ratios, each a median with quartiles over rounds."""
 
     noop: Overhead
-    """Under a stage that is asked in front of every layer and keeps everything."""
+    """Under a stage that is asked before every layer and keeps everything."""
     empty: Overhead
     """Under a policy without stages."""
     control: Overhead
     """A second model without a policy: how far from 1 chance alone goes on this machine."""
     reduced: Reduction
+    ragged: Ragged
+    attach_ms: Spread
+    """Milliseconds to attach `REDUCED`, read from its mapping, after the first time."""
     rounds: int
     subject: SubjectShape
     machine: Machine
@@ -98,6 +119,8 @@ def bench_engine(
             empty=_overhead(prefill, decode, "empty"),
             control=_overhead(prefill, decode, "control"),
             reduced=Reduction(speedup, flops_ratio, speedup.over(flops_ratio), entries),
+            ragged=Ragged(*(_ragged(one, rounds, decode_steps) for one in (shape, SHAPES["tiny"]))),
+            attach_ms=_attaching(models["plain"], rounds),
             rounds=rounds,
             subject=shape,
             machine=this_machine(),
@@ -119,6 +142,41 @@ def _decode(model: Any, cache: Any) -> Callable[[], Any]:
     """One decode step, which leaves the cache a token longer."""
     token = torch.tensor([[2]])
     return lambda: model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache})
+
+
+def _ragged(shape: SubjectShape, rounds: int, decode_steps: int) -> Spread:
+    """Time of a decode step of a ragged batch under `RAGGED` over that without a policy."""
+    shape = replace(shape, batch=2)
+    inputs, plain = build_prompt(shape), build_model(shape)
+    inputs["attention_mask"][1, : shape.text_tokens // 4] = 0
+    flowing = twin(plain)
+    with dropflow.attach(flowing, RAGGED):
+        models = {"plain": plain, "ragged": flowing}
+        steps = {name: _padded_decode(model, inputs) for name, model in models.items()}
+        samples = interleaved(steps, rounds, dict.fromkeys(steps, decode_steps))
+    return ratio(samples["ragged"], samples["plain"])
+
+
+def _padded_decode(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """One decode step of a padded batch, which leaves the cache a token longer."""
+    cache, seen = prefill_of(model, inputs)(), count(inputs["input_ids"].shape[1] + 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4096), value=1)
+    token = torch.full((len(mask), 1), 2)
+    return lambda: model(
+        input_ids=token, attention_mask=mask[:, : next(seen)], use_cache=True, **{CACHE_ARGUMENT: cache}
+    )
+
+
+def _attaching(model: Any, rounds: int) -> Spread:
+    """Milliseconds of attaching; detaching is not counted."""
+    samples = []
+    for number in range(rounds + 1):
+        start = time.perf_counter()
+        flow = dropflow.attach(model, REDUCED)
+        seconds = time.perf_counter() - start
+        flow.detach()
+        samples += [1e3 * seconds] if number else []
+    return Spread.of(samples)
 
 
 def _overhead(prefill: Mapping[str, list[float]], decode: Mapping[str, list[float]], name: str) -> Overhead:

@@ -16,7 +16,7 @@ from dropflow_lab.measure.selection_cost import metered
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 SHAPE = SubjectShape(layers=32, vision_hidden=128, vision_layers=4)
-"""576 visual and 64 text tokens on 32 layers of width 512; half of the text lies behind the image and asks."""
+"""576 visual and 64 text tokens on 32 layers of width 512; half of the text lies after the image and asks."""
 
 _FOUR_KEEPS = {3: 288, 7: 144, 11: 72, 15: 36}
 _FILTER = {"use": "mustdrop/dual-attention", "keep": _FOUR_KEEPS}
@@ -25,7 +25,7 @@ MEASURED = "measured"
 POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "keep-all": {MEASURED: {"use": "control/keep-all"}},
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
-    "random in front of the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
+    "random before the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
     "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
     "conditional DPP to 192": {MEASURED: {"use": "cdpruner/conditional-dpp", "keep": 192}},
     "dominant and contextual, 192": {
@@ -39,7 +39,7 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "duplication at 2, to 128": {MEASURED: {"use": "dart/duplication", "at": 2, "keep": 128}},
     "stride at four layers": {MEASURED: {"use": "control/stride", "keep": _FOUR_KEEPS}},
-    "stride in front of the LLM": {MEASURED: {"use": "control/stride", "encode": 192}},
+    "stride before the LLM": {MEASURED: {"use": "control/stride", "encode": 192}},
     "pool by 2 x 2": {MEASURED: {"use": "control/pool", "window": (2, 2)}},
     "FastV at 2": {MEASURED: {"use": "fastv/attention-rank", "at": 2, "keep": 0.5}},
     "late injection at 8": {MEASURED: {"use": "hidrop/late-injection", "at": 8}},

@@ -41,7 +41,7 @@ class TrainBench:
     state_bytes: int
     """Weights and optimiser state, the same for both and part of both peaks."""
     visual_tokens: tuple[int, ...]
-    """Visual tokens of one image in front of each layer, as measured in a step through the policy."""
+    """Visual tokens of one image before each layer, as measured in a step through the policy."""
     rounds: int
     subject: SubjectShape
     machine: Machine

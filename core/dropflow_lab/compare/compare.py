@@ -85,7 +85,7 @@ class Comparing:
             yield make_row(policy.name, self._samples, answers, dense, controls, self._cost(policy))
 
     def _control(self, average: float, seed: int) -> Policy:
-        """Random pruning in front of the LLM at this average: a count, or a share where images differ in size."""
+        """Random pruning before the LLM at this average: a count, or a share where images differ in size."""
         whole = self._answers(None).entry_visual_tokens
         fixed = backbone_for(self._model).tokens_per_image is not None and whole == round(whole)
         images = whole / (backbone_for(self._model).tokens_per_image or whole)

@@ -40,7 +40,7 @@ class Work:
     flops_vision: float
     """Vision tower and projector, counted, selection left out."""
     kv_bytes: float
-    """Keys and values that the cache really holds behind the prefill."""
+    """Keys and values that the cache really holds after the prefill."""
     peak_bytes: float
     """The most bytes allocated at once during the prefill, beyond the model's own."""
 

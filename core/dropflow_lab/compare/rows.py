@@ -14,7 +14,7 @@ from dropflow_lab.measure.intervals import Mean
 
 @dataclass(frozen=True)
 class Control:
-    """Random pruning in front of the LLM at the policy's own average tokens; means over seeds."""
+    """Random pruning before the LLM at the policy's own average tokens; means over seeds."""
 
     average_visual_tokens: float
     accuracy: Mean | None

@@ -38,11 +38,11 @@ class _Row:
 
 
 class Collator:
-    """Packs the rounds of each sample behind one picture, as if each were a prompt by itself, and pads on the right.
+    """Packs the rounds of each sample after one picture, as if each were a prompt by itself, and pads on the right.
 
-    Position ids restart behind the picture for every round, and the mask hides the other rounds, so that no answer can
+    Position ids restart after the picture for every round, and the mask hides the other rounds, so that no answer can
     be copied from an earlier one. Labels are on the answers and on the end that the chat template gives them: the token
-    in front of every labelled span is the last instruction token of its round, which is what stages that rank by the
+    before every labelled span is the last instruction token of its round, which is what stages that rank by the
     instruction look for. The mask is for models whose layers all attend to the whole prompt.
     """
 
@@ -90,7 +90,7 @@ class Collator:
             follows = number > 0 or whole[before:] == tail
             if not follows or answered[: len(shared)] != shared or answered[: len(asked)] != asked:
                 raise InputError(
-                    "this model's chat template does not let an answer be found: expected the picture in front of the "
+                    "this model's chat template does not let an answer be found: expected the picture before the "
                     "question, and the answer where the prompt ends; train by a script of your own with dropflow.attach"
                 )
             row.add(tail, [IGNORED] * start + tail[start:], number, before)

@@ -1,4 +1,4 @@
-"""The questions of a data folder as training samples: what is asked about one picture goes behind it together."""
+"""The questions of a data folder as training samples: what is asked about one picture goes after it together."""
 
 from __future__ import annotations
 

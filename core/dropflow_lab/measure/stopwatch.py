@@ -60,7 +60,7 @@ class Stopwatch:
     def _watched(self) -> Iterator[None]:
         model, core = self._backbone.model, self._backbone.core
         handles = [
-            model.register_forward_pre_hook(self._before, prepend=True),  # what the engine does in front counts, too
+            model.register_forward_pre_hook(self._before, prepend=True),  # what the engine does first counts, too
             model.register_forward_hook(self._after),
         ]
         try:

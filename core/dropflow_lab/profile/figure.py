@@ -37,7 +37,7 @@ def _figure(profile: Profile) -> Figure:
     for number, axes in enumerate((above, middle, below)):
         _boundaries(axes, profile, labelled=number == 0)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    below.set_xlabel("boundary (the point in front of decoder layer i)")
+    below.set_xlabel("boundary (the point before decoder layer i)")
     below.set_xticks(range(0, profile.layers + 1, max(1, profile.layers // 16)))
     below.set_xlim(-0.5, profile.layers + 0.5)
     return figure

@@ -31,7 +31,7 @@ class LayerCurves:
     intra: dict[str, Curve]
     """Modality -> cosine between boundary i and i + 1, for i = 0..L-2."""
     cross: Curve
-    """Cosine of instruction states behind two pictures that are not theirs, at boundaries 0..L-1."""
+    """Cosine of instruction states after two pictures that are not theirs, at boundaries 0..L-1."""
     ilvas: dict[int, Curve]
     """Distance n -> ILVAS(l, l+n), for l = 0..L-1-n."""
 

@@ -28,8 +28,8 @@ def cross_modal_similarity(
 ) -> Float[Tensor, ""]:
     """Return how little the instruction depends on the picture: mean over its tokens of cos(y_t, z_t).
 
-    `y` are the states at one boundary of the instruction's tokens behind a picture that does not belong to it, `z`
-    those of the same tokens behind a reference picture. 1: nothing of the picture has reached the text. (HiDrop:
+    `y` are the states at one boundary of the instruction's tokens after a picture that does not belong to it, `z`
+    those of the same tokens after a reference picture. 1: nothing of the picture has reached the text. (HiDrop:
     cross-modal similarity.)
     """
     return cosine_similarity(mismatched.float(), reference.float(), dim=-1).mean()

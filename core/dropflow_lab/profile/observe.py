@@ -23,7 +23,7 @@ class WatchOptions(StageOptions):
 
 
 class Watch(Stage[WatchOptions]):
-    """Tells somebody of the live tokens in front of every layer in which vision takes part."""
+    """Tells somebody of the live tokens before every layer in which vision takes part."""
 
     Options = WatchOptions
     summary = "watches every boundary"
@@ -52,10 +52,10 @@ class Groups:
     """Which tokens (or slots) of a prompt are of which modality; newline tokens of a picture are of none."""
 
     system: Bool[Tensor, "B T"]
-    """Text in front of the first visual token."""
+    """Text before the first visual token."""
     visual: Bool[Tensor, "B T"]
     instruction: Bool[Tensor, "B T"]
-    """Text behind the last visual token."""
+    """Text after the last visual token."""
 
     @classmethod
     def of(cls, call: PruneCall) -> Groups:
@@ -66,5 +66,5 @@ class Groups:
 
 
 def visual_attention(call: PruneCall) -> Float[Tensor, "B H T"]:
-    """Return the attention from the last token of each prompt to every slot, in the layer behind the boundary."""
+    """Return the attention from the last token of each prompt to every slot, in the layer after the boundary."""
     return call.attention_rows(call.boundary, call.instruction_slots[:, -1:])[:, :, 0, -call.index.shape[1] :]

@@ -108,7 +108,7 @@ class _Sweep:
         self.runs = 1 + len(self._exits) + len(self._entries)
 
     def run(self, batch: Sequence[Sample], done: Callable[[], object]) -> None:
-        """Add one batch to every tally, calling `done` behind each run."""
+        """Add one batch to every tally, calling `done` after each run."""
         inputs = build_inputs(self._processor, [(sample.images(), sample.question) for sample in batch])
         inputs = inputs.to(self._model.device, self._model.dtype)
         dense = generate(self._model, self._processor, inputs, None, self._max_new_tokens)

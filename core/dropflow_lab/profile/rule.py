@@ -14,7 +14,7 @@ from dropflow.units import Budget
 from dropflow_lab.errors import InputError
 
 FULL_SHARE = 0.75
-"""Largest share of the budget that may go to layers in front of the first pruning, where every visual token is live."""
+"""Largest share of the budget that may go to layers before the first pruning, where every visual token is live."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def choose_entry(visual: Sequence[float], exit_at: int) -> int:
     """Return the lowest local minimum of the visual curve in the first half of the depth; 0 where there is none.
 
     `visual[i]` is the intra-modal similarity of visual tokens across layer i, for i = 0..L-2. HiDrop reads such a
-    minimum as the onset of fusion. The answer lies in front of `exit_at`.
+    minimum as the onset of fusion. The answer lies before `exit_at`.
     """
     half = (len(visual) + 1) // 2
     found = [i for i in _local_minima(visual) if i <= half and i < exit_at]
@@ -83,8 +83,8 @@ def choose_entry(visual: Sequence[float], exit_at: int) -> int:
 def choose_prunes(ilvas: Sequence[float], window: Window, most: int, latest_first: int) -> list[int]:
     """Return at most `most` boundaries inside the window: the highest local maxima of ILVAS, in order.
 
-    `ilvas[l]` is the mean over all distances n of ILVAS(l, l+n). The first boundary lies behind the entry and not
-    behind `latest_first`, so that the budget is not spent in front of it. Where no maximum lies there, the boundary of
+    `ilvas[l]` is the mean over all distances n of ILVAS(l, l+n). The first boundary lies after the entry and not
+    after `latest_first`, so that the budget is not spent before it. Where no maximum lies there, the boundary of
     the highest value there is added (if possible two layers or more from each maximum); maxima beside it, or else the
     lowest one beyond `most`, give way.
     """
@@ -114,7 +114,7 @@ def choose_keeps(
     if visual_tokens * (window.exit - window.entry) <= average * layers:
         return {}
     if not prunes:
-        raise ValueError(f"there is no boundary behind {window.entry} and in front of {window.exit} to prune at")
+        raise ValueError(f"there is no boundary after {window.entry} and before {window.exit} to prune at")
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Asks the question that is traced, under every policy, with a recorder behind its stages."""
+"""Asks the question that is traced, under every policy, with a recorder after its stages."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _merges(shares: Tensor, before: Sequence[int], places: Sequence[int]) -> lis
 
 def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoundary:
     live, index = event.live[0], event.index[0]
-    shown = torch.zeros_like(live).scatter(0, index, True)  # live in front of the stages' decision
+    shown = torch.zeros_like(live).scatter(0, index, True)  # live before the stages' decision
     shielded = event.prompt.protected[0]
     by = []
     for name, keep in event.keeps.items():
@@ -167,7 +167,7 @@ def _patches(tokens: Tensor, images: Iterable[TracedImage]) -> list[list[int]]:
 
 
 def _layers(events: Sequence[BoundaryEvent], flops: Sequence[float]) -> list[TracedLayer]:
-    """Tokens in front of each layer, counted in the live sets that observers were told."""
+    """Tokens before each layer, counted in the live sets that observers were told."""
     layers = []
     for number, work in enumerate(flops):
         event = [event for event in events if event.boundary <= number][-1]

@@ -21,7 +21,7 @@ def read_patches(text: str, option: str) -> tuple[int, list[int], int | None]:
     """Image, patches and boundary of `[IMAGE/]PATCH[,PATCH...][@BOUNDARY]`; raises `InputError` naming `option`."""
     found = re.fullmatch(r"(?:(\d+)/)?(\d+(?:,\d+)*)(?:@(\d+))?", text.replace(" ", ""))
     if found is None or (found[3] and option == "--keep"):
-        boundary = "" if option == "--keep" else ", and @BOUNDARY behind them"
+        boundary = "" if option == "--keep" else ", and @BOUNDARY after them"
         raise InputError(f"{option}: expected patches such as 17,18, or 1/17 for image 1{boundary}; got {text!r}")
     return int(found[1] or 0), [int(patch) for patch in found[2].split(",")], int(found[3]) if found[3] else None
 

@@ -17,12 +17,12 @@ class Followed:
     """The patches of one image on their way to the LLM. A place is the patch whose placeholder a row fills."""
 
     places: list[list[int]]
-    """In front of each encode step, and behind the last: per patch, the place of the row that stands for it.
+    """Before each encode step, and after the last: per patch, the place of the row that stands for it.
 
     A row stands for a patch that has its largest share in it, the first such row if there are several.
     """
     weights: list[float]
-    """Share of each patch in its row behind the last step, over all steps."""
+    """Share of each patch in its row after the last step, over all steps."""
     others: dict[int, int]
     """Patch -> in how many more rows it has a share."""
 
@@ -54,17 +54,17 @@ def follow(trace: Trace, run: TracedRun, image: int) -> Followed:
         own = step.images[image]
         moved, replaced = moves(own), {merge.into for merge in own.merged or ()}
         rows = Counter(place for merge in own.merged or () for place in merge.of)
-        behind = list(places[-1])
-        for patch, place in enumerate(behind):
+        after = list(places[-1])
+        for patch, place in enumerate(after):
             if place == GONE or place < step.shift:
                 continue
             to, share = moved.get(place - step.shift, (GONE - step.shift, 0.0))
-            behind[patch] = to + step.shift
+            after[patch] = to + step.shift
             weights[patch] *= share
             elsewhere = rows[place - step.shift] - (to in replaced)
             if elsewhere:
                 others[patch] = elsewhere
-        places.append(behind)
+        places.append(after)
     return Followed(places, weights, others)
 
 
@@ -76,13 +76,13 @@ def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
 
 
 def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> list[int]:
-    """Places of the tokens that stand for patches behind one boundary of the LLM; dropped ones stay as they were."""
+    """Places of the tokens that stand for patches after one boundary of the LLM; dropped ones stay as they were."""
     into = merged_away(boundary, image)
     return [into.get(place, place) for place in places]
 
 
 def moves(image: EncodedImage) -> dict[int, tuple[int, float]]:
-    """Place of a row before a step -> that of the row which stands for it behind, and its share; dropped ones are
+    """Place of a row before a step -> that of the row which stands for it after, and its share; dropped ones are
     missing."""
     replaced = {merge.into for merge in image.merged or ()}
     found = {place: (place, 1.0) for place in image.kept if place not in replaced}

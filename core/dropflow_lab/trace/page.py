@@ -117,8 +117,8 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
 def _lost(run: TracedRun, own: Followed) -> dict[int, str]:
     """Where in the encoder each patch was dropped that does not reach the LLM."""
     lost = {}
-    for step, before, behind in zip(run.encode, own.places[:-1], own.places[1:], strict=True):
-        for patch, place in enumerate(behind):
+    for step, before, after in zip(run.encode, own.places[:-1], own.places[1:], strict=True):
+        for patch, place in enumerate(after):
             if place == GONE != before[patch]:
                 lost[patch] = f"{_place(step)} by {step.stage}"
     return lost

@@ -21,7 +21,7 @@ class Recorder(Stage[StageOptions]):
         self.caches: list[CacheEvent] = []
         """Without their `layers`, which would hold every cache's index once per generated token."""
         self.held: list[list[int]] = []
-        """Entries of each layer's cache behind each call."""
+        """Entries of each layer's cache after each call."""
 
     @hookimpl
     def observe_encode(self, event: EncodeEvent) -> None:
@@ -41,5 +41,5 @@ class Recorder(Stage[StageOptions]):
 
 
 def watched(policy: Policy) -> Policy:
-    """The policy with a `Recorder` behind its stages, which changes nothing."""
+    """The policy with a `Recorder` after its stages, which changes nothing."""
     return replace(policy, stages={**policy.stages, NAME: StageUse("trace/recorder", Recorder, StageOptions())})

@@ -144,9 +144,9 @@ class Replay(Stage[ReplayOptions]):
             missing = {*image.kept, *(p for merge in image.merged or () for p in merge.of)} - set(own)
             if missing:
                 raise self._misfit(f"an image {number} with patch {min(missing)}, which is not there")
-            behind = {p for merge in image.merged or () for p in merge.prefix} - set(range(call.prefix_rows.shape[1]))
-            if behind:
-                raise self._misfit(f"an image {number} with prefix row {min(behind)}, which is not there")
+            after = {p for merge in image.merged or () for p in merge.prefix} - set(range(call.prefix_rows.shape[1]))
+            if after:
+                raise self._misfit(f"an image {number} with prefix row {min(after)}, which is not there")
         device = call.prefix_rows.device
         protect = tuple(_mask(image.kept, image.protected, device) for image in step.images)
         if not any(image.merged or image.sizes for image in step.images):

@@ -17,7 +17,7 @@ def made_again(
     held: Sequence[int],
     image: EncodedImage,
 ) -> Float[Tensor, "kept dim"]:
-    """Rows of one image behind a step that put new ones in; `held` is the patch that each of `features` stands for.
+    """Rows of one image after a step that put new ones in; `held` is the patch that each of `features` stands for.
 
     Equal shares are taken as the plain mean of the members, others as a sum in float32.
     """

@@ -65,7 +65,7 @@ class Merge(_Part):
 class EncodedImage(_Part):
     """What one stage left of one image."""
 
-    kept: Numbers = Field(description="patches whose rows are present behind the step, ascending")
+    kept: Numbers = Field(description="patches whose rows are present after the step, ascending")
     merged: list[Merge] | None = Field(
         default=[], description="rows that stand for other patches than their own; null where the stage does not tell"
     )
@@ -82,7 +82,7 @@ class TracedEncode(_Part):
     stage: str = Field(description="its name in the policy")
     boundary: int | float | Literal["features"] | None = Field(
         description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector "
-        "gets; null for the output in front of the LLM"
+        "gets; null for the output before the LLM"
     )
     shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     proportional: bool = Field(
@@ -102,9 +102,9 @@ class Pruning(_Part):
 
 
 class TracedBoundary(_Part):
-    """What was left behind one boundary of the LLM at which stages pruned. A replay obeys `kept`."""
+    """What was left after one boundary of the LLM at which stages pruned. A replay obeys `kept`."""
 
-    boundary: int = Field(ge=0, description="layer in front of which it lies")
+    boundary: int = Field(ge=0, description="layer before which it lies")
     kept: list[Numbers] = Field(description="per image: patches that are live from here on")
     by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
     merged: list[list[Merge]] = Field(default=[], description="per image: states that became the mean of several")
@@ -126,7 +126,7 @@ class TracedCall(_Part):
     step: int = Field(ge=0, description="tokens generated before it: 0 for the prefill")
     token: int = Field(description="the token it produced")
     text: str = Field(description="that token as text")
-    kv_entries: Numbers = Field(description="entries that each layer's cache holds behind the call")
+    kv_entries: Numbers = Field(description="entries that each layer's cache holds after the call")
     evicted: list[TracedEviction] = []
 
 
@@ -234,12 +234,12 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
         for i, merges in enumerate(boundary.merged):
             absent = {p for merge in merges for p in (merge.into, *merge.of)}.difference(*before[i : i + 1])
             if absent:
-                faults.append(f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone behind {since} already")
+                faults.append(f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone after {since} already")
         for i, kept in enumerate(boundary.kept):
             gone = sorted(set(kept) - set(before[i]))
             lost = sorted(set(protected[i]) - set(kept))
             if gone:
-                faults.append(f"{where}.{i}: patch {gone[0]} was gone behind {since} already; keep it there, too")
+                faults.append(f"{where}.{i}: patch {gone[0]} was gone after {since} already; keep it there, too")
             if lost:
                 faults.append(f"{where}.{i}: patch {lost[0]} is protected and cannot be dropped")
         before, since = [list(kept) for kept in boundary.kept], f"boundary {boundary.boundary}"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dropflow.operators.selection import keep_top
+from dropflow.operators import keep_top, top
 
 
 @given(
@@ -41,3 +41,22 @@ def test_the_published_example_of_ties() -> None:
     assert exact == [[4], [1, 4], [1, 2, 4]]
     alone = torch.zeros(1, 1, dtype=torch.long)
     assert keep_top(torch.tensor([[0.3]]), alone, [1], keep_ties=True).all()
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, torch.inf, -torch.inf, torch.nan]), min_size=1, max_size=9), st.data())
+def test_nan_is_kept_after_every_number(values: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(values)))
+    scores = torch.tensor(values)
+    numbers = [i for i, value in enumerate(values) if value == value and value > -torch.inf]
+    ranked = sorted(numbers, key=lambda i: (-values[i], i)) + [i for i in range(len(values)) if i not in numbers]
+    assert top(scores, count).tolist() == ranked[:count]
+    image = torch.zeros(1, len(values), dtype=torch.long)
+    assert keep_top(scores[None], image, [count])[0].nonzero()[:, 0].tolist() == sorted(ranked[:count])
+
+
+def test_counts_on_the_device_are_those_of_the_host() -> None:
+    scores = torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
+    image = torch.tensor([[-1, 0, 0, 0, 1, 1, 1, 1, -1], [2, 2, 2, 2, 2, -1, -1, 3, 3]])
+    counts = [2, 1, 3, 0]
+    assert torch.equal(keep_top(scores, image, torch.tensor(counts)), keep_top(scores, image, counts))
+    assert keep_top(scores, image, counts).sum(1).tolist() == [3, 3]

@@ -116,7 +116,7 @@ def test_rescaling_keeps_the_proportions() -> None:
         PolicyError, match=r"stages\.pyramid\.keep\.10: the absolute number 215 was tuned for 576 visual tokens"
     ):
         per_layer("hidrop-64", BackboneShape(32, None))
-    share = ["stages.dpp.keep=0.25"]  # boundary 0 is in front of any model, for whichever it was tuned
+    share = ["stages.dpp.keep=0.25"]  # boundary 0 is before any model, for whichever it was tuned
     assert per_layer(dropflow.load_policy("cdpruner-llm-64", share), BackboneShape(5, 40)) == (10,) * 5
 
 

@@ -11,6 +11,7 @@ from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl
 from dropflow.engine.attach import model_hooks, refusals
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.model.shadowing import Shadows
+from dropflow.operators import keep_top
 from dropflow.testing import (
     BrokenGuarantee,
     assert_stage_conforms,
@@ -48,7 +49,7 @@ def test_positions_of_other_tokens_break_the_second(monkeypatch: pytest.MonkeyPa
 
     assert 0 < check_drop_is_mask(case(WINDOW)) < 1e-5
     monkeypatch.setattr(layer_arguments, "restrict", first_positions)
-    message = r"guarantee 2 \(drop = mask\) is broken: in front of layer 1, sample 0.*by \d.*allowed 1e-05"
+    message = r"guarantee 2 \(drop = mask\) is broken: before layer 1, sample 0.*by \d.*allowed 1e-05"
     with pytest.raises(BrokenGuarantee, match=message):
         check_drop_is_mask(case(WINDOW))
 
@@ -89,6 +90,24 @@ def test_a_stage_that_treats_beams_otherwise_breaks_the_third() -> None:
     message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample by itself"
     with pytest.raises(BrokenGuarantee, match=message):
         assert_stage_conforms(SeesBeams, models={"llava": FAMILIES["llava"]})
+
+
+class RanksByNothing(Stage[Any]):
+    """Divides by the attention of nobody."""
+
+    prune_at = (2,)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """NaN for every token, so that the first ones would stay."""
+        scores = torch.zeros_like(call.hidden[..., 0]) / 0
+        return Keep(keep_top(scores, call.image_id, [4] * len(call.image_sizes)), scores)
+
+
+def test_a_stage_that_ranks_by_nan_is_named() -> None:
+    message = r"RanksByNothing x llava: guarantee 2 .*: stages\.stage ranks visual tokens by NaN at boundary 2"
+    with pytest.raises(BrokenGuarantee, match=message):
+        assert_stage_conforms(RanksByNothing, models={"llava": FAMILIES["llava"]})
 
 
 class EvictAfterPrefill(Stage[Any]):

@@ -37,7 +37,7 @@ class TopP(Stage[TopPOptions]):
     example: ClassVar = {"at": 0.5, "mass": 0.6}
 
     def forecast(self) -> Forecast:
-        """How many tokens stay behind the boundary `at` depends on the picture."""
+        """How many tokens stay after the boundary `at` depends on the picture."""
         return Forecast(keeps={self.context.scale.boundary(self.options.at, self.context.path("at")): None})
 
     @hookimpl

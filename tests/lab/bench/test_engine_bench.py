@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+import dropflow
 from dropflow import load_policy
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
-from dropflow_lab.bench.engine import REDUCED, EngineBench, bench_engine
-from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
+from dropflow_lab.bench.engine import RAGGED, REDUCED, EngineBench, bench_engine
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 
 TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24, text_tokens=64, vocabulary=32)
 
@@ -40,9 +41,20 @@ def test_efficiency_is_speed_up_over_flops_ratio(measured) -> None:
 
 
 def test_every_ratio_is_a_median_between_its_quartiles(measured) -> None:
-    for overhead in (measured.noop, measured.empty, measured.control):
-        for spread in (overhead.prefill_ratio, overhead.decode_ratio):
-            assert 0 < spread.low <= spread.median <= spread.high
+    overheads = [measured.noop, measured.empty, measured.control]
+    spreads = [spread for each in overheads for spread in (each.prefill_ratio, each.decode_ratio)]
+    for spread in (*spreads, measured.ragged.decode_ratio, measured.ragged.tiny_decode_ratio, measured.attach_ms):
+        assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_a_ragged_batch_holds_caches_of_three_kinds() -> None:
+    small = dataclasses.replace(TOY, image_side=6, text_tokens=8, batch=2)
+    model, inputs = build_model(small), build_prompt(small)
+    inputs["attention_mask"][1, :2] = 0
+    with torch.no_grad(), dropflow.attach(model, RAGGED):
+        cache = prefill_of(model, inputs)()
+    held = [(layer.keys.shape[-2], layer.index.valid is not None) for layer in cache.layers]
+    assert held == [(44, False)] * 5 + [(43, True)] * 3 + [(40, True)] * 8
 
 
 def test_the_number_of_threads_is_set_for_the_measurement_alone(measured) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dropflow_lab.console.commands.digits import Split
+from dropflow_lab.digits.checkpoints.model import checkpoint_path
 from dropflow_lab.digits.data.glyphs import SPLITS
 
 
@@ -53,6 +54,16 @@ def test_evaluate_under_a_policy(cli, model_folder, mild) -> None:
     shown = cli(*arguments).stdout
     assert "overall" in shown
     assert "95 % interval" in shown
+
+
+def test_evaluate_says_that_a_recorded_policy_does_not_count(cli, caplog) -> None:
+    arguments = ("digits", "evaluate", "--questions", 2, "--model", checkpoint_path("hidrop"))
+    cli(*arguments)
+    told = "this model runs dense, though its config records the policy 'hidrop-digits'"
+    assert [message.partition(";")[0] for message in caplog.messages] == [told]
+    caplog.clear()
+    cli(*arguments, "--policy", "hidrop-digits")
+    assert caplog.messages == []
 
 
 def test_evaluate_checks_the_policy_against_the_model(refused, model_folder) -> None:

@@ -49,7 +49,7 @@ def test_curves_of_a_padded_batch_equal_those_of_each_prompt_alone(loaded) -> No
         first, last = visual.nonzero()[0].item(), visual.nonzero()[-1].item()
         place = torch.arange(len(visual))
         groups = {"system": place < first, "visual": visual, "instruction": place > last}
-        states = out.hidden_states  # the last one lies behind the final norm
+        states = out.hidden_states  # the last one lies after the final norm
         for name, own in groups.items():
             pairs = [intra_modal_similarity(states[i], states[i + 1], own[None]) for i in range(LAYERS - 1)]
             intra[name].append(torch.cat(pairs))
@@ -80,7 +80,7 @@ def test_cross_modal_similarity_asks_about_other_pictures(loaded) -> None:
         expected.append(torch.stack([cross_modal_similarity(one[0, end:], two[0, end:]) for one, two in pairs]))
     cross = meter.curves().cross
     assert cross == pytest.approx(torch.stack(expected).mean(0).tolist(), abs=2e-3)
-    assert cross[0] == pytest.approx(1.0)  # in front of the first layer nothing has reached the text
+    assert cross[0] == pytest.approx(1.0)  # before the first layer nothing has reached the text
 
 
 def test_other_pictures_are_neither_own_nor_the_first() -> None:

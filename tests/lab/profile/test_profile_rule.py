@@ -26,7 +26,7 @@ HIDROP = Window(8, 24)
     [
         ([0.1, 0.5, 0.88, 0.9], 0.02, 2),
         ([0.1, 0.5, 0.87, 0.9], 0.02, 3),
-        ([0.1, 0.9, 0.5, 0.9], 0.02, 3),  # a good exit in front of a bad one is luck
+        ([0.1, 0.9, 0.5, 0.9], 0.02, 3),  # a good exit before a bad one is luck
         ([0.1, 0.5, 0.6, 0.8], 0.02, 4),  # not even the last layer is free
         ([0.9, 0.9, 0.9, 0.9], 0.0, 0),
     ],
@@ -40,7 +40,7 @@ def test_the_first_exit_from_which_all_cost_little(scores, loss, expected) -> No
     [
         ([0.9, 0.8, 0.9, 0.95, 0.9, 0.95, 0.9], 8, 1),
         ([0.9, 0.8, 0.9, 0.7, 0.9, 0.5, 0.9], 8, 3),  # the lowest in the first half, not the first, not the deepest
-        ([0.9, 0.8, 0.9, 0.7, 0.9, 0.5, 0.9], 3, 1),  # in front of the exit
+        ([0.9, 0.8, 0.9, 0.7, 0.9, 0.5, 0.9], 3, 1),  # before the exit
         ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], 8, 0),  # no minimum
         ([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 8, 0),  # an end is no minimum
         ([0.9, 0.8, 0.8, 0.9, 0.9, 0.9, 0.9], 8, 1),  # the first of a plateau
@@ -118,7 +118,7 @@ def test_given_boundaries_stand() -> None:
     [
         (Knobs(average_tokens=2), r"average of 2 tokens cannot be met with vision in layers 1 to 5: .* 13\.00 to"),
         (Knobs(entry=6), "enter at boundary 6 and be gone from 6 on"),
-        (Knobs(entry=5, average_tokens=5), r"no boundary behind 5 and in front of 6 .* another --average-tokens"),
+        (Knobs(entry=5, average_tokens=5), r"no boundary after 5 and before 6 .* another --average-tokens"),
     ],
 )
 def test_a_budget_that_cannot_be_met(knobs, expected) -> None:

@@ -103,7 +103,7 @@ def numbers(tab: Any, selector: str) -> list[int]:
 
 
 def live_patches(trace: Trace, number: int, layer: int) -> int:
-    """Patches of the only image that are live in front of a layer, by the trace."""
+    """Patches of the only image that are live before a layer, by the trace."""
     run = trace.runs[number]
     if not run.entry <= layer < run.exit:
         return 0

@@ -43,7 +43,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory, opened: Any) -> Iterator[t
 
 
 def tokens_of(trace: Trace, number: int, layer: int) -> list[int | None]:
-    """For each patch, the place of the token that it is part of in front of a layer, by the trace."""
+    """For each patch, the place of the token that it is part of before a layer, by the trace."""
     run = trace.runs[number]
     place: list[int | None] = list(range(len(trace.prompt.images[0].index)))
     for step in run.encode:

@@ -28,6 +28,10 @@ class _Attachment:
     def __init__(self) -> None:
         self.turns = Turns()
         self._hooks: weakref.ref[ModelHooks] | None = None
+        self.recording: Recording | None = None
+        """The policy in the model's config; held here, as hooks of an interrupted attach may be gone by now."""
+        self.serials: frozenset[int] = frozenset()
+        """`Plan.serial` of every policy that is attached."""
 
     @property
     def hooks(self) -> ModelHooks | None:
@@ -115,14 +119,14 @@ def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) 
     core = backbone.core
     attachment = _attachments.setdefault(core, _Attachment())
     _attachments[backbone.model] = attachment
+    if attachment.turns.mine() is not None:
+        raise UnsupportedCall("attach: called inside of a forward of this model; call it before or afterwards")
     shards = refusals.head_shards(backbone)
     for plan in plans.values():
         if plan is not None:
             refusals.check_model(backbone, plan, shards)
             for _, stage in plan.stages:
                 stage.prepare(backbone)
-    if attachment.turns.mine() is not None:
-        raise UnsupportedCall("attach: called inside of a forward of this model; call it before or afterwards")
     turn = attachment.turns.take(sys._getframe())
     try:
         present = attachment.hooks
@@ -130,22 +134,26 @@ def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) 
             names = ", ".join(repr(flow.policy.name) for flow in present.flows.values() if flow is not None)
             raise UnsupportedModel(f"attach: the policy {names} is attached to this model already; detach it first")
         _clean(attachment)  # what an interrupted attach or detach has left
+        refusals.check_unshared(backbone)
         hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards)
-        hooks.serials = {plan.serial for plan in plans.values() if plan is not None}
-        attached_plans.update(hooks.serials)
+        attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
+        attached_plans.update(attachment.serials)
         recorded = plans[default]
         if recorded is not None:
-            hooks.recording = Recording(backbone.model.config)
-            hooks.recording.put(recorded.policy)
-        hooks.install({name: _flow(plan, hooks, name == default) for name, plan in plans.items()}, default)
+            attachment.recording = Recording(backbone.model.config)
+            attachment.recording.put(recorded.policy)
+        recording = attachment.recording
+        hooks.install(
+            {name: _flow(plan, hooks, recording if name == default else None) for name, plan in plans.items()}, default
+        )
         return hooks
     finally:
         turn.end()
 
 
-def _flow(plan: Plan | None, hooks: ModelHooks, recorded: bool) -> Flow | None:
+def _flow(plan: Plan | None, hooks: ModelHooks, recording: Recording | None) -> Flow | None:
     core = hooks.backbone.core
-    return None if plan is None else Flow(plan, hooks, hooks.recording if recorded else None, lambda: _detach(core))
+    return None if plan is None else Flow(plan, hooks, recording, lambda: _detach(core))
 
 
 def _detach(core: Any) -> None:
@@ -161,11 +169,14 @@ def _detach(core: Any) -> None:
 
 def _clean(attachment: _Attachment) -> None:
     """Leave nothing on the model; may be interrupted and done again."""
-    hooks = attachment.hooks
+    hooks, recording = attachment.hooks, attachment.recording
     if hooks is not None:
         hooks.remove()
-        attached_plans.difference_update(hooks.serials)
-        if hooks.recording is not None:
-            hooks.recording.remove()
-        attachment.hooks = hooks.handle = None
+    attached_plans.difference_update(attachment.serials)
+    if recording is not None:
+        recording.remove()
+    if hooks is not None:
+        hooks.handle = None
+    attachment.hooks = attachment.recording = None
+    attachment.serials = frozenset()
     sweep()

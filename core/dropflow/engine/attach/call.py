@@ -37,6 +37,10 @@ class Call:
     """Arguments of the loss, if it is computed after the model on live positions."""
     live_rows: Tensor | None = None
     """Row of the head's input that each position (batch, tokens) reads, where it runs on live positions only."""
+    core_runs: bool = False
+    """True between the first hook of the core and its last."""
+    outer: Any = None
+    """What `serving` held before this call, such as that of a call whose stage runs this model."""
     encoding: bool = False
     """True while a features method runs, which may call another one."""
     vision: VisionRun | None = None

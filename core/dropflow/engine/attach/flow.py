@@ -92,7 +92,7 @@ class Flow:
         """
         if self._recording is None:
             raise UnsupportedCall("record: a model's config holds one policy, which is the default of the set")
-        self._recording.keep()
+        self._recording.keep(self.policy)
 
     def detach(self) -> None:
         """Take every hook off the model, after the forward that runs now, if one does; harmless when done before.

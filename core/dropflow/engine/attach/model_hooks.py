@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,8 +25,8 @@ from dropflow.engine.decoder.site import Site
 from dropflow.engine.model.arguments import cache_in, named, parameters_of
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
-from dropflow.engine.model.stand_in import RunLayer, stand_in
-from dropflow.engine.model.turns import Turn, Turns, calling_frame
+from dropflow.engine.model.stand_in import Run, stand_in
+from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
 from dropflow.engine.tokens.cache import check_written_by, is_flow_cache, seen_by, serving
 from dropflow.engine.tokens.prompt import (
     VisualTokens,
@@ -43,7 +43,6 @@ from dropflow.lifecycle.questions import questions_of
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.attach.flow import Flow, FlowSet
-    from dropflow.policy.recorded import Recording
 
 
 class ModelHooks:
@@ -55,19 +54,17 @@ class ModelHooks:
 
     def __init__(self, backbone: Backbone, turns: Turns, shards: HeadShards | None) -> None:
         self.backbone, self._turns, self._shards = backbone, turns, shards
+        self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
         """What lies over the model's objects while it is attached, and for a moment of a call."""
         self._handles: list[Any] = []
         self.flows: Mapping[str, Flow | None] = {}
         """The policies that may count, by name; `None` for dense. Empty while nothing is attached."""
+        self._sites: Mapping[str, Site] = {}
         self.default = ""
         """Name of the one that counts where a caller states none."""
         self.handle: Flow | FlowSet | None = None
         """What attaching returned: alive as long as the hooks are, whoever else holds it."""
-        self.recording: Recording | None = None
-        """The policy in the model's config."""
-        self.serials: set[int] = set()
-        """`Plan.serial` of every policy of `flows`."""
         self.chosen: Stated[str] = Stated("dropflow_chosen")
         self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
         """Visual tokens that a caller states for the calls of a thread."""
@@ -80,24 +77,33 @@ class ModelHooks:
         if all(flow is None or flow.plan.idle for flow in flows.values()):  # nothing can change anything
             self.default, self.flows = default, dict(flows)
             return
-        model, core, text = self.backbone.model, self.backbone.core, self.backbone.text
+        model, core, text = self._model, self._core, self.backbone.text
         hooked = [(core, self._before_core, self._after_core), (text, self._before_text, self._after_text)]
         if model is not core:  # a core may be attached without its head
             hooked.append((model, self._before_model, self._after_model))
         for module, before, after in hooked:
+            before, after = partial(_called, before, 3), partial(_called, after, 4)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         plans = [flow.plan for flow in flows.values() if flow is not None]
-        stand_in(self._standing, text, self._decoder_layer)
+        stand_in(self._standing, text, self._decoder_run)
         encoder = self.backbone.vision
         if encoder is not None:
-            stand_in(self._standing, encoder.owner, self._vision_layer)
-            if encoder.projector is not None and any("features" in plan.encode_at for plan in plans):
-                self._handles.append(encoder.projector.register_forward_pre_hook(self._before_projector))
+            stand_in(self._standing, encoder.owner, self._vision_run)
+            projector: Any = encoder.projector
+            if projector is not None and any("features" in plan.encode_at for plan in plans):
+                self._handles.append(projector.register_forward_pre_hook(self._before_projector))
+                # code that was compiled with this module inside goes on without the hook, but not with another forward
+                self._standing.lay(projector.__dict__, "forward", self._projecting(projector.forward))
         for modality in MODALITIES:
             name = f"get_{modality}_features"
             if hasattr(core, name):
                 self._standing.lay(core.__dict__, name, self._features_method(core, modality))
+        self._sites = {
+            name: Site(flow.plan, self.backbone, self._passing, self._shards)
+            for name, flow in flows.items()
+            if flow is not None and not flow.plan.idle
+        }
         self.default, self.flows = default, dict(flows)
 
     def remove(self) -> None:
@@ -116,23 +122,18 @@ class ModelHooks:
 
         What an interrupted call has left on the model's objects is put back first.
         """
-        mine = self._turns.mine()
-        if mine is not None:
-            raise UnsupportedCall(
-                f"{type(owner).__name__}: called inside of its own forward, such as by a stage's hook; a stage may run "
-                "other models, attached ones too, but not the one it is attached to"
-            )
+        if self._turns.mine() is not None:
+            refuse_own_model(type(owner).__name__)
         turn = self._turns.take(frame)
         self._passing.lift_all()
         if not self.flows:
             turn.end()
             return None
-        flow = self.flows[self.chosen.of(self, self.default)]
-        site = None
-        if flow is not None and not flow.plan.idle:
-            site = Site(flow.plan, self.backbone, self._passing, self._shards)
-        turn.call = call = Call(owner, flow, site)
+        name = self.chosen.of(self, self.default)
+        site = self._sites.get(name)
+        turn.call = call = Call(owner, self.flows[name], site)
         if site is not None:
+            call.outer = serving.get()
             serving.set(_while(turn))  # from here on: some cores build the masks themselves, before the text decoder
         return call
 
@@ -145,16 +146,16 @@ class ModelHooks:
         """End the call that `owner` has opened, if it has."""
         turn = self._turns.mine()
         if turn is not None and turn.call is not None and turn.call.owner is owner:
-            serving.set(None)
+            serving.set(turn.call.outer)
             turn.end()
 
-    def _decoder_layer(self) -> RunLayer | None:
+    def _decoder_run(self) -> Run | None:
         call = self._mine()
-        return call.decoder.layer if call is not None and call.decoder is not None else None
+        return None if call is None else call.decoder
 
-    def _vision_layer(self) -> RunLayer | None:
+    def _vision_run(self) -> Run | None:
         call = self._mine()
-        return call.vision.layer if call is not None and call.vision is not None and call.vision.inside else None
+        return call.vision if call is not None and call.vision is not None and call.vision.inside else None
 
     # Images
 
@@ -166,8 +167,12 @@ class ModelHooks:
         @wraps(original)
         def get_features(*args: Any, **kwargs: Any) -> Any:
             call = self._mine()
+            if call is not None and (call.decoder is not None or (call.vision is not None and call.vision.asking)):
+                refuse_own_model(name)
             if call is not None and (call.encoding or call.site is None):
                 return original(*args, **kwargs)  # a model may encode videos by its method for images
+            if call is None and inside_of(core):  # its forward has begun before the policy was attached
+                return original(*args, **kwargs)
             alone = call is None
             if call is None:
                 call = self._open(get_features, sys._getframe())
@@ -199,15 +204,27 @@ class ModelHooks:
         return get_features
 
     def _before_projector(self, projector: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG002
+        return self._projected(args[0]), *args[1:]
+
+    def _projecting(self, forward: Any) -> Any:
+        """The projector's forward, on the rows that stages leave of what it is given."""
+
+        @wraps(forward)
+        def project(rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(self._projected(rows), *args, **kwargs)
+
+        return project
+
+    def _projected(self, rows: Tensor) -> Tensor:
         call = self._mine()
         if call is None or call.vision is None or not call.vision.reduces_features:
-            return None
-        return call.vision.features(args[0]), *args[1:]
+            return rows
+        return call.vision.features(rows)
 
     # Hooks of the model: labels and loss
 
     def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(model, self.backbone.model)
+        self._check_owner(model, self._model)
         args, kwargs = named(model, args, kwargs)
         call = self._open(model, calling_frame())
         if call is None or call.site is None:
@@ -239,22 +256,28 @@ class ModelHooks:
             output["logits"] = logits
             return type(output)(**{**output, "loss": loss})
         finally:
-            self._close(model)
+            if output is not None:  # a call that has raised is over by itself, and may be another than the one opened
+                self._close(model)
 
     # Hooks of the core: which tokens are visual
 
     def _before_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_owner(core, self.backbone.core)
+        self._check_owner(core, self._core)
         args, kwargs = named(core, args, kwargs)
         call = self._mine()
-        if call is None or call.owner is not self.backbone.model or call.owner is core:
-            check_called(self.backbone.model)
+        if call is None and core is not self._model and inside_of(self._model):
+            return args, kwargs  # its forward has begun before the policy was attached
+        if call is not None and call.core_runs:
+            refuse_own_model(type(core).__name__)
+        if call is None or call.owner is not self._model or call.owner is core:
+            check_called(self._model)
             call = self._open(core, calling_frame())
             if call is not None and call.site is not None:
                 refusals.check_call(self.backbone, call.site.plan, kwargs, self._brings_images(kwargs))
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
             return args, kwargs
+        call.core_runs = True
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
@@ -263,7 +286,10 @@ class ModelHooks:
         return args, kwargs
 
     def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        self._close(core)
+        call = self._mine()
+        if output is not None and call is not None:
+            call.core_runs = False
+            self._close(core)
         return output
 
     def _check_dense(self, call: Call | None, kwargs: dict[str, Any]) -> None:
@@ -308,22 +334,26 @@ class ModelHooks:
     def _before_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = named(text, args, kwargs)
         call = self._mine()
+        if call is None and inside_of(self._core):
+            return args, kwargs  # its forward has begun before the policy was attached
         if call is None:
             call = self._open_directly(text, kwargs)
+        elif call.encoding or call.decoder is not None:
+            refuse_own_model(type(text).__name__)
         if call is None or call.site is None:
             return args, kwargs
-        stand_in(self._standing, text, self._decoder_layer)  # should somebody have replaced the list
+        stand_in(self._standing, text, self._decoder_run)  # should somebody have replaced the list
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
         if call.visual is None and not is_flow_cache(cache):
             return args, kwargs  # nothing to restrict, nothing to fit: the model runs as it is
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
         if embeds is None:
-            embeds = self.backbone.text.get_input_embeddings()(kwargs["input_ids"])
+            embeds = text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
         refusals.check_positions(site.plan, kwargs.get("position_ids"))
         if call.visual is None:
-            call.decoder = ContinuedRun(site, embeds, _generated(cache))
+            call.decoder = ContinuedRun(site, embeds, cache)
             return args, kwargs
         flags = call.visual.rows(call.flags)
         refusals.check_encoded(site.plan, flags)
@@ -360,26 +390,28 @@ class ModelHooks:
     def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._mine()
         try:
-            if call is None or call.decoder is None or call.flow is None:
+            if call is None or call.decoder is None or call.flow is None or output is None:
                 return output
-            run, call.decoder = call.decoder, None
-            if output is None:  # the forward has raised
-                return output
+            run = call.decoder
             call.flow.noted(run.record)
             run.finish()
+            call.decoder = None
+            if run.whole or not isinstance(run, PromptRun):
+                return output
             hidden = output[0]
-            if call.loss is not None and isinstance(run, PromptRun) and not run.live.everything:
-                training = self.backbone.model.training
+            if call.loss is not None:
+                training = self._model.training
                 wanted = shifted(call.loss["labels"]) != -100 if training else torch.ones_like(run.live_mask)
                 hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
             else:
-                hidden = run.live.expand(hidden)
+                hidden = run.live.expand(hidden)  # a token that is not live reads the last live one before it
             if isinstance(output, tuple):
                 return (hidden, *output[1:])
             output["last_hidden_state"] = hidden
             return output
         finally:
-            self._close(text)
+            if output is not None:
+                self._close(text)
 
     def _check_owner(self, module: Any, own: Any) -> None:
         if module is not own:
@@ -401,11 +433,14 @@ class ModelHooks:
         )
 
 
+def _called(hook: Callable[..., Any], count: int, *given: Any) -> Any:
+    """Call a hook with all it needs.
+
+    torch takes note of a module's hooks before it looks up which of them get keyword arguments. One that another thread
+    takes away in between gets none, and has nothing to do any more.
+    """
+    return hook(*given) if len(given) == count else None
+
+
 def _while(turn: Turn) -> Any:
     return lambda: turn.mine
-
-
-def _generated(cache: Any) -> int:
-    """Tokens appended since the last prompt was noted, this call's one included."""
-    layer = cache.layers[0]
-    return int(layer.length - layer.prompt + 1) if layer.index is not None else 0

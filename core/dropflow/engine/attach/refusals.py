@@ -13,6 +13,7 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.wrapped import check_compiled
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
+from dropflow.engine.model.stand_in import StandIn
 from dropflow.engine.tokens.cache import check_cache, is_flow_cache
 from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
@@ -107,7 +108,7 @@ def head_shards(backbone: Backbone) -> HeadShards | None:
 
 
 def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
-    """Stages that work where the vision encoder has no layer, or behind the layer whose output the LLM gets."""
+    """Stages that work where the vision encoder has no layer, or after the layer whose output the LLM gets."""
     boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
     taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
     vision = backbone.vision
@@ -121,7 +122,7 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     ]
     faults = [
         f"stages.{name}: works at boundary {b} of the vision encoder{more}, expected 0 to {vision.feature_layer - 1}, "
-        "in front of the layers that the features for the LLM pass through"
+        "before the layers that the features for the LLM pass through"
         for name, b, more in _first_of_each(outside)
     ]
     lacking = {
@@ -142,6 +143,19 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
         f"stages.{name}: reads vision layer {layer}{more}, but the encoder has layers 0 to {vision.depth - 1}"
         for name, layer, more in _first_of_each(beyond)
     ]
+
+
+def check_unshared(backbone: Backbone) -> None:
+    """Refuse a model, with nothing attached, some of whose layers are those of an attached one."""
+    owners = {"text decoder": backbone.text}
+    if backbone.vision is not None:
+        owners["vision encoder"] = backbone.vision.owner
+    for name, owner in owners.items():
+        if isinstance(owner._modules["layers"], StandIn):
+            raise UnsupportedModel(
+                f"{type(backbone.model).__name__}: shares its {name} with a model that has a policy attached, and each "
+                "would take the other's calls for its own; detach that one, or give each model its own"
+            )
 
 
 def _first_of_each(found: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -11,20 +12,37 @@ T = TypeVar("T")
 
 
 class Stated(Generic[T]):
-    """A value for each of several owners, for this thread, inside a block; blocks may be nested."""
+    """A value for each of several owners, for this thread, inside a block; blocks may be nested.
+
+    It counts as long as its block exists, so that one whose end an interrupt has cut short states nothing any more.
+    """
 
     def __init__(self, name: str) -> None:
-        self._values: ContextVar[Mapping[object, T]] = ContextVar(name, default={})  # noqa: B039  # never changed
+        self._blocks: ContextVar[tuple[weakref.ref[_Block[T]], ...]] = ContextVar(name, default=())
 
     @contextmanager
     def let(self, owner: object, value: T) -> Iterator[None]:
         """State `value` for `owner`; what was stated before counts again afterwards."""
-        token = self._values.set({**self._values.get(), owner: value})
+        block = _Block(owner, value)
+        around = (each for each in self._blocks.get() if each() is not None)
+        token = self._blocks.set((*around, weakref.ref(block)))
         try:
             yield
         finally:
-            self._values.reset(token)
+            with suppress(ValueError):  # ended in another thread, as by the collector: it states nothing there
+                self._blocks.reset(token)
 
     def of(self, owner: object, default: T) -> T:
         """What this thread states for `owner`."""
-        return self._values.get().get(owner, default)
+        for each in reversed(self._blocks.get()):
+            block = each()
+            if block is not None and block.owner is owner:
+                return block.value
+        return default
+
+
+class _Block(Generic[T]):
+    """A block that states something; its frame alone holds it."""
+
+    def __init__(self, owner: object, value: T) -> None:
+        self.owner, self.value = owner, value

@@ -22,11 +22,11 @@ from dropflow.lifecycle.stage import Stage
 class CacheStages:
     """What a run holds of its caches."""
 
-    def __init__(self, site: Site, step: int, tokens: int) -> None:
+    def __init__(self, site: Site, step: int, tokens: int, cache: Any = None) -> None:
         self._site, self._step, self._tokens = site, step, tokens
-        self.stages = [s for _, s in site.plan.hooks.implementers("decode_cache") if _asks(s, step)]
+        self.stages = [stage for stage in site.cache_stages if _asks(stage, step)]
         self._tapped: dict[int, QueryKey] = {}
-        self.cache: Any = None
+        self.cache = cache
 
     def held(self, number: int) -> Held:
         """The cache layer of a decoder layer."""

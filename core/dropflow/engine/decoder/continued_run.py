@@ -10,29 +10,30 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.layer_arguments import ContinuedArguments
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.model.arguments import cache_in
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.cache import FlowLayer, UniformLayer
 
 
 class ContinuedRun:
     """Every token of the call is live; only masks and positions are fitted to what each layer's cache holds."""
 
     record: CallRecord | None = None
+    whole = True
 
-    def __init__(self, site: Site, embeds: Tensor, step: int) -> None:
-        """`step` is the number of tokens generated since the last prompt, this call's included."""
-        batch, tokens = embeds.shape[:2]
-        self._caches = CacheStages(site, step, tokens)
+    def __init__(self, site: Site, embeds: Tensor, cache: Any) -> None:
+        """`cache` knows its tokens."""
+        self._held = cache.layers
+        self._caches = CacheStages(site, _generated(self._held[0]), embeds.shape[1], cache)
         stages = self._caches.stages
         self._taps = {layer for stage in stages for layer in (*stage.taps, *stage.decode_taps)}
-        self.live = LiveSet.whole(batch, tokens, embeds.device)
-        self._arguments = ContinuedArguments(site.context(embeds), self.live)
+        self._arguments = ContinuedArguments(site, embeds)
+
+    def leaves(self, number: int) -> bool:
+        """A layer whose cache holds every token needs nothing."""
+        return number not in self._taps and self._arguments.fit(self._held[number])
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on all tokens of the call."""
-        if number == 0:
-            _, self._caches.cache = cache_in(kwargs)
-        kwargs = self._arguments.arguments(kwargs, self._caches.held(number))
+        kwargs = self._arguments.arguments(kwargs, self._held[number])
         if number in self._taps:
             return self._caches.tap(number, layer, args, kwargs)
         return layer(*args, **kwargs)
@@ -40,3 +41,8 @@ class ContinuedRun:
     def finish(self) -> None:
         """Ask the cache stages."""
         self._caches.finish(None)
+
+
+def _generated(layer: FlowLayer | UniformLayer) -> int:
+    """Tokens appended since the last prompt was noted, this call's one included."""
+    return int(layer.length - layer.prompt + 1) if layer.index is not None else 0

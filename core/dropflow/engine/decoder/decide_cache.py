@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,11 @@ def decide_cache(
     for stage in stages:
         name = names[id(stage)]
         full = _full_indices(cache)
-        views = [_view(number, index, cache.layers[number].recall(name)) for number, index in enumerate(full)]
-        answer = plan.hooks.decode_cache(CacheCall(step, tokens, tuple(views), attention), stage)
+        views = _views(full, [layer.recall(name) for layer in cache.layers])
+        seen = full[0]
+        answer = plan.hooks.decode_cache(
+            CacheCall(step, tokens, seen.length, seen.images, tuple(views), attention), stage
+        )
         if answer is None:
             continue
         for number, notes in answer.memory.items():
@@ -55,29 +59,32 @@ def decide_cache(
             stays[number] = (keep.to(view.valid.device) | (view.image_id < 0) | view.protected) & view.valid
             if told is not None:
                 told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
-        _evict(cache, full, stays)
+        _evict(cache, full, views, stays)
 
 
-def _evict(cache: Cache, full: Sequence[KeyIndex], stays: Mapping[int, Tensor]) -> None:
+def _evict(cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]) -> None:
     """Let go of what does not stay; layers that held the same and keep the same go on sharing what they hold.
 
-    One host synchronisation for all layers.
+    A layer that keeps everything is left alone. One host synchronisation for all layers.
     """
     numbers = list(stays)
     if not numbers:
         return
     before = {number: other for other, number in pairwise(numbers) if full[other] is full[number]}
-    as_before, *counts = read(
+    as_before, all_stay, *counts = read(
         torch.stack(
             [
                 (stays[number] == stays[before[number]]).all() if number in before else stays[number].new_zeros(())
                 for number in numbers
             ]
         ),
+        torch.stack([(stays[number] == views[number].valid).all() for number in numbers]),
         *(stays[number].sum(1) for number in numbers),
     )
     made: dict[int, tuple[LiveSet, KeyIndex]] = {}
-    for number, same, count in zip(numbers, as_before, counts, strict=True):
+    for number, same, everything, count in zip(numbers, as_before, all_stay, counts, strict=True):
+        if everything:
+            continue
         if same:
             made[number] = made[before[number]]
         else:
@@ -102,7 +109,8 @@ def _check_entries(
 
 def cache_views(cache: Cache) -> tuple[CacheView, ...]:
     """What each layer's cache holds."""
-    return tuple(_view(number, index, None) for number, index in enumerate(_full_indices(cache)))
+    full = _full_indices(cache)
+    return tuple(_views(full, [None] * len(full)))
 
 
 def _full_indices(cache: Cache) -> list[KeyIndex]:
@@ -121,10 +129,17 @@ def _full_indices(cache: Cache) -> list[KeyIndex]:
     return found
 
 
-def _view(number: int, index: KeyIndex, memory: Tensor | None) -> CacheView:
-    valid = index.image_id != PADDING
-    if index.valid is not None:
-        valid &= index.valid
-    protected = valid & (index.image_id >= PROTECTED)
-    image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
-    return CacheView(number, index.logical, valid, image, protected, memory)
+def _views(full: Sequence[KeyIndex], memories: Sequence[Tensor | None]) -> list[CacheView]:
+    """Views of all layers; those that share an index share what is made of it."""
+    made: dict[KeyIndex, CacheView] = {}
+    found = []
+    for number, (index, memory) in enumerate(zip(full, memories, strict=True)):
+        if index not in made:
+            valid = index.image_id != PADDING
+            if index.valid is not None:
+                valid &= index.valid
+            protected = valid & (index.image_id >= PROTECTED)
+            image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
+            made[index] = CacheView(number, index.logical, valid, image, protected, number, None)
+        found.append(replace(made[index], layer=number, memory=memory))
+    return found

@@ -127,7 +127,7 @@ def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapp
         instruction_slots=slots.clamp(min=0).to(device),
         instruction_valid=(prompt.instruction_valid & (slots >= 0)).to(device),
         window=state.window,
-        entry=Entry(state.embeds, torch.where(prompt.present, prompt.scored, -1)),
+        entry=Entry(state.embeds.to(device), torch.where(prompt.present, prompt.scored, -1).to(device)),
         attention=attention,
         tapped=tapped,
         final_norm=state.final_norm,

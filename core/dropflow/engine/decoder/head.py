@@ -20,7 +20,7 @@ def live_states(
     Rows are the live tokens of all samples in order. A position reads the last live token at or before it; -1 where
     there is none or nobody wants it.
     """
-    slot = live.slot
+    slot = live.slot.to(hidden.device)
     used = torch.zeros(live.index.shape, dtype=torch.bool, device=hidden.device)
     used.scatter_(1, slot.clamp(min=0), (slot >= 0) & wanted)
     number = used.flatten().long().cumsum(0).view(used.shape) - 1
@@ -36,7 +36,7 @@ def loss_of(
     Position t predicts the label at t + 1 from its row. A label whose position has no live token at or before it is
     predicted by zero logits.
     """
-    arguments = dict(loss)
+    arguments, rows = dict(loss), rows.to(logits.device)
     targets = shifted(arguments.pop("labels")).to(rows.device)
     asked = targets != -100
     index = rows[asked]
@@ -56,4 +56,5 @@ def shifted(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
 
 def full_logits(logits: Float[Tensor, "1 rows vocabulary"], rows: Int[Tensor, "batch tokens"]) -> Tensor:
     """Logits of every position (batch, tokens, vocabulary); zeros where a position has no row."""
+    rows = rows.to(logits.device)
     return logits[0][rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)

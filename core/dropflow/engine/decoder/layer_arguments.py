@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.weights import weighted_mask
 from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of
 from dropflow.engine.tokens.cache import FlowLayer, UniformLayer
@@ -40,36 +42,25 @@ class Once:
         return self._made[key]
 
 
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What is the same for all layers of a call."""
-
-    flash: bool
-    """Whether the attention implementation takes masks of two dimensions."""
-    rotary: Callable[[Tensor], Any] | None
-    """Makes position embeddings for ids (batch, slots), where positions are compact; `None` where they persist."""
-    token_dims: Mapping[str, int]
-    """Arguments that the backbone names (`Backbone.token_arguments`)."""
-
-
-@dataclass(frozen=True, eq=False)
 class ContinuedArguments:
     """For a call of text alone that continues a cache from which tokens are missing."""
 
-    context: Context
-    live: LiveSet
-    """All tokens of the call."""
-    _once: Once = field(default_factory=Once)
+    def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
+        self._site, self._embeds, self._once = site, embeds, Once()
 
-    def arguments(self, kwargs: dict[str, Any], held: Held) -> dict[str, Any]:
+    def fit(self, held: FlowLayer | UniformLayer) -> bool:
+        """Whether the model's own arguments are right for a layer as they are."""
+        return held.index is None or (held.index.complete and not self._site.compact)
+
+    def arguments(self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer) -> dict[str, Any]:
         """Keyword arguments with the mask and the positions that the layer's cache needs."""
-        index = None if held is None else held.index
-        if held is None or index is None:
+        index = held.index
+        if index is None:
             return kwargs
         mask = kwargs.get("attention_mask")
         found = self._positions(index, kwargs)
         if not index.complete and (mask is not None or index.valid is not None):
-            length, total, flash = held.length, self.live.total, self.context.flash
+            length, total, flash = held.length, self._embeds.shape[1], self._site.flash
             found["attention_mask"] = self._once(
                 ("mask", mask, index), lambda: continued_mask(mask, index, length, total, flash=flash)
             )
@@ -77,25 +68,35 @@ class ContinuedArguments:
 
     def _positions(self, index: KeyIndex, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions that are compact; shared by layers whose caches lack the same tokens."""
-        rotary, dropped = self.context.rotary, index.dropped
-        if rotary is None or dropped is None:
+        dropped = index.dropped
+        if not self._site.compact or dropped is None:
             return {}
+        rotary = partial(self._site.backbone.rotary, self._embeds)
         made: dict[str, Any] = self._once(
-            ("positions", dropped), lambda: renumbered(kwargs, self.live, None, dropped, rotary)
+            ("positions", dropped), lambda: renumbered(kwargs, self._all(), None, dropped, rotary)
         )
         return dict(made)
+
+    def _all(self) -> LiveSet:
+        """All tokens of the call, which are live."""
+        batch, tokens = self._embeds.shape[:2]
+        return LiveSet.whole(batch, tokens, self._embeds.device)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerArguments:
     """One live set of a call that brings visual tokens; what layers that hold the same need is computed once."""
 
-    context: Context
+    site: Site
+    embeds: Float[Tensor, "batch tokens dim"]
+    """What entered the decoder."""
     live: LiveSet
     image_id: Int[Tensor, "batch tokens"]
     """Image number of each token, as a `KeyIndex` notes it."""
     valid: Bool[Tensor, "batch tokens"]
     """False for padding of the prompt."""
+    images: int
+    """Images of the prompt."""
     dropped: Int[Tensor, "batch"] | None = None
     """Tokens of this call, by sample, that are not live; counted for compact positions only."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
@@ -104,7 +105,7 @@ class LayerArguments:
 
     def moved(self, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> LayerArguments:
         """For another live set, of the tokens `live_mask`."""
-        dropped = None if self.context.rotary is None else self.valid.sum(1) - live_mask.sum(1)
+        dropped = None if not self.site.compact else self.valid.sum(1) - live_mask.sum(1)
         return replace(self, live=live, dropped=dropped)
 
     def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> LayerArguments:
@@ -117,7 +118,9 @@ class LayerArguments:
         """What the layer's cache will hold after this call; shared by layers that hold the same."""
         index, length = (None, 0) if held is None else (held.index, held.length)
         past = self._once(("past", index, int(length)), lambda: self._past(held))
-        keys: KeyIndex = self._once(("keys", past), lambda: past.followed_by(self.live, self.image_id, self.dropped))
+        keys: KeyIndex = self._once(
+            ("keys", past), lambda: past.followed_by(self.live, self.image_id, self.dropped, self.images)
+        )
         return keys
 
     def arguments(
@@ -130,7 +133,7 @@ class LayerArguments:
         if not keys.complete or (width or 0) > len(keys):
             gathered = self._once(
                 ("mask", mask, keys, width),
-                lambda: gather_mask(mask, self.live, keys, flash=self.context.flash, width=width),
+                lambda: gather_mask(mask, self.live, keys, flash=self.site.flash, width=width),
             )
             kwargs = kwargs | {"attention_mask": gathered}
         if self.log_weights is not None:
@@ -146,9 +149,9 @@ class LayerArguments:
 
     def _positions(self, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position arguments that compact positions replace; shared by layers whose caches lack the same tokens."""
-        rotary = self.context.rotary
-        if rotary is None:
+        if not self.site.compact:
             return {}
+        rotary = partial(self.site.backbone.rotary, self.embeds)
         dropped = None if held is None or held.index is None else held.index.dropped
         if dropped is None and self.live.everything:
             return {}
@@ -169,7 +172,7 @@ class LayerArguments:
             return weighted_mask(causal_mask(self.live, keys) if mask is None else mask, own, dtype)
 
     def _restricted(self, name: str, value: Any) -> Any:
-        known = self.context.token_dims
+        known = self.site.backbone.token_arguments
         if (name not in TOKEN_DIMS and name not in known) or not isinstance(value, Tensor | tuple | list):
             return value
         key = tuple(value) if isinstance(value, list) else value

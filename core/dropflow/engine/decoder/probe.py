@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from dropflow.backbone.backbone import Projections
 from dropflow.engine.model.arguments import Arguments, cache_in, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey, attend, row_attention
 from dropflow.engine.model.shadowing import Shadows
+from dropflow.engine.model.sharded import gather_shards
 from dropflow.engine.model.tap import probe
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
-from dropflow.errors import UnsupportedCall
+from dropflow.lifecycle.lazy import lazy
 
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
 """Whose hooks are part of what a module computes; all others watch, and are not called while ranking."""
@@ -55,7 +55,7 @@ class LayerProbe:
         self._keys: QueryKey | None = None
         self._with_gradient = False
 
-    @functools.cached_property
+    @lazy
     def _arguments(self) -> Arguments:
         """Restricted to the live tokens only when a stage asks, since some rank by nothing of this layer."""
         return self._make_arguments()
@@ -92,7 +92,9 @@ class LayerProbe:
         if "use_cache" in kwargs:
             without["use_cache"] = False
         kwargs = kwargs | without
-        _gather_shards(self._layer)
+        gather_shards(
+            self._layer, "a stage asks for gradients through its ranking", with_gradient=torch.is_grad_enabled()
+        )
         with _ranking(self._layer, self._shadows), _unread(unread, self._shadows):
             # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
@@ -107,24 +109,12 @@ def _unread(projections: tuple[Any, ...], shadows: Shadows) -> Iterator[None]:
     """Let projections whose result nobody reads give zeros without a matrix product."""
     with ExitStack() as laid:
         for projection in projections:
-            laid.enter_context(shadows.over(projection.__dict__, "forward", _zeros_of_width(projection.out_features)))
+            laid.enter_context(shadows.over_forward(projection, _zeros_of_width(projection.out_features)))
         yield
 
 
 def _zeros_of_width(width: int) -> Callable[..., Tensor]:
     return lambda hidden, *_, **__: hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
-
-
-def _gather_shards(layer: nn.Module) -> None:
-    """Gather the parameters of a layer that FSDP2 shards, as its own hooks would; they stay until it has run next."""
-    if not isinstance(layer, FSDPModule):
-        return
-    if torch.is_grad_enabled():
-        raise UnsupportedCall(
-            "FSDP2: a stage asks for gradients through its ranking, but a sharded layer lets its parameters go before "
-            "they are needed again; shard the model as one, use DistributedDataParallel, or select without gradients"
-        )
-    layer.unshard()
 
 
 @contextmanager

@@ -56,7 +56,12 @@ class PromptRun:
         image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
         self.record: CallRecord | None = CallRecord(plan, backbone.decoder_widths, prompt, embeds.element_size())
         self._arguments = LayerArguments(
-            site.context(embeds), LiveSet.whole(batch, tokens, embeds.device), image, prompt.valid
+            site,
+            embeds,
+            LiveSet.whole(batch, tokens, embeds.device),
+            image,
+            prompt.valid,
+            len(prompt.image_sizes),
         )
 
     @property
@@ -65,9 +70,18 @@ class PromptRun:
         return self._arguments.live
 
     @property
+    def whole(self) -> bool:
+        """Whether every token of the call is live after the last layer."""
+        return self.live.everything
+
+    @property
     def drops(self) -> bool:
         """Whether some layer may hold fewer tokens than the call has."""
         return not self._site.plan.uniform or self.prompt.extents["present"] != self.prompt.extents["valid"]
+
+    def leaves(self, number: int) -> bool:  # noqa: ARG002
+        """No layer: at each one there may be a boundary, or something to tell."""
+        return False
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on what is live before it."""
@@ -167,6 +181,9 @@ class PromptRun:
             found = probe.rows(slots) if asked == number else row_attention(self._seen_now(asked), slots)
             return found.to(hidden.device)
 
+        def tapped(asked: int) -> QueryKey:
+            return self._seen_now(asked).whole().to(hidden.device)
+
         training = torch.is_grad_enabled() and site.backbone.text.training
         state = BoundaryState(
             number,
@@ -178,7 +195,7 @@ class PromptRun:
             self._embeds,
             training,
         )
-        return decide_keeps(site.plan, self.prompt, state, rows, lambda asked: self._seen_now(asked).whole())
+        return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 
     def _seen_now(self, layer: int) -> QueryKey:
         """q and k of a tapped layer, if the tokens it saw are those that are live now."""

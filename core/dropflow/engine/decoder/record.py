@@ -22,9 +22,11 @@ class LayerReport:
     """One decoder layer in the last prefill; means over the samples of the batch."""
 
     layer: int
+    """Number of the decoder layer."""
     visual_tokens: float
+    """Live in the layer."""
     kv_entries: float
-    """Tokens this layer's cache held behind the prefill and its `decode_cache` stages, those of earlier turns too."""
+    """Tokens this layer's cache held after the prefill and its `decode_cache` stages, those of earlier turns too."""
     flops: float
     """Multiply-adds of this layer, text included (`dropflow.flops.layer`)."""
 
@@ -34,20 +36,26 @@ class Report:
     """Tokens, work and memory of the last prefill that brought images; means over the samples of the batch.
 
     FLOPs are multiply-adds of the decoder layers by closed formula, text included, the work of ranking and the LM
-    head left out. KV bytes are those behind the prefill and what `decode_cache` stages evicted then; entries that pad a
+    head left out. KV bytes are those after the prefill and what `decode_cache` stages evicted then; entries that pad a
     ragged batch are not counted.
     """
 
     policy: str
+    """Name of the policy."""
     layers: tuple[LayerReport, ...]
+    """One row per decoder layer."""
     average_visual_tokens: float
     """Visual tokens per layer, averaged over all L layers."""
     entry_visual_tokens: float
-    """Visual tokens handed to the LLM, behind the encode stages."""
+    """Visual tokens handed to the LLM, after the encode stages."""
     flops: float
+    """Of all decoder layers."""
     flops_dense: float
+    """The same with every visual token in every layer."""
     kv_bytes: float
+    """Of all layers, in the dtype of the states."""
     kv_bytes_dense: float
+    """The same with every visual token in every layer."""
 
     def __str__(self) -> str:
         """A table by layer, and what it sums up to."""
@@ -91,7 +99,7 @@ class CallRecord:
             self.merges[boundary] = merged
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
-        """Tokens that were live in front of each layer."""
+        """Tokens that were live before each layer."""
         return torch.stack([self._live(layer) for layer in range(self.plan.shape.layers)])
 
     def report(self) -> Report:

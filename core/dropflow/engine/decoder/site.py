@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
-
-from dropflow.engine.decoder.layer_arguments import Context
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.model.attention import HeadShards, QueryKey
 from dropflow.engine.model.shadowing import Shadows
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.model.stand_in import Run
+from dropflow.lifecycle.lazy import lazy
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
+    from dropflow.lifecycle.stage import Stage
     from dropflow.policy.plan import Plan
 
 
@@ -30,10 +28,14 @@ class Site:
     shards: HeadShards | None = None
     """The ranks that share the heads of a tensor-parallel model."""
 
-    @functools.cached_property
+    @lazy
+    def _text(self) -> Any:
+        return self.backbone.text
+
+    @property
     def implementation(self) -> str:
         """The text decoder's attention implementation, by its name in transformers."""
-        name: str = self.backbone.text.config._attn_implementation
+        name: str = self._text.config._attn_implementation
         return name
 
     def sharded(self, seen: QueryKey) -> QueryKey:
@@ -43,28 +45,30 @@ class Site:
         widths = self.backbone.decoder_widths
         return replace(seen, shards=self.shards, heads=widths.heads, kv_heads=widths.kv_heads)
 
-    def context(self, embeds: Tensor) -> Context:
-        """What is the same for all layers of a call whose tokens have these embeddings (batch, tokens, dim)."""
-        compact = self.plan.policy.positions == "compact"
-        return Context(
-            flash="flash" in self.implementation,
-            rotary=functools.partial(self.backbone.rotary, embeds) if compact else None,
-            token_dims=self.backbone.token_arguments,
-        )
+    @property
+    def flash(self) -> bool:
+        """Whether the attention implementation takes masks of two dimensions."""
+        return "flash" in self.implementation
+
+    @lazy
+    def compact(self) -> bool:
+        """Whether positions are renumbered after every drop."""
+        return self.plan.policy.positions == "compact"
+
+    @lazy
+    def cache_stages(self) -> tuple[Stage[Any], ...]:
+        """Stages that decide about caches, in policy order."""
+        return tuple(stage for _, stage in self.plan.hooks.implementers("decode_cache"))
 
 
-class DecoderRun(Protocol):
+class DecoderRun(Run, Protocol):
     """State of one forward of the text decoder; lives from its pre-hook to its post-hook."""
 
     record: CallRecord | None
 
     @property
-    def live(self) -> LiveSet:
-        """Tokens of this call that are live after the last layer."""
-        ...
-
-    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run decoder layer `number`."""
+    def whole(self) -> bool:
+        """Whether every token of the call is live after the last layer."""
         ...
 
     def finish(self) -> None:

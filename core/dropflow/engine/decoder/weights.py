@@ -1,10 +1,10 @@
-"""Soft weights of live tokens: what a training stage says about a keep, as the layers behind its boundary feel it.
+"""Soft weights of live tokens: what a training stage says about a keep, as the layers after its boundary feel it.
 
 A token of weight w counts, in every softmax of attention, as w tokens like it: log w is added to the scores of its key.
 This is the one relaxation with both ends right, because dropping a token is masking its key: w = 1 is the token that
 stays and w -> 0 the token that is gone. Its derivative at 1, summed over layers, heads and queries q, is
 p_q * (v - out_q) . dL/dout_q, with p_q the attention the token gets and v its value: what the loss gains by its being
-seen. Scaling hidden states instead would do next to nothing, since the norm in front of every attention and MLP takes
+seen. Scaling hidden states instead would do next to nothing, since the norm before every attention and MLP takes
 a factor out again.
 """
 
@@ -31,7 +31,7 @@ def weighted_mask(
 
 
 def with_positional_mask(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arguments of a layer with `attention_mask`, and what its forward takes in front of it, given by position.
+    """Arguments of a layer with `attention_mask`, and what its forward takes before it, given by position.
 
     Reentrant gradient checkpointing passes gradients to positional arguments alone.
     """

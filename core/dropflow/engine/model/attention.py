@@ -55,6 +55,10 @@ class QueryKey:
         query, key = self.shards.whole(self.query, self.heads), self.shards.whole(self.key, self.kv_heads)
         return replace(self, query=query, key=key, shards=None)
 
+    def to(self, device: torch.device) -> QueryKey:
+        """The same with q and k on this device, where the layer may not have run."""
+        return replace(self, query=self.query.to(device), key=self.key.to(device))
+
 
 def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
     """Attention probabilities of the query rows `rows`, equal to those rows of the eager model's map.
@@ -82,7 +86,7 @@ def attend(
     bias = row_bias(layer, rows)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.softmax(scores, -1)
     sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as rows of padding do
     weights = weights.masked_fill(sees_nothing, 0.0).to(query.dtype)
     return weights if layer.shards is None else layer.shards.whole(weights, layer.heads)

@@ -6,9 +6,12 @@ attribute of another library's included, comes back; what somebody has put over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from torch import nn
 
 _ABSENT = object()
 
@@ -29,8 +32,21 @@ class Shadows:
         try:
             yield
         finally:
-            shadow.lift()
-            self._laid.remove(shadow)
+            self._lift(shadow)
+
+    @contextmanager
+    def over_forward(self, module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+        """Let this thread's calls of `module` go to `forward` inside the block.
+
+        Those of other threads go on as they are: a plain forward that began before a policy was attached takes no turn.
+        """
+        here, before = threading.get_ident(), module.forward
+
+        def own(*args: Any, **kwargs: Any) -> Any:
+            return (forward if threading.get_ident() == here else before)(*args, **kwargs)
+
+        with self.over(module.__dict__, "forward", own):
+            yield
 
     def lay(self, mapping: MutableMapping[str, Any], name: str, value: Any) -> _Shadow:
         """Let `mapping[name]` be `value` until `lift_all`."""
@@ -41,9 +57,14 @@ class Shadows:
 
     def lift_all(self) -> None:
         """Put back all that lies, the latest first; may be interrupted and called again."""
-        while self._laid:
-            self._laid[-1].lift()
-            self._laid.pop()
+        for shadow in reversed(self._laid.copy()):
+            self._lift(shadow)
+
+    def _lift(self, shadow: _Shadow) -> None:
+        """Harmless when done before: the block of an interrupted call may end as late as the collector finds it."""
+        shadow.lift()
+        with suppress(ValueError):
+            self._laid.remove(shadow)
 
 
 class _Shadow:
@@ -62,6 +83,7 @@ class _Shadow:
             return
         if self._before is _ABSENT:
             del self._mapping[self._name]
+            self._lifted = True
         else:
             # one statement, which no interrupt divides: a value such as False might stand there by its own right later
             self._mapping[self._name], self._lifted = self._before, True

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from dropflow.engine.model.shadowing import Shadows
 
-RunLayer = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+class Run(Protocol):
+    """A pass through the layers of a module."""
+
+    def leaves(self, number: int) -> bool:
+        """Whether a layer runs as it is."""
+        ...
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer in the pass's own way."""
+        ...
 
 
 class Step:
-    """Stands for one layer: a call goes to `run`, everything else to the layer itself.
+    """Stands for one layer: a call goes to the run, everything else to the layer itself.
 
     It lies outside `layer.__call__`, so outside gradient checkpointing, per-layer `torch.compile` and the hooks of
     FSDP or offloading, none of which notice it.
     """
 
-    def __init__(self, number: int, layer: nn.Module, run: RunLayer) -> None:
-        self._number, self._layer, self._run = number, layer, run
+    def __init__(self, number: int, layer: nn.Module, run: Run) -> None:
+        self._number, self._layer, self._run = number, layer, run.layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._number, self._layer, args, kwargs)
@@ -38,7 +48,7 @@ class StandIn(nn.ModuleList):
     """
 
     __slots__ = ("_running",)
-    _running: Callable[[], RunLayer | None]
+    _running: Callable[[], Run | None]
 
     def __init__(self) -> None:
         raise TypeError("a StandIn is made by `stand_in`")
@@ -56,10 +66,11 @@ class StandIn(nn.ModuleList):
         run, layers = self._running(), list(self._modules.values())
         if run is None:
             return layers
-        return [Step(number, layer, run) for number, layer in enumerate(layers) if layer is not None]
+        there = [(number, layer) for number, layer in enumerate(layers) if layer is not None]
+        return [layer if run.leaves(number) else Step(number, layer, run) for number, layer in there]
 
 
-def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], RunLayer | None]) -> None:
+def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], Run | None]) -> None:
     """Let a `StandIn` take the place of `owner.layers`, until `shadows` are lifted; harmless when one stands there."""
     layers: Any = owner._modules["layers"]
     if isinstance(layers, StandIn):

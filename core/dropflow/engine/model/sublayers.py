@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dropflow.backbone.backbone import Sublayers
-from dropflow.engine.model.arguments import Arguments, with_hidden
+from dropflow.engine.model.arguments import Arguments, hidden_of, with_hidden
 from dropflow.engine.model.shadowing import Shadows
+from dropflow.engine.model.sharded import gather_shards
 from dropflow.engine.model.tap import uncompiled
 
 
@@ -26,12 +28,19 @@ def in_two(
     transformers checkpoint themselves while `training` is set; their children keep their own flag.)
     """
     args, kwargs = arguments
+    gather_shards(
+        layer, "a stage works inside of a layer that trains", with_gradient=_trains(layer, hidden_of(args, kwargs))
+    )
     with shadows.over(layer.__dict__, "training", False):
-        with shadows.over(parts.feed_forward.__dict__, "forward", _silent(lambda hidden: _zeros_like(hidden))):
+        with shadows.over_forward(parts.feed_forward, _silent(lambda hidden: _zeros_like(hidden))):
             hidden = between(layer.forward(*args, **kwargs))
-        with shadows.over(parts.attention.__dict__, "forward", _silent(lambda hidden: (_zeros_like(hidden), None))):
+        with shadows.over_forward(parts.attention, _silent(lambda hidden: (_zeros_like(hidden), None))):
             args, kwargs = with_hidden(hidden, args, kwargs)
             return uncompiled(layer)(*args, **kwargs)
+
+
+def _trains(layer: nn.Module, hidden: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or any(w.requires_grad for w in layer.parameters()))
 
 
 def _zeros_like(hidden: Tensor) -> Tensor:

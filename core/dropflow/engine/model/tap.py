@@ -8,7 +8,8 @@ and other models pass straight through it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -29,8 +30,8 @@ class Probed(BaseException):
     that handles errors swallows it.)"""
 
 
-_here: ContextVar[tuple[Turn, Seen] | None] = ContextVar("dropflow_tap", default=None)
-"""The tap of this thread. It holds as long as its turn: a tap that an interrupt has left behind is none."""
+_here: ContextVar[Turn | None] = ContextVar("dropflow_tap", default=None)
+"""The tap of this thread: a turn that keeps what is shown q and k. One that an interrupt has left behind is over."""
 _table = Turns()
 """Who may edit the table of attention functions, which all models share."""
 
@@ -42,8 +43,9 @@ def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
     """
     with span(TAP):
         tap = Turn(sys._getframe())
+        tap.call = seen
         _dispatcher(implementation, tap)
-        token = _here.set((tap, seen))
+        token = _here.set(tap)
     try:
         return call()
     finally:
@@ -51,6 +53,16 @@ def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
             tap.end()
             _here.reset(token)
             sweep()
+
+
+@contextmanager
+def untapped() -> Iterator[None]:
+    """Show no tap of this thread what runs inside the block, such as another model that a stage asks."""
+    token = _here.set(None)
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 def probe(implementation: str, layer: Callable[[], Any]) -> QueryKey:
@@ -109,10 +121,10 @@ class _Dispatcher:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        here = _here.get()
-        if here is not None and here[0].mine:
+        tap = _here.get()
+        if tap is not None and tap.mine:
             with span(TAP):
-                here[1](_query_key(module, query, key, attention_mask, kwargs))
+                tap.call(_query_key(module, query, key, attention_mask, kwargs))
         if self._original is not None:
             return self._original(module, query, key, value, attention_mask, **kwargs)
         # "eager" has no entry: each modeling file brings its own function

@@ -7,13 +7,20 @@ middle of somebody's forward all end a turn, without anybody's help.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from torch import nn
+
+from dropflow.errors import UnsupportedCall
 
 PATIENCE = 0.02
 """Seconds between two looks at a turn that has not been ended, such as one whose thread died."""
+_CALL = nn.Module._call_impl.__code__
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Turn:
@@ -39,7 +46,10 @@ class Turn:
     @property
     def over(self) -> bool:
         """Whether it was ended, or the frame it was taken for is gone."""
-        return self._ended or not _runs(self._thread, self._frame)
+        if not self._ended and not _runs(self._thread, self._frame):
+            self._ended = True
+            self._frame = self.call = None  # what an interrupt has left must not keep a model alive
+        return self._ended
 
     def end(self) -> None:
         """Let the next one have its turn; harmless when ended."""
@@ -104,15 +114,39 @@ def calling_frame() -> FrameType:
     return frame
 
 
+def refuse_own_model(name: str) -> NoReturn:
+    """Refuse a call of a model, or of a part of it, in the middle of its own forward."""
+    raise UnsupportedCall(
+        f"{name}: called inside of its own forward, such as by a stage's hook; a stage may run other models, attached "
+        "ones too, but not the one it is attached to"
+    )
+
+
+def inside_of(module: nn.Module) -> bool:
+    """Whether this thread is in a call of a module, which then is further down its stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_between(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
     return name.startswith(("dropflow.engine", "torch._dynamo"))
 
 
 def _runs(thread: int, frame: FrameType | None) -> bool:
-    if frame is None:
-        return False
-    top = sys._getframe() if thread == threading.get_ident() else sys._current_frames().get(thread)
-    while top is not None and top is not frame:
-        top = top.f_back
-    return top is not None
+    """Whether a frame is on the stack of a thread, which may go on running meanwhile."""
+    own = thread == threading.get_ident()
+    while frame is not None:
+        last = top = sys._getframe() if own else sys._current_frames().get(thread)
+        while top is not None and top is not frame:
+            last, top = top, top.f_back
+        if top is not None:
+            return True
+        if own or last is None or not last.f_code.co_flags & _SUSPENDED:
+            break
+        # no stack ends at a generator: it has yielded while we were looking, and so has lost the frames below it
+    return False

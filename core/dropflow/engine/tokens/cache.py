@@ -121,7 +121,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
     @property
     def length(self) -> int:
         """Logical tokens seen."""
-        held = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        held = self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 2 else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
     def remember(self, stage: str, notes: Tensor) -> None:

@@ -13,12 +13,14 @@ from dropflow.engine.tokens.live_set import LiveSet
 
 PADDING = -2
 """Image number of entries that hold padding of the prompt."""
+AHEAD = 256
+"""Tokens to come that a mask's columns are made for."""
 PROTECTED = 1 << 40
 """Added to the image number of entries that no stage may drop."""
 
 
 class KeyIndex:
-    """The tokens behind the first entries of a layer's cache; immutable, and shared by a run of layers.
+    """The tokens after the first entries of a layer's cache; immutable, and shared by a run of layers.
 
     Entries appended later (generated tokens) are implicit: entry `len(self) + j` holds logical token `length + j`, so
     decoding changes nothing here.
@@ -31,18 +33,25 @@ class KeyIndex:
         image: Int[Tensor, "batch entries"],
         length: int,
         dropped: Int[Tensor, "batch"] | None = None,
+        images: int = 0,
     ) -> None:
         self.logical = logical
         """Logical index of the token in each entry."""
         self.valid = valid
         """False for padding entries; `None` where there are none."""
         self.image_id = image
-        """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding."""
+        """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding.
+
+        Images of a later call are numbered on from those of earlier ones.
+        """
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
         self.dropped = dropped
         """Tokens of each sample, padding excluded, that are missing here; `None` for none, or where nobody counts."""
+        self.images = images
+        """All image numbers are below this."""
         self._last: tuple[Any, KeyIndex] | None = None
+        self._ahead: tuple[int, Tensor, Tensor | None] | None = None
 
     @classmethod
     def plain(cls, batch: int, length: int, device: torch.device) -> KeyIndex:
@@ -66,21 +75,45 @@ class KeyIndex:
         more = torch.arange(self.length, length, device=device).expand(batch, -1)
         valid = None if self.valid is None else torch.cat((self.valid, torch.ones_like(more, dtype=torch.bool)), 1)
         image = torch.cat((self.image_id, torch.full_like(more, -1)), 1)
-        return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped)
+        return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped, self.images)
+
+    def columns(self, length: int) -> tuple[Int[Tensor, "batch 1 1 entries"], Bool[Tensor, "batch 1 1 entries"] | None]:
+        """Columns of a mask that the entries up to `length` logical tokens have, and false where they are padding.
+
+        Made for many tokens ahead, so that decoding reads a part of the same tensors step by step.
+        """
+        more = length - self.length
+        if self._ahead is None or self._ahead[0] < more:
+            room = more + AHEAD
+            far = self.upto(self.length + room)
+            valid = None if far.valid is None else far.valid[:, None, None]
+            self._ahead = room, far.logical[:, None, None], valid
+        _, logical, valid = self._ahead
+        entries = len(self) + more
+        return logical.narrow(3, 0, entries), None if valid is None else valid.narrow(3, 0, entries)
 
     def followed_by(
-        self, live: LiveSet, image: Int[Tensor, "batch tokens"], dropped: Int[Tensor, "batch"] | None = None
+        self,
+        live: LiveSet,
+        image: Int[Tensor, "batch tokens"],
+        dropped: Int[Tensor, "batch"] | None = None,
+        images: int = 0,
     ) -> KeyIndex:
-        """The same with the live tokens of a further call appended (call `upto` first); `dropped` are its others."""
+        """The same with the live tokens of a further call appended (call `upto` first); `dropped` are its others.
+
+        `image` numbers the call's own `images` from 0.
+        """
         logical = torch.cat((self.logical, self.length + live.index), 1)
         valid = None
         if self.valid is not None or live.valid is not None:
             old = torch.ones_like(self.logical, dtype=torch.bool) if self.valid is None else self.valid
             new = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
             valid = torch.cat((old, new), 1)
+        image = torch.where(image >= 0, image + self.images, image) if self.images else image
         slots = live.take(image) if live.valid is None else torch.where(live.valid, live.take(image), -1)
         image = torch.cat((self.image_id, slots), 1)
-        return KeyIndex(logical, valid, image, self.length + live.total, _sum(self.dropped, dropped))
+        length, images = self.length + live.total, self.images + images
+        return KeyIndex(logical, valid, image, length, _sum(self.dropped, dropped), images)
 
     def rows(self, key: Any, rows: Callable[[], Tensor]) -> KeyIndex:
         """Samples picked by `rows()`; layers that share this index and ask with the same `key` share the answer."""
@@ -88,7 +121,8 @@ class KeyIndex:
             picked = rows().to(self.logical.device)
             valid = None if self.valid is None else self.valid[picked]
             dropped = None if self.dropped is None else self.dropped[picked]
-            self._last = (key, KeyIndex(self.logical[picked], valid, self.image_id[picked], self.length, dropped))
+            index = KeyIndex(self.logical[picked], valid, self.image_id[picked], self.length, dropped, self.images)
+            self._last = (key, index)
         return self._last[1]
 
     def compacted(self, kept: LiveSet) -> KeyIndex:
@@ -97,7 +131,7 @@ class KeyIndex:
         if self.valid is not None:
             taken = kept.take(self.valid)
             valid = taken if valid is None else valid & taken
-        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image_id), self.length)
+        index = KeyIndex(kept.take(self.logical), valid, kept.take(self.image_id), self.length, images=self.images)
         index.dropped = _sum(self.dropped, self.tokens - index.tokens)
         return index
 
@@ -118,7 +152,8 @@ class KeyIndex:
             raise ValueError("only text tokens at the end of the cache can be cropped, not visual ones")
         head = slice(0, len(self) - count)
         valid = None if self.valid is None else self.valid[:, head]
-        return KeyIndex(self.logical[:, head], valid, self.image_id[:, head], self.length - count, self.dropped)
+        length = self.length - count
+        return KeyIndex(self.logical[:, head], valid, self.image_id[:, head], length, self.dropped, self.images)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -1,20 +1,20 @@
-"""The live set: which logical tokens are present in front of a layer, and in which slot each one lies."""
+"""The live set: which logical tokens are present before a layer, and in which slot each one lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.engine.tokens.host import Extent
+from dropflow.lifecycle.lazy import lazy
 
 
 @dataclass(frozen=True, eq=False)
 class LiveSet:
-    """Tokens of one call that are live in front of a run of layers, compacted to the right end of each sample.
+    """Tokens of one call that are live before a run of layers, compacted to the right end of each sample.
 
     Slots of one sample hold its live tokens in their original order; samples with fewer live tokens than the longest
     one have padding slots on the left, so that the last token of every sample stays last.
@@ -49,7 +49,7 @@ class LiveSet:
         """M, slots per sample."""
         return self.index.shape[1]
 
-    @cached_property
+    @lazy
     def slot(self) -> Int[Tensor, "batch tokens"]:
         """Slot of the last live token at or before each logical token; -1 where there is none."""
         batch, slots = self.index.shape
@@ -63,7 +63,7 @@ class LiveSet:
 
     def take(self, per_token: Tensor) -> Tensor:
         """Values (batch, tokens, ...) of the tokens in each slot."""
-        index = self.index.view(*self.index.shape, *[1] * (per_token.dim() - 2))
+        index = self.index.view(*self.index.shape, *[1] * (per_token.dim() - 2)).to(per_token.device)
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
     def to_tokens(self, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch tokens"]:

@@ -25,12 +25,12 @@ def gather_mask(
     logical = keys.logical.to(mask.device)
     if mask.dim() == 2:
         columns = mask.expand(logical.shape[0], -1).gather(1, logical)
-        return columns if keys.valid is None else columns * keys.valid.to(columns.dtype)
+        return columns if keys.valid is None else columns * keys.valid.to(columns)
     batch = torch.arange(logical.shape[0], device=mask.device)[:, None, None]
     mask = mask.expand(logical.shape[0], *mask.shape[1:])
     picked = mask[batch, :, queries.index.to(mask.device)[:, :, None], logical[:, None, :]].movedim(-1, 1)
     if keys.valid is not None:
-        picked = _hidden(picked, ~keys.valid.to(picked.device)[:, None, None, :])
+        picked = _seen(picked, keys.valid.to(picked.device)[:, None, None])
         if picked.dtype == torch.bool:
             picked = picked | _own_slot(queries, keys).to(picked.device)
     empty = 0 if width is None else width - len(keys)
@@ -43,25 +43,27 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
     `index` are the explicit entries of its cache; all that came after them are held in their places. Kinds of masks as
     for `gather_mask`.
     """
-    more = length - index.length + tokens
     if mask is None:
         if index.valid is None:
             return None
         if flash or tokens == 1:
-            valid = torch.nn.functional.pad(index.valid, (0, more), value=True)
-            return valid if flash else valid[:, None, None, :]
+            more = length - index.length + tokens
+            seen = torch.nn.functional.pad(index.valid, (0, more), value=True)
+            return seen if flash else seen[:, None, None, :]
         whole = LiveSet.whole(len(index.logical), tokens, index.logical.device)
         return causal_mask(whole, index.upto(length + tokens))
-    mask = mask.expand(index.logical.shape[0], *mask.shape[1:])
-    logical = index.logical.to(mask.device)
-    hidden = None if index.valid is None else ~index.valid.to(mask.device)
+    columns, valid = index.columns(mask.shape[-1])  # a static cache has room for tokens to come
+    columns = columns.to(mask.device)
+    valid = None if valid is None else valid.to(mask.device)
+    if len(mask) != len(columns):
+        mask = mask.expand(len(columns), *mask.shape[1:])
     if mask.dim() == 2:
-        held = mask.gather(1, logical)
-        held = held if hidden is None else held * (~hidden).to(held.dtype)
-    else:
-        held = mask.gather(3, logical[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-        held = held if hidden is None else _hidden(held, hidden[:, None, None, :])
-    return torch.cat((held, mask[..., index.length :]), -1)
+        held = mask.gather(1, columns[:, 0, 0])
+        return held if valid is None else held * valid[:, 0, 0].to(held.dtype)
+    if mask.shape[1] * mask.shape[2] > 1:
+        columns = columns.expand(-1, mask.shape[1], mask.shape[2], -1)
+    held = mask.gather(3, columns)
+    return held if valid is None else _seen(held, valid)
 
 
 def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
@@ -73,8 +75,9 @@ def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queri
     return (seen & keys.valid[:, None, :])[:, None] | _own_slot(queries, keys)
 
 
-def _hidden(mask: Tensor, where: Tensor) -> Tensor:
-    return mask & ~where if mask.dtype == torch.bool else mask.masked_fill(where, _nothing(mask.dtype))
+def _seen(mask: Tensor, valid: Tensor) -> Tensor:
+    """The mask with what is not valid hidden."""
+    return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, _nothing(mask.dtype))
 
 
 def _nothing(dtype: torch.dtype) -> float | bool:

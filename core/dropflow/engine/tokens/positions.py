@@ -1,7 +1,7 @@
 """Compact positions: after every drop the tokens that are left are renumbered without gaps, layer by layer.
 
-The position of a token in a layer is the one the model gave it, less the tokens of its sample that are missing in front
-of it there. So a generated token stands at the length of that layer's cache, and cached keys are never rotated again.
+The position of a token in a layer is the one the model gave it, less the tokens of its sample that are missing before
+ it there. So a generated token stands at the length of that layer's cache, and cached keys are never rotated again.
 """
 
 from __future__ import annotations

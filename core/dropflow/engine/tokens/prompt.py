@@ -260,8 +260,10 @@ def instruction_tokens(
     asks for.
     """
     if labels is not None:
+        labels = labels.to(valid.device)
         return _columns(torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid)
     if starts is not None:
+        starts = starts.to(valid.device)
         following = torch.nn.functional.pad(starts[:, 1:] | ~valid[:, 1:], (0, 1), value=True)
         return _columns(following & valid)
     last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)

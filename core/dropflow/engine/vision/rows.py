@@ -37,6 +37,13 @@ class Rows:
         carried = torch.zeros(count, carries, device=device)
         return cls(places, torch.zeros_like(places).bool(), torch.ones(count, device=device), carried)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same on this device: an encoder's layers and its projector may lie on several."""
+        places, protected = self.places.to(device), self.protected.to(device)
+        return replace(
+            self, places=places, protected=protected, sizes=self.sizes.to(device), carried=self.carried.to(device)
+        )
+
     def after(self, extra: int) -> Rows:
         """Rows of a tower whose first `extra` prefix tokens reach the LLM too: they fill the first placeholders."""
         if not extra:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from dropflow.engine.decoder.site import Site
 from dropflow.engine.model.arguments import Arguments, with_hidden
 from dropflow.engine.model.attention import QueryKey, row_attention
 from dropflow.engine.model.sublayers import in_two
-from dropflow.engine.model.tap import tapped, uncompiled
+from dropflow.engine.model.tap import tapped, uncompiled, untapped
+from dropflow.engine.model.turns import refuse_own_model
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
 from dropflow.errors import DecisionError, UnsupportedModel
@@ -51,6 +53,8 @@ class VisionRun:
         self._grids: list[tuple[int, int] | None] = []
         self._faults: list[tuple[Tensor, DecisionError]] = []
         """What the decisions are blamed for when the features are finished, if it holds."""
+        self.asking = False
+        """True while a stage is asked."""
         self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
         """What the stages decided, if somebody watches."""
 
@@ -64,8 +68,14 @@ class VisionRun:
         """Whether some stage works inside the encoder, or reads its attention."""
         return bool(self._taps) or any(boundary is not None for boundary in self._plan.encode_at)
 
+    def leaves(self, number: int) -> bool:  # noqa: ARG002
+        """No layer: each must be told which rows are left."""
+        return False
+
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows the stages left."""
+        if self.asking:
+            refuse_own_model(type(layer).__name__)
         vision = self._vision
         assert vision is not None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -98,11 +108,12 @@ class VisionRun:
 
     def features(self, rows: Float[Tensor, "images rows dim"]) -> Float[Tensor, "images rows dim"]:
         """What the projector gets instead of `rows`: the features as the stages at `features` leave them."""
-        if self._features is None or self._vision is None or self._prefix_rows is None:
+        if self._features is None or self._vision is None or self._prefix_rows is None or self.asking:
             return rows  # the projector is called for something else
         self._rows, stages = self._features, self._plan.encode_at["features"]
         own = [row[: len(left.places)] for row, left in zip(rows, self._rows, strict=True)]
         decided = self._decide("features", own, stages, self._prefix_rows, self._vision.prefix)
+        self._prefix_rows = None  # done: the projector's hook and its forward both ask
         self._features = list(self._rows)
         return pad_sequence(decided, batch_first=True)
 
@@ -147,7 +158,7 @@ class VisionRun:
         full, flags, first = [], [], 0
         for own in layouts:
             last = first + len(own)
-            rows = self._rows[first:last]
+            rows = [left.to(empty.device) for left in self._rows[first:last]]
             parts = [_filled(*each) for each in zip(own, rows, whole[first:last], features[first:last], strict=True)]
             full.append(parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty)
             flags.append(
@@ -238,21 +249,24 @@ class VisionRun:
         prefix: int,
     ) -> list[Tensor]:
         """Ask the stages one after the other, each seeing the rows that the one before has left."""
+        device = features[0].device if features else prefix_rows.device
+        self._rows = [rows.to(device) for rows in self._rows]
         for name, stage in stages:
             call = EncodeCall(
                 boundary=boundary,
                 features=tuple(features),
-                prefix_rows=prefix_rows,
+                prefix_rows=prefix_rows.to(device),
                 places=tuple(rows.places for rows in self._rows),
                 sizes=tuple(rows.sizes for rows in self._rows),
                 grids=tuple(self._grids),
                 prefix=prefix,
                 has_cls=self._vision is not None and self._vision.has_cls,
-                attention=lambda layer, rows: row_attention(self._query_key(layer), rows),
+                attention=lambda layer, rows: row_attention(self._query_key(layer), rows).to(device),
                 columns=self._columns,
-                tapped=lambda layer: self._query_key(layer).whole(),
+                tapped=lambda layer: self._query_key(layer).whole().to(device),
             )
-            answer = self._plan.hooks.encode(call, stage)
+            with self._asked():
+                answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
                 before = tuple(rows.places for rows in self._rows)
                 decided = Decided(answer, f"stages.{name}", self._plan.carries[name])
@@ -262,6 +276,14 @@ class VisionRun:
                     places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
                     self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
         return features
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """A stage is asked, and may run other models: they are not this run."""
+        self.asking = True
+        with untapped():
+            yield
+        self.asking = False
 
     def _absolute(self, layer: int) -> int:
         return layer if layer >= 0 or self._vision is None else layer + self._vision.depth
@@ -286,7 +308,7 @@ class VisionRun:
                     f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
                     "them; read a layer after the merging, or ask before it"
                 )
-            places = then.after(self._extra).places
+            places = then.after(self._extra).places.to(now.places.device)
             found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
         return tuple(found)
 

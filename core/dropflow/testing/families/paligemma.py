@@ -30,7 +30,7 @@ def tiny() -> Tiny:
         return PaliGemmaForConditionalGeneration(config)
 
     def types(inputs: dict[str, Any]) -> dict[str, Any]:
-        behind = inputs["attention_mask"].flip(1).cumsum(1).flip(1)
-        return inputs | {"token_type_ids": torch.where(behind <= 2, 1, 0)}
+        after = inputs["attention_mask"].flip(1).cumsum(1).flip(1)
+        return inputs | {"token_type_ids": torch.where(after <= 2, 1, 0)}
 
     return Tiny(build, {"image": square_pictures(24, 16, enclosed=False)}, types)

@@ -34,6 +34,6 @@ def tiny() -> Tiny:
 
 
 def stamped_video(_: int, dice: torch.Generator) -> Picture:
-    """A video of two times 2 x 3 tokens, each behind a text token."""
+    """A video of two times 2 x 3 tokens, each after a text token."""
     frame = [5, START, *[VIDEO] * 6, END]
     return Picture(frame * 2, packed("video", 2, 4, 6, dice), [ImageLayout(6, (2, 3))] * 2)

@@ -48,10 +48,11 @@ def engine(
 ) -> None:
     """Time a random model of 16 layers on 576 visual and 64 text tokens, plain and under policies, in turn.
 
-    `noop`: a stage that is asked in front of every layer and keeps everything. `empty`: a policy without stages.
+    `noop`: a stage that is asked before every layer and keeps everything. `empty`: a policy without stages.
     `control`: no policy either, which shows how far from 1 chance goes on this machine. `reduced`: vision enters at
-    layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average). Efficiency is the
-    speed-up over the FLOPs ratio. All are medians with quartiles over the rounds.
+    layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average). `ragged`: a batch of
+    two lengths from which a few tokens are dropped, also on a tiny model. Efficiency is the speed-up over the FLOPs
+    ratio. All are medians with quartiles over the rounds.
     """
     from dropflow_lab.bench.engine import bench_engine
 
@@ -143,10 +144,14 @@ def _table(measured: EngineBench) -> Table:
         "control: decode step time": measured.control.decode_ratio,
         "reduced: prefill speed-up": reduced.prefill_speedup,
         "reduced: efficiency": reduced.efficiency,
+        "ragged: decode step time": measured.ragged.decode_ratio,
+        "ragged, tiny model: decode step time": measured.ragged.tiny_decode_ratio,
     }
     for name, spread in rows.items():
         table.add_row(name, f"{spread.median:.3f}", f"{spread.low:.3f} .. {spread.high:.3f}")
     table.add_row("reduced: FLOPs ratio", f"{reduced.flops_ratio:.3f}", "")
+    attach = measured.attach_ms
+    table.add_row("attach, in ms", f"{attach.median:.1f}", f"{attach.low:.1f} .. {attach.high:.1f}")
     return table
 
 

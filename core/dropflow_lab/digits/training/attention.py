@@ -31,7 +31,7 @@ def fast_attention(
 ) -> tuple[Float[Tensor, "batch length heads head"], None]:
     """Attend in the dtype of the values; causal modules must bring their mask, additive or True where a token is seen.
 
-    `prefix_length` leading tokens are taken to see none of the tokens behind them, so that part is not
+    `prefix_length` leading tokens are taken to see none of the tokens after them, so that part is not
     computed. Raises `ValueError` for a causal module without a mask.
     """
     if attention_mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:

@@ -1,6 +1,6 @@
-"""Training batches: many independent questions behind one picture, in one row.
+"""Training batches: many independent questions after one picture, in one row.
 
-A row is `<s> user : [visual tokens] question answer question answer ...`. Position ids restart behind the
+A row is `<s> user : [visual tokens] question answer question answer ...`. Position ids restart after the
 picture for each question and the mask is block-diagonal there, so that every question sees the picture and
 itself only: the losses are those of the unpacked prompts, at a fraction of the tokens.
 """
@@ -21,7 +21,7 @@ from dropflow_lab.digits.data.scenes import COLORS, PATCHES, Scene, draw_scene, 
 
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 PREFIX = tuple(WORD_IDS[word] for word in ("<s>", "user", ":"))
-"""The tokens in front of the picture."""
+"""The tokens before the picture."""
 ROOM = 141
 """Tokens of questions per picture; prefix and visual tokens make it 288, a fast multiple of 32."""
 IGNORED = -100
@@ -78,7 +78,7 @@ def draw_batch(
 
 
 def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> PackedBatch:
-    """Lay out the questions of each scene behind its picture, in rows of at least `length` tokens."""
+    """Lay out the questions of each scene after its picture, in rows of at least `length` tokens."""
     drawn = [render(scene) for scene in scenes]
     rows = [_lay_out(questions) for questions in asked]
     length = max(length, *(row.shape[1] for row in rows))
@@ -140,7 +140,7 @@ def packed_mask(
 def packed_positions(
     batch: PackedBatch, kept: Int[Tensor, "batch visual"] | None = None, *, compact: bool = False
 ) -> Int[Tensor, "batch total"]:
-    """Return position ids: questions restart behind the picture, kept visual tokens stay at their place.
+    """Return position ids: questions restart after the picture, kept visual tokens stay at their place.
 
     `compact` numbers the kept tokens without gaps instead.
     """

@@ -25,7 +25,7 @@ class Recipe:
     """Language steps on 24-144 visual tokens, chosen in three ways."""
     language_batch: int = 32
     room: int = 141
-    """Tokens of questions behind each picture, about twelve questions."""
+    """Tokens of questions after each picture, about twelve questions."""
     language_rate: float = 3e-3
     """Peak learning rate of the language phase."""
     language_validate_every: int = 100

@@ -61,7 +61,7 @@ def test_eviction_after_prefill_equals_masking_those_keys(llava: Any) -> None:
         held = [layer.keys.shape[-2] for layer in cache.layers]
         logits = llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
     llava(**inputs, **{CACHE_ARGUMENT: reference})
-    # the same, hidden instead of evicted: visual entries behind the third get keys that no query can reach
+    # the same, hidden instead of evicted: visual entries after the third get keys that no query can reach
     visual = inputs["input_ids"] == 98
     hidden = visual & (visual.cumsum(1) > 3)
     handles = []

@@ -1,4 +1,4 @@
-"""Merging inside the LLM: states averaged in front of a layer, equal to the masked run that averages them, too."""
+"""Merging inside the LLM: states averaged before a layer, equal to the masked run that averages them, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dropflow.testing import MaskedOracle
 
 
 class Pairs(Stage[Any]):
-    """Of every image, each second token that is left is merged into the one in front of it, and goes."""
+    """Of every image, each second token that is left is merged into the one before it, and goes."""
 
     prune_at = (1, 3)
 
@@ -101,6 +101,16 @@ def test_a_slot_holds_the_mean_of_all_that_name_it(named: list[list[int]], half:
                 assert torch.equal(found[sample, slot], states[sample, slot])
             else:
                 assert (found[sample, slot] - expected).abs().max() < (2e-3 if half else 1e-6)
+
+
+def test_means_of_half_precision_are_taken_in_float32() -> None:
+    states = torch.tensor([60000.0, 60000.0, 1.0, 2**-11, 2**-11], dtype=torch.float16).view(1, 5, 1)
+    into = torch.tensor([[0, 0, 2, 2, 2]])
+    found = mean_into(states, into)[0, :, 0]
+    assert found[:2].tolist() == [60000.0, 60000.0], "the sum has overflowed"
+    exact = torch.tensor((1 + 2 * 2**-11) / 3)  # summed in float16, both small ones would be lost
+    assert found[2] == exact.half()
+    assert found[2] != torch.tensor(1 / 3).half()
 
 
 def answering(into: Any, stages: int = 1) -> dict[str, Any]:

@@ -83,6 +83,32 @@ def test_softcap_window_and_alignment_of_a_kernel_mask() -> None:
     assert masked[..., 1].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 3, 16).to(dtype), torch.randn(1, 1, 50, 16).to(dtype)
+    rows, scale = torch.tensor([[0, 2]]), 0.25
+    found = row_attention(QueryKey(query, key, None, scale, causal=False), rows)
+    exact = (query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1)[:, :, [0, 2]]
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= exact * torch.finfo(dtype).eps).all()
+
+
+def test_products_beyond_half_precision_are_finite() -> None:
+    query, key = torch.full((1, 1, 1, 8), 200.0).half(), torch.full((1, 1, 3, 8), 200.0).half()
+    key[0, 0, 1] = 201.0  # q k is 320,000 and more, where float16 ends at 65,504
+    found = row_attention(QueryKey(query, key, None, 8**-0.5, causal=False), torch.tensor([[0]]))
+    assert found[0, 0, 0].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_rows_that_see_nothing_are_zero_and_nan_stays_nan() -> None:
+    query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4)
+    hidden = torch.zeros(1, 1, 2, 3, dtype=torch.bool)
+    assert row_attention(QueryKey(query, key, hidden, 0.5, causal=False), torch.tensor([[0, 1]])).abs().max() == 0
+    key[0, 0, 1] = torch.nan
+    assert row_attention(QueryKey(query, key, None, 0.5, causal=False), torch.tensor([[0]])).isnan().all()
+
+
 def test_a_layer_that_bypasses_the_interface_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="without looking its attention up"):
         probe("sdpa", lambda: None)

@@ -34,6 +34,28 @@ def test_ragged_samples_get_a_causal_mask_that_hides_padding() -> None:
     assert flash.tolist() == [[True] * 3, [False, False, True]]
 
 
+def test_a_row_of_padding_sees_itself_in_a_boolean_mask_and_no_row_is_empty() -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    total = causal.expand(2, 1, 4, 4).clone()
+    total[1, :, :, :3] = False  # the model's own mask hides what is padding to it
+    mask = gather_mask(total, LIVE, keys(LIVE), flash=False)
+    assert mask is not None
+    assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert mask[1, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_entries_that_a_cache_has_room_for_are_seen_by_nobody() -> None:
+    causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    held = keys(LIVE)
+    for mask, nothing in ((causal, False), (torch.where(causal, 0.0, -1e9), torch.finfo(torch.float32).min)):
+        narrow, wide = (gather_mask(mask, LIVE, held, flash=False, width=width) for width in (None, 7))
+        assert narrow is not None
+        assert wide is not None
+        assert torch.equal(wide[..., :3], narrow)
+        assert (wide[..., 3:] == nothing).all()
+        assert wide.shape == (2, 1, 3, 7)
+
+
 def test_the_models_own_mask_is_gathered_by_row_and_column() -> None:
     total = torch.arange(2 * 4 * 6).view(2, 1, 4, 6) % 2 == 0
     held = keys(LIVE, past=2)

@@ -185,7 +185,7 @@ def test_stages_on_the_features_see_what_the_projector_would_get(tower: str) -> 
     assert torch.equal(seen[1].prefix_rows, hidden[:, :prefix])
     attention = model.model.vision_tower.encoder.layers[3].self_attn
     normed = model.model.vision_tower.encoder.layers[3].layer_norm1(hidden[1])
-    own = [*range(prefix), *range(prefix, 16 + prefix, 3)]  # asked behind the decision: of the rows that are left
+    own = [*range(prefix), *range(prefix, 16 + prefix, 3)]  # asked after the decision: of the rows that are left
     for got, projection in ((queries, attention.q_proj), (keys, attention.k_proj)):
         assert relative_error(got, projection(normed).unflatten(1, (2, -1)).transpose(0, 1)[:, own]) < 1e-5
     for image, rows in enumerate(output.pooler_output):
