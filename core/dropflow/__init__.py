@@ -1,7 +1,7 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
 from dropflow import errors, operators
-from dropflow.backbone.backbone import Backbone, Projections, Sublayers, VisionEncoder, backbone_for, square_grid
+from dropflow.backbone.backbone import FACTS, Backbone, Projections, Sublayers, VisionEncoder, backbone_for, square_grid
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
@@ -27,6 +27,7 @@ from dropflow.policy.policy_file import load_policy
 from dropflow.units import BackboneShape, Budget, Depth, Rounding, Scale, Tokens
 
 __all__ = [
+    "FACTS",
     "Backbone",
     "BackboneShape",
     "BoundaryEvent",

@@ -50,7 +50,7 @@ class AttentionRank(Stage[AttentionRankOptions]):
         super().__init__(options, context)
         self._at = context.scale.boundary(options.at, context.path("at"))
         self._budget = context.scale.tokens(options.keep, context.path("keep"), options.rounding)
-        context.check_layer_in_front("at", (self._at,))
+        context.check_layer_before("at", (self._at,))
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -99,5 +99,5 @@ class DualAttention(Stage[DualAttentionOptions]):
 def _boundaries(options: DualAttentionOptions, context: StageContext) -> Mapping[int, Budget | None]:
     option = "at" if options.keep is None else "keep"
     found = dict.fromkeys(context.boundaries("at", options.at or ())) | context.budgets("keep", options.keep or {})
-    context.check_layer_in_front(option, found)
+    context.check_layer_before(option, found)
     return found

@@ -59,7 +59,7 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
     def __init__(self, options: GravityCorrectedOptions, context: StageContext) -> None:
         super().__init__(options, context)
         self._keeps = context.budgets("keep", options.keep)
-        context.check_layer_in_front("keep", self._keeps)
+        context.check_layer_before("keep", self._keeps)
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class TextGuided(Stage[TextGuidedOptions]):
             self._keeps = {**context.budgets("keep", options.keep or {})}
         else:
             self._keeps = dict.fromkeys(context.boundaries("rank.at", options.rank.at))
-        context.check_layer_in_front("keep" if options.rank is None else "rank.at", self._keeps)
+        context.check_layer_before("keep" if options.rank is None else "rank.at", self._keeps)
 
     @property
     def taps(self) -> tuple[int, ...]:

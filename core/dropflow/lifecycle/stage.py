@@ -96,7 +96,7 @@ class StageContext:
             found[boundary] = depth
         return found
 
-    def check_layer_in_front(self, option: str, boundaries: Iterable[int]) -> None:
+    def check_layer_before(self, option: str, boundaries: Iterable[int]) -> None:
         """For stages that rank by the layer before a boundary: vision takes part in it, and in the one after.
 
         Raises `PolicyError` otherwise.
@@ -130,7 +130,7 @@ class Stage(Generic[O_co]):
     example: ClassVar[Mapping[str, Any]] = {}
     """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.backbone.FACTS`."""
+    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.FACTS`."""
     training_free: ClassVar[bool] = True
     """False where the published method trains the model through this stage; it runs without, with less accuracy."""
 
