@@ -30,14 +30,15 @@ def tiny_llava(
     layers: int = 6,
     kv_heads: int = 2,
     grid: int = 4,
+    width: int = 32,
     seed: int = 0,
     **text_options: Any,
 ) -> Any:
-    """A LLaVA of width 32 with a grid x grid of patches, weights large enough for attention to be uneven."""
+    """A LLaVA with a grid x grid of patches, weights large enough for attention to be uneven."""
     torch.manual_seed(seed)
     language = TEXTS[text](
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,

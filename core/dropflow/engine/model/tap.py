@@ -42,7 +42,7 @@ def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
     `implementation` is the model's attention implementation (`config._attn_implementation`).
     """
     with span(TAP):
-        tap = Turn(sys._getframe())
+        tap = Turn(sys._getframe(), depths=[])
         tap.call = seen
         _dispatcher(implementation, tap)
         token = _here.set(tap)

@@ -19,6 +19,8 @@ from dropflow.errors import UnsupportedCall
 
 PATIENCE = 0.02
 """Seconds between two looks at a turn that has not been ended, such as one whose thread died."""
+REMEMBERED = 8
+"""Depths of stacks at which the frame of a turn is looked for first: hooks are called from few places."""
 _CALL = nn.Module._call_impl.__code__
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -26,11 +28,12 @@ _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENE
 class Turn:
     """The right of one thread to run a model, for as long as one frame runs."""
 
-    __slots__ = ("_ended", "_frame", "_gate", "_next", "_thread", "call")
+    __slots__ = ("_depths", "_ended", "_frame", "_gate", "_next", "_thread", "call")
 
-    def __init__(self, frame: FrameType | None) -> None:
+    def __init__(self, frame: FrameType | None, depths: list[int]) -> None:
         self._thread = threading.get_ident()
         self._frame = frame
+        self._depths = depths
         self._ended = frame is None
         self._gate = threading.Lock()  # held until the turn ends, so that others can wait for it
         self._gate.acquire(blocking=False)
@@ -46,7 +49,7 @@ class Turn:
     @property
     def over(self) -> bool:
         """Whether it was ended, or the frame it was taken for is gone."""
-        if not self._ended and not _runs(self._thread, self._frame):
+        if not self._ended and not self._runs():
             self._ended = True
             self._frame = self.call = None  # what an interrupt has left must not keep a model alive
         return self._ended
@@ -75,6 +78,15 @@ class Turn:
             turn = turn._next["next"]
         return turn
 
+    def _runs(self) -> bool:
+        """Whether the frame is on the stack of its thread, which may go on running meanwhile."""
+        frame = self._frame  # which another thread may take away meanwhile, by ending the turn
+        if frame is None:
+            return False
+        if self._thread == threading.get_ident():
+            return _runs_here(frame, self._depths)
+        return _runs_there(frame, self._thread)
+
 
 class Turns:
     """The turns on one model, each taken when the one before is over.
@@ -84,14 +96,15 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._last = Turn(None)
+        self._depths: list[int] = []
+        self._last = Turn(None, self._depths)
 
     def take(self, frame: FrameType) -> Turn:
         """Wait until no other turn runs, and have one that lasts until it is ended or `frame` has returned.
 
         The caller must not have one already.
         """
-        own = Turn(frame)
+        own = Turn(frame, self._depths)
         while True:
             last = self._last.last()
             last.wait()
@@ -137,16 +150,38 @@ def _is_between(frame: FrameType) -> bool:
     return name.startswith(("dropflow.engine", "torch._dynamo"))
 
 
-def _runs(thread: int, frame: FrameType | None) -> bool:
-    """Whether a frame is on the stack of a thread, which may go on running meanwhile."""
-    own = thread == threading.get_ident()
-    while frame is not None:
-        last = top = sys._getframe() if own else sys._current_frames().get(thread)
+def _runs_here(frame: FrameType, depths: list[int]) -> bool:
+    """Whether a frame is on the stack of this thread. `depths` remembers where frames were found, counted from here."""
+    for depth in depths:
+        if _at(depth) is frame:
+            return True
+    found = 0
+    top: FrameType | None = sys._getframe()
+    while top is not frame:
+        if top is None:
+            return False
+        found, top = found + 1, top.f_back
+    depths.append(found)
+    del depths[:-REMEMBERED]
+    return True
+
+
+def _at(depth: int) -> FrameType | None:
+    """The frame so many calls down from the caller's. Far faster than a walk, which makes an object of every frame."""
+    try:
+        return sys._getframe(depth + 1)
+    except ValueError:  # the stack is not so deep
+        return None
+
+
+def _runs_there(frame: FrameType, thread: int) -> bool:
+    """Whether a frame is on the stack of another thread."""
+    while True:
+        top = last = sys._current_frames().get(thread)
         while top is not None and top is not frame:
             last, top = top, top.f_back
         if top is not None:
             return True
-        if own or last is None or not last.f_code.co_flags & _SUSPENDED:
-            break
+        if last is None or not last.f_code.co_flags & _SUSPENDED:
+            return False
         # no stack ends at a generator: it has yielded while we were looking, and so has lost the frames below it
-    return False
