@@ -31,6 +31,7 @@ def tiny_llava(
     kv_heads: int = 2,
     grid: int = 4,
     width: int = 32,
+    vocabulary: int = 99,
     seed: int = 0,
     **text_options: Any,
 ) -> Any:
@@ -42,7 +43,7 @@ def tiny_llava(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
-        vocab_size=99,
+        vocab_size=vocabulary,
         max_position_embeddings=512,
         **text_options,
     )

@@ -173,6 +173,7 @@ def kept_rate(select: str, seed: int, steps: int = 150, samples: int = 32) -> fl
     return sum(kept[-20:]) / 20
 
 
+@pytest.mark.slow
 def test_a_useful_token_is_learned_to_be_kept_by_soft_selection_alone() -> None:
     """By chance it stays in 4 of 16 cases."""
     assert kept_rate("soft", seed=0) > 0.8

@@ -64,6 +64,17 @@ def test_flags_are_packed_for_the_way_through_transformers() -> None:
     assert len(RowFlags.unpack(flags.pack(whole)[:0])) == 0
 
 
+def test_mixed_precision_does_not_round_packed_flags() -> None:
+    """FSDP2, for one, casts whatever floating-point tensors a module is given or returns."""
+    carried = torch.tensor([[0.1, 3e38], [-1e-30, 257.0]])
+    flags = RowFlags.of([ImageLayout(2)], 1000, 100_001, CPU, carried=[carried])
+    table = flags.pack(flags)
+    read = RowFlags.unpack(table.bfloat16() if table.is_floating_point() else table)
+    assert (read.images, read.plan) == (1001, 100_001)
+    assert read.image.tolist() == [1000, 1000]
+    assert torch.equal(read.carried, carried)
+
+
 def placed(masks: dict[str, torch.Tensor], flags: dict[str, RowFlags] | None, fixed: int | None = None) -> Prompt:
     visual = VisualTokens.found(masks)
     assert visual is not None

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from seven import SEVEN, Outcome, outcome
 from tiny import HIDROP, RAGGED, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
@@ -37,6 +39,8 @@ SPREADS: Mapping[str, list[str]] = {
     "ends apart": [f"{TEXT}.embed_tokens", f"{TEXT}.norm"],
 }
 """What lies on the second device."""
+TOWER_APART = Version(transformers.__version__) >= Version("5.23")
+"""Older models lose the type of what a vision encoder on another device returns, with or without a policy."""
 
 
 def map_of(there: list[str], blocks: list[str]) -> dict[str, torch.device]:
@@ -45,6 +49,8 @@ def map_of(there: list[str], blocks: list[str]) -> dict[str, torch.device]:
 
 @pytest.fixture(scope="module", params=SPREADS)
 def split(request: pytest.FixtureRequest) -> Any:
+    if TOWER in SPREADS[request.param] and not TOWER_APART:
+        pytest.skip("this transformers cannot run with its vision encoder on another device")
     return spread(freeze_tower(tiny_llava()), map_of(SPREADS[request.param], BLOCKS))
 
 
@@ -91,6 +97,7 @@ def test_a_model_on_two_devices_learns_what_it_learns_on_one(split: Any, whole: 
     assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-5
 
 
+@pytest.mark.skipif(not TOWER_APART, reason="this transformers cannot run with its vision encoder on another device")
 @torch.no_grad()
 def test_beams_and_losses_of_answers_cross_devices(whole: Any) -> None:
     split = spread(tiny_llava(), map_of(SPREADS["to and fro"], BLOCKS))

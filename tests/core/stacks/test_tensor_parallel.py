@@ -20,6 +20,8 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DropflowError
 
 RANKS = 2
+VOCABULARY = 100
+"""What two ranks can share."""
 INPUTS = prompt()
 """Padded, of ragged lengths."""
 NEW_TOKENS = 5
@@ -82,14 +84,14 @@ def work(folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has found, which run all policies one after the other."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    tiny_llava().save_pretrained(folder / "model")
+    tiny_llava(vocabulary=VOCABULARY).save_pretrained(folder / "model")
     debug_launcher(work, (folder,), num_processes=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
 def one_device() -> Any:
-    return tiny_llava()
+    return tiny_llava(vocabulary=VOCABULARY)
 
 
 @pytest.mark.parametrize("which", [*POLICIES, "plain"])
@@ -107,7 +109,7 @@ def test_both_ranks_keep_and_answer_what_one_device_does(
 
 
 def test_eager_attention_is_shared_alike(ranks: list[dict[str, Any]]) -> None:
-    expected = outcome(tiny_llava(attention="eager"), HIDROP, INPUTS, new_tokens=NEW_TOKENS)
+    expected = outcome(tiny_llava(vocabulary=VOCABULARY, attention="eager"), HIDROP, INPUTS, new_tokens=NEW_TOKENS)
     for found in (rank["eager"] for rank in ranks):
         assert torch.equal(found.live, expected.live)
         assert torch.equal(found.tokens, expected.tokens)

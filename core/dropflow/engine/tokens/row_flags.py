@@ -87,16 +87,18 @@ class RowFlags:
             plan=self.plan,
         )
 
-    def pack(self, whole: RowFlags) -> Float[Tensor, "rows columns"]:
-        """One float32 table, exact up to 2^24 images; `whole` are the flags that these are a part of."""
-        table = torch.zeros(len(self), _CARRIED + self.carried.shape[1], device=self.image.device)
+    def pack(self, whole: RowFlags) -> Int[Tensor, "rows columns"]:
+        """One table of integers, which no mixed precision rounds; `whole` are the flags that these are a part of."""
+        shape = len(self), _CARRIED + self.carried.shape[1]
+        table = torch.zeros(shape, dtype=torch.long, device=self.image.device)
         table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
-        table[:, _IMAGE], table[:, _LINE], table[:, _CARRIED:] = self.image, self.line, self.carried
+        table[:, _IMAGE], table[:, _LINE] = self.image, self.line
+        table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # their bits
         table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
         return table
 
     @classmethod
-    def unpack(cls, table: Float[Tensor, "rows columns"], known: RowFlags | None = None) -> RowFlags:
+    def unpack(cls, table: Int[Tensor, "rows columns"], known: RowFlags | None = None) -> RowFlags:
         """The flags in a packed table, some rows of which may be repeated or missing by now.
 
         `known` are the flags it was packed from; without them the numbers that the host must know are read from it.
@@ -110,7 +112,7 @@ class RowFlags:
             image=table[:, _IMAGE].long(),
             line=table[:, _LINE].long(),
             extra=table[:, _EXTRA] > 0,
-            carried=table[:, _CARRIED:],
+            carried=table[:, _CARRIED:].int().view(torch.float32),
             images=images,
             lines=lines,
             plan=plan,

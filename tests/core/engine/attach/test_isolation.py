@@ -166,6 +166,7 @@ def test_a_failing_stage_gives_its_own_error_and_the_model_still_works(llava: An
     assert torch.equal(llava(**inputs).logits, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @torch.no_grad()
 def test_code_compiled_before_attaching_does_not_go_on_without_the_policy() -> None:
