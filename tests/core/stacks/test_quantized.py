@@ -21,7 +21,7 @@ INPUTS = prompt()
 DENSE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """What is not quantised."""
 EXACT, ROUNDED = 1e-5, 0.05
-"""Relative errors: where weights alone are quantised; and where activations are, too, whose scales depend on what runs."""
+"""Relative errors: where weights alone are quantised; where activations are, too, whose scales depend on the rest."""
 
 
 def torchao_weights() -> Any:

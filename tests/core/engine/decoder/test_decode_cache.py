@@ -149,3 +149,31 @@ def test_the_report_counts_what_is_left_behind_an_eviction(llava: Any) -> None:
     assert table[0] == "test: 16 visual tokens at entry to the LLM, 16.00 on average over 6 layers"
     assert table[4].split() == ["2", "16", "12", f"{report.layers[2].flops:.4g}"]
     assert table[-1].endswith(f"KV bytes {report.kv_bytes:g} (dense {report.kv_bytes_dense:g})")
+
+
+@torch.no_grad()
+def test_images_of_a_later_turn_have_numbers_of_their_own(llava: Any) -> None:
+    calls: list[CacheCall] = []
+
+    class Looks(Stage[Any]):
+        decode_every = 1
+
+        @hookimpl
+        def decode_cache(self, call: CacheCall) -> None:
+            calls.append(call)
+
+    turns, cache, mask = [prompt([("I", 2, "I", 3)]), prompt([(4, "I", 3)], seed=2)], DynamicCache(), None
+    with dropflow.attach(llava, policy(looks={"use": Looks}, **HIDROP["stages"])):
+        for turn in turns:
+            mask = turn["attention_mask"] if mask is None else torch.cat((mask, turn["attention_mask"]), 1)
+            llava(**(turn | {"attention_mask": mask}), **{CACHE_ARGUMENT: cache})
+    widths = [turn["input_ids"].shape[1] for turn in turns]
+    assert [(call.images, call.length) for call in calls] == [(2, widths[0]), (3, sum(widths))]
+    for call, images in zip(calls, ([0, 1], [0, 1, 2]), strict=True):
+        held = [view.image_id[view.valid & (view.image_id >= 0)].unique().tolist() for view in call.layers]
+        assert [own for own in held if own] == [images] * 4  # vision is in layers 1 to 4
+        assert all(int(view.index[view.valid].max()) == call.length - 1 for view in call.layers)
+        for view in call.layers:
+            first = call.layers[view.same_as]
+            assert torch.equal(view.index, first.index)
+            assert torch.equal(view.image_id, first.image_id)
