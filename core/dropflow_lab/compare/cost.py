@@ -50,16 +50,16 @@ class Times:
     """Ratios to the model without a policy in the same round; the four parts add up to about `total`."""
 
     total: Spread
-    """All forwards of one generate."""
+    """Time to the first token and of all decode steps of one generate."""
     prefill: Spread
-    """Time of the first forward, vision and selection included, over that of the model without a policy."""
+    """Time to the first token, from the call on, vision and selection included, over that without a policy."""
     decode: Spread
     """Time of the decode steps over that of the model without a policy."""
     vision_share: Spread
     """Vision, as a share of the total time without a policy; so are the next three."""
     selection_share: Spread
     prefill_share: Spread
-    """The rest of the prefill."""
+    """The rest of the time to the first token."""
     decode_share: Spread
 
 
@@ -212,10 +212,9 @@ def _times(splits: Sequence[tuple[Split, Split]], prompts: int) -> Times:
         return [sum(part(split) for split in splits) for splits in of]
 
     whole = sums(dense, lambda split: split.total)
-    first: Callable[[Split], float] = lambda split: split.total - split.decode  # noqa: E731
     return Times(
         total=ratio(sums(own, lambda split: split.total), whole),
-        prefill=ratio(sums(own, first), sums(dense, first)),
+        prefill=ratio(sums(own, lambda split: split.first_token), sums(dense, lambda split: split.first_token)),
         decode=ratio(sums(own, lambda split: split.decode), sums(dense, lambda split: split.decode)),
         vision_share=ratio(sums(own, lambda split: split.vision), whole),
         selection_share=ratio(sums(own, lambda split: split.selection), whole),

@@ -17,44 +17,58 @@ from dropflow_lab.measure.selection_cost import SelectionMeter
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds of one `generate`; what runs between the model's forwards is left out."""
+    """Seconds of one `generate`, from its call to its last token; what runs between decode steps is left out."""
 
     vision: float
     """Vision tower and projector, selection inside of them apart."""
     selection: float
     """Of the prefill: all that runs inside the stages' hooks (see `SelectionMeter`)."""
     prefill: float
-    """The rest of the first forward: decoder layers, the engine's own work, LM head."""
+    """The rest of the time to the first token: decoder layers, the engine's own work, LM head, and what `generate` does
+    before the first forward."""
     decode: float
     """All further forwards, with what stages decide in them."""
 
     @property
+    def first_token(self) -> float:
+        """Seconds from the call of `generate` to the end of the first forward."""
+        return self.vision + self.selection + self.prefill
+
+    @property
     def total(self) -> float:
-        """Seconds of all forwards."""
-        return self.vision + self.selection + self.prefill + self.decode
+        """Seconds to the first token and of all decode steps."""
+        return self.first_token + self.decode
 
 
 class Stopwatch:
-    """Times the forwards of one model; on a GPU it waits for the device at every reading of the clock."""
+    """Times one `generate` of a model, which may encode images before its first forward or inside of it.
+
+    On a GPU it waits for the device at every reading of the clock.
+    """
 
     def __init__(self, backbone: Backbone, meter: SelectionMeter | None = None) -> None:
         """`meter` is the one around all stages of the attached policy, if there is one."""
         self._backbone, self._meter = backbone, meter
-        self._forwards: list[float] = []
+        self._first = self._decode = 0.0
         self._vision = self._selection = self._started = 0.0
+        self._forwards = 0
         self._encoding = False
 
     def split(self, run: Callable[[], object]) -> Split:
         """Call `run`, which generates once, and return where its time went."""
-        self._forwards.clear()
-        self._vision = self._selection = 0.0
+        self._forwards = 0
+        self._vision = self._selection = self._decode = 0.0
+
+        def from_the_call() -> None:
+            self._started = self._now()
+            run()
+
         with self._watched():
             if self._meter is None:
-                run()
+                from_the_call()
             else:
-                self._meter.measure(run)
-        first, *others = self._forwards
-        return Split(self._vision, self._selection, first - self._vision - self._selection, sum(others))
+                self._meter.measure(from_the_call)
+        return Split(self._vision, self._selection, self._first - self._vision - self._selection, self._decode)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -71,12 +85,16 @@ class Stopwatch:
                 handle.remove()
 
     def _before(self, model: Any, args: Any) -> None:  # noqa: ARG002  # the signature of a forward hook
-        self._started = self._now()
+        if self._forwards:  # the time to the first token runs since the call
+            self._started = self._now()
 
     def _after(self, model: Any, args: Any, output: Any) -> None:  # noqa: ARG002
-        self._forwards.append(self._now() - self._started)
-        if len(self._forwards) == 1:
-            self._selection = self._selected
+        seconds = self._now() - self._started
+        if self._forwards:
+            self._decode += seconds
+        else:
+            self._first, self._selection = seconds, self._selected
+        self._forwards += 1
 
     def _timed(self, features: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dropflow
+from dropflow import Keep, PruneCall, Stage, hookimpl
 from dropflow.backbone.backbone import backbone_for
 from dropflow.policy import registry
 from dropflow_lab.compare.compare import fitting
@@ -87,7 +88,7 @@ def test_times_are_ratios_to_the_same_model(loaded: tuple[Any, Any], samples: li
 def test_the_clock_gives_every_stretch_to_one_part(
     loaded: tuple[Any, Any], samples: list[Sample], mild: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that ticks at every reading, the stretches between readings add up to all forwards."""
+    """With a clock that ticks at every reading, the stretches between readings add up to the whole."""
     model, processor = loaded
     backbone = backbone_for(model)
     prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
@@ -100,6 +101,46 @@ def test_the_clock_gives_every_stretch_to_one_part(
         )
     # one stage ranks and one exits, each a stretch of one tick; so is the vision tower, and every decode step
     assert (split.selection, split.vision, split.decode) == (2.0, 1.0, NEW_TOKENS - 1.0)
-    assert split.total == split.vision + split.selection + split.prefill + split.decode
+    assert split.prefill > 0
+    assert split.total == split.first_token + split.decode
     assert "forward" not in backbone.text.__dict__
     assert "get_image_features" not in backbone.core.__dict__
+
+
+PAUSE = 0.3
+"""Seconds; far more than all else takes."""
+
+
+@pytest.mark.parametrize("slow", ["tower", "stage", "decoder"])
+def test_what_is_slow_is_told_where_it_is(loaded: tuple[Any, Any], samples: list[Sample], slow: str) -> None:
+    def pause(*_: Any) -> None:
+        time.sleep(PAUSE)
+
+    class Ranks(Stage[Any]):
+        prune_at = (1,)
+
+        @hookimpl
+        def prune(self, call: PruneCall) -> Keep:
+            if slow == "stage":
+                pause()
+            return Keep(call.index % 2 == 0)
+
+    model, processor = loaded
+    backbone = backbone_for(model)
+    prompt = build_inputs(processor, [(samples[0].images(), samples[0].question)])
+    part = {"tower": backbone.core.vision_tower, "decoder": backbone.text.layers[0]}.get(slow)
+    handle = None if part is None else part.register_forward_pre_hook(pause)
+    try:
+        with dropflow.attach(model, {"name": "test", "stages": {"ranks": {"use": Ranks}}}) as flow:
+            watch = Stopwatch(backbone, SelectionMeter(flow.plan))
+            started = time.perf_counter()
+            split = watch.split(lambda: model.generate(**prompt, do_sample=False, max_new_tokens=1))
+            whole = time.perf_counter() - started
+    finally:
+        if handle is not None:
+            handle.remove()
+    times = {"tower": split.vision, "stage": split.selection, "decoder": split.prefill}
+    assert times.pop(slow) >= PAUSE
+    assert all(0 < seconds < PAUSE for seconds in times.values())
+    assert split.decode == 0
+    assert PAUSE <= split.first_token <= whole
