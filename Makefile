@@ -28,12 +28,11 @@ env-%: .venvs/%.txt
 	$(PYTHON) environments/constraints.py $* > $@
 
 # The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
-test-oldest test-newest: test-%: env-%
+test-oldest test-newest test-quantized: test-%: env-%
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS) $(FLAGS)
 
 # Models with quantised weights, with the libraries that make them.
-test-quantized: env-quantized
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/quantized/bin/python -m pytest tests/core/stacks/test_quantized.py
+test-quantized: TESTS := tests/core/stacks/test_quantized.py
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev

@@ -49,15 +49,14 @@ class Stopwatch:
     def __init__(self, backbone: Backbone, meter: SelectionMeter | None = None) -> None:
         """`meter` is the one around all stages of the attached policy, if there is one."""
         self._backbone, self._meter = backbone, meter
-        self._first = self._decode = 0.0
+        self._forwards: list[float] = []
         self._vision = self._selection = self._started = 0.0
-        self._forwards = 0
         self._encoding = False
 
     def split(self, run: Callable[[], object]) -> Split:
         """Call `run`, which generates once, and return where its time went."""
-        self._forwards = 0
-        self._vision = self._selection = self._decode = 0.0
+        self._forwards.clear()
+        self._vision = self._selection = 0.0
 
         def from_the_call() -> None:
             self._started = self._now()
@@ -68,7 +67,8 @@ class Stopwatch:
                 from_the_call()
             else:
                 self._meter.measure(from_the_call)
-        return Split(self._vision, self._selection, self._first - self._vision - self._selection, self._decode)
+        first, *others = self._forwards
+        return Split(self._vision, self._selection, first - self._vision - self._selection, sum(others))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -89,12 +89,9 @@ class Stopwatch:
             self._started = self._now()
 
     def _after(self, model: Any, args: Any, output: Any) -> None:  # noqa: ARG002
-        seconds = self._now() - self._started
-        if self._forwards:
-            self._decode += seconds
-        else:
-            self._first, self._selection = seconds, self._selected
-        self._forwards += 1
+        self._forwards.append(self._now() - self._started)
+        if len(self._forwards) == 1:
+            self._selection = self._selected
 
     def _timed(self, features: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:

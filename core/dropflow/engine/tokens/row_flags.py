@@ -109,8 +109,8 @@ class RowFlags:
         return cls(
             kept=table[:, _KEPT] > 0,
             protected=table[:, _PROTECTED] > 0,
-            image=table[:, _IMAGE].long(),
-            line=table[:, _LINE].long(),
+            image=table[:, _IMAGE],
+            line=table[:, _LINE],
             extra=table[:, _EXTRA] > 0,
             carried=table[:, _CARRIED:].int().view(torch.float32),
             images=images,

@@ -244,7 +244,7 @@ def forks_in_calls(name: str, lines: Sequence[Line]) -> list[str]:
 
         begun = subject.worker.start(functools.partial(act_at, line, pause, subject.call))
         assert reached.wait(20), line
-        code = in_child(lambda: subject.right_by_itself())
+        code = in_child(subject.right_by_itself)
         go.set()
         if code or not begun.result(20):
             faults.append(f"{line}: {code}")
