@@ -148,7 +148,8 @@ def take_flags(
     """Separate the flags, by modality, from `mm_encoder_outputs`; made anew where this engine did not encode.
 
     `arguments` are those of the core. The caller's objects are left as they are: `generate` without a cache passes them
-    again at every step. Raises `UnsupportedCall` for features that were encoded under another policy.
+    again at every step. Raises `UnsupportedCall` for features that were encoded under another
+    policy, or before this one was detached and attached again.
     """
     plain, flags = dict(encoded), {}
     for modality, output in encoded.items():
@@ -157,8 +158,9 @@ def take_flags(
             plain[modality] = _copied(Features, output, list(output.deepstack_features[:-1]) or None)
             if flags[modality].plan != site.plan.serial:
                 raise UnsupportedCall(
-                    f"mm_encoder_outputs: the {modality} features were encoded under another policy than "
-                    f"{site.plan.policy.name!r}; pass the pixels, or encode them under this one"
+                    f"mm_encoder_outputs: the {modality} features were not encoded under this attachment of "
+                    f"{site.plan.policy.name!r}, but under another policy or before it was detached; pass the pixels, "
+                    "or encode them again"
                 )
         elif output is not None:
             flags[modality] = joined(plain_flags(site, modality, output, arguments))

@@ -35,12 +35,16 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted in the same folder.")] = True,
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; results repeat only for the same number.")] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Never leave visual tokens out, on the tower of `dense`: as `dense-plain`.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the model from nothing to a checkpoint, on the CPU."""
     require_scikit_learn()
     from dropflow_lab.compare.digits_accuracy import TEST_QUESTIONS, TEST_SEED
     from dropflow_lab.compare.digits_accuracy import evaluate as measure
+    from dropflow_lab.digits.training.recipe import PLAIN, Recipe
     from dropflow_lab.digits.training.train import train as run_training
     from dropflow_lab.errors import InputError
 
@@ -49,7 +53,8 @@ def train(
 
     with chatter_to_stderr():
         try:
-            folder = run_training(out, seed=seed, threads=threads, resume=resume, test=test)
+            recipe = PLAIN if plain else Recipe()
+            folder = run_training(out, seed=seed, threads=threads, resume=resume, recipe=recipe, test=test)
         except ValueError as error:  # the run that is there has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")

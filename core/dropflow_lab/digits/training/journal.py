@@ -19,7 +19,7 @@ class Journal:
     share with the one that it continues.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, int | float]) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, int | float | str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "training-log.jsonl"
         self.state_path = folder / "state.pt"
@@ -51,7 +51,7 @@ class Journal:
                 log.truncate(state["log_bytes"] if state else 0)
         return state
 
-    def _check(self, saved: dict[str, int | float]) -> None:
+    def _check(self, saved: dict[str, int | float | str]) -> None:
         names = sorted(saved.keys() | self.facts.keys())
         differing = [
             f"{name} (saved: {saved.get(name)}, now: {self.facts.get(name)})"

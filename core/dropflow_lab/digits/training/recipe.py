@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, sizes and rates of all stages; the defaults are those of the shipped checkpoint."""
+    """Steps, sizes and rates of all stages; the defaults are those of the shipped checkpoint `dense`."""
 
     decoder_layers: int = 12
     vision_steps: int = 2200
@@ -23,6 +23,10 @@ class Recipe:
     """Language steps on all 144 visual tokens."""
     mixed_steps: int = 800
     """Language steps on 24-144 visual tokens, chosen in three ways."""
+    missing_tokens: bool = True
+    """Whether the first and the third language stage leave visual tokens out; otherwise every step sees all 144."""
+    tower: str = ""
+    """Shipped checkpoint whose vision tower is taken, without a vision phase; empty: the tower is trained first."""
     language_batch: int = 32
     room: int = 141
     """Tokens of questions after each picture, about twelve questions."""
@@ -37,6 +41,9 @@ class Recipe:
         """Steps of the three language stages together."""
         return self.short_steps + self.full_steps + self.mixed_steps
 
+
+PLAIN = Recipe(missing_tokens=False, tower="dense")
+"""The recipe of `dense-plain`: the tower of `dense`, and a language model that never saw a token missing."""
 
 SMOKE = Recipe(
     decoder_layers=2,

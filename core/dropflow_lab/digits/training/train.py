@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import LlavaForConditionalGeneration
 
 from dropflow_lab.digits.checkpoints.model import build_model, build_processor, export, load
 from dropflow_lab.digits.training.attention import use_fast_attention
@@ -59,7 +60,9 @@ def _train(
     clock = Clock(before=state["elapsed"] if state else 0.0)
     model = build_model(seed, recipe.decoder_layers)
     with use_fast_attention(model):
-        reached = state["phase"] if state else VisionPhase.name
+        if recipe.tower:
+            _take_tower(model, recipe.tower)
+        reached = state["phase"] if state else LanguagePhase.name if recipe.tower else VisionPhase.name
         if reached == VisionPhase.name:
             _run(VisionPhase(model, recipe, seed), state, journal, clock, save_seconds)
             state = None
@@ -73,6 +76,12 @@ def _train(
         shipped, _ = load(out)
         (out / "test.json").write_text(test(shipped, build_processor()) + "\n", encoding="utf-8")
     return out
+
+
+def _take_tower(model: LlavaForConditionalGeneration, name: str) -> None:
+    """Give the model the vision tower of a shipped checkpoint."""
+    shipped, _ = load(name)
+    model.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
 
 
 def _run(phase: Phase, state: dict[str, Any] | None, journal: Journal, clock: Clock, save_seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The second phase: the language model learns to answer, on the frozen tower.
 
 Three stages under one learning-rate schedule: 48 visual tokens (cheap, and the digits are easy to find), all
-144, and a mix of 24-144 chosen in three ways.
+144, and a mix of 24-144 chosen in three ways; or all 144 in all three, where the recipe leaves no token out.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class LanguagePhase:
     def _plan(self, index: int, batch: PackedBatch) -> tuple[Tensor | None, bool, float]:
         """Return the kept patches (`None`: all), whether positions are compact, the weight of alignment."""
         rng = np.random.default_rng([self.seed, 3, index])
+        missing = self.recipe.missing_tokens
         if index < self.recipe.short_steps:
-            return draw_subset(batch.owner, _SHORT, "digits-first", rng), False, 0.3
+            return draw_subset(batch.owner, _SHORT, "digits-first", rng) if missing else None, False, 0.3
         if index < self.recipe.short_steps + self.recipe.full_steps:
             return None, False, 0.1
-        if rng.random() < 0.4:
+        if not missing or rng.random() < 0.4:
             return None, False, 0.0
         way = WAYS[int(rng.integers(len(WAYS)))]
         kept = draw_subset(batch.owner, 8 * int(rng.integers(3, 19)), way, rng)

@@ -137,6 +137,7 @@ CLEAR = re.compile(
     "this cache was written under a policy; attach the policy again"
     "|encoded under a policy that has been detached since"
     "|this cache was written under another policy"
+    "|features were not encoded under this attachment"
     "|encoded without the policy, whose `encode` stages would be left out"
 )
 """What a call may be told that another thread's attaching or detaching has divided."""
