@@ -202,7 +202,7 @@ def _check_beams(left: Case) -> None:
 
 
 def fingerprint(model: Any) -> list[Any]:
-    """Everything attaching could leave behind: hooks, modules, instance attributes, parameters."""
+    """All that attaching could leave on a model: hooks, modules, instance attributes, parameters."""
     state: list[Any] = [list(model.state_dict())]
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)

@@ -1,4 +1,4 @@
-"""The engine benchmark on a model of toy size: its variants, its counts, and what it leaves behind."""
+"""The engine benchmark on a model of toy size: its variants, its counts, and what it leaves on the model."""
 
 from __future__ import annotations
 

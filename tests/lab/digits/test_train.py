@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from dropflow_lab.compare.digits_accuracy import evaluate
-from dropflow_lab.digits.checkpoints.model import build_model
-from dropflow_lab.digits.training import optimizers
+from dropflow_lab.digits.checkpoints.model import build_model, checkpoint_path
+from dropflow_lab.digits.training import optimizers, train_language
 from dropflow_lab.digits.training.packing import draw_batch
-from dropflow_lab.digits.training.recipe import SMOKE, Recipe
+from dropflow_lab.digits.training.recipe import PLAIN, SMOKE, Recipe
 from dropflow_lab.digits.training.train import train
 from dropflow_lab.digits.training.train_language import LanguagePhase
 from dropflow_lab.digits.training.train_vision import VisionPhase, patch_labels
@@ -112,6 +112,27 @@ def test_language_phase_leaves_the_tower_alone():
     assert not any("vision_tower" in name for name in changed)
     assert any("multi_modal_projector" in name for name in changed)
     assert any("language_model.layers.1" in name for name in changed)
+
+
+def test_a_plain_run_sees_every_token_and_takes_the_tower_of_the_dense_checkpoint(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(model, batch, visual, kept=None, *, compact=False):
+        seen.append((visual.shape[1], kept, compact))
+        return packed_losses(model, batch, visual, kept, compact=compact)
+
+    packed_losses = train_language.packed_losses
+    monkeypatch.setattr(train_language, "packed_losses", watched)
+    plain = replace(TINY, missing_tokens=PLAIN.missing_tokens, tower=PLAIN.tower)
+    train(tmp_path, recipe=plain)
+    assert set(seen) == {(144, None, False)}
+    assert {row["phase"] for row in _log(tmp_path)} == {"language"}
+    trained, dense = (load_file(folder / "model.safetensors") for folder in (tmp_path, checkpoint_path("dense")))
+    tower = {name for name in dense if "vision_tower" in name}
+    assert tower
+    assert all(torch.equal(trained[name], dense[name]) for name in tower)
+    with pytest.raises(ValueError, match=r"tower \(saved: dense, now: \)"):
+        train(tmp_path, recipe=replace(plain, tower=""), resume=True)
 
 
 def test_only_weights_of_the_mixed_stage_are_candidates():

@@ -31,7 +31,7 @@ class Probed(BaseException):
 
 
 _here: ContextVar[Turn | None] = ContextVar("dropflow_tap", default=None)
-"""The tap of this thread: a turn that keeps what is shown q and k. One that an interrupt has left behind is over."""
+"""The tap of this thread: a turn that keeps what is shown q and k. One that an interrupt left open counts as closed."""
 _table = Turns()
 """Who may edit the table of attention functions, which all models share."""
 

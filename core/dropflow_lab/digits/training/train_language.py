@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from dropflow_lab.digits.data.dataset import question_at
 from dropflow_lab.digits.data.questions import KINDS
 from dropflow_lab.digits.data.scenes import COLORS
-from dropflow_lab.digits.training import optimizers
+from dropflow_lab.digits.training import optimizers, precision
 from dropflow_lab.digits.training.loop import StepReport
 from dropflow_lab.digits.training.packing import (
     IGNORED,
@@ -62,7 +62,7 @@ class LanguagePhase:
         batch = draw_batch("train", (self.seed, 2, index), self.recipe.language_batch, self.recipe.room)
         kept, compact, alignment = self._plan(index, batch)
         rate = optimizers.learning_rate(index, self.steps, self.recipe.language_rate)
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision.autocast():
             visual = self._visual(batch, kept)
             loss = packed_losses(self.model, batch, visual, kept, compact=compact)[0].mean()
             if alignment:
@@ -112,7 +112,7 @@ class LanguagePhase:
         """Return the share of validation questions answered right on all tokens, overall and per kind."""
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         for batch in validation_batches(self.recipe.language_validation):
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision.autocast():
                 visual = self._visual(batch, None)
                 correct = packed_losses(self.model, batch, visual)[1]
             for kind, hit in zip(batch.kind[:, 0].tolist(), correct[:, 0].tolist(), strict=True):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from dropflow_lab.digits.data.scenes import COLORS, PATCHES
-from dropflow_lab.digits.training import optimizers
+from dropflow_lab.digits.training import optimizers, precision
 from dropflow_lab.digits.training.loop import StepReport
 from dropflow_lab.digits.training.packing import PackedBatch, draw_batch
 from dropflow_lab.digits.training.recipe import Recipe
@@ -69,7 +69,7 @@ class VisionPhase:
         """Take one step on scenes of 3-9 digits."""
         batch = draw_batch("train", (self.seed, 1, index), self.recipe.vision_batch, room=30, digits=(3, 9))
         rate = optimizers.learning_rate(index, self.steps, self.recipe.vision_rate)
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision.autocast():
             patches, summary = self._features(batch)
             loss = self._loss(batch, patches, summary)
         torch.autograd.backward(loss)
@@ -108,7 +108,7 @@ class VisionPhase:
         right = total = colors = 0
         for chunk in range(self.recipe.vision_validation // 64):
             batch = draw_batch("validation", (0, 1, chunk), 64, room=30)
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision.autocast():
                 patches, _ = self._features(batch)
             member = (batch.owner[:, None] == torch.arange(9)[:, None]).float()  # (batch, items, patches)
             known = batch.digit >= 0

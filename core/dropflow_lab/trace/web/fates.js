@@ -77,7 +77,7 @@ function fate(run, image, cell, layer, moment) {
   }
   const gone = run.evictions[image][layer].get(place);
   if (gone && gone[0] <= moment) {
-    const when = gone[0] === 1 ? "behind the prefill" : `at decode step ${gone[0] - 1}`;
+    const when = gone[0] === 1 ? "after the prefill" : `at decode step ${gone[0] - 1}`;
     return { kind: "evicted", place, why: since(`taken out of this layer's cache ${when} by ${gone[1]}`) };
   }
   return { kind: "kept", place, shield: run.shield[image].has(place), moves };

@@ -50,7 +50,7 @@ const panels = data.runs.map((run, number) => {
     holder.append(canvas);
   });
   const title = make("h2", { id: `run-${number}`, textContent: run.name });
-  const head = make("tr", {}, ...["layer", "visual tokens", "KV entries", "multiply-adds", "what happens in front of it"]
+  const head = make("tr", {}, ...["layer", "visual tokens", "KV entries", "multiply-adds", "what happens before it"]
     .map((text) => make("th", { scope: "col", textContent: text })));
   const section = make("section", { className: "panel" }, title, panel.answer, panel.counts, panel.parts,
     make("div", {}, make("label", { htmlFor: panel.view.id, textContent: "Show " }), panel.view), panel.scale, holder, panel.detail,
@@ -81,7 +81,7 @@ function walk(event, image) {
   update();
 }
 
-/** Whether a token that no patch stands behind, such as CLS, is still there; caches are not looked at. */
+/** Whether a token that stands for no patch, such as CLS, is still there; caches are not looked at. */
 function alive(run, image, place, layer) {
   return layer >= run.entry && layer < run.exit &&
     run.boundaries.every((boundary) => boundary.at > layer || boundary.kept[image](place));
@@ -159,7 +159,7 @@ function update() {
   const { layer, moment } = state;
   $("layer-now").textContent = `${layer} of 0 to ${data.depth - 1}`;
   $("moment-now").textContent = moment === 0 ? "while the prompt is read"
-    : moment === 1 ? "behind the prefill, with the first token" : `behind decode step ${moment - 1} of ${calls - 1}`;
+    : moment === 1 ? "after the prefill, with the first token" : `after decode step ${moment - 1} of ${calls - 1}`;
   $("layer").setAttribute("aria-valuetext", `layer ${layer}`);
   $("moment").setAttribute("aria-valuetext", $("moment-now").textContent);
   panels.forEach(updatePanel);

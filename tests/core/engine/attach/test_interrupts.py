@@ -95,7 +95,7 @@ class Subject:
         return self.scene.run(self.model)
 
     def state(self) -> list[Any]:
-        """All that may be left behind."""
+        """All that may be left on a model."""
         recorded = getattr(self.model.config, "dropflow", None)
         return [fingerprint(self.model), recorded, dict(ALL_ATTENTION_FUNCTIONS)]
 
