@@ -48,7 +48,7 @@ def ratio(spread: Spread) -> str:
 
 
 def parts(cost: Cost) -> list[str]:
-    """Vision, selection, rest of the prefill, decode, and their sum; the parts are rounded so that they add up to it."""
+    """Vision, selection, rest of the prefill, decode, and their sum, rounded so that they still add up to it."""
     if cost.times is None:
         return [NONE] * 5
     split = cost.times.parts

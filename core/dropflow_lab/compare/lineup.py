@@ -1,4 +1,4 @@
-"""Which rows a comparison has: policies and models by name, refused and repeated ones told apart before anything runs."""
+"""Which rows a comparison has, by the names of policies and models; refusals and repeats are found beforehand."""
 
 from __future__ import annotations
 
@@ -101,10 +101,9 @@ def line_up(
     for subject in subjects:
         try:
             members = [(one.model, _policy(one, models, overrides)) for one in subject.members(seeds)]
-            rows = _variants(subject, members, published, persistent)
-            for entry in rows:
-                rescaled = any([_scaled(models[model][0], policy) for model, policy in entry.members])
-                titled = replace(entry, title=replace(entry.title, rescaled=rescaled))
+            for entry in _variants(subject, members, published, persistent):
+                scaled = [_scaled(models[model][0], policy) for model, policy in entry.members]
+                titled = replace(entry, title=replace(entry.title, rescaled=any(scaled)))
                 _add(found.entries, first, titled, models)
         except DropflowError as error:
             found.refused[subject.policy + f"@{subject.model}" * bool(subject.model)] = str(error)

@@ -97,7 +97,7 @@ class Row:
 
 
 def make_row(title: Title, samples: Sequence[Sample], members: Sequence[Member], apart: Collection[str] = ()) -> Row:
-    """Join what was measured on the same questions; the kinds `apart` count in `kinds` only, not in accuracy and gain."""
+    """Join what was measured on the same questions; kinds shown `apart` count neither in accuracy nor in gain."""
     right = [_right(samples, member.answers) for member in members]
     known = [place for place, sample in enumerate(samples) if sample.answer is not None]
     main = [place for place in known if samples[place].kind not in apart]

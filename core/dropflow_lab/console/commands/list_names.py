@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dropflow_lab.console.commands.options import AsJson
-from dropflow_lab.console.commands.output import chatter_to_stderr, emit, fitted
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit, one_line_each
 
 
 class Kind(StrEnum):
@@ -51,7 +51,8 @@ def list_names(
         rows = rows if name is None else [_named(rows, kind, name)]
     usable = [row for row in rows if "error" not in row]
     unusable = [f"{row['name']}: {row['error']}" for row in rows if "error" in row]
-    shown = _lines(kind, usable) if name is None else [_details(row) for row in usable]
+    texts = {row["name"]: row[_TEXT[kind]] for row in usable}
+    shown = [one_line_each(texts)] if name is None else [_details(row) for row in usable]
     emit({kind.value: rows}, as_json, *shown, *unusable)
 
 
@@ -64,11 +65,6 @@ def _named(rows: list[dict[str, Any]], kind: Kind, name: str) -> dict[str, Any]:
         known = [row["name"] for row in rows]
         raise InputError(f"{name}: no such name among the {kind.value}; {nearest(name, known)}")
     return found[0]
-
-
-def _lines(kind: Kind, rows: list[dict[str, Any]]) -> list[str]:
-    width = max((len(row["name"]) for row in rows), default=0)
-    return [fitted(row["name"], row[_TEXT[kind]], width) for row in rows]
 
 
 def _details(row: dict[str, Any]) -> str:

@@ -40,16 +40,16 @@ def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> No
             console.print(item, soft_wrap=isinstance(item, str))
 
 
-def fitted(name: str, text: str, width: int) -> str:
-    """Return one line with a name of `width` letters and a text, cut at a word where a terminal is too narrow for it."""
+def one_line_each(texts: Mapping[str, str]) -> str:
+    """Return names with their texts, one line each, cut at a word where the terminal is narrower."""
     from textwrap import shorten
 
     from rich.console import Console
 
-    console, line = Console(), f"{name:<{width}}  {text}"
-    if not console.is_terminal or len(line) <= console.width:
-        return line
-    return f"{name:<{width}}  {shorten(text, max(1, console.width - width - 2), placeholder=' …')}"
+    console, width = Console(), max(map(len, texts), default=0)
+    room = max(1, console.width - width - 2)
+    cut = {name: shorten(text, room, placeholder=" …") for name, text in texts.items()}
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in (cut if console.is_terminal else texts).items())
 
 
 def si(value: float, unit: str = "") -> str:
