@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from dropflow_lab.compare import cells
 from dropflow_lab.compare.cost import Work
-from dropflow_lab.compare.lineup import DENSE
 from dropflow_lab.compare.rows import Row, Title
 from dropflow_lab.markdown import table
 
@@ -26,7 +25,7 @@ def page(rows: Sequence[Row], refused: Mapping[str, str], asked: str, apart: Seq
     for model, own in by_model.items():
         blocks += [f"### On `{model}`" if model else "### All numbers", _numbers(own, apart)]
     if refused:
-        blocks += ["### Not measured", "\n".join(f"- `{name}`: {reason}" for name, reason in refused.items())]
+        blocks += ["### Not measured", "\n".join(dict.fromkeys(map(_refusal, refused, refused.values())))]
     return "\n\n".join(blocks)
 
 
@@ -37,11 +36,16 @@ def _count(model: str, rows: Sequence[Row]) -> str:
     return f"- {where}: " + ", ".join(f"{found[verdict]} {verdict}" for verdict in _VERDICTS) + "."
 
 
+def _refusal(name: str, reason: str) -> str:
+    """One line, the same for every model that refuses a policy for the same reason."""
+    return f"- `{name.partition('@')[0]}`: {'; '.join(reason.splitlines())}"
+
+
 def _verdicts(rows: Sequence[Row], models: Sequence[str]) -> str:
     """One line per policy, one column per model."""
     lines: dict[Title, dict[str, Row]] = {}
     for row in rows:
-        if row.title.policy != DENSE:
+        if row.control is not None or row.no_control:
             lines.setdefault(replace(row.title, model=""), {})[row.title.model] = row
     heads = [f"`{model}`" if model else "gain over random" for model in models]
     body = []

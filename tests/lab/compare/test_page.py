@@ -39,7 +39,7 @@ ROWS = [
 
 
 def test_one_table_says_who_is_above_random_on_which_model() -> None:
-    lines = page(ROWS, {"x": "does not fit"}, "40 questions.", ["read"]).splitlines()
+    lines = page(ROWS, {"x@one": "does not\nfit", "x@two": "does not\nfit"}, "40 questions.", ["read"]).splitlines()
     assert lines[:2] == ["40 questions.", ""]
     assert "- On `one`: 1 above, 1 level, 0 below." in lines
     assert "- On `two`: 0 above, 0 level, 1 below." in lines
@@ -48,7 +48,7 @@ def test_one_table_says_who_is_above_random_on_which_model() -> None:
     above, below = "**above** +20.0% (+10.0% .. +30.0%)", "below -20.0% (-30.0% .. -10.0%)"
     assert f"| `p`, `q` (rescaled) | {average} | {above} | {below} |" in lines
     assert f"| `p` (persistent, rescaled) | {average} | level +0.0% (-10.0% .. +10.0%) | - |" in lines
-    assert lines[-1] == "- `x`: does not fit"
+    assert lines[-2:] == ["", "- `x`: does not; fit"]
 
 
 def test_a_table_for_each_model_has_the_numbers() -> None:

@@ -185,7 +185,11 @@ def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
     """Of all installed policies some may not fit; one that was asked for by its name has to."""
     from dropflow_lab.errors import InputError
 
-    asked = {name: reason for name, reason in found.refused.items() if _ALL not in named or name in named}
+    asked = {
+        name: reason
+        for name, reason in found.refused.items()
+        if _ALL not in named or not {name, name.partition("@")[0]}.isdisjoint(named)
+    }
     if asked:
         raise InputError("\n".join(f"--policies: {name}: {reason}" for name, reason in asked.items()))
 
