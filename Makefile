@@ -38,10 +38,18 @@ test-quantized: TESTS := tests/core/stacks/test_quantized.py
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Every shipped policy on the embedded model, into docs/results.md; what is finished is not measured again.
+# Every installed policy on two embedded models, into docs/results.md; what is finished is not measured again. Each model
+# is measured in a process of its own, on one thread; the last command reads what both have finished.
+COMPARE := OMP_NUM_THREADS=1 $(BIN)/dropflow compare --positions both --questions 250 --timed 2 --out results \
+	--policies all,docs/results/mustdrop-57.yaml,docs/results/mustdrop-43.yaml
+
 results: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/dropflow compare --policies all --out results --into docs/results.md
+	$(MAKE) --jobs 2 results-on-dense results-on-dense-plain
+	$(COMPARE) --models dense,dense-plain --into docs/results.md
 	cp results/compare.png docs/results/compare.png
+
+results-on-%: $(VENV)/.dev
+	$(COMPARE) --models $* > /dev/null
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

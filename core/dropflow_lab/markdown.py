@@ -19,9 +19,15 @@ def renew(document: Path, name: str, text: str) -> None:
 
     Raises `InputError` where they are missing.
     """
+    before, after = around(document, name)
+    document.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
+
+
+def around(document: Path, name: str) -> tuple[str, str]:
+    """Return what stands up to the line `<!-- name -->` and from `<!-- end of name -->` on; errors as `renew`."""
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, start, rest = document.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)
     if not start or not end:
         raise InputError(f"{document}: expected the lines {first!r} and {last!r}, found no such pair")
-    document.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    return before + start, end + after

@@ -1,4 +1,4 @@
-"""Measurements of the engine itself and of the shipped stages, on random weights; of policies, on the digits model."""
+"""Measurements of the engine itself and of the shipped stages, on random weights."""
 
 from dropflow_lab.bench.engine import EngineBench, bench_engine
 from dropflow_lab.bench.stages import StageBench, bench_stages

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import track
 
 import dropflow
-from dropflow import Policy
+from dropflow import Policy, Report
 from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.inputs.data import Sample
 from dropflow_lab.inputs.prompts import build_inputs, generate
@@ -24,6 +24,8 @@ class Answers:
     """Greedy answers, in the order of the questions."""
     average_visual_tokens: float
     """Visual tokens per decoder layer, averaged over all layers and all questions, as measured in each prefill."""
+    average_visual_tokens_answer: float
+    """The same, averaged over all forwards of each answer: fewer where stages evict while decoding."""
     entry_visual_tokens: float
     """Visual tokens handed to the LLM, averaged over all questions."""
 
@@ -34,7 +36,7 @@ def ask(
     """Ask all questions under a policy (`None`: the model as it is), greedily, in batches padded on the left."""
     name = "dense" if policy is None else policy.name
     said: list[str] = []
-    average = entry = 0.0
+    average = over_answer = entry = 0.0
     with nullcontext() if policy is None else dropflow.attach(model, policy) as flow:
         for start in track(range(0, len(samples), batch), f"{name}: answers"):
             asked = samples[start : start + batch]
@@ -43,9 +45,16 @@ def ask(
                 said += generate(model, processor, inputs, max_new_tokens)
             if flow is None or not flow.plan.stages:
                 tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
-                average, entry = average + tokens, entry + tokens
+                average, over_answer, entry = average + tokens, over_answer + tokens, entry + tokens
             else:
                 report = flow.report()
                 average += report.average_visual_tokens * len(asked)
+                over_answer += _over_answer(report) * len(asked)
                 entry += report.entry_visual_tokens * len(asked)
-    return Answers(tuple(said), average / len(samples), entry / len(samples))
+    questions = len(samples)
+    return Answers(tuple(said), average / questions, over_answer / questions, entry / questions)
+
+
+def _over_answer(report: Report) -> float:
+    """Visual tokens per layer, averaged over layers and over all forwards of the answer."""
+    return float(getattr(report, "average_visual_tokens_answer", report.average_visual_tokens))

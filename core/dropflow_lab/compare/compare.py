@@ -1,4 +1,4 @@
-"""Runs policies on the same questions, one finished file per measurement, and yields their rows."""
+"""Measures the rows of a comparison on the same questions, one finished file per measurement."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any
 import dropflow
 from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
-from dropflow.errors import DropflowError
-from dropflow.policy.plan import resolve
 from dropflow_lab.compare.answers import Answers, ask
-from dropflow_lab.compare.cost import Cost, Times, Work, measure_cost
-from dropflow_lab.compare.rows import Row, make_row
+from dropflow_lab.compare.cost import Cost, Parts, Times, Work, measure_cost
+from dropflow_lab.compare.lineup import DENSE, Entry, Models
+from dropflow_lab.compare.rows import Member, Row, make_row
 from dropflow_lab.compare.store import Finished, digest_of_code, digest_of_weights
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.data import Picture, Sample
 from dropflow_lab.inputs.images import cell_of, downsample
 from dropflow_lab.measure.timing import Spread
-
-DENSE = "dense"
-"""Name of the row without a policy."""
 
 
 @dataclass(frozen=True)
@@ -41,57 +37,64 @@ class Rules:
     """Rounds of paired timing; 0 counts work and times nothing."""
     downsample: tuple[int, ...] = ()
     """Visual tokens whose worth of pixels a picture keeps, each a row of the model without a policy."""
+    apart: tuple[str, ...] = ()
+    """Kinds of questions that are shown apart, and count neither in accuracy nor in gain."""
 
 
-def fitting(
-    model: Any, sources: Sequence[str | Mapping[str, Any] | Policy], overrides: Sequence[str] = ()
-) -> tuple[list[Policy], dict[str, str]]:
-    """Return the policies that fit the model, and the reason for each that does not, by its name."""
-    backbone = backbone_for(model)
-    fit: list[Policy] = []
-    refused: dict[str, str] = {}
-    for source in sources:
-        try:
-            policy = dropflow.load_policy(source, overrides)
-            resolve(policy, backbone.shape)
-            with dropflow.attach(model, policy):  # what a backbone cannot give is refused here
-                fit.append(policy)
-        except DropflowError as error:
-            refused[str(getattr(source, "name", source))] = str(error)
-    return fit, refused
+def compare(
+    entries: Sequence[Entry], models: Models, samples: Sequence[Sample], finished: Finished, rules: Rules | None = None
+) -> Iterator[Row]:
+    """Yield the rows in order, each as soon as it is measured; what is finished is read and not run again.
+
+    Rows of pictures that were made smaller follow the row of their model without a policy.
+    """
+    rules = rules or Rules()
+    measuring = {name: Comparing(*loaded, samples, finished, rules) for name, loaded in models.items()}
+    for entry in entries:
+        members = [
+            measuring[model].member(policy, with_cost=not number)
+            for number, (model, policy) in enumerate(entry.members)
+        ]
+        yield make_row(entry.title, samples, members, rules.apart)
+        if entry.title.policy == DENSE:
+            for tokens in rules.downsample:
+                title = replace(entry.title, policy=f"downsample-{tokens}")
+                yield make_row(title, samples, [measuring[entry.title.model].downsampled(tokens)], rules.apart)
 
 
 class Comparing:
     """Policies of one model on the same questions; finished measurements are read and not run again."""
 
-    def __init__(
-        self, model: Any, processor: Any, samples: Sequence[Sample], finished: Finished, rules: Rules | None = None
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, samples: Sequence[Sample], finished: Finished, rules: Rules) -> None:
         self._model, self._processor, self._samples = model, processor, samples
-        self._finished, self._rules = finished, rules or Rules()
+        self._finished, self._rules = finished, rules
         self._weights = digest_of_weights(model)
 
-    def rows(self, policies: Sequence[Policy]) -> Iterator[Row]:
-        """Yield the row of the model without a policy, then one per policy, each as soon as it is measured."""
-        dense = self._answers(None)
-        yield make_row(DENSE, self._samples, dense, dense, cost=self._cost(None))
-        for tokens in self._rules.downsample:
-            answers = self._answers(None, smaller(self._samples, tokens, self._cell()), f"downsample-{tokens}")
-            yield make_row(f"downsample-{tokens}", self._samples, answers, dense)
-        for policy in policies:
-            answers = self._answers(policy)
-            seeds = range(self._rules.control_seeds)
-            controls = [self._answers(self._control(answers.average_visual_tokens, seed)) for seed in seeds]
-            yield make_row(policy.name, self._samples, answers, dense, controls, self._cost(policy))
+    def member(self, policy: Policy | None, *, with_cost: bool = True) -> Member:
+        """Measure one policy (`None`: the model as it is), its controls, and its cost."""
+        dense, answers = self._answers(None), self._answers(policy)
+        cost = self._cost(policy) if with_cost else None
+        if policy is None:
+            return Member(answers, dense, cost=cost)
+        keep = self._share_of(answers.average_visual_tokens_answer)
+        if keep is None:
+            return Member(answers, dense, (), "as many visual tokens as without a policy", cost)
+        controls = tuple(self._answers(_random(keep, seed)) for seed in range(self._rules.control_seeds))
+        return Member(answers, dense, controls, "" if controls else "not asked for", cost)
 
-    def _control(self, average: float, seed: int) -> Policy:
-        """Random pruning before the LLM at this average: a count, or a share where images differ in size."""
+    def downsampled(self, tokens: int) -> Member:
+        """Ask without a policy about pictures that keep so many tokens' worth of pixels."""
+        answers = self._answers(None, smaller(self._samples, tokens, self._cell()), f"downsample-{tokens}")
+        return Member(answers, self._answers(None))
+
+    def _share_of(self, average: float) -> int | float | None:
+        """Tokens of each image that come to this average: a count, or a share where images differ; `None` for all."""
         whole = self._answers(None).entry_visual_tokens
-        fixed = backbone_for(self._model).tokens_per_image is not None and whole == round(whole)
-        images = whole / (backbone_for(self._model).tokens_per_image or whole)
-        keep = max(1, round(average / images)) if fixed else min(1.0, average / whole)
-        stage = {"use": "control/random", "encode": keep, "seed": seed}
-        return dropflow.load_policy({"name": f"random-{average:.0f}-seed-{seed}", "stages": {"random": stage}})
+        each = backbone_for(self._model).tokens_per_image
+        if each is None or whole != round(whole):
+            return average / whole if average < whole else None
+        count = max(1, round(average * each / whole))
+        return count if count < each else None
 
     def _answers(self, policy: Policy | None, asked: Sequence[Sample] = (), name: str = "") -> Answers:
         """Answers to `asked` (the questions of the comparison, if empty), under the name of the policy or another."""
@@ -100,7 +103,7 @@ class Comparing:
         file = f"answers-{name or (DENSE if policy is None else policy.name)}"
         found = self._finished.read(file, facts)
         if found is not None:
-            return Answers(tuple(found["said"]), found["average_visual_tokens"], found["entry_visual_tokens"])
+            return Answers(**found | {"said": tuple(found["said"])})
         how = {"batch": rules.batch, "max_new_tokens": rules.max_new_tokens}
         answers = ask(self._model, self._processor, policy, samples, **how)
         self._finished.write(file, facts, asdict(answers))
@@ -141,6 +144,12 @@ def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
     return [replace(sample, pictures=tuple(map(shrunk, sample.pictures))) for sample in samples]
 
 
+def _random(keep: int | float, seed: int) -> Policy:
+    """Random pruning before the LLM; policies of about the same average share it."""
+    stage = {"use": "control/random", "encode": keep, "seed": seed}
+    return dropflow.load_policy({"name": f"random-{keep:.3g}-seed-{seed}", "stages": {"random": stage}})
+
+
 def _about(policy: Policy | None) -> dict[str, Any]:
     return {"policy": DENSE if policy is None else policy.to_dict(), "code": digest_of_code(policy)}
 
@@ -159,7 +168,12 @@ def _read_cost(found: Mapping[str, Any]) -> Cost:
     return Cost(
         work=Work(**found["work"]),
         dense=Work(**found["dense"]),
-        times=None if times is None else Times(**{name: Spread(**spread) for name, spread in times.items()}),
+        times=None if times is None else _read_times(times),
         questions=found["questions"],
         rounds=found["rounds"],
     )
+
+
+def _read_times(times: Mapping[str, Any]) -> Times:
+    spreads = {name: Spread(**times[name]) for name in ("total", "prefill", "decode")}
+    return Times(**spreads, parts=Parts(**times["parts"]))

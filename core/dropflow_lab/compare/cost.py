@@ -41,13 +41,31 @@ class Work:
     """Vision tower and projector, counted, selection left out."""
     kv_bytes: float
     """Keys and values that the cache really holds after the prefill."""
+    kv_bytes_end: float
+    """The same after an answer of `NEW_TOKENS` tokens, where stages may have evicted entries at decode steps."""
     peak_bytes: float
     """The most bytes allocated at once during the prefill, beyond the model's own."""
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where the time of one round went, as shares of its total time without a policy; no part is negative."""
+
+    vision: float
+    """Vision tower and projector."""
+    selection: float
+    """What the stages compute in the prefill."""
+    prefill: float
+    """The rest of the time to the first token."""
+    decode: float
+    """All further decode steps."""
+    total: float
+    """The sum of the four."""
+
+
+@dataclass(frozen=True)
 class Times:
-    """Ratios to the model without a policy in the same round; the four parts add up to about `total`."""
+    """Ratios to the model without a policy in the same round."""
 
     total: Spread
     """Time to the first token and of all decode steps of one generate."""
@@ -55,12 +73,8 @@ class Times:
     """Time to the first token, from the call on, vision and selection included, over that without a policy."""
     decode: Spread
     """Time of the decode steps over that of the model without a policy."""
-    vision_share: Spread
-    """Vision, as a share of the total time without a policy; so are the next three."""
-    selection_share: Spread
-    prefill_share: Spread
-    """The rest of the time to the first token."""
-    decode_share: Spread
+    parts: Parts
+    """Of the round whose total is the median (the lower one of two), so that they add up to a total."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +146,15 @@ def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any
 
 
 def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
+    def answer(tokens: int) -> Any:
+        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        return getattr(backbone.model.generate(**prompt, **options, return_dict_in_generate=True), CACHE_ARGUMENT)
+
     def prefill() -> Any:
-        options = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
-        return getattr(backbone.model.generate(**prompt, **options), CACHE_ARGUMENT)
+        return answer(1)
 
     with _attached(backbone, policy) as (flow, meter):
+        at_the_end = _held(answer(NEW_TOKENS))
         cache = prefill()
         counts = _counted(backbone, meter, prefill)
         return Work(
@@ -144,7 +162,8 @@ def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
             flops_counted=counts.decoder / 2,
             flops_selection=counts.selection / 2,
             flops_vision=counts.vision / 2,
-            kv_bytes=sum(_bytes(layer.keys) + _bytes(layer.values) for layer in cache.layers),
+            kv_bytes=_held(cache),
+            kv_bytes_end=at_the_end,
             peak_bytes=peak_bytes(prefill, backbone.model.device),
         )
 
@@ -198,8 +217,8 @@ def _attached(backbone: Backbone, policy: Policy | None) -> Iterator[tuple[Flow 
         yield flow, SelectionMeter(flow.plan)
 
 
-def _bytes(held: torch.Tensor) -> int:
-    return held.numel() * held.element_size()
+def _held(cache: Any) -> int:
+    return sum(held.numel() * held.element_size() for layer in cache.layers for held in (layer.keys, layer.values))
 
 
 def _times(splits: Sequence[tuple[Split, Split]], prompts: int) -> Times:
@@ -212,12 +231,17 @@ def _times(splits: Sequence[tuple[Split, Split]], prompts: int) -> Times:
         return [sum(part(split) for split in splits) for splits in of]
 
     whole = sums(dense, lambda split: split.total)
+    total = [a / b for a, b in zip(sums(own, lambda split: split.total), whole, strict=True)]
+    median = sorted(range(len(total)), key=total.__getitem__)[(len(total) - 1) // 2]
     return Times(
-        total=ratio(sums(own, lambda split: split.total), whole),
+        total=Spread.of(total),
         prefill=ratio(sums(own, lambda split: split.first_token), sums(dense, lambda split: split.first_token)),
         decode=ratio(sums(own, lambda split: split.decode), sums(dense, lambda split: split.decode)),
-        vision_share=ratio(sums(own, lambda split: split.vision), whole),
-        selection_share=ratio(sums(own, lambda split: split.selection), whole),
-        prefill_share=ratio(sums(own, lambda split: split.prefill), whole),
-        decode_share=ratio(sums(own, lambda split: split.decode), whole),
+        parts=_parts(own[median], whole[median]),
     )
+
+
+def _parts(splits: Sequence[Split], whole: float) -> Parts:
+    names = ("vision", "selection", "prefill", "decode")
+    shares = {name: sum(getattr(split, name) for split in splits) / whole for name in names}
+    return Parts(**shares, total=sum(shares.values()))

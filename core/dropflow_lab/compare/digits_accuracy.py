@@ -16,6 +16,7 @@ import dropflow
 from dropflow_lab.digits.data.dataset import Example, examples
 from dropflow_lab.digits.data.questions import KINDS
 from dropflow_lab.inputs import prompts
+from dropflow_lab.measure.intervals import wilson
 
 LONGEST_ANSWER = 12
 """Tokens of the longest answer to a digits question, with some to spare."""
@@ -27,8 +28,7 @@ TEST_QUESTIONS, TEST_SEED = 2000, 2026
 class Score:
     """Right answers among asked questions."""
 
-    right: float
-    """A whole number, but for means."""
+    right: int
     asked: int
 
     @property
@@ -36,14 +36,9 @@ class Score:
         """Share of right answers, 0..1; 0 where nothing was asked."""
         return self.right / self.asked if self.asked else 0.0
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Return the Wilson score interval of the share, 95 % by default; (0, 1) where nothing was asked."""
-        if not self.asked:
-            return 0.0, 1.0
-        n, p = self.asked, self.share
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of the share; (0, 1) where nothing was asked."""
+        return wilson(self.share, self.asked)
 
 
 @dataclass(frozen=True)

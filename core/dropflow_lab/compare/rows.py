@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from dropflow_lab.compare.answers import Answers
 from dropflow_lab.compare.cost import Cost
 from dropflow_lab.inputs.data import Sample
-from dropflow_lab.measure.intervals import Mean
+from dropflow_lab.measure.intervals import Gain, Share
+
+
+@dataclass(frozen=True)
+class Title:
+    """What a row is about."""
+
+    policy: str
+    """Name of the policy; `dense` for none."""
+    model: str = ""
+    """Name or folder of the model; empty where all rows share one."""
+    rescaled: bool = False
+    """Whether it was tuned for another shape, so that its numbers apply in proportion to this model."""
+    persistent: bool = False
+    """Whether positions are persistent in place of the compact ones that the policy publishes."""
+    also: tuple[str, ...] = ()
+    """Other policies that are the same on this model, and were not measured again."""
+
+    def __str__(self) -> str:
+        """The policies, the model, and in brackets what is not as published."""
+        notes = [*["persistent"] * self.persistent, *["rescaled"] * self.rescaled]
+        names = ", ".join((self.policy, *self.also))
+        return names + f"@{self.model}" * bool(self.model) + f" ({', '.join(notes)})" * bool(notes)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What was measured of one policy on one model: a row, or one seed of a row."""
+
+    answers: Answers
+    dense: Answers
+    """Of the same model without a policy."""
+    controls: tuple[Answers, ...] = ()
+    """Random pruning at equal average tokens, one for each seed of the draw."""
+    no_control: str = ""
+    """Why there are none."""
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -17,102 +54,106 @@ class Control:
     """Random pruning before the LLM at the policy's own average tokens; means over seeds."""
 
     average_visual_tokens: float
-    accuracy: Mean | None
+    accuracy: Share | None
     """`None` where no question has a known answer."""
-    agreement: Mean
-    gain: Mean
+    agreement: Share
+    gain: Gain
     """What the policy is above it, question by question: in accuracy, or in agreement where no answers are known."""
     seeds: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy; intervals are 95 %, by bootstrap over questions."""
+    """One policy, or the mean of several that differ by a seed; intervals are 95 % (`dropflow_lab.measure`)."""
 
-    policy: str
+    title: Title
     average_visual_tokens: float
     """Visual tokens per decoder layer, averaged over all layers and all questions, as measured in each prefill."""
+    average_visual_tokens_answer: float
+    """The same, averaged over all forwards of each answer: fewer where stages evict while decoding."""
     entry_visual_tokens: float
     """Visual tokens handed to the LLM, averaged over all questions."""
-    accuracy: Mean | None
-    """Share of right answers; `None` where no question has a known answer."""
-    agreement: Mean
-    """Share of answers that are, word for word, those without a policy."""
-    kinds: dict[str, Mean]
+    accuracy: Share | None
+    """Right answers, all kinds but those shown apart; `None` where no question has a known answer."""
+    agreement: Share
+    """Answers that are, word for word, those of the same model without a policy."""
+    kinds: dict[str, Share]
     """Accuracy by kind of question, where the data tells kinds apart."""
     control: Control | None
-    """`None` for the model without a policy, and where no control was asked for."""
+    no_control: str
+    """Why there is no control, where a policy has none."""
     cost: Cost | None
-    """`None` where only answers were wanted."""
+    """`None` where only answers were wanted; of the first seed where there are several."""
+    by_seed: tuple[float, ...] = ()
+    """Accuracy of each seed, where the row is a mean over seeds."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
+        """Return plain data, what the row is about first."""
+        data = asdict(self)
+        title: dict[str, Any] = data.pop("title")
+        if self.control is not None:
+            data["control"]["verdict"] = self.control.gain.verdict
+        return title | data
 
 
-def make_row(
-    policy: str,
-    samples: Sequence[Sample],
-    answers: Answers,
-    dense: Answers,
-    controls: Sequence[Answers] = (),
-    cost: Cost | None = None,
-) -> Row:
-    """Join what was measured of one policy, the model without one, and its controls, all on the same questions."""
-    right = _right(samples, answers)
+def make_row(title: Title, samples: Sequence[Sample], members: Sequence[Member], apart: Collection[str] = ()) -> Row:
+    """Join what was measured on the same questions; kinds shown `apart` count neither in accuracy nor in gain."""
+    right = [_right(samples, member.answers) for member in members]
+    known = [place for place, sample in enumerate(samples) if sample.answer is not None]
+    main = [place for place in known if samples[place].kind not in apart]
+    over_seeds = _means(right)
     kinds: dict[str, list[float]] = {}
-    for sample, value in zip(samples, right, strict=True):
-        if sample.kind is not None and value is not None:
-            kinds.setdefault(sample.kind, []).append(value)
+    for place in known:
+        kind = samples[place].kind
+        if kind is not None:
+            kinds.setdefault(kind, []).append(over_seeds[place])
+    answers = [member.answers for member in members]
     return Row(
-        policy=policy,
-        average_visual_tokens=answers.average_visual_tokens,
-        entry_visual_tokens=answers.entry_visual_tokens,
-        accuracy=_mean(right),
-        agreement=Mean.of(_same(answers, dense)),
-        kinds={kind: Mean.of(values) for kind, values in kinds.items()},
-        control=_control(samples, answers, dense, controls) if controls else None,
-        cost=cost,
+        title=title,
+        average_visual_tokens=fmean(one.average_visual_tokens for one in answers),
+        average_visual_tokens_answer=fmean(one.average_visual_tokens_answer for one in answers),
+        entry_visual_tokens=fmean(one.entry_visual_tokens for one in answers),
+        accuracy=_share(over_seeds, main),
+        agreement=Share.of(_means([_same(member.answers, member.dense) for member in members])),
+        kinds={kind: Share.of(values) for kind, values in kinds.items()},
+        control=_control(samples, members, main) if any(member.controls for member in members) else None,
+        no_control=members[0].no_control,
+        cost=members[0].cost,
+        by_seed=tuple(fmean(one[place] for place in main) for one in right) if main and len(members) > 1 else (),
     )
 
 
-def _control(samples: Sequence[Sample], answers: Answers, dense: Answers, controls: Sequence[Answers]) -> Control:
-    right = [_right(samples, control) for control in controls]
-    same = [_same(control, dense) for control in controls]
-    known = [place for place, sample in enumerate(samples) if sample.answer is not None]
-    own, others = _right(samples, answers), right
-    if not known:
-        own, others, known = list(_same(answers, dense)), [list(one) for one in same], list(range(len(samples)))
-    gains = [_number(own[place]) - sum(_number(one[place]) for one in others) / len(others) for place in known]
-    over_seeds = [
-        None if samples[place].answer is None else sum(_number(one[place]) for one in right) / len(right)
-        for place in range(len(samples))
-    ]
+def _control(samples: Sequence[Sample], members: Sequence[Member], main: Sequence[int]) -> Control:
+    controls = [control for member in members for control in member.controls]
+    right = _means([_right(samples, control) for control in controls])
+    same = _means([_same(control, member.dense) for member in members for control in member.controls])
+    if main:
+        own, other, asked = _means([_right(samples, member.answers) for member in members]), right, main
+    else:
+        own, other = _means([_same(member.answers, member.dense) for member in members]), same
+        asked = range(len(samples))
     return Control(
-        average_visual_tokens=sum(one.average_visual_tokens for one in controls) / len(controls),
-        accuracy=_mean(over_seeds),
-        agreement=Mean.of([sum(values) / len(values) for values in zip(*same, strict=True)]),
-        gain=Mean.of(gains),
+        average_visual_tokens=fmean(one.average_visual_tokens_answer for one in controls),
+        accuracy=_share(right, main),
+        agreement=Share.of(same),
+        gain=Gain.of([own[place] for place in asked], [other[place] for place in asked]),
         seeds=len(controls),
     )
 
 
-def _right(samples: Sequence[Sample], answers: Answers) -> list[float | None]:
-    """1 for a right answer, 0 for a wrong one, `None` where none is known."""
-    return [
-        None if sample.answer is None else float(sample.is_answered_by(said))
-        for sample, said in zip(samples, answers.said, strict=True)
-    ]
+def _right(samples: Sequence[Sample], answers: Answers) -> list[float]:
+    """1 for a right answer, 0 for a wrong one and where none is known."""
+    return [float(sample.is_answered_by(said)) for sample, said in zip(samples, answers.said, strict=True)]
 
 
 def _same(answers: Answers, dense: Answers) -> list[float]:
     return [float(said == plain) for said, plain in zip(answers.said, dense.said, strict=True)]
 
 
-def _mean(values: Sequence[float | None]) -> Mean | None:
-    known = [value for value in values if value is not None]
-    return Mean.of(known) if known else None
+def _means(values: Sequence[Sequence[float]]) -> list[float]:
+    """Question by question."""
+    return [fmean(one) for one in zip(*values, strict=True)]
 
 
-def _number(value: float | None) -> float:
-    return 0.0 if value is None else value
+def _share(values: Sequence[float], places: Sequence[int]) -> Share | None:
+    return Share.of([values[place] for place in places]) if places else None

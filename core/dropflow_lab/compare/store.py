@@ -16,6 +16,7 @@ from torch import Tensor, uint8
 from dropflow import Policy
 
 _ENGINE = "dropflow"
+_INSTRUMENTS = ("dropflow_lab.compare.answers", "dropflow_lab.compare.cost", "dropflow_lab.measure")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def digest_of_weights(model: Any) -> str:
 
 
 def digest_of_code(policy: Policy | None) -> str:
-    """Return a digest of the source of the engine and of the packages that the policy's stages come from."""
+    """Return a digest of the source of the engine, of what measures, and of the packages of the policy's stages."""
     used = [] if policy is None else [use.stage.__module__.partition(".")[0] for use in policy.stages.values()]
     digest = hashlib.sha256(version(_ENGINE).encode())
-    for package in sorted({_ENGINE, *used}):
+    for package in sorted({_ENGINE, *_INSTRUMENTS, *used}):
         for path in _sources(package):
             digest.update(f"{package}/{path.name}".encode())
             digest.update(path.read_bytes())

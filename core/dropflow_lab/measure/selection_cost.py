@@ -38,7 +38,7 @@ class SelectionMeter:
         """Elements of the largest tensor that selection has allocated in any call of `watch`."""
         self._stages = [one for name, one in plan.stages if stage in (None, name)]
         self._taps = any(one.taps or one.vision_taps or one.decode_taps for one in self._stages)
-        self._watches = False
+        self._watches = self._runs = False
         for hook in HOOKS:
             if any(self._is_metered(one) for _, one in plan.hooks.implementers(hook)):
                 setattr(plan.hooks, hook, self._around(getattr(plan.hooks, hook)))
@@ -46,7 +46,7 @@ class SelectionMeter:
     def measure(self, run: Callable[[], object]) -> None:
         """Run once and note the seconds of selection."""
         self.elapsed = 0.0
-        with watched(self._timed_span) if self._taps else nullcontext():
+        with watched(self._timed) if self._taps else nullcontext():
             run()
         self.seconds.append(self.elapsed)
 
@@ -69,27 +69,26 @@ class SelectionMeter:
                     self.flops += count_flops(lambda: answers.append(_at_once(hook(*given))))
                 self.largest_tensor = max(self.largest_tensor, seen.largest)
                 return answers[0]
-            return self._timed(lambda: _at_once(hook(*given)))
+            with self._timed():
+                return _at_once(hook(*given))
 
         return metered
 
     def _is_metered(self, stage: Any) -> bool:
         return any(stage is one for one in self._stages)
 
-    def _timed(self, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self.elapsed += time.perf_counter() - start
-
     @contextmanager
-    def _timed_span(self, name: str) -> Iterator[None]:  # noqa: ARG002  # taps are the only spans there are
-        start = time.perf_counter()
+    def _timed(self, name: str = "") -> Iterator[None]:  # noqa: ARG002  # taps are the only spans there are
+        """Time a stretch, and one that lies within another only once."""
+        if self._runs:
+            yield
+            return
+        self._runs, start = True, time.perf_counter()
         try:
             yield
         finally:
             self.elapsed += time.perf_counter() - start
+            self._runs = False
 
 
 @contextmanager

@@ -68,7 +68,9 @@ class Stopwatch:
             else:
                 self._meter.measure(from_the_call)
         first, *others = self._forwards
-        return Split(self._vision, self._selection, first - self._vision - self._selection, sum(others))
+        selection = min(self._selection, first)
+        vision = min(self._vision, first - selection)  # what runs at the same time as the rest counts once
+        return Split(vision, selection, first - selection - vision, sum(others))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dropflow
-from dropflow import Keep, PruneCall, Stage, hookimpl
+from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl
 from dropflow.backbone.backbone import backbone_for
 from dropflow.policy import registry
-from dropflow_lab.compare.compare import fitting
 from dropflow_lab.compare.cost import NEW_TOKENS, measure_cost
+from dropflow_lab.compare.lineup import Subject, line_up
 from dropflow_lab.inputs.data import Sample, read_samples
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import build_inputs
@@ -44,9 +46,10 @@ def embedded() -> tuple[Any, Any]:
 
 
 def test_only_what_does_not_fit_the_embedded_model_is_left_out(embedded: tuple[Any, Any]) -> None:
-    fit, refused = fitting(embedded[0], SHIPPED, ["rescale=true"])
-    assert set(refused) == UNFIT
-    assert len(fit) == len(SHIPPED) - len(UNFIT)
+    found = line_up([Subject(name) for name in SHIPPED], {"": embedded}, ["rescale=true"])
+    assert set(found.refused) == UNFIT
+    named = [name for entry in found.entries for name in (entry.title.policy, *entry.title.also)]
+    assert sorted(named) == sorted(set(SHIPPED) - UNFIT)
 
 
 @pytest.mark.parametrize("name", sorted(set(SHIPPED) - UNFIT))
@@ -76,13 +79,63 @@ def test_work_is_what_the_report_and_the_cache_say(loaded: tuple[Any, Any], samp
     assert 0 < cost.work.peak_bytes < cost.dense.peak_bytes
 
 
-def test_times_are_ratios_to_the_same_model(loaded: tuple[Any, Any], samples: list[Sample], mild: Path) -> None:
-    times = measure_cost(*loaded, dropflow.load_policy(mild), samples[:1], rounds=2).times
+def test_times_are_ratios_whose_parts_add_up(loaded: tuple[Any, Any], samples: list[Sample], mild: Path) -> None:
+    times = measure_cost(*loaded, dropflow.load_policy(mild), samples[:1], rounds=3).times
     assert times is not None
-    parts = [times.vision_share, times.selection_share, times.prefill_share, times.decode_share]
-    assert all(part.median > 0 for part in parts)
-    assert sum(part.low for part in parts) <= times.total.high + 1e-9
-    assert sum(part.high for part in parts) >= times.total.low - 1e-9
+    parts = times.parts
+    shares = (parts.vision, parts.selection, parts.prefill, parts.decode)
+    assert all(share > 0 for share in shares)
+    assert sum(shares) == pytest.approx(parts.total)
+    assert parts.total == pytest.approx(times.total.median)
+
+
+def test_no_part_is_negative_and_all_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where vision and selection ran beside the rest, so that together they took longer than the first forward."""
+    backbone = SimpleNamespace(model=None, core=None)
+    meter = SimpleNamespace(measure=lambda run: run(), elapsed=0.0)
+    watch = Stopwatch(backbone, meter)  # type: ignore[arg-type]  # stands in for both
+    monkeypatch.setattr(watch, "_watched", nullcontext)
+
+    def run() -> None:
+        watch._forwards += [1.0, 0.5]
+        watch._vision, watch._selection = 0.9, 0.3
+
+    monkeypatch.setattr(watch, "_now", lambda: 0.0)
+    split = watch.split(run)
+    assert (split.vision, split.selection, split.prefill) == (pytest.approx(0.7), 0.3, 0.0)
+    assert (split.first_token, split.total) == (1.0, 1.5)
+
+
+def test_a_stretch_of_selection_within_another_counts_once(
+    loaded: tuple[Any, Any], mild: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dropflow.attach(loaded[0], mild) as flow, monkeypatch.context() as patched:
+        meter = SelectionMeter(flow.plan)
+        ticks = itertools.count()
+        patched.setattr(time, "perf_counter", lambda: float(next(ticks)))
+        with meter._timed(), meter._timed("tap"):
+            pass
+    assert meter.elapsed == 1.0
+
+
+class Evicting(Stage[Any]):
+    """Keeps all in the prefill, and half of the visual entries from the second decode step on."""
+
+    decode_every = 2
+
+    @hookimpl
+    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
+        if not call.step:
+            return None
+        return CacheKeep({view.layer: (view.image_id < 0) | (view.index % 2 == 0) for view in call.layers})
+
+
+def test_what_is_evicted_while_decoding_shows_at_the_end(loaded: tuple[Any, Any], samples: list[Sample]) -> None:
+    policy = dropflow.load_policy({"name": "late", "stages": {"evict": {"use": Evicting}}})
+    cost = measure_cost(*loaded, policy, samples[:1], rounds=0)
+    each = (cost.dense.kv_bytes_end - cost.dense.kv_bytes) / (NEW_TOKENS - 1)
+    assert cost.work.kv_bytes == cost.dense.kv_bytes > 144 * each > 0
+    assert cost.work.kv_bytes_end == cost.dense.kv_bytes_end - 72 * each
 
 
 def test_the_clock_gives_every_stretch_to_one_part(
@@ -107,14 +160,23 @@ def test_the_clock_gives_every_stretch_to_one_part(
     assert "get_image_features" not in backbone.core.__dict__
 
 
-PAUSE = 0.3
-"""Seconds; far more than all else takes."""
+PAUSE = 1e6
+"""Ticks of the clock; far more than it is read elsewhere."""
 
 
 @pytest.mark.parametrize("slow", ["tower", "stage", "decoder"])
-def test_what_is_slow_is_told_where_it_is(loaded: tuple[Any, Any], samples: list[Sample], slow: str) -> None:
+def test_what_is_slow_is_told_where_it_is(
+    loaded: tuple[Any, Any], samples: list[Sample], slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks when it is read, and far on in the part that is slow."""
+    now = [0.0]
+
+    def read() -> float:
+        now[0] += 1
+        return now[0]
+
     def pause(*_: Any) -> None:
-        time.sleep(PAUSE)
+        now[0] += PAUSE
 
     class Ranks(Stage[Any]):
         prune_at = (1,)
@@ -131,11 +193,13 @@ def test_what_is_slow_is_told_where_it_is(loaded: tuple[Any, Any], samples: list
     part = {"tower": backbone.core.vision_tower, "decoder": backbone.text.layers[0]}.get(slow)
     handle = None if part is None else part.register_forward_pre_hook(pause)
     try:
-        with dropflow.attach(model, {"name": "test", "stages": {"ranks": {"use": Ranks}}}) as flow:
+        policy = {"name": "test", "stages": {"ranks": {"use": Ranks}}}
+        with dropflow.attach(model, policy) as flow, monkeypatch.context() as patched:
             watch = Stopwatch(backbone, SelectionMeter(flow.plan))
-            started = time.perf_counter()
+            patched.setattr(time, "perf_counter", read)
+            started = read()
             split = watch.split(lambda: model.generate(**prompt, do_sample=False, max_new_tokens=1))
-            whole = time.perf_counter() - started
+            whole = read() - started
     finally:
         if handle is not None:
             handle.remove()

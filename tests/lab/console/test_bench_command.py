@@ -61,25 +61,3 @@ def test_stages_as_a_table(toy_cli) -> None:
     assert all(word in shown for word in ("control", "hidrop", "mustdrop", "selection", "saving", "largest"))
     assert "would hold 1936 elements" in shown
     assert "2 rounds on 1 thread(s)" in shown
-
-
-def test_accuracy_as_json_and_again_as_a_table(cli, model_folder, mild, tmp_path) -> None:
-    arguments = ("bench", "accuracy", "--policies", mild, "--questions", 10, "--seed", 1)
-    arguments += ("--model", model_folder, "--out", tmp_path / "rows")
-    result = cli(*arguments, "--json")
-    told = json.loads(result.stdout)
-    assert (told["questions"], told["seed"]) == (10, 1)
-    dense, pruned = told["rows"]
-    assert [dense["policy"], pruned["policy"]] == ["dense", "mild"]
-    assert [row["average_visual_tokens"] for row in told["rows"]] == [144, (144 + 144 + 40) / 4]
-    assert [row["entry_visual_tokens"] for row in told["rows"]] == [144, 144]
-    assert set(dense) >= {"accuracy", "low", "high", "count", "read"}
-    assert dense["count"]["asked"] == dense["read"]["asked"] == 1
-    assert "answers" not in dense
-    shown = cli(*arguments).stdout
-    assert all(word in shown for word in ("dense", "mild", "82.00", "144.00", "average", "read"))
-
-
-def test_accuracy_refuses_a_policy_that_does_not_fit(refused, model_folder, tmp_path) -> None:
-    arguments = ("--model", model_folder, "--out", tmp_path, "--policies", "hidrop-64")
-    assert "rescale" in refused("bench", "accuracy", *arguments)

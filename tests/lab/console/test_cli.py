@@ -51,6 +51,7 @@ def test_every_command_has_help(cli, command) -> None:
         ("digits sample --out x --split secret", "secret"),
         ("digits", "missing command"),
         ("bench engine --repeats 1", "--repeats"),
+        ("bench accuracy", "no such command 'accuracy'"),
     ],
 )
 def test_usage_errors_are_one_line_that_names_the_help(refused, arguments, expected) -> None:

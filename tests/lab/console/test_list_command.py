@@ -34,8 +34,30 @@ def test_policies_are_listed_with_what_they_are_tuned_for(cli) -> None:
 @pytest.mark.parametrize("kind", ["stages", "policies", "adapters"])
 def test_tables_show_whole_names(cli, kind) -> None:
     names = list(registry.policy_files()) if kind == "policies" else registry.names(GROUPS[kind])
-    shown = cli("list", kind).stdout
-    assert all(f" {name} " in shown for name in names)
+    shown = cli("list", kind).stdout.splitlines()
+    assert [line.split()[0] for line in shown] == names
+
+
+def test_a_terminal_of_80_columns_has_one_line_a_name(cli, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    shown = cli("list", "stages").stdout.splitlines()
+    assert [line.split()[0] for line in shown] == registry.names(registry.STAGES)
+    assert max(map(len, shown)) <= 80
+    assert "fastv/attention-rank           after the first layers, the tokens that the …" in shown
+
+
+def test_one_name_is_shown_with_all_that_is_known_of_it(cli, refused) -> None:
+    lines = cli("list", "stages", "hidrop/early-exit").stdout.splitlines()
+    assert lines[:3] == [
+        "name: hidrop/early-exit",
+        "summary: every visual token is gone from a boundary on",
+        "paper: arXiv:2602.23699, section 3.3",
+    ]
+    at = lines.index("options:")
+    assert lines[at + 1].startswith("  at: first boundary without vision")
+    assert "training free: no" in lines
+    assert "did you mean 'divprune-56'" in refused("list", "policies", "divprune")
 
 
 def test_a_broken_package_hides_no_other(cli, monkeypatch) -> None:

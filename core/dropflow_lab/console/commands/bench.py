@@ -1,29 +1,24 @@
-"""`dropflow bench`: measure the engine, the stages and whole policies."""
+"""`dropflow bench`: measure the engine and the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dropflow_lab.console.commands import bench_training
-from dropflow_lab.console.commands.digits import require_scikit_learn
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dropflow_lab.bench.accuracy import AccuracyRow
     from dropflow_lab.bench.engine import EngineBench
     from dropflow_lab.bench.stages import StageBench
     from dropflow_lab.measure.machine import Machine
     from dropflow_lab.measure.timing import Spread
 
-app = typer.Typer(help="Measure what the engine, the stages and whole policies cost and save.")
+app = typer.Typer(help="Measure what the engine and the stages cost and save; `dropflow compare` measures policies.")
 
 app.command("train")(bench_training.train)
 app.command("gpu")(bench_training.gpu)
@@ -36,7 +31,7 @@ Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: t
 
 @app.callback()
 def main() -> None:
-    """Measure what the engine, the stages and whole policies cost and save."""
+    """Measure what the engine and the stages cost and save; `dropflow compare` measures policies."""
 
 
 @app.command("engine")
@@ -78,56 +73,6 @@ def stages(
     with chatter_to_stderr():
         measured = bench.bench_stages(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
     emit(measured.to_json(), as_json, _stage_table(measured), _stage_summary(measured))
-
-
-@app.command("accuracy")
-def accuracy(
-    policies: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,C",
-            help="Names or paths of policies, with commas in between. POLICY@MODEL: on a checkpoint of its own, by "
-            "name or folder; @MODEL: under the policy it records. A row with {seed} in it is a mean over seeds.",
-        ),
-    ] = "digits-mild,mustdrop-digits,mixed-digits",
-    questions: Annotated[int, typer.Option(min=1, help="Questions of the test split; the same ones for all.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that take the place of {seed}.")] = 3,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for finished rows, which are not run again; a cache folder without."),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded model without one.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure what policies get right on the digits questions, and how many visual tokens they really use.
-
-    The first row is the model without a policy. `accuracy` leaves out the questions that ask for the number of digits
-    (`count`) and for all of them (`read`), which are shown apart. Intervals are 95 %. A row that is finished is kept in
-    a file of its own, so that an interrupted run continues.
-    """
-    from dropflow_lab.bench import accuracy as bench
-    from dropflow_lab.bench.accuracy_rows import Subject, bench_subjects
-
-    require_scikit_learn()
-    subjects = [Subject.parse(name) for name in (bench.DENSE, *policies.split(",")) if name.strip()]
-    with chatter_to_stderr():
-        folder = out or bench.default_folder()
-        measured = bench_subjects(subjects, partial(_load, model), bench.Bench(folder, questions, seed), seeds)
-        rows = list(measured)
-    result = {"questions": questions, "seed": seed, "out": str(folder), "rows": [row.to_json() for row in rows]}
-    told = f"{questions} questions of the test split, seed {seed}; low and high are the 95 % interval of the accuracy"
-    emit(result, as_json, _accuracy_table(rows), told)
-
-
-def _load(shared: Path | None, name: str) -> tuple[Any, Any]:
-    """Model (in float32) and processor of a checkpoint name or folder; without one, those that all rows share."""
-    from dropflow_lab.inputs.models import load_model
-
-    model, processor = load_model(Path(name) if name else shared)
-    return model.float(), processor
 
 
 def _table(measured: EngineBench) -> Table:
@@ -179,28 +124,6 @@ def _stage_summary(measured: StageBench) -> str:
         f"one map of all tokens by all tokens would hold {measured.square_map} elements\n"
         f"{_circumstances(measured.rounds, measured.machine)}"
     )
-
-
-def _accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="visual tokens (average over layers, and at entry) and right answers")
-    table.add_column("policy", no_wrap=True)
-    for column in ("average", "entry", "right", "low", "high", "seeds", "count", "read"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row.policy,
-            f"{row.average_visual_tokens:.2f}",
-            f"{row.entry_visual_tokens:.2f}",
-            f"{row.accuracy:.1%}",
-            f"{row.low:.1%}",
-            f"{row.high:.1%}",
-            f"{min(row.by_seed):.1%} .. {max(row.by_seed):.1%}" if row.by_seed else "",
-            f"{row.count.accuracy:.1%}",
-            f"{row.read.accuracy:.1%}",
-        )
-    return table
 
 
 def _percent(share: Spread) -> str:

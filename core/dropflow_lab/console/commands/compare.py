@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dropflow_lab.console.commands import compare_tables
 from dropflow_lab.console.commands.options import AsJson, Data, ModelArgument, Overrides
-from dropflow_lab.console.commands.output import chatter_to_stderr, emit, si
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 from dropflow_lab.files import check_writable, write_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from collections.abc import Sequence
 
-    from dropflow_lab.compare.cost import Cost
-    from dropflow_lab.compare.rows import Row
-    from dropflow_lab.measure.intervals import Mean
-    from dropflow_lab.measure.timing import Spread
+    from dropflow_lab.compare.lineup import Lineup
+    from dropflow_lab.inputs.data import Sample
 
 _ALL = "all"
-_NONE = "-"
+_MARK = "comparison"
+"""Lines `<!-- comparison -->` and `<!-- end of comparison -->` hold the comparison in a document."""
+
+
+class Positions(StrEnum):
+    """Position schemes to compare under."""
+
+    PUBLISHED = "published"
+    PERSISTENT = "persistent"
+    BOTH = "both"
+
+
+class Precision(StrEnum):
+    """Precision of the weights."""
+
+    STORED = "stored"
+    FLOAT32 = "float32"
 
 
 def compare(
     model: ModelArgument = None,
     policies: Annotated[
         str,
-        typer.Option(metavar="A,B,C", help=f"Names or paths, with commas; `{_ALL}`: every installed one."),
+        typer.Option(
+            metavar="A,B,C",
+            help=f"Names or paths, with commas; `{_ALL}`: every installed one. POLICY@MODEL: on a model of its own, by "
+            "name or folder; @MODEL: under the policy that it records; dense@MODEL: without one. A row with {seed} in "
+            "it is a mean over seeds.",
+        ),
     ] = _ALL,
+    models: Annotated[
+        str, typer.Option(metavar="A,B", help="Names or folders of several models, each under all policies.")
+    ] = "",
+    positions: Annotated[
+        Positions,
+        typer.Option(help="persistent: in place of the compact positions of policies that publish these; both: twice."),
+    ] = Positions.PUBLISHED,
     data: Data = "digits",
     questions: Annotated[int, typer.Option(min=1, help="Questions, the same ones for all.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the embedded questions.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that take the place of {seed}.")] = 3,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results and for finished measurements.")] = Path(
         "dropflow-compare"
     ),
@@ -53,152 +82,148 @@ def compare(
     batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of the weights; the embedded models run in float32 anyway.")
+    ] = Precision.STORED,
+    apart: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Kinds of questions that accuracy leaves out and that have columns of their own."
+        ),
+    ] = None,
+    by_kind: Annotated[bool, typer.Option("--by-kind", help="Print the accuracy of every kind of question.")] = False,
     overrides: Overrides = None,
     into: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Renew the table of the comparison in a Markdown file, too.")
+        Path | None, typer.Option(metavar="FILE", help="Renew the comparison in a Markdown file, too.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on the same questions: answers, visual tokens, FLOPs, memory and time.
 
     Accuracy and agreement with the answers of the model without a policy have 95 % intervals. `gain` is what a policy
-    is above random pruning at its own average tokens, question by question. Times are ratios to the model without a
-    policy, timed in turn in this process. Every finished measurement is a file in the folder, so that a run that was
-    stopped goes on where it was. Writes compare.json, compare.png and compare.svg.
+    is above random pruning at its own average tokens, question by question. Of the embedded questions, those that ask
+    for the number of digits (`count`) and for all of them (`read`) are shown apart. A policy whose numbers were scaled
+    to the model is marked as rescaled. Times are ratios to the model without a policy, timed in turn in this process.
+    Every finished measurement is a file in the folder, so that a run that was stopped goes on where it was. Writes
+    compare.json, compare.png and compare.svg.
     """
     import json
     from contextlib import nullcontext
 
-    from dropflow.policy.registry import policy_files
-    from dropflow_lab.compare.compare import Comparing, Rules, fitting
+    from dropflow_lab.compare.compare import Rules
+    from dropflow_lab.compare.compare import compare as measure
     from dropflow_lab.compare.figure import draw, require_matplotlib
+    from dropflow_lab.compare.lineup import line_up, load_models, subjects_of
+    from dropflow_lab.compare.page import page
     from dropflow_lab.compare.store import Finished
     from dropflow_lab.errors import InputError
-    from dropflow_lab.inputs.data import DIGITS, read_samples
-    from dropflow_lab.inputs.models import load_model
-    from dropflow_lab.markdown import renew
+    from dropflow_lab.inputs.data import read_samples
+    from dropflow_lab.markdown import around, renew
     from dropflow_lab.measure.machine import this_machine, torch_threads
+
+    kinds = _apart(apart, data)
+    require_matplotlib()
+    named, several = _listed(policies), _listed(models)
+    if not named:
+        raise InputError(f"--policies: expected names or paths with commas, or `{_ALL}`, got {policies!r}")
+    if several and model is not None:
+        raise InputError(f"--models: a model is given already, {model}; name all of them in --models")
+    with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
+        check_writable(out)
+        if into is not None:
+            around(into, _MARK)  # a document that cannot be renewed is refused before anything is measured
+        samples = read_samples(data, questions, seed)
+        subjects = subjects_of(_sources(named), several)
+        loaded = load_models(subjects, seeds, partial(_load, model, dtype))
+        settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
+        schemes = {
+            "published": positions is not Positions.PERSISTENT,
+            "persistent": positions is not Positions.PUBLISHED,
+        }
+        found = line_up(subjects, loaded, settings, seeds=seeds, **schemes)
+        _refuse_named(found, named)
+        rules = Rules(batch, max_new_tokens, control_seeds, timed, rounds, _numbers(downsample), kinds)
+        rows = list(measure(found.entries, loaded, samples, Finished(out / "finished"), rules))
+        result = {
+            "data": data,
+            "questions": len(samples),
+            "seed": seed,
+            "apart": kinds,
+            "rows": [row.to_json() for row in rows],
+            "refused": found.refused,
+            "machine": this_machine().__dict__,
+        }
+        write_text(out / "compare.json", json.dumps(result, indent=2))
+        draw(rows, out)
+        asked = _asked(samples, seed, kinds)
+        if into is not None:
+            renew(into, _MARK, page(rows, found.refused, asked, kinds))
+    told = [f"{name}: {reason}" for name, reason in found.refused.items()]
+    told += [f"{asked} Intervals are 95 %. Written to {out}."]
+    tables = [compare_tables.answers(rows, kinds)]
+    tables += [compare_tables.kinds(rows)] if by_kind else []
+    tables += [compare_tables.costs(rows)] if timed else []
+    emit(result, as_json, *tables, "\n".join(told))
+
+
+def _sources(named: Sequence[str]) -> list[str]:
+    """The names, with every installed policy where `all` stands."""
+    from dropflow.policy.registry import policy_files
+
+    return [name for one in named for name in (sorted(policy_files()) if one == _ALL else [one])]
+
+
+def _load(shared: Path | None, dtype: Precision, name: str) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint name or folder; without one, those that rows share."""
+    from dropflow_lab.inputs.models import load_model
+
+    model, processor = load_model(Path(name) if name else shared)
+    return (model.float() if dtype is Precision.FLOAT32 else model), processor
+
+
+def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
+    """Of all installed policies some may not fit; one that was asked for by its name has to."""
+    from dropflow_lab.errors import InputError
+
+    asked = {
+        name: reason
+        for name, reason in found.refused.items()
+        if _ALL not in named or not {name, name.partition("@")[0]}.isdisjoint(named)
+    }
+    if asked:
+        raise InputError("\n".join(f"--policies: {name}: {reason}" for name, reason in asked.items()))
+
+
+def _apart(given: str | None, data: str) -> tuple[str, ...]:
+    """Kinds shown apart: what was asked for, or those of the embedded questions that ask for every digit."""
+    from dropflow_lab.inputs.data import DIGITS
 
     if data == DIGITS:
         from dropflow_lab.console.commands.digits import require_scikit_learn
 
         require_scikit_learn()
-    require_matplotlib()
-    named = [name.strip() for name in policies.split(",") if name.strip()]
-    if not named:
-        raise InputError(f"--policies: expected names or paths with commas, or `{_ALL}`, got {policies!r}")
-    with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
-        check_writable(out)
-        samples = read_samples(data, questions, seed)
-        loaded, processor = load_model(model)
-        sources = sorted(policy_files()) if named == [_ALL] else named
-        settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
-        fit, refused = fitting(loaded, sources, settings)
-        if refused and named != [_ALL]:
-            raise InputError("\n".join(f"--policies: {name}: {reason}" for name, reason in refused.items()))
-        rules = Rules(batch, max_new_tokens, control_seeds, timed, rounds, _numbers(downsample))
-        rows = list(Comparing(loaded, processor, samples, Finished(out / "finished"), rules).rows(fit))
-        result = {
-            "data": data,
-            "questions": len(samples),
-            "seed": seed,
-            "rows": [row.to_json() for row in rows],
-            "refused": refused,
-            "machine": this_machine().__dict__,
-        }
-        write_text(out / "compare.json", json.dumps(result, indent=2))
-        draw(rows, out)
-        if into is not None:
-            renew(into, "comparison", f"{len(samples)} questions, seed {seed}.\n\n{_markdown(rows)}")
-    told = [f"{name}: {reason}" for name, reason in refused.items()]
-    told += [f"{len(samples)} questions; intervals are 95 %; written to {out}"]
-    emit(result, as_json, _answers(rows), *([_costs(rows)] if timed else []), "\n".join(told))
+        return ("count", "read") if given is None else tuple(_listed(given))
+    return tuple(_listed(given or ""))
+
+
+def _asked(samples: Sequence[Sample], seed: int, apart: Sequence[str]) -> str:
+    kinds = dict.fromkeys(sample.kind for sample in samples if sample.kind)
+    main = [sample for sample in samples if sample.kind not in apart]
+    left_out = [kind for kind in apart if kind in kinds]
+    if not left_out:
+        return f"{len(samples)} questions, seed {seed}."
+    names = " and ".join(f"`{kind}`" for kind in left_out)
+    return f"{len(samples)} questions, seed {seed}; accuracy is over {len(main)} of them, without {names}."
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = _listed(text)
     if not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(
             f"expected numbers above 0 with commas in between, got {text!r}", param_hint="--downsample"
         )
     return tuple(int(part) for part in parts)
-
-
-def _answers(rows: Sequence[Row]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="visual tokens (average over layers, and at entry) and answers")
-    table.add_column("policy", overflow="fold")
-    for column in ("average", "entry", "accuracy", "agreement", "random", "gain"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        control = row.control
-        table.add_row(
-            row.policy,
-            f"{row.average_visual_tokens:.2f}",
-            f"{row.entry_visual_tokens:.2f}",
-            _percent(row.accuracy),
-            _percent(row.agreement),
-            _NONE if control is None else _percent(control.accuracy or control.agreement),
-            _NONE if control is None else _percent(control.gain, sign="+"),
-        )
-    return table
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    from dropflow_lab.markdown import table
-
-    head = ("policy", "average tokens", "at entry", "accuracy", "random", "gain", "FLOPs", "KV", "prefill time")
-    return table(head, [_line(row, rows[0].cost) for row in rows])
-
-
-def _line(row: Row, dense: Cost | None) -> list[str]:
-    control, cost = row.control, row.cost
-    shares = [_NONE] * 3
-    if cost is not None and dense is not None:
-        flops, kv = (getattr(cost.work, name) / getattr(dense.work, name) for name in ("flops_formula", "kv_bytes"))
-        shares = [f"{flops:.1%}", f"{kv:.1%}", _NONE if cost.times is None else _ratio(cost.times.prefill)]
-    return [
-        f"`{row.policy}`",
-        f"{row.average_visual_tokens:.1f}",
-        f"{row.entry_visual_tokens:.1f}",
-        _percent(row.accuracy or row.agreement),
-        _NONE if control is None else _percent(control.accuracy or control.agreement),
-        _NONE if control is None else _percent(control.gain, sign="+"),
-        *shares,
-    ]
-
-
-def _costs(rows: Sequence[Row]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="cost; times are ratios to the model without a policy, shares are of its total time")
-    table.add_column("policy", overflow="fold")
-    for column in ("FLOPs", "counted", "KV", "peak", "prefill", "decode", "vision", "selection", "rest"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row.cost is not None:
-            table.add_row(row.policy, *_cost(row.cost))
-    return table
-
-
-def _cost(cost: Cost) -> list[str]:
-    work, times = cost.work, cost.times
-    shown: list[Any] = [] if times is None else [times.prefill, times.decode]
-    shares: list[Any] = [] if times is None else [times.vision_share, times.selection_share, times.prefill_share]
-    return [
-        si(work.flops_formula),
-        si(work.flops_counted),
-        si(work.kv_bytes, "B"),
-        si(work.peak_bytes, "B"),
-        *(_ratio(one) for one in shown),
-        *(f"{one.median:.1%}" for one in shares),
-    ]
-
-
-def _percent(mean: Mean | None, sign: str = "") -> str:
-    return _NONE if mean is None else f"{mean.value:{sign}.1%} ({mean.low:{sign}.1%} .. {mean.high:{sign}.1%})"
-
-
-def _ratio(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f} .. {spread.high:.2f})"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dropflow_lab.console.commands.options import AsJson
-from dropflow_lab.console.commands.output import chatter_to_stderr, emit
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from dropflow_lab.console.commands.output import chatter_to_stderr, emit, one_line_each
 
 
 class Kind(StrEnum):
@@ -23,22 +20,23 @@ class Kind(StrEnum):
     ADAPTERS = "adapters"
 
 
-_COLUMNS: dict[Kind, tuple[str, ...]] = {
-    Kind.STAGES: ("summary", "options", "paper"),
-    Kind.POLICIES: ("description", "tuned_for"),
-    Kind.ADAPTERS: ("summary",),
-}
+_TEXT = {Kind.STAGES: "summary", Kind.POLICIES: "description", Kind.ADAPTERS: "summary"}
+"""What stands beside a name."""
 
 
 def list_names(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about one of them instead.")] = None,
     as_json: AsJson = False,
     into: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Renew the table of stages in a Markdown file instead."),
     ] = None,
 ) -> None:
-    """List the installed stages, policies or adapters, those of third-party packages too."""
+    """List the installed stages, policies or adapters, those of third-party packages too; one line each.
+
+    With a name, show what else is known of it, such as the options of a stage.
+    """
     from dropflow_lab.explain import listing
     from dropflow_lab.markdown import renew
 
@@ -50,26 +48,40 @@ def list_names(
     with chatter_to_stderr():
         find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}
         rows = find[kind]()
+        rows = rows if name is None else [_named(rows, kind, name)]
+    usable = [row for row in rows if "error" not in row]
     unusable = [f"{row['name']}: {row['error']}" for row in rows if "error" in row]
-    emit({kind.value: rows}, as_json, _table(kind, rows), *unusable)
+    texts = {row["name"]: row[_TEXT[kind]] for row in usable}
+    shown = [one_line_each(texts)] if name is None else [_details(row) for row in usable]
+    emit({kind.value: rows}, as_json, *shown, *unusable)
 
 
-def _table(kind: Kind, rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
+def _named(rows: list[dict[str, Any]], kind: Kind, name: str) -> dict[str, Any]:
+    from dropflow.errors import nearest
+    from dropflow_lab.errors import InputError
 
-    table = Table()
-    table.add_column("name", no_wrap=True)
-    for column in _COLUMNS[kind]:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        if "error" not in row:
-            table.add_row(row["name"], *(_cell(row[column]) for column in _COLUMNS[kind]))
-    return table
+    found = [row for row in rows if row["name"] == name]
+    if not found:
+        known = [row["name"] for row in rows]
+        raise InputError(f"{name}: no such name among the {kind.value}; {nearest(name, known)}")
+    return found[0]
 
 
-def _cell(value: Any) -> str:
+def _details(row: dict[str, Any]) -> str:
+    """One line per fact; what holds several has a line for each."""
+    lines = []
+    for key, value in row.items():
+        label = key.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"{label}:", *(f"  {one}: {text}" for one, text in value.items())]
+        else:
+            lines.append(f"{label}: {_text(value)}")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if value is None:
         return "any shape"
-    if isinstance(value, dict) and value.keys() >= {"layers", "visual_tokens"}:
-        return f"{value['layers']} layers, {value['visual_tokens']} visual tokens"
-    return ", ".join(value) if isinstance(value, dict) else str(value)
+    return ", ".join(value) or "nothing" if isinstance(value, list) else str(value)

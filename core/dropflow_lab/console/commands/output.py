@@ -1,4 +1,4 @@
-"""What commands print: the result alone on stdout, as JSON or as tables."""
+"""What commands print: the result alone on stdout, as JSON or as tables that are never cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 
 @contextmanager
@@ -20,15 +21,35 @@ def chatter_to_stderr() -> Iterator[None]:
 
 
 def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> None:
-    """Print `result` as JSON, or else what is `shown` to people."""
+    """Print `result` as JSON, or else what is `shown` to people.
+
+    A table that is wider than the terminal is printed as one block of lines per row, `name: value`. Where stdout is no
+    terminal, a table is as wide as it has to be.
+    """
     if as_json:
         print(json.dumps(result, indent=2))
         return
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False, markup=False, emoji=False)
     for item in shown:
-        console.print(item, soft_wrap=isinstance(item, str))
+        if isinstance(item, Table):
+            _print_whole(console, item)
+        else:
+            console.print(item, soft_wrap=isinstance(item, str))
+
+
+def one_line_each(texts: Mapping[str, str]) -> str:
+    """Return names with their texts, one line each, cut at a word where the terminal is narrower."""
+    from textwrap import shorten
+
+    from rich.console import Console
+
+    console, width = Console(), max(map(len, texts), default=0)
+    room = max(1, console.width - width - 2)
+    cut = {name: shorten(text, room, placeholder=" …") for name, text in texts.items()}
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in (cut if console.is_terminal else texts).items())
 
 
 def si(value: float, unit: str = "") -> str:
@@ -37,3 +58,25 @@ def si(value: float, unit: str = "") -> str:
         if abs(value) >= size:
             return f"{value / size:.4g} {prefix}{unit}"
     return f"{value:.4g} {unit}".rstrip()
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    from rich.console import Console
+
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    if needed <= console.width:
+        console.print(table)
+    elif console.is_terminal:
+        console.print(_records(table), soft_wrap=True)
+    else:
+        Console(width=needed, highlight=False, markup=False, emoji=False).print(table)
+
+
+def _records(table: Table) -> str:
+    """Return the rows of a table as blocks of lines; cells that are empty are left out."""
+    names = [str(column.header) for column in table.columns]
+    blocks = [
+        "\n".join(f"{name}: {cell}" if name else str(cell) for name, cell in zip(names, row, strict=True) if cell)
+        for row in zip(*(column.cells for column in table.columns), strict=True)
+    ]
+    return "\n\n".join([*([str(table.title)] if table.title else []), *blocks]) + "\n"

@@ -1,0 +1,154 @@
+"""Which rows a comparison has, by the names of policies and models; refusals and repeats are found beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dropflow
+from dropflow import Policy
+from dropflow.backbone.backbone import backbone_for
+from dropflow.errors import DropflowError
+from dropflow.policy.recorded import recorded_policy
+from dropflow_lab.compare.rows import Title
+from dropflow_lab.compare.same_plan import meaning
+
+DENSE = "dense"
+"""Name of the row without a policy."""
+SEED = "{seed}"
+"""Stands for 0, 1, ... in a row that is the mean of several seeds."""
+
+Models = Mapping[str, tuple[Any, Any]]
+"""Model and processor by name or folder; "" is the one that rows share."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row, or one seed of a row, by the names it was asked for."""
+
+    policy: str
+    """Name or path; `DENSE` for none; empty for the one that the model records."""
+    model: str = ""
+    """Checkpoint name or folder; empty for the one that rows share."""
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Read `POLICY` or `POLICY@MODEL`."""
+        policy, _, model = text.partition("@")
+        return cls(policy.strip(), model.strip())
+
+    def members(self, seeds: int) -> list[Subject]:
+        """Return one subject per seed where a name has the placeholder `SEED`, else this one."""
+        if SEED not in self.policy + self.model:
+            return [self]
+        return [
+            Subject(self.policy.replace(SEED, str(seed)), self.model.replace(SEED, str(seed))) for seed in range(seeds)
+        ]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be measured."""
+
+    title: Title
+    members: tuple[tuple[str, Policy | None], ...]
+    """Model and policy of each seed; just one in a row that is no mean."""
+
+
+@dataclass
+class Lineup:
+    """The rows to be measured, and what was left out."""
+
+    entries: list[Entry] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Policy (and model) -> why it does not fit."""
+
+
+def subjects_of(texts: Iterable[str], models: Sequence[str] = ()) -> list[Subject]:
+    """Return the row without a policy and those of `texts`, of the shared model or once for each of `models`.
+
+    A text that names a model of its own is there once.
+    """
+    named = [Subject.parse(text) for text in texts]
+    shared = [subject for subject in named if not subject.model]
+    rows = [Subject(one.policy, model) for model in models or ("",) for one in (Subject(DENSE), *shared)]
+    return list(dict.fromkeys([*rows, *(subject for subject in named if subject.model)]))
+
+
+def load_models(subjects: Iterable[Subject], seeds: int, load: Callable[[str], tuple[Any, Any]]) -> Models:
+    """Load every model that the rows need, once."""
+    names = dict.fromkeys(member.model for subject in subjects for member in subject.members(seeds))
+    return {name: load(name) for name in names}
+
+
+def line_up(
+    subjects: Sequence[Subject],
+    models: Models,
+    overrides: Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    published: bool = True,
+    persistent: bool = False,
+) -> Lineup:
+    """Load the policies and try each on its model; of those that are the same on a model, the first stands for all.
+
+    `persistent` adds a row with persistent positions for every policy that publishes compact ones; without `published`
+    it takes the place of the published one.
+    """
+    found = Lineup()
+    first: dict[Any, int] = {}
+    for subject in subjects:
+        try:
+            members = [(one.model, _policy(one, models, overrides)) for one in subject.members(seeds)]
+            for entry in _variants(subject, members, published, persistent):
+                scaled = [_scaled(models[model][0], policy) for model, policy in entry.members]
+                titled = replace(entry, title=replace(entry.title, rescaled=any(scaled)))
+                _add(found.entries, first, titled, models)
+        except DropflowError as error:
+            found.refused[subject.policy + f"@{subject.model}" * bool(subject.model)] = str(error)
+    return found
+
+
+def _policy(subject: Subject, models: Models, overrides: Sequence[str]) -> Policy | None:
+    if subject.policy == DENSE:
+        return None
+    return dropflow.load_policy(subject.policy or recorded_policy(models[subject.model][0].config), overrides)
+
+
+def _variants(
+    subject: Subject, members: Sequence[tuple[str, Policy | None]], published: bool, persistent: bool
+) -> list[Entry]:
+    """One entry as published, and one with persistent positions, as asked for and where they differ."""
+    policy = members[0][1]
+    name = DENSE if policy is None else policy.name if len(members) == 1 else subject.policy
+    title = Title(name, subject.model)
+    compact = any(one is not None and one.positions == "compact" for _, one in members)
+    rows = [Entry(title, tuple(members))] if published or not compact else []
+    if persistent and compact:
+        kept = tuple((model, one and replace(one, positions="persistent")) for model, one in members)
+        rows.append(Entry(replace(title, persistent=True), kept))
+    return rows
+
+
+def _scaled(model: Any, policy: Policy | None) -> bool:
+    """Attach for a moment, since a backbone may refuse a policy; say whether it was tuned for another shape."""
+    if policy is None:
+        return False
+    with dropflow.attach(model, policy) as flow:
+        tuned, shape = policy.tuned_for, flow.plan.shape
+    return tuned is not None and (tuned.layers, tuned.visual_tokens) != (shape.layers, shape.visual_tokens)
+
+
+def _add(entries: list[Entry], first: dict[Any, int], entry: Entry, models: Models) -> None:
+    """Append an entry, or note it with the one that is the same."""
+    (model, policy), *others = entry.members
+    if policy is not None and not others:
+        key = model, meaning(policy, backbone_for(models[model][0]).shape)
+        if key in first:
+            same = entries[first[key]]
+            also = (*same.title.also, entry.title.policy)
+            entries[first[key]] = replace(same, title=replace(same.title, also=also))
+            return
+        first[key] = len(entries)
+    entries.append(entry)
