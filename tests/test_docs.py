@@ -36,6 +36,7 @@ def test_a_tutorial_runs_from_top_to_bottom(name: str, extension: Path, monkeypa
     assert run(f"docs/{name}.md", lambda *words: CliRunner().invoke(app, list(words))) >= 4
 
 
+@pytest.mark.timeout(900)
 def test_the_plug_in_made_from_a_paper_is_installed_runs_and_passes_its_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
