@@ -63,8 +63,9 @@ class Duplication(Stage[DuplicationOptions]):
         self._boundary = context.scale.boundary(options.at, context.path("at"))
         self._budget = context.scale.tokens(options.keep, context.path("keep"))
         if options.reference:
-            pivots = {"image_pivots": options.image_pivots, "text_pivots": options.text_pivots}
-            self._budget = ReleasedBudget(asked=self._budget, **pivots)
+            self._budget = ReleasedBudget(
+                asked=self._budget, image_pivots=options.image_pivots, text_pivots=options.text_pivots
+            )
         window = context.window
         if not window.entry < self._boundary < window.exit:
             raise PolicyError(
