@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 TESTS  := tests/core
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest test-newest test-quantized docs results check format clean
+.PHONY: demo test test-oldest test-newest test-quantized docs troubleshooting results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -37,6 +37,10 @@ test-quantized: TESTS := tests/core/stacks/test_quantized.py
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The tables of docs/troubleshooting.md, from the messages in the source code.
+troubleshooting: $(VENV)/.dev
+	$(BIN)/python docs/refusals.py
 
 # Every installed policy on two embedded models, into docs/results.md; what is finished is not measured again. Each model
 # is measured in a process of its own, on one thread; the last command reads what both have finished.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from documents import EXTENSION
+from documents import EXTENSION, install
 from tiny import tiny_llava
 
 torch.set_num_threads(1)
@@ -38,12 +37,7 @@ def llava(_shared_llava: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def installed_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `tests/extension` is installed to; nothing is fetched, and this environment stays as it is."""
-    folder = tmp_path_factory.mktemp("site")
-    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", str(folder)]
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
-    done = subprocess.run([*pip, *flags, str(EXTENSION)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return install(EXTENSION, tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -56,6 +58,30 @@ def files_of(name: str) -> dict[str, str]:
         if "." in block.title:
             found[block.title] = found.get(block.title, "") + block.text
     return found
+
+
+def install(package: Path, folder: Path) -> Path:
+    """Install a package to a folder; nothing is fetched, and this environment stays as it is."""
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", str(folder)]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    done = subprocess.run([*pip, *flags, str(package)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def passes_its_tests(package: Path, folder: Path) -> None:
+    """Run the tests of a package that is installed to `folder`."""
+    paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(package), "tests"],
+        cwd=package,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *paths]), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
 
 
 def without_blank_lines(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from documents import ROOT, blocks, files_of, run, without_blank_lines
+from documents import ROOT, blocks, files_of, install, passes_its_tests, run, without_blank_lines
 from tiny import HIDROP, prompt, tiny_llava
 from training import Prompts, collate, freeze_tower
 from typer.testing import CliRunner
@@ -33,6 +34,26 @@ TUTORIALS = ["write-a-stage", "write-an-adapter", "write-a-policy"]
 def test_a_tutorial_runs_from_top_to_bottom(name: str, extension: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(extension / "dropflow_example")
     assert run(f"docs/{name}.md", lambda *words: CliRunner().invoke(app, list(words))) >= 4
+
+
+@pytest.mark.timeout(900)
+def test_the_plug_in_made_from_a_paper_is_installed_runs_and_passes_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, page = tmp_path / "package", "docs/from-a-paper-to-a-plug-in.md"
+    for name, text in files_of(page).items():
+        file = package / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    folder = install(package, tmp_path / "site")
+    passes_its_tests(package, folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(package)
+    try:
+        assert run(page, lambda *words: CliRunner().invoke(app, list(words))) >= 8
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "dropflow_fastervlm"]:
+            del sys.modules[name]
 
 
 def test_a_block_that_prints_something_else_than_the_document_says_is_found(tmp_path: Path) -> None:
@@ -146,6 +167,36 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
     renew(renewed, "table of stages", stages_in_markdown())
     same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
     assert same, "renew it: dropflow list stages --into docs/methods.md"
+
+
+def test_the_tables_of_refusals_are_those_of_the_source_code(tmp_path: Path) -> None:
+    script, document = ROOT / "docs" / "refusals.py", ROOT / "docs" / "troubleshooting.md"
+    if not script.exists():
+        pytest.skip("the documents are not beside the tests")
+    names = runpy.run_path(str(script))
+    renewed = tmp_path / "troubleshooting.md"
+    renewed.write_text(document.read_text(encoding="utf-8"), encoding="utf-8")
+    names["write"](renewed)
+    same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
+    assert same, "renew them: make troubleshooting"
+    told = {(one.group, one.message): one for one in names["refusals"]()}
+    for group, message, remedy in REFUSALS:
+        assert told[group, message].remedy == remedy
+    assert {one.group for one in told.values()} == set(names["GROUPS"])
+
+
+REFUSALS = [
+    ("policy files", "stages.…: vision would enter at boundary … but is gone from … on", "inject before the exit"),
+    ("attaching", "attach: the policy … is attached to this model already", "detach it first"),
+    ("caches and generate", "past_key_values: an offloaded cache is not supported", "use a plain DynamicCache"),
+    (
+        "stages",
+        "stages.…: at boundary … `prune` returned weights that are not positive and finite for every visual token it "
+        "keeps",
+        "give 1 to these",
+    ),
+]
+"""Of every way to write a message, one: in place, in a list of faults, in a helper."""
 
 
 def test_the_code_about_traces_runs(tmp_path: Path) -> None:

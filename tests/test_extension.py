@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from documents import EXTENSION
+from documents import EXTENSION, passes_its_tests
 
 
 def test_the_installed_extension_passes_its_own_tests(installed_extension: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(EXTENSION), "tests"],
-        cwd=EXTENSION,
-        env=os.environ | {"PYTHONPATH": str(installed_extension), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    passes_its_tests(EXTENSION, installed_extension)
 
 
 def test_adapter_and_stage_are_short() -> None:
