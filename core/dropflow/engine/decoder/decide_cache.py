@@ -16,12 +16,12 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheView
 from dropflow.lifecycle.events import Eviction
-from dropflow.lifecycle.payloads import RowAttention
 from dropflow.lifecycle.stage import Stage
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+    from dropflow.lifecycle.payloads import RowAttention
     from dropflow.policy.plan import Plan
 
 
