@@ -80,7 +80,7 @@ class Duplication(Stage[DuplicationOptions]):
             if tokens is None:
                 return Forecast(keeps={self._boundary: None})
             pivots = self.options.image_pivots + self.options.text_pivots
-            published = self.options.image_pivots + sum(self._quotas(self._budget.of(tokens), pivots))
+            published = self.options.image_pivots + self._budget.of(tokens) // pivots * pivots
             budget = Budget(tokens=min(published, tokens))
         return Forecast(keeps={self._boundary: budget})
 

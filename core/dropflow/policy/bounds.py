@@ -13,7 +13,7 @@ from pydantic import AfterValidator, WithJsonSchema
 from dropflow.errors import PolicyError, escaped, listed, quoted
 from dropflow.units import LARGEST
 
-ENTRIES, DEPTH = 10_000, 32
+ENTRIES, DEPTH = 2_000, 32
 """Entries of a policy, and mappings and lists inside of one another."""
 KEY, TEXT = 100, 10_000
 """Characters of a key, and of any other text."""

@@ -16,7 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from dropflow.errors import PolicyError, escaped, quoted
 from dropflow.policy.bounds import DEPTH, ENTRIES
 
-BYTES = 65_536
+BYTES = 32_768
 """Size of a policy file; the longest that is shipped has 2,000."""
 
 
@@ -98,7 +98,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML does it, after the check."""
         seen: set[Any] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, MappingNode) else ():
             if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             said = self.construct_object(key)
