@@ -111,7 +111,7 @@ _OF_TYPE: dict[str, Callable[..., Any]] = {
 def damaged(chance: random.Random, text: str) -> bytes:
     """The text of a policy after a few random edits: bytes, YAML's signs and fragments that are traps."""
     data = bytearray(text, "utf-8")
-    traps = ("&a ", "*a", "<<: ", "${", "}", "${name}", "!!int ", "{", "[", "- ", "? ", ": ", "|", ">", "\t", "\n", '"', "%")
+    traps = ("&a ", "*a", "<<: ", "${", "}", "${name}", "!!int ", *'{[|>%"', "- ", "? ", ": ", "\t", "\n")
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(data) + 1)
         kind = chance.random()

@@ -82,7 +82,7 @@ class _Shown(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxother = 4, 120, 120
         self.maxdict = self.maxlist = self.maxtuple = 8
 
-    def repr_int(self, value: int, level: int) -> str:
+    def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002  # the base class names it
         """Names the size of an integer that would fill the line."""
         bits = value.bit_length()
         return f"an integer of {bits:,} bits" if bits > 128 else repr(value)

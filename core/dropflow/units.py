@@ -29,8 +29,9 @@ def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
             return value
         raise ValueError(expected)
 
-    one_of = [{"type": "integer", "minimum": 0, "maximum": LARGEST}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]
-    return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "description": expected})
+    integer = {"type": "integer", "minimum": 0, "maximum": LARGEST}
+    number = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    return BeforeValidator(check), WithJsonSchema({"anyOf": [integer, number], "description": expected})
 
 
 Depth = Annotated[int | float, *_number("a boundary, the layer before which it lies", "a share of depth")]

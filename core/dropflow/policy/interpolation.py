@@ -62,7 +62,7 @@ class _Resolver:
         if reference in self._open:
             raise PolicyError(f"{escaped(where)}: the reference {quoted(reference)} leads back to itself")
         if len(self._open) == DEPTH:
-            raise PolicyError(f"{escaped(where)}: {quoted(reference)} is a reference after {DEPTH} others; name the entry")
+            raise PolicyError(f"{escaped(where)}: {quoted(reference)} is the end of more than {DEPTH} references")
         node: Any = self._data
         rest = reference
         while rest or node is self._data:

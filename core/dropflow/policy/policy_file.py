@@ -78,7 +78,7 @@ def _mapping(data: Any, where: str) -> dict[Any, Any]:
 
 def _kind(data: Any) -> str:
     """What a file holds, without quoting it: it may be any file."""
-    return {str: "text", list: "a list", type(None): "nothing"}.get(type(data), f"a value of type {type(data).__name__}")
+    return {str: "text", list: "a list", type(None): "nothing"}.get(type(data), type(data).__name__)
 
 
 def _merged(parent: Mapping[Any, Any], child: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -97,7 +97,7 @@ def _find(source: str | Path, base: Path) -> Path:
         files = registry.policy_files()
         if text not in files:
             raise PolicyError(
-                f"{escaped(text)}: no such policy; {nearest(text, files)} (a file is named by its path, ending in .yaml)"
+                f"{escaped(text)}: no such policy; {nearest(text, files)} (name a file by its path, ending in .yaml)"
             )
         return files[text].resolve()
     if not text.endswith(_SUFFIXES):
@@ -119,9 +119,7 @@ def _apply(data: Any, override: str) -> None:
     """Set `path=value` in nested mappings; a key of the mapping may itself contain a dot, such as 0.25."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise PolicyError(
-            f"{quoted(override)}: an override is written path=value, such as stages.pyramid.keep.10=343"
-        )
+        raise PolicyError(f"{quoted(override)}: an override is written path=value, such as stages.pyramid.keep.10=343")
     value = bounded(parse_yaml(text, escaped(path)), escaped(path), (path,))
     node, rest = data, path.strip()
     while True:

@@ -34,9 +34,9 @@ def from_pretrained(
 
     `transformers` itself, its pipelines and its server know nothing of Dropflow: by them, a checkpoint that records a
     policy runs dense. This returns the model in eval mode with the policy attached, for all of them to use;
-    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`; `overrides`,
-    `adapter` and `allow_downloads` (of models that a recorded policy names) those of `attach`. One line in the log
-    `dropflow` says which policy counts.
+    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`;
+    `overrides`, `adapter` and `allow_downloads` (of models that a recorded policy names) those of `attach`. One line in
+    the log `dropflow` says which policy counts.
 
     Raises `PolicyError` before weights are loaded where no policy is given and none is recorded, and what `attach`
     raises.
