@@ -90,8 +90,8 @@ def _told_of(source: str, path: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = escaped(str(error).strip().split("\n")[0].rstrip("."))
         raise PolicyError(
-            f"{path}: expected a folder or hub name of a CLIP model with its tokenizer, got {quoted(source)}: {reason}; "
-            "name one, or leave the option out"
+            f"{path}: expected a folder or hub name of a CLIP model with its tokenizer, got {quoted(source)}: {reason}"
+            "; name one, or leave the option out"
         ) from None
 
 
@@ -101,6 +101,6 @@ def _check_tower(width: int, source: str, backbone: Backbone, path: str) -> None
     if own is None or own.model_type != "clip_vision_model" or own.hidden_size != width:
         found = "none that can be reached" if own is None else f"{own.model_type!r} of width {own.hidden_size}"
         raise PolicyError(
-            f"{path}: {escaped(source)} has a CLIP vision tower of width {width}, but that of the model is {found}; name "
-            "the CLIP model that the tower was taken from, or leave the option out"
+            f"{path}: {escaped(source)} has a CLIP vision tower of width {width}, but that of the model is {found}"
+            "; name the CLIP model that the tower was taken from, or leave the option out"
         )

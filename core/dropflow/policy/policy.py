@@ -141,12 +141,15 @@ def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[s
     """One line per distinct path of a pydantic error: path, what was expected, what was got, nearest valid name."""
     lines: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
+        unknown = fault["type"] == "extra_forbidden"  # then the last part is a key of the file, whatever it looks like
         # unions and [key] markers add parts to `loc` that no file has
-        parts = [escaped(part) for part in fault["loc"] if not _is_marker(part)]
+        *outer, last = fault["loc"] or ("policy",)
+        parts = [escaped(part) for part in outer if not _is_marker(part)]
+        parts += [escaped(last)] if unknown or not _is_marker(last) else []
         where = ".".join([path, *parts]).strip(".")
         message = escaped(fault["msg"].removeprefix("Value error, "), 2 * LONGEST)
         message = message[0].lower() + message[1:]
-        if fault["type"] == "extra_forbidden":
+        if unknown:
             message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
         elif fault["type"] in {"dict_type", "model_type"}:
             message = f"expected a mapping, got {quoted(fault['input'])}"

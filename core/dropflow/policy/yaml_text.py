@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         """As PyYAML does it, with depth and size in bounds."""
         self._depth += 1
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # types-pyyaml leaves it out
         if self._depth > DEPTH:
             raise ComposerError(None, None, f"more than {DEPTH} levels of mappings and lists", mark)
         node = super().compose_node(parent, index)

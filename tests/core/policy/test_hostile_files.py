@@ -63,6 +63,7 @@ def refusal(source: Any, *overrides: str) -> str:
         ("name: \0\n", "a character that no text has"),
         ("description: " + "x " * 6000, "description: expected at most 10,000 characters"),
         ("# " + "x" * 40_000, "it has more than 32,768 bytes"),
+        ('"[key]": 1\n' + STAGES, "[key]: unknown option"),
         ("just words", "expected a mapping with `stages`, got text"),
         ("", "expected a mapping with `stages`, got nothing"),
     ],
