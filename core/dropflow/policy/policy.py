@@ -143,9 +143,9 @@ def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[s
     for fault in error.errors(include_url=False):
         unknown = fault["type"] == "extra_forbidden"  # then the last part is a key of the file, whatever it looks like
         # unions and [key] markers add parts to `loc` that no file has
-        *outer, last = fault["loc"] or ("policy",)
-        parts = [escaped(part) for part in outer if not _is_marker(part)]
-        parts += [escaped(last)] if unknown or not _is_marker(last) else []
+        inner = fault["loc"][-1:] if unknown else ()
+        outer = [part for part in fault["loc"][: len(fault["loc"]) - len(inner)] if not _is_marker(part)]
+        parts = [escaped(part) for part in (*outer, *inner)]
         where = ".".join([path, *parts]).strip(".")
         message = escaped(fault["msg"].removeprefix("Value error, "), 2 * LONGEST)
         message = message[0].lower() + message[1:]
