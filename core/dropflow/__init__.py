@@ -1,13 +1,10 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
-from dropflow import errors, operators
-from dropflow.backbone.backbone import FACTS, Backbone, Projections, Sublayers, VisionEncoder, backbone_for, square_grid
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dropflow import errors
 from dropflow.backbone.flops import DecoderWidths
-from dropflow.backbone.image_layout import ImageLayout
-from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
-from dropflow.engine.attach.flow import Flow, FlowSet
-from dropflow.engine.attach.pretrained import from_pretrained
-from dropflow.engine.decoder.record import LayerReport, Report
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.lifecycle.hooks import hookimpl
@@ -21,10 +18,67 @@ from dropflow.lifecycle.payloads import (
     WindowCall,
 )
 from dropflow.lifecycle.questions import questions
-from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, StageOptions, Window
+from dropflow.lifecycle.stage import (
+    EncodeBoundary,
+    Forecast,
+    ModelSource,
+    Stage,
+    StageContext,
+    StageOptions,
+    Window,
+)
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy
 from dropflow.units import BackboneShape, Budget, Depth, Rounding, Scale, Tokens
+
+if TYPE_CHECKING:
+    from dropflow import operators
+    from dropflow.backbone.backbone import (
+        FACTS,
+        Backbone,
+        Projections,
+        Sublayers,
+        VisionEncoder,
+        backbone_for,
+        square_grid,
+    )
+    from dropflow.backbone.image_layout import ImageLayout
+    from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
+    from dropflow.engine.attach.flow import Flow, FlowSet
+    from dropflow.engine.attach.pretrained import from_pretrained
+    from dropflow.engine.decoder.record import LayerReport, Report
+else:
+    _NEED_TORCH = {
+        "dropflow.backbone.backbone": (
+            "FACTS",
+            "Backbone",
+            "Projections",
+            "Sublayers",
+            "VisionEncoder",
+            "backbone_for",
+            "square_grid",
+        ),
+        "dropflow.backbone.image_layout": ("ImageLayout",),
+        "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
+        "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
+        "dropflow.engine.attach.pretrained": ("from_pretrained",),
+        "dropflow.engine.decoder.record": ("LayerReport", "Report"),
+    }
+    _HOMES = {name: module for module, names in _NEED_TORCH.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        """What needs torch is imported when it is first read, so that a policy is validated without."""
+        if name == "operators":
+            return import_module("dropflow.operators")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return found
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "FACTS",
@@ -52,6 +106,7 @@ __all__ = [
     "ImageLayout",
     "Keep",
     "LayerReport",
+    "ModelSource",
     "Policy",
     "Projections",
     "PruneCall",

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+LONGEST = 200
+"""Characters of what is quoted in a message; more are cut out of its middle."""
+MOST_LINES = 20
+"""Faults that one message lists."""
 
 
 class DropflowError(Exception):
@@ -45,7 +51,41 @@ class DecisionError(DropflowError, ValueError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Say which valid names are closest to `name`, or list them all when none is close."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST], names, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"
     return f"valid: {', '.join(names)}" if names else "none is registered"
+
+
+def escaped(text: object, most: int = LONGEST) -> str:
+    """Text as one line of at most `most` characters: line breaks and control characters are written as escapes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: 2 * most])
+    return line if len(line) <= most else f"{line[: most - 40]} ... ({len(str(text)):,} characters)"
+
+
+def quoted(value: object) -> str:
+    """A value as Python shows it, on one line of bounded length, for messages."""
+    return escaped(_shown.repr(value))
+
+
+def listed(faults: list[str]) -> str:
+    """A line for each fault, and one that counts those beyond `MOST_LINES`."""
+    more = [f"and {len(faults) - MOST_LINES} more"] if len(faults) > MOST_LINES else []
+    return "\n".join([*faults[:MOST_LINES], *more])
+
+
+class _Shown(reprlib.Repr):
+    """As `repr`, cut: deep, long and self-referential values, and integers too long for Python to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 120, 120
+        self.maxdict = self.maxlist = self.maxtuple = 8
+
+    def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002  # the base class names it
+        """Names the size of an integer that would fill the line."""
+        bits = value.bit_length()
+        return f"an integer of {bits:,} bits" if bits > 128 else repr(value)
+
+
+_shown = _Shown()

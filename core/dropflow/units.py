@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from jaxtyping import Int
 from pydantic import BeforeValidator, WithJsonSchema
-from torch import Tensor
 
 from dropflow.errors import PolicyError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+LARGEST = 2**31 - 1
+"""No number of a policy is larger, so that what is computed from it fits the integers of every device."""
 
 
 def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
@@ -19,14 +23,15 @@ def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
     expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
 
     def check(value: object) -> int | float:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST:
             return value
         if isinstance(value, float) and 0 < value <= 1:
             return value
         raise ValueError(expected)
 
-    one_of = [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]
-    return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "description": expected})
+    integer = {"type": "integer", "minimum": 0, "maximum": LARGEST}
+    number = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    return BeforeValidator(check), WithJsonSchema({"anyOf": [integer, number], "description": expected})
 
 
 Depth = Annotated[int | float, *_number("a boundary, the layer before which it lies", "a share of depth")]
@@ -79,6 +84,8 @@ class Budget:
         if self.share is None:
             return visual_tokens.clamp(max=self.tokens or 0)
         if visual_tokens.device.type == "mps":
+            import torch
+
             return torch.tensor([self.of(size) for size in visual_tokens.tolist()], device=visual_tokens.device)
         exact = self.share * visual_tokens.double()
         if self.rounding == "half_up":

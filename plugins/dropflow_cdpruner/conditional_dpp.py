@@ -18,6 +18,7 @@ from dropflow import (
     EncodeCall,
     Forecast,
     Keep,
+    ModelSource,
     PruneCall,
     Stage,
     StageContext,
@@ -34,9 +35,8 @@ class ConditionalDPPOptions(StageOptions):
     """Options of `cdpruner/conditional-dpp`."""
 
     keep: Tokens = Field(description="visual tokens of each image that stay, protected ones included")
-    clip: str | None = Field(
+    clip: ModelSource | None = Field(
         default=None,
-        min_length=1,
         description="folder or hub name of the CLIP model that the vision tower was taken from: relevance is then told "
         "in its joint space, as published, and the questions are to be stated (`dropflow.questions`); without, in the "
         "LLM's own embeddings, on any backbone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dropflow import Backbone
-from dropflow.errors import PolicyError
+from dropflow.errors import PolicyError, escaped, quoted
 
 
 class JointSpace:
@@ -27,7 +28,7 @@ class JointSpace:
         from transformers import AutoConfig
 
         with _told_of(source, path):
-            self._config: Any = AutoConfig.from_pretrained(source)
+            self._config: Any = AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
             if self._config.model_type != "clip":
                 raise ValueError(f"it is a model of type {self._config.model_type!r}")
         _check_tower(self._config.vision_config.hidden_size, source, backbone, path)
@@ -75,7 +76,9 @@ def _load(source: str, device: torch.device) -> tuple[Any, Any]:
     """Tokenizer and model; the last one is kept, since policies are attached again and again to compare them."""
     from transformers import AutoTokenizer, CLIPModel
 
-    tokenizer, clip = AutoTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source, dtype=torch.float32)
+    local = {"local_files_only": os.path.isdir(source)}  # a folder must not lead to a hub, whatever it names
+    tokenizer = AutoTokenizer.from_pretrained(source, **local)
+    clip = CLIPModel.from_pretrained(source, dtype=torch.float32, **local)
     clip.vision_model.encoder = clip.vision_model.embeddings = None  # neither runs
     return tokenizer, clip.to(device).eval().requires_grad_(requires_grad=False)
 
@@ -85,10 +88,10 @@ def _told_of(source: str, path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = escaped(str(error).strip().split("\n")[0].rstrip("."))
         raise PolicyError(
-            f"{path}: expected a folder or hub name of a CLIP model with its tokenizer, got {source!r}: {reason}; "
-            "name one, or leave the option out"
+            f"{path}: expected a folder or hub name of a CLIP model with its tokenizer, got {quoted(source)}: {reason}"
+            "; name one, or leave the option out"
         ) from None
 
 
@@ -98,6 +101,6 @@ def _check_tower(width: int, source: str, backbone: Backbone, path: str) -> None
     if own is None or own.model_type != "clip_vision_model" or own.hidden_size != width:
         found = "none that can be reached" if own is None else f"{own.model_type!r} of width {own.hidden_size}"
         raise PolicyError(
-            f"{path}: {source} has a CLIP vision tower of width {width}, but that of the model is {found}; name the "
-            "CLIP model that the tower was taken from, or leave the option out"
+            f"{path}: {escaped(source)} has a CLIP vision tower of width {width}, but that of the model is {found}"
+            "; name the CLIP model that the tower was taken from, or leave the option out"
         )

@@ -64,7 +64,11 @@ class Pool(Stage[PoolOptions]):
 def pool(
     features: Float[Tensor, "patches dim"], grid: tuple[int, int], window: tuple[int, int]
 ) -> tuple[Float[Tensor, "windows dim"], Int[Tensor, "windows"]]:
-    """Mean of each window of the grid in raster order, and the raster index of the patch in its middle."""
+    """Mean of each window of the grid in raster order, and the raster index of the patch in its middle.
+
+    A window larger than the grid is the whole of it.
+    """
+    window = min(window[0], grid[0]), min(window[1], grid[1])
     maps = features.T.reshape(1, -1, *grid)
     means = torch.nn.functional.avg_pool2d(maps, window, ceil_mode=True, count_include_pad=False)
     rows, columns = (_middles(size, step).to(features.device) for size, step in zip(grid, window, strict=True))

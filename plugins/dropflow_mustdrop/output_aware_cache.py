@@ -65,6 +65,11 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
         super().__init__(options, context)
         self._first = context.scale.boundary(options.at, context.path("at"))
         self._last = context.window.exit - 1
+        if self._first > self._last:
+            raise PolicyError(
+                f"{context.path('at')}: no visual token is left from boundary {context.window.exit} on; expected a "
+                f"boundary from 0 to {self._last}"
+            )
         self._budget = _count(options, context)
 
     @property

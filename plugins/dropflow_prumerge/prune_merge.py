@@ -124,5 +124,5 @@ class PruneMerge(Stage[PruneMergeOptions]):
             return kept
         if self.options.ratio is None:
             return with_grid(kept, patches, first=0, step=grid_step(patches, count))
-        step = max(int(1 / self.options.ratio), 1)
+        step = min(max(int(1 / self.options.ratio), 1), 2 * patches)  # twice as many: no patch is on such a grid
         return with_grid(kept, patches, first=step // 2, step=step)

@@ -30,6 +30,7 @@ class TokenMergingOptions(StageOptions):
     )
     layers: PositiveInt = Field(
         default=23,
+        le=1_000,
         description="layers that merge, from the first on; the default are those before LLaVA's features (23 of "
         "24), since a later one changes nothing",
     )

@@ -205,8 +205,8 @@ def undocumented(kind: type) -> list[str]:
 
 @pytest.mark.parametrize("package", ["dropflow", "dropflow.testing"])
 def test_every_public_field_and_method_has_a_text(package: str) -> None:
-    public = vars(importlib.import_module(package))
-    kinds = [public[name] for name in public["__all__"] if inspect.isclass(public[name])]
+    public = importlib.import_module(package)
+    kinds = [kind for name in public.__all__ if inspect.isclass(kind := getattr(public, name))]
     assert [fault for kind in kinds for fault in undocumented(kind)] == []
 
     class Silent:

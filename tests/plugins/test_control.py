@@ -257,3 +257,9 @@ def test_pooling_needs_the_whole_grid(llava: Any) -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         resolve(dropflow.load_policy(policy(r={"use": "control/random", **options})), BackboneShape(6, 16))
+
+
+def test_a_window_beyond_the_grid_pools_all_of_it() -> None:
+    features = torch.arange(12.0)[:, None]
+    pooled, places = pool(features, (3, 4), (2**31 - 1, 2))
+    assert (pooled[:, 0].tolist(), places.tolist()) == ([4.5, 6.5], [4, 6])

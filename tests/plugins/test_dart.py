@@ -178,3 +178,8 @@ def test_protected_tokens_stay_and_count() -> None:
         assert (live & visual).sum(1).tolist() == [kept, 2 * kept, 0]
         assert bool(live[visual][torch.cat(held)].all())
         assert sum(int(own.sum()) for own in held) == 3 * 16 * share
+
+
+def test_more_pivots_than_memory_are_no_matter() -> None:
+    options = {"use": "dart/duplication", "keep": 8, "image_pivots": 2**31 - 1, "reference": True}
+    assert resolve(dropflow.load_policy(policy(dart=options)), BackboneShape(6, 16)).schedule().per_layer[2] == 16

@@ -199,3 +199,12 @@ def test_a_pyramid_that_makes_no_sense_is_refused(pyramid: dict[str, Any], messa
     which = policy(pyramid={"use": "hidrop/concave-pyramid", **pyramid})
     with pytest.raises(PolicyError, match=message):
         resolve(dropflow.load_policy(which), BackboneShape(6, 16))
+
+
+def test_solving_needs_a_layer_with_vision_after_the_first_boundary() -> None:
+    stages = {
+        "pyramid": {"use": "hidrop/concave-pyramid", "keep": {5: "solve"}, "budget": {"average_tokens": 3}},
+        "exit": {"use": "hidrop/early-exit", "at": 5},
+    }
+    with pytest.raises(PolicyError, match=r"^stages\.pyramid\.budget\.average_tokens: no layer with vision follows"):
+        resolve(dropflow.load_policy(policy(**stages)), BackboneShape(6, 16))

@@ -211,3 +211,20 @@ def test_decoding_reads_no_attention_unless_asked(llava: Any, monkeypatch: pytes
 def test_faults_are_named(llava: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         dropflow.attach(llava, policy(cache=CACHE | options))
+
+
+@torch.no_grad()
+def test_stages_after_one_another_read_what_is_left(llava: Any) -> None:
+    inputs = prompt()
+    tokens = torch.full((3, 6), 5)
+    evicting = {**CACHE, "interval": 1, "budget": 3}
+    one, held = decode(llava, inputs, policy(cache=evicting), tokens)
+    two, held_by_two = decode(llava, inputs, policy(cache=evicting, again=evicting), tokens)
+    assert held_by_two == held
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_boundary_after_the_exit_is_refused(llava: Any) -> None:
+    stages = {"exit": {"use": "hidrop/early-exit", "at": 3}, "cache": {**CACHE, "at": 3}}
+    with pytest.raises(PolicyError, match=r"stages\.cache\.at: no visual token is left from boundary 3 on; .* 0 to 2"):
+        dropflow.attach(llava, policy(**stages))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
-from dropflow.lifecycle.payloads import RowAttention
+    from dropflow.lifecycle.payloads import RowAttention
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
     from dropflow.backbone.image_layout import ImageLayout
     from dropflow.engine.tokens.prompt import Prompt
     from dropflow.lifecycle.cache_payloads import CacheView

@@ -2,31 +2,31 @@
 
 Letters in shapes: B samples, T logical tokens, M slots (live tokens of the longest sample; shorter ones are padded on
 the left), H query heads, R query rows, K keys, D hidden size, n_i rows of image i, C width of the vision encoder.
+torch is imported where it is used, as plug-ins that import this module are loaded to validate a policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from dropflow.errors import DecisionError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.model.attention import QueryKey
     from dropflow.lifecycle.stage import EncodeBoundary, Window
     from dropflow.units import Budget
 
-RowAttention = Callable[[int, Tensor], Tensor]
-Columns = Callable[[int], tuple[Tensor, ...]]
-Lazily = Callable[[], tuple[Tensor, ...]]
-Tapped = Callable[[int], "QueryKey"]
-HeadRows = Float[Tensor, "heads rows dim"]
+    RowAttention = Callable[[int, Tensor], Tensor]
+    Columns = Callable[[int], tuple[Tensor, ...]]
+    Lazily = Callable[[], tuple[Tensor, ...]]
+    Tapped = Callable[[int], QueryKey]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class PruneCall:
 
     def counts(self, budget: Budget) -> Int[Tensor, "images"]:
         """How many tokens of each image `budget` lets stay, by image number; on the device, which is not waited for."""
+        import torch
+
         sizes = self.patches
         return budget.of_each(torch.tensor(self.image_sizes, device=self.index.device) if sizes is None else sizes)
 
@@ -152,6 +154,8 @@ class PruneCall:
         Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
         stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
         """
+        import torch
+
         with torch.set_grad_enabled(self.differentiable):
             return self.attention(layer, rows)
 
@@ -215,6 +219,8 @@ class EncodeCall:
 
         A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention`.
         """
+        import torch
+
         seen, columns = self.tapped(layer), self.columns(layer)
         first = torch.arange(self.prefix, device=seen.key.device)
         own = [torch.cat((first, of_image)) for of_image in columns]
@@ -234,6 +240,8 @@ class EncodeCall:
         One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
         `DecisionError` where rows were merged since that layer ran.
         """
+        import torch
+
         rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
         weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
         return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))
@@ -244,6 +252,8 @@ class EncodeCall:
         For encoders without a CLS row. It costs the work of one attention map, in slices much smaller than the map;
         errors as `cls_attention`.
         """
+        import torch
+
         columns = self.columns(layer)
         longest = max(len(own) for own in columns)
         asks = torch.stack([torch.nn.functional.pad(own, (0, longest - len(own)), value=-1) for own in columns])

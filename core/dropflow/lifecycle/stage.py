@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from dropflow.errors import PolicyError
 from dropflow.units import Budget, Rounding, Scale
@@ -20,9 +21,30 @@ and its feed-forward part; `features`, after all layers, on what the projector g
 
 
 class StageOptions(BaseModel):
-    """Base of every stage's options: unknown keys are errors, values are frozen, defaults are validated."""
+    """Base of every stage's options: unknown keys are errors, values are frozen, defaults are validated.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Numbers are finite; a policy's are at most 2,147,483,647.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+LOCAL_MODELS = "local_models"
+"""Set in the context of validation where models are read from local folders alone."""
+
+
+def _local_where_asked(source: str, info: ValidationInfo) -> str:
+    if (info.context or {}).get(LOCAL_MODELS) and not os.path.isdir(source):
+        raise ValueError(
+            "expected a local folder, since the policy came with a model; `allow_downloads=True` lets it name a model "
+            "to download"
+        )
+    return source
+
+
+ModelSource = Annotated[str, Field(min_length=1), AfterValidator(_local_where_asked)]
+"""Folder or hub name of a model that a stage loads beside the backbone. A policy that a checkpoint records may only
+name a local folder, unless the caller allows downloads."""
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,14 @@ def first_keep(average: float, layers: int, visual_tokens: int, window: Window, 
 
     `keeps` maps boundaries to counts, the first one being the unknown (HiDrop, arXiv:2602.23699, section 3.2: the tail
     is fixed and the first keep follows from the budget). Raises `ValueError` when no count from the second keep to
-    `visual_tokens` reaches the average.
+    `visual_tokens` reaches the average, or vision takes no part after the first boundary.
     """
     boundaries = [*sorted(keeps), window.exit]
+    if not window.entry <= boundaries[0] < min(boundaries[1], window.exit):
+        raise ValueError(
+            f"no layer with vision follows the first boundary, {boundaries[0]}: vision takes part in layers "
+            f"{window.entry} to {window.exit - 1}"
+        )
     before = visual_tokens * (boundaries[0] - window.entry)
     tail = sum((keeps[b] or 0) * (end - b) for b, end in pairwise(boundaries[1:]))
     span = boundaries[1] - boundaries[0]

@@ -10,17 +10,19 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from dropflow.errors import PolicyError, UnknownName, nearest
-from dropflow.lifecycle.stage import Stage, StageOptions
+from dropflow.errors import LONGEST, PolicyError, UnknownName, escaped, listed, nearest, quoted
+from dropflow.lifecycle.stage import LOCAL_MODELS, Stage, StageOptions
 from dropflow.policy import registry
+from dropflow.policy.bounds import Name, bounded
+from dropflow.units import LARGEST
 
 
 class TunedFor(BaseModel):
     """The backbone shape that a policy's absolute numbers were chosen for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    layers: int = Field(gt=0, description="decoder layers")
-    visual_tokens: int = Field(gt=0, description="visual tokens of one image at entry to the LLM")
+    layers: int = Field(gt=0, le=LARGEST, description="decoder layers")
+    visual_tokens: int = Field(gt=0, le=LARGEST, description="visual tokens of one image at entry to the LLM")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Policy:
     """An ordered composition of stages, every option validated; make one with `load_policy`."""
 
     name: str
-    """A plain name, by which reports and files call it."""
+    """By which reports and files call it: up to 100 letters, digits, `.`, `_` and `-`."""
     stages: dict[str, StageUse]
     """Name of each stage in this policy -> the stage and its options, in the order they are asked."""
     description: str = ""
@@ -66,7 +68,7 @@ class _Head(BaseModel):
     """Everything of a policy file but its stages."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str = Field(description="name of the policy")
+    name: Name = Field(description="name of the policy: up to 100 letters, digits, `.`, `_` and `-`")
     description: str = Field(default="", description="what it is, in a sentence")
     tuned_for: TunedFor | None = Field(default=None, description="the backbone the absolute numbers belong to")
     rescale: bool = Field(default=False, description="scale absolute numbers to a backbone of another shape")
@@ -75,14 +77,15 @@ class _Head(BaseModel):
         description="position ids of survivors: `persistent` keeps the original ones, `compact` renumbers them without "
         "gaps after every drop, and puts a generated token at the length of each layer's cache",
     )
-    stages: dict[str, dict[str, Any] | None] = Field(description="the stages, by name, in the order they are asked")
+    stages: dict[Name, dict[str, Any] | None] = Field(description="the stages, by name, in the order they are asked")
 
 
-def policy_from_dict(data: Mapping[str, Any]) -> Policy:
+def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> Policy:
     """Validate plain data against the policy model and the options of the stages it uses.
 
-    A stage set to null is left out. Raises `PolicyError` listing every fault with its path, what was expected and the
-    nearest valid name. `use` is a registered name, or (from Python) a `Stage` subclass.
+    A stage set to null is left out. With `local_models`, options that name a model take local folders alone. Raises
+    `PolicyError` listing every fault with its path, what was expected and the nearest valid name. `use` is a registered
+    name, or (from Python) a `Stage` subclass.
     """
     faults: list[str] = []
     head: _Head | None = None
@@ -95,15 +98,16 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     for name, entry in entries.items() if isinstance(entries, Mapping) else ():
         if isinstance(entry, Mapping):
             try:
-                stages[name] = _stage_use(f"stages.{name}", entry)
+                stages[name] = _stage_use(name, entry, local_models)
             except PolicyError as error:
-                faults += str(error).splitlines()
+                faults += str(error).split("\n")
     if faults or head is None:
-        raise PolicyError("\n".join(faults))
+        raise PolicyError(listed(faults))
     return Policy(**head.model_dump(exclude={"stages", "tuned_for"}), tuned_for=head.tuned_for, stages=stages)
 
 
-def _stage_use(path: str, entry: Mapping[str, Any]) -> StageUse:
+def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> StageUse:
+    path = f"stages.{escaped(name)}"
     options = {key: value for key, value in entry.items() if key != "use"}
     if "use" not in entry:
         raise PolicyError(f"{path}.use: missing; name the stage to use, {nearest('', registry.names(registry.STAGES))}")
@@ -115,12 +119,15 @@ def _stage_use(path: str, entry: Mapping[str, Any]) -> StageUse:
             stage = registry.load(registry.STAGES, str(use))
         except UnknownName:
             raise PolicyError(
-                f"{path}.use: no stage is called {use!r}; {nearest(str(use), registry.names(registry.STAGES))}"
+                f"{path}.use: no stage is called {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
+    context = {LOCAL_MODELS: local_models}
     try:
-        return StageUse(use=use, stage=stage, options=stage.Options.model_validate(_without_nulls(options)))
+        found = stage.Options.model_validate(_without_nulls(options), context=context)
     except ValidationError as error:
-        raise PolicyError("\n".join(_faults(error, path, stage.Options))) from None
+        raise PolicyError(listed(_faults(error, path, stage.Options))) from None
+    bounded(found.model_dump(), path, ("stages", name))  # a number may have been written as text
+    return StageUse(use=use, stage=stage, options=found)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -133,18 +140,21 @@ def _without_nulls(value: Any) -> Any:
 def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[str]:
     """One line per distinct path of a pydantic error: path, what was expected, what was got, nearest valid name."""
     lines: dict[str, list[str]] = {}
-    for fault in error.errors():
+    for fault in error.errors(include_url=False):
+        unknown = fault["type"] == "extra_forbidden"  # then the last part is a key of the file, whatever it looks like
         # unions and [key] markers add parts to `loc` that no file has
-        parts = [str(part) for part in fault["loc"] if not _is_marker(part)]
+        inner = fault["loc"][-1:] if unknown else ()
+        outer = [part for part in fault["loc"][: len(fault["loc"]) - len(inner)] if not _is_marker(part)]
+        parts = [escaped(part) for part in (*outer, *inner)]
         where = ".".join([path, *parts]).strip(".")
-        message = fault["msg"].removeprefix("Value error, ")
+        message = escaped(fault["msg"].removeprefix("Value error, "), 2 * LONGEST)
         message = message[0].lower() + message[1:]
-        if fault["type"] == "extra_forbidden":
+        if unknown:
             message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
         elif fault["type"] in {"dict_type", "model_type"}:
-            message = f"expected a mapping, got {fault['input']!r}"
+            message = f"expected a mapping, got {quoted(fault['input'])}"
         elif fault["type"] != "missing":
-            message += f", got {fault['input']!r}"
+            message += f", got {quoted(fault['input'])}"
         lines.setdefault(where or "policy", []).append(message)
     return [f"{where}: {' or '.join(dict.fromkeys(messages))}" for where, messages in lines.items()]
 
@@ -163,11 +173,11 @@ def schema() -> dict[str, Any]:
     uses = [_use_model(name, registry.load(registry.STAGES, name)) for name in registry.names(registry.STAGES)]
     union: Any = functools.reduce(operator.or_, uses)
     one: Any = Annotated[union, Field(discriminator="use")] if len(uses) > 1 else union
-    stages: Any = dict[str, Union[one, None]]  # noqa: UP007  # made at run time
+    stages: Any = dict[Name, Union[one, None]]  # noqa: UP007  # made at run time
     model = create_model(
         "PolicyFile",
         __base__=_Head,
-        name=(str | None, Field(default=None, description="name of the policy; the file's name if left out")),
+        name=(Name | None, Field(default=None, description="name of the policy; the file's name if left out")),
         extends=(str | None, Field(default=None, description="name or path of a policy to inherit from")),
         stages=(stages, Field(description=_Head.model_fields["stages"].description)),
     )

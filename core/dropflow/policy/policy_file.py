@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dropflow.errors import PolicyError, nearest
+from dropflow.errors import PolicyError, escaped, nearest, quoted
 from dropflow.policy import registry
+from dropflow.policy.bounds import DEPTH, bounded
+from dropflow.policy.interpolation import existing_key, interpolated
 from dropflow.policy.policy import Policy, policy_from_dict
+from dropflow.policy.yaml_text import parse_yaml, read_yaml
 
 Source = str | Path | Mapping[str, Any] | Policy
 
@@ -23,118 +22,118 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
     `source` is a registered name, a path of a YAML file, a mapping, or a `Policy`, which is returned as it is when
     there are no `overrides`. Each override is `path=value`, such as `stages.pyramid.keep.10=343`; the value is YAML,
     and `null` takes an entry away. `extends: NAME_OR_PATH` in a file inherits: mappings merge, other values replace.
-    Interpolations (`${...}`) are resolved. Raises `PolicyError` naming each wrong path.
+    `${path.of.an.entry}` stands for another entry of the same policy, and for nothing else. Raises `PolicyError` naming
+    each wrong path.
     """
     if isinstance(source, Policy):
         if not overrides:
             return source
         source = source.to_dict()
-    merged = _read(source, base=Path.cwd(), seen=())
-    try:
-        data = OmegaConf.to_container(merged)
-        for override in overrides:
-            _apply(data, override)
-        data = OmegaConf.to_container(OmegaConf.create(data, flags={"allow_objects": True}), resolve=True)
-    except OmegaConfBaseException as error:
-        raise PolicyError(f"{error.full_key or 'policy'}: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise PolicyError(f"policy: expected a mapping, got {data!r}")
-    return policy_from_dict({str(key): value for key, value in data.items()})
+    return policy_from_dict(_plain(source, overrides))
 
 
-def _read(source: str | Path | Mapping[str, Any], base: Path, seen: tuple[Path, ...]) -> DictConfig:
+def load_recorded(recorded: Mapping[str, Any], *, allow_downloads: bool = False) -> Policy:
+    """Validate a policy that came with a model: it inherits nothing, and names no model to download unless allowed."""
+    if "extends" in recorded:
+        raise PolicyError("extends: a recorded policy reads no other one; record what it inherits")
+    return policy_from_dict(_plain(recorded), local_models=not allow_downloads)
+
+
+def _plain(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The policy as plain data, whole."""
+    data = _read(source, base=Path.cwd(), seen=())
+    for override in overrides:
+        _apply(data, override)
+    data = interpolated(bounded(data, "policy"))
+    return {str(key): value for key, value in bounded(data, "policy").items()}
+
+
+def _read(source: str | Path | Mapping[str, Any], base: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
     if isinstance(source, Mapping):
-        config, where, name = _config(dict(source), "policy"), base, "unnamed"
+        data, where, name = _mapping(source, "policy"), base, "unnamed"
     else:
-        path = _find(source, base).resolve()
+        path = _find(source, base)
         if path in seen:
-            raise PolicyError(f"extends: {path} inherits from itself")
+            raise PolicyError(f"extends: {escaped(path)} inherits from itself")
+        if len(seen) == DEPTH:
+            raise PolicyError(f"extends: {escaped(path)} is the end of more than {DEPTH} files that inherit in a row")
         seen += (path,)
-        config, where, name = _config(_parse(path), str(path)), path.parent, path.stem
-    parent = config.pop("extends", None)
-    if config.get("name") is None:
-        config["name"] = name
-    return config if parent is None else _merge(_read(parent, where, seen), config)
+        data, where, name = _mapping(read_yaml(path), escaped(path)), path.parent, path.stem
+    parent = data.pop("extends", None)
+    if data.get("name") is None:
+        data["name"] = name
+    if parent is None:
+        return data
+    if not isinstance(parent, str | Path):
+        raise PolicyError(f"extends: expected the name or the path of a policy, got {quoted(parent)}")
+    return _merged(_read(parent, where, seen), data)
 
 
-def _merge(parent: DictConfig, child: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(parent, child)
-    assert isinstance(merged, DictConfig)  # both sides are
-    return merged
-
-
-def _config(data: Any, where: str) -> DictConfig:
+def _mapping(data: Any, where: str) -> dict[Any, Any]:
     if not isinstance(data, Mapping):
-        raise PolicyError(f"{where}: expected a mapping with `stages`, got {data!r}")
-    return OmegaConf.create(dict(data), flags={"allow_objects": True})
+        raise PolicyError(f"{where}: expected a mapping with `stages`, got {_kind(data)}")
+    found: dict[Any, Any] = bounded(data, where)
+    return found
+
+
+def _kind(data: Any) -> str:
+    """What a file holds, without quoting it: it may be any file."""
+    return {str: "text", list: "a list", type(None): "nothing"}.get(type(data), type(data).__name__)
+
+
+def _merged(parent: Mapping[Any, Any], child: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Mappings merge, other values replace."""
+    both = {key: _merged(parent[key], child[key]) for key in child if _is_mapping(parent.get(key), child[key])}
+    return {**parent, **child, **both}
+
+
+def _is_mapping(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def _find(source: str | Path, base: Path) -> Path:
     text = str(source)
-    if isinstance(source, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
-        path = base / Path(source).expanduser()
-        if not path.is_file():
-            raise PolicyError(f"{text}: no such policy file (looked for {path})")
-        return path
-    files = registry.policy_files()
-    if text not in files:
-        raise PolicyError(
-            f"{text}: no policy is called so; {nearest(text, files)} (a file is named by its path, ending in .yaml)"
-        )
-    return files[text]
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping says twice, where plain YAML would quietly take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML does it, after the check."""
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            said = self.construct_object(key)
-            if said in seen:
-                raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"the key {said!r} is there twice", key.start_mark
-                )
-            seen.add(said)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(path: Path) -> Any:
+    if not isinstance(source, Path) and "/" not in text and not text.endswith(_SUFFIXES):
+        files = registry.policy_files()
+        if text not in files:
+            raise PolicyError(
+                f"{escaped(text)}: no such policy; {nearest(text, files)} (name a file by its path, ending in .yaml)"
+            )
+        return files[text].resolve()
+    if not text.endswith(_SUFFIXES):
+        raise PolicyError(f"{escaped(text)}: expected the path of a policy file, ending in .yaml or .yml")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise PolicyError(
-            f"{path}: not plain YAML: {reason}; a policy holds only mappings, lists, numbers and strings"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path}: cannot be read: {error}") from None
+        path = (base / Path(source).expanduser()).resolve()
+        found = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links, no such user
+        raise PolicyError(f"{escaped(text)}: no path of a file: {escaped(error, 80)}") from None
+    if not found:
+        raise PolicyError(f"{escaped(text)}: no such policy file (looked for {escaped(path)})")
+    return path
+
+
+_SUFFIXES = (".yaml", ".yml")
 
 
 def _apply(data: Any, override: str) -> None:
     """Set `path=value` in nested mappings; a key of the mapping may itself contain a dot, such as 0.25."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise PolicyError(f"{override!r}: an override is written path=value, such as stages.pyramid.keep.10=343")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise PolicyError(f"{path}: the value {text!r} is not plain YAML") from None
+        raise PolicyError(f"{quoted(override)}: an override is written path=value, such as stages.pyramid.keep.10=343")
+    value = bounded(parse_yaml(text, escaped(path)), escaped(path), (path,))
     node, rest = data, path.strip()
     while True:
-        key = _existing_key(node, rest)
+        key = existing_key(node, rest)
         if key is None or str(key) == rest:
             break
         node, rest = node[key], rest[len(str(key)) + 1 :]
     if not isinstance(node, dict) or (key is None and "." in rest):
         valid = node if isinstance(node, dict) else {}
-        raise PolicyError(f"{path}: nothing to override there; {nearest(rest.split('.')[0], map(str, valid))}")
-    node[yaml.safe_load(rest) if key is None else key] = value
+        raise PolicyError(f"{escaped(path)}: nothing to override there; {nearest(rest.split('.')[0], map(str, valid))}")
+    node[_key(rest) if key is None else key] = value
 
 
-def _existing_key(node: Any, rest: str) -> Any | None:
-    keys = [k for k in node if rest == str(k) or rest.startswith(f"{k}.")] if isinstance(node, dict) else []
-    return max(keys, key=lambda k: len(str(k)), default=None)
+def _key(text: str) -> Any:
+    """A key that an override adds: a number where it reads as one."""
+    found = parse_yaml(text, escaped(text))
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else text

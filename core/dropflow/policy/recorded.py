@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from pydantic_core import to_jsonable_python
 
-from dropflow.errors import PolicyError
+from dropflow.errors import PolicyError, quoted
+from dropflow.policy.bounds import bounded
 from dropflow.policy.policy import Policy
-from dropflow.policy.policy_file import load_policy
+from dropflow.policy.policy_file import load_policy, load_recorded
 
 FIELD = "dropflow"
 """Field of a model's config that holds its policy, as the mapping a YAML file would say, in JSON."""
 
 
-def recorded_policy(config: Any) -> Policy:
+def recorded_policy(config: Any, *, allow_downloads: bool = False) -> Policy:
     """Read the policy that a model's config has recorded.
 
-    Raises `PolicyError` where there is none, or where it uses a stage that is not installed here.
+    Options that name a model take local folders alone, unless `allow_downloads`. Raises `PolicyError` where there is
+    none, or where it uses a stage that is not installed here.
     """
     found = getattr(config, FIELD, None)
     if found is None:
@@ -29,9 +31,10 @@ def recorded_policy(config: Any) -> Policy:
             "a path, a mapping or a Policy. Models saved while a policy is attached record it"
         )
     try:
-        return load_policy(_with_numbers(found) if isinstance(found, Mapping) else {"stages": found})
+        recorded = bounded(found if isinstance(found, Mapping) else {"stages": found}, f"config.{FIELD}")
+        return load_recorded(_as_said(recorded), allow_downloads=allow_downloads)
     except PolicyError as error:
-        lines = [f"config.{FIELD}.{line}" for line in str(error).splitlines()]
+        lines = [f"config.{FIELD}.{line}" for line in str(error).split("\n")]
         remedy = "install the package this policy's stages come from, or pass another policy to `attach`"
         raise PolicyError("\n".join([*lines, remedy])) from None
 
@@ -42,7 +45,8 @@ def note_dense(config: Any) -> None:
     if found is not None:
         name = found.get("name") if isinstance(found, Mapping) else None
         logging.getLogger("dropflow").warning(
-            "this model runs dense, though its config records the policy %r; dropflow.attach(model) lets it count", name
+            "this model runs dense, though its config records the policy %s; dropflow.attach(model) lets it count",
+            quoted(name),
         )
 
 
@@ -77,7 +81,7 @@ class Recording:
         if present is None or not own:
             raise PolicyError(f"record: `config.{FIELD}` was replaced after attaching, so that nothing can be kept")
         try:
-            same = load_policy(_with_numbers(own[0])) == policy
+            same = load_policy(_as_said(own[0])) == policy
         except PolicyError as error:
             raise PolicyError(
                 f"{error}\nrecord: a recorded policy names its stages, so register them as entry points of a package"
@@ -120,16 +124,28 @@ class _Entry(dict[str, Any]):
         self.update(self.stack[-1][1] if self.stack else {})
 
 
+def _as_said(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn option keys such as "10" back into numbers: JSON has only text as keys."""
+    stages = recorded.get("stages")
+    if not isinstance(stages, Mapping):
+        return dict(recorded)
+    return {**recorded, "stages": {name: _with_numbers(entry) for name, entry in stages.items()}}
+
+
 def _with_numbers(value: Any) -> Any:
-    """Turn keys such as "10" back into numbers: JSON has only text as keys."""
     if isinstance(value, Mapping):
         return {_number(key): _with_numbers(item) for key, item in value.items()}
     return [_with_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def _number(key: Any) -> Any:
-    try:
-        number = yaml.safe_load(key) if isinstance(key, str) else key
-    except yaml.YAMLError:
-        return key
-    return number if isinstance(number, int | float) and not isinstance(number, bool) else key
+    for kind in (int, float):
+        try:
+            return kind(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key
+        except ValueError:
+            continue
+    return key
+
+
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
+"""What JSON writes for a number that was a key."""

@@ -13,6 +13,9 @@ from typer.core import TyperGroup
 # typer took click's classes over under private names in 0.29; the base of BadParameter is UsageError before and after
 _UsageError: Any = typer.BadParameter.__base__
 
+_LONGEST_LINE = 1_000
+"""Characters of one fault."""
+
 
 class OneLineErrors(TyperGroup):
     """The root command; prints one line per fault and exits with 2 where the input is to blame."""
@@ -47,8 +50,11 @@ class OneLineErrors(TyperGroup):
 
 
 def _complain(message: str) -> None:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    from dropflow.errors import escaped
+
+    for line in message.split("\n"):
+        if line.strip():
+            print(f"error: {escaped(line, _LONGEST_LINE)}", file=sys.stderr)
 
 
 def _text(error: Exception) -> str:
@@ -60,6 +66,6 @@ def _is_bad_input(error: Exception) -> bool:
         error, FileExistsError | FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError
     ):
         return True
-    from dropflow.errors import DropflowError  # imports torch, which the command that raised has done already
+    from dropflow.errors import DropflowError
 
     return isinstance(error, DropflowError)

@@ -127,7 +127,7 @@ class _Sweep:
 
 
 def _one_stage(use: str, at: int) -> Policy:
-    return policy_from_dict({"name": f"{use} at {at}", "stages": {"sweep": {"use": use, "at": at}}})
+    return policy_from_dict({"name": f"{use.replace('/', '-')}-at-{at}", "stages": {"sweep": {"use": use, "at": at}}})
 
 
 def _progress() -> Progress:

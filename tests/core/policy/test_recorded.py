@@ -148,3 +148,65 @@ def test_a_flow_that_nobody_holds_stays_attached() -> None:
     with pytest.raises(UnsupportedModel, match="attached to this model already"):
         dropflow.attach(model, RAGGED)
     assert model.config.dropflow["stages"]["exit"]["at"] == 5
+
+
+def recording(**stages: Any) -> Any:
+    model = tiny_llava()
+    model.config.dropflow = {"name": "theirs", "stages": stages}
+    return model
+
+
+def test_a_record_may_name_local_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    asked: list[tuple[str, bool]] = []
+
+    def loads(source: str, *, local_files_only: bool) -> Any:
+        asked.append((source, local_files_only))
+        raise OSError("nothing there")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", loads)
+    remote = {"use": "cdpruner/conditional-dpp", "keep": 4, "clip": "some/repo"}
+    expected = r"config\.dropflow\.stages\.dpp\.clip: expected a local folder.*`allow_downloads=True`.*got 'some/repo'"
+    with pytest.raises(PolicyError, match=expected):
+        dropflow.attach(recording(dpp=remote))
+    assert asked == []
+    for arguments in ({"allow_downloads": True}, {"policy": policy(dpp=remote)}):  # the caller's own word
+        with pytest.raises(PolicyError, match="expected a folder or hub name of a CLIP model"):
+            dropflow.attach(recording(dpp=remote), **arguments)
+    with pytest.raises(PolicyError, match="expected a folder or hub name of a CLIP model"):
+        dropflow.attach(recording(dpp={**remote, "clip": str(tmp_path)}))
+    assert asked == [("some/repo", False)] * 2 + [(str(tmp_path), True)]
+
+
+def test_from_pretrained_passes_on_what_a_record_may_name(tmp_path: Path) -> None:
+    recording(dpp={"use": "cdpruner/conditional-dpp", "keep": 4, "clip": "some/repo"}).save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match="expected a local folder"):
+        dropflow.from_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match="expected a folder or hub name"):  # there is no network in tests
+        dropflow.from_pretrained(tmp_path, allow_downloads=True)
+
+
+def test_a_record_reads_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROPFLOW_SECRET", "hunter2")
+    early = {"use": "hidrop/early-exit", "at": 5}
+    for recorded, message in (
+        ({"name": "${oc.env:DROPFLOW_SECRET}", "stages": {"e": early}}, r"^config\.dropflow\.name: expected `\$\{path"),
+        ({"extends": "hidrop-64", "stages": {}}, r"^config\.dropflow\.extends: a recorded policy reads no other one"),
+        ({"name": "../../x", "stages": {"e": early}}, r"^config\.dropflow\.name: expected a plain name"),
+        ({"name": "a\nb", "stages": {"e": early}}, r"^config\.dropflow\.name: expected a plain name.*'a\\nb'"),
+    ):
+        model = tiny_llava()
+        model.config.dropflow = recorded
+        with pytest.raises(PolicyError, match=message) as caught:
+            dropflow.attach(model)
+        assert "hunter2" not in str(caught.value)
+        assert model.config.dropflow == recorded
+
+
+def test_a_stage_may_be_named_by_a_number() -> None:
+    model = tiny_llava()
+    with dropflow.attach(model, policy(**{"10": {"use": "hidrop/early-exit", "at": 5}})) as flow:
+        flow.record()
+    with dropflow.attach(model) as flow:
+        assert list(flow.policy.stages) == ["10"]

@@ -53,6 +53,7 @@ def attach(
     *,
     overrides: Sequence[str] = (),
     adapter: str | type[Backbone] | None = None,
+    allow_downloads: bool = False,
 ) -> Flow:
     """Let `policy` govern every forward of `model` until the flow is detached or its `with` block ends.
 
@@ -61,11 +62,14 @@ def attach(
     the model is changed but a few removable hooks, and `config.dropflow`, which holds the policy while it is attached:
     a model saved meanwhile, such as by a trainer, records it (see `Flow.record`).
 
+    A recorded policy is somebody else's word: options in it that name a model to load take local folders alone,
+    unless `allow_downloads`. A policy that you pass may name what it likes.
+
     Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
     (or has a flow attached already).
     """
     found = backbone_for(model, adapter)
-    source = recorded_policy(found.model.config) if policy is None else policy
+    source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
     hooks = _attach(found, {"": resolve(load_policy(source, overrides), found.shape)}, "")
     flow = hooks.flows[""]
     assert flow is not None

@@ -26,6 +26,7 @@ def from_pretrained(
     *,
     overrides: Sequence[str] = (),
     adapter: str | type[Backbone] | None = None,
+    allow_downloads: bool = False,
     model_class: Any = AutoModelForImageTextToText,
     **kwargs: Any,
 ) -> Any:
@@ -33,8 +34,9 @@ def from_pretrained(
 
     `transformers` itself, its pipelines and its server know nothing of Dropflow: by them, a checkpoint that records a
     policy runs dense. This returns the model in eval mode with the policy attached, for all of them to use;
-    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`; `overrides`
-    and `adapter` those of `attach`. One line in the log `dropflow` says which policy counts.
+    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`;
+    `overrides`, `adapter` and `allow_downloads` (of models that a recorded policy names) those of `attach`. One line in
+    the log `dropflow` says which policy counts.
 
     Raises `PolicyError` before weights are loaded where no policy is given and none is recorded, and what `attach`
     raises.
@@ -44,9 +46,9 @@ def from_pretrained(
             kwargs["config"] = AutoConfig.from_pretrained(
                 folder, **{name: kwargs[name] for name in (*_OF_FILES, "trust_remote_code") if name in kwargs}
             )
-        recorded_policy(kwargs["config"])
+        recorded_policy(kwargs["config"], allow_downloads=allow_downloads)
     model = model_class.from_pretrained(folder, **kwargs)
-    flow = attach(model, policy, overrides=overrides, adapter=adapter)
+    flow = attach(model, policy, overrides=overrides, adapter=adapter, allow_downloads=allow_downloads)
     whose = "recorded" if policy is None else "given"
     logger.info(
         "%s: the %s policy %r is attached; dropflow.detach(model) takes it off", folder, whose, flow.policy.name

@@ -16,12 +16,12 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheView
 from dropflow.lifecycle.events import Eviction
-from dropflow.lifecycle.payloads import RowAttention
 from dropflow.lifecycle.stage import Stage
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+    from dropflow.lifecycle.payloads import RowAttention
     from dropflow.policy.plan import Plan
 
 
@@ -39,13 +39,22 @@ def decide_cache(
     With a list in `told`, what they decided is appended to it.
     """
     names = {id(stage): name for name, stage in plan.stages}
+    left: dict[int, list[LiveSet]] = {}
+
+    def of_the_left(layer: int, rows: Tensor) -> Tensor:
+        """Attention rows over the entries that earlier stages have left of those that were there when the layer ran."""
+        found = attention(layer, rows)
+        for kept in left.get(layer, ()):
+            found = kept.take(found.movedim(3, 1)).movedim(1, 3)
+        return found
+
     for stage in stages:
         name = names[id(stage)]
         full = _full_indices(cache)
         views = _views(full, [layer.recall(name) for layer in cache.layers])
         seen = full[0]
         answer = plan.hooks.decode_cache(
-            CacheCall(step, tokens, seen.length, seen.images, tuple(views), attention), stage
+            CacheCall(step, tokens, seen.length, seen.images, tuple(views), of_the_left), stage
         )
         if answer is None:
             continue
@@ -59,17 +68,21 @@ def decide_cache(
             stays[number] = (keep.to(view.valid.device) | (view.image_id < 0) | view.protected) & view.valid
             if told is not None:
                 told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
-        _evict(cache, full, views, stays)
+        for number, kept in _evict(cache, full, views, stays).items():
+            left.setdefault(number, []).append(kept)
 
 
-def _evict(cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]) -> None:
+def _evict(
+    cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]
+) -> dict[int, LiveSet]:
     """Let go of what does not stay; layers that held the same and keep the same go on sharing what they hold.
 
-    A layer that keeps everything is left alone. One host synchronisation for all layers.
+    A layer that keeps everything is left alone; of the others, what stays is returned. One host synchronisation for all
+    layers.
     """
     numbers = list(stays)
     if not numbers:
-        return
+        return {}
     before = {number: other for other, number in pairwise(numbers) if full[other] is full[number]}
     as_before, all_stay, *counts = read(
         torch.stack(
@@ -91,6 +104,7 @@ def _evict(cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], s
             kept = LiveSet.of(stays[number], Extent.of(count))
             made[number] = kept, full[number].compacted(kept)
         cache.layers[number].evict(*made[number])
+    return {number: kept for number, (kept, _) in made.items()}
 
 
 def _check_entries(

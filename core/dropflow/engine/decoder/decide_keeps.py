@@ -13,10 +13,11 @@ from torch import Tensor
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import DecisionError
-from dropflow.lifecycle.payloads import Entry, Keep, PruneCall, RowAttention, Tapped
+from dropflow.lifecycle.payloads import Entry, Keep, PruneCall
 from dropflow.lifecycle.stage import Window
 
 if TYPE_CHECKING:
+    from dropflow.lifecycle.payloads import RowAttention, Tapped
     from dropflow.policy.plan import Plan
 
 
