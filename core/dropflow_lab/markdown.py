@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import write_text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -24,4 +25,4 @@ def renew(document: Path, name: str, text: str) -> None:
     _, end, after = rest.partition(last)
     if not start or not end:
         raise InputError(f"{document}: expected the lines {first!r} and {last!r}, found no such pair")
-    document.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    write_text(document, f"{before}{start}\n\n{text}\n\n{end}{after}")

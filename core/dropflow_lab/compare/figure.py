@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dropflow_lab.compare.rows import Row
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import replacing
 
 _METHOD, _CONTROL = "#0072B2", "#E69F00"  # Okabe and Ito's palette, told apart by colour-blind people
 
@@ -65,8 +66,8 @@ def draw(rows: Sequence[Row], folder: Path, name: str = "compare") -> list[Path]
     axes.set_ylabel("accuracy" if known else "agreement with the model without a policy")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
-        figure.savefig(path, dpi=120)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=120)
     return paths

@@ -14,6 +14,7 @@ import typer
 from dropflow_lab.console.commands.digits import require_scikit_learn
 from dropflow_lab.console.commands.options import AsJson, Data, ModelOption, Overrides
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
+from dropflow_lab.files import check_writable
 
 
 class Precision(StrEnum):
@@ -66,6 +67,7 @@ def train(
         require_scikit_learn()
 
     with chatter_to_stderr():
+        check_writable(out)
         chosen = load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
         settings = Settings(steps, batch, rate, seed, save_every, precision=precision.value, attention=attention.value)
@@ -74,7 +76,8 @@ def train(
             dialogues = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
         else:
             dialogues = FolderDialogues(read_samples(data, maxsize), rounds)
-        folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume)
+        facts = {"rounds": rounds, "data": data if data == DIGITS else "a folder"}
+        folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume, facts=facts)
     if environ.get("RANK", "0") == "0":
         emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
 
