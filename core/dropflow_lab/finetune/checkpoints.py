@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 
 _STATE = "trainer_state.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -60,13 +60,13 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
     try:
         saved, told = type(model).from_pretrained(checkpoint, output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: its weights cannot be loaded: {' '.join(str(error).split())}") from None
+        raise InputError(f"{checkpoint}: its weights cannot be loaded: {shortened(str(error))}") from None
     faults = [f"{word.replace('_', ' ')} {sorted(map(str, names))[:3]}" for word, names in told.items() if names]
     try:
         if not faults:
             model.load_state_dict(saved.state_dict())
     except RuntimeError as error:  # of another architecture
-        faults = [" ".join(str(error).split())]
+        faults = [shortened(str(error))]
     if faults:
         raise InputError(f"{checkpoint}: not the weights of this model: {'; '.join(faults)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -99,9 +99,9 @@ def _start(run: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:
     last, faults = last_whole_checkpoint(run, _processes()) if resume else (None, {})
     if environ.get("RANK", "0") == "0":
         for checkpoint, fault in faults.items():
-            Console().print(f"{checkpoint}: passed over; it has {fault}", soft_wrap=True)
+            print(f"{checkpoint}: passed over; it has {fault}", file=sys.stderr)
         if resume:
-            Console().print(f"continuing from {last or 'the beginning: no checkpoint was finished'}", soft_wrap=True)
+            print(f"continuing from {last or 'the beginning: no checkpoint was finished'}", file=sys.stderr)
     return last
 
 

@@ -171,5 +171,5 @@ def test_questions_about_one_picture_go_together(tmp_path) -> None:
     assert dialogues[1].image.size == dialogues[2].image.size
     for fault, expected in (({"images": [two["image"]]}, "found 2 images"), ({"answer": None}, "found no answer")):
         table.write_text(json.dumps(one | fault))
-        with pytest.raises(InputError, match=rf"--data: expected one image and an answer in every line, {expected}"):
+        with pytest.raises(InputError, match=rf"expected one image and an answer in every line, {expected}"):
             FolderDialogues(read_samples(tmp_path, 9), rounds=1)

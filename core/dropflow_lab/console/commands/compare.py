@@ -76,6 +76,7 @@ def compare(
     from dropflow_lab.errors import InputError
     from dropflow_lab.inputs.data import DIGITS, read_samples
     from dropflow_lab.inputs.models import load_model
+    from dropflow_lab.inputs.prompts import check_questions
     from dropflow_lab.markdown import renew
     from dropflow_lab.measure.machine import this_machine, torch_threads
 
@@ -91,6 +92,7 @@ def compare(
         check_writable(out)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
+        check_questions(processor, samples)
         sources = sorted(policy_files()) if named == [_ALL] else named
         settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
         fit, refused = fitting(loaded, sources, settings)

@@ -62,6 +62,7 @@ def train(
     from dropflow_lab.finetune import FolderDialogues, Settings, finetune
     from dropflow_lab.inputs.data import DIGITS, read_samples
     from dropflow_lab.inputs.models import load_model
+    from dropflow_lab.inputs.prompts import check_questions
 
     if data == DIGITS:
         require_scikit_learn()
@@ -75,7 +76,9 @@ def train(
         if data == DIGITS:
             dialogues = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
         else:
-            dialogues = FolderDialogues(read_samples(data, maxsize), rounds)
+            samples = read_samples(data, maxsize)
+            check_questions(processor, samples)
+            dialogues = FolderDialogues(samples, rounds)
         facts = {"rounds": rounds, "data": data if data == DIGITS else "a folder"}
         folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume, facts=facts)
     if environ.get("RANK", "0") == "0":
