@@ -63,7 +63,8 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     They move one by one, the oldest first. A block that raises leaves `folder` as it was. Raises `OSError` that names
     `folder`.
     """
-    part = folder / f".{uuid4().hex}"
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # what a kill has left
     try:
         with naming_what_cannot_be_written(folder):
             part.mkdir(parents=True)

@@ -74,6 +74,8 @@ def test_a_folder_of_files_is_replaced_when_all_are_whole(tmp_path) -> None:
     with pytest.raises(TypeError), replacing_files(tmp_path) as part:
         (part / "a").write_text(b"half")  # raises once the file is open
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "other": "other"}
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "stray").write_text("left by a kill")
     with replacing_files(tmp_path) as part:
         (part / "a").write_text("new")
         (part / "b").write_text("b")
