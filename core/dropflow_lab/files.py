@@ -1,9 +1,18 @@
-"""Writes result files."""
+"""Writes result files: whole or not at all, under names that stay in their folder."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+_LONGEST_NAME = 100
 
 
 def check_writable(folder: Path) -> None:
@@ -15,7 +24,77 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"--out: {there} is no folder that can be written to; name another one")
 
 
+def file_name(name: str) -> str:
+    """Return `name` where it can be a file's name as it is, or else a plain name that no other name becomes.
+
+    Plain are up to 100 letters, digits, `.`, `_` and `-`, the first of them no dot.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:_LONGEST_NAME]
+    return name if plain == name and name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path` to write to; it takes the place of `path` in one step when the block ends.
+
+    A block that raises leaves what was there before. Makes the folder. A link, a device or a pipe is written to as it
+    is. Raises `OSError` that names `path`.
+    """
+    direct = path.is_symlink() or (path.exists() and not path.is_file())
+    part = path if direct else path.with_name(f".{uuid4().hex}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if not direct:
+            part.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if not direct:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Yield a new folder inside `folder` to write files to; they replace their namesakes when the block ends.
+
+    They move one by one, the oldest first. A block that raises leaves `folder` as it was. Raises `OSError` that names
+    `folder`.
+    """
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # what a kill has left
+    try:
+        with naming_what_cannot_be_written(folder):
+            part.mkdir(parents=True)
+            yield part
+            for file in sorted(part.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+                file.chmod(0o644)  # safetensors writes its file with mode 0600
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def naming_what_cannot_be_written(folder: Path) -> Iterator[None]:
+    """Raise `OSError` that names `folder` where safetensors or torch cannot write their files, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+        if found:
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        if "inline_container.cc" not in str(error):  # torch.save, which does not say more
+            raise
+        raise OSError(errno.EIO, "a file in it cannot be written; is the disk full?", str(folder)) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    """Write a file in one step, making its folder."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import write_text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -20,7 +21,7 @@ def renew(document: Path, name: str, text: str) -> None:
     Raises `InputError` where they are missing.
     """
     before, after = around(document, name)
-    document.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
+    write_text(document, f"{before}\n\n{text}\n\n{after}")
 
 
 def around(document: Path, name: str) -> tuple[str, str]:

@@ -27,7 +27,8 @@ ROOMS = (
 each other."""
 LAB = (
     ("errors",),
-    ("files", "markdown"),
+    ("files",),
+    ("markdown",),
     ("digits.data",),
     ("digits.checkpoints",),
     ("digits.training", "inputs"),

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
+
+from pydantic import TypeAdapter
 
 import dropflow
 from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.compare.answers import Answers, ask
-from dropflow_lab.compare.cost import Cost, Parts, Times, Work, measure_cost
+from dropflow_lab.compare.cost import Cost, measure_cost
 from dropflow_lab.compare.lineup import DENSE, Entry, Models
 from dropflow_lab.compare.rows import Member, Row, make_row
 from dropflow_lab.compare.store import Finished, digest_of_code, digest_of_weights
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.data import Picture, Sample
 from dropflow_lab.inputs.images import cell_of, downsample
-from dropflow_lab.measure.timing import Spread
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Comparing:
         rules, samples = self._rules, asked or self._samples
         facts = self._facts(samples) | _about(policy) | {"max_new_tokens": rules.max_new_tokens}
         file = f"answers-{name or (DENSE if policy is None else policy.name)}"
-        found = self._finished.read(file, facts)
+        found: Answers | None = self._finished.read(file, facts, partial(read_answers, questions=len(samples)))
         if found is not None:
-            return Answers(**found | {"said": tuple(found["said"])})
+            return found
         how = {"batch": rules.batch, "max_new_tokens": rules.max_new_tokens}
         answers = ask(self._model, self._processor, policy, samples, **how)
         self._finished.write(file, facts, asdict(answers))
@@ -124,7 +126,7 @@ class Comparing:
             return None
         facts = self._facts(self._samples) | _about(policy) | {"timed": rules.timed, "rounds": rules.rounds}
         name = f"cost-{DENSE if policy is None else policy.name}"
-        found = self._finished.read(name, facts)
+        found: Cost | None = self._finished.read(name, facts, TypeAdapter(Cost).validate_python)
         if found is None:
             asked = self._samples[: rules.timed]
             plain = None if policy is None else self._cost(None)
@@ -132,7 +134,7 @@ class Comparing:
             cost = measure_cost(self._model, self._processor, policy, asked, rounds=rules.rounds, dense=dense)
             self._finished.write(name, facts, asdict(cost))
             return cost
-        return _read_cost(found)
+        return found
 
 
 def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
@@ -163,17 +165,9 @@ def _digest_of(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _read_cost(found: Mapping[str, Any]) -> Cost:
-    times = found["times"]
-    return Cost(
-        work=Work(**found["work"]),
-        dense=Work(**found["dense"]),
-        times=None if times is None else _read_times(times),
-        questions=found["questions"],
-        rounds=found["rounds"],
-    )
-
-
-def _read_times(times: Mapping[str, Any]) -> Times:
-    spreads = {name: Spread(**times[name]) for name in ("total", "prefill", "decode")}
-    return Times(**spreads, parts=Parts(**times["parts"]))
+def read_answers(found: Any, questions: int) -> Answers:
+    """Return what was written of answers to so many `questions`; raises `ValueError` where it is no such thing."""
+    answers = TypeAdapter(Answers).validate_python(found)
+    if len(answers.said) != questions:
+        raise ValueError(f"{len(answers.said)} answers to {questions} questions")
+    return answers

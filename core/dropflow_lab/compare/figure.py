@@ -9,6 +9,7 @@ from typing import Any
 
 from dropflow_lab.compare.rows import Row
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import replacing
 
 _METHOD, _CONTROL = "#0072B2", "#E69F00"  # Okabe and Ito's palette, told apart by colour-blind people
 _FEW = 20
@@ -53,10 +54,10 @@ def draw(rows: Sequence[Row], folder: Path, name: str = "compare") -> list[Path]
     for axes, model in zip(panels, models, strict=True):
         _panel(axes, [row for row in rows if row.title.model == model])
         axes.set_title(model)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
-        figure.savefig(path, dpi=120)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=120)
     return paths
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from torch import Tensor, uint8
 
 from dropflow import Policy
+from dropflow_lab.errors import shortened
+from dropflow_lab.files import file_name, write_text
 
 _ENGINE = "dropflow"
 _INSTRUMENTS = ("dropflow_lab.compare.answers", "dropflow_lab.compare.cost", "dropflow_lab.measure")
@@ -25,22 +28,27 @@ class Finished:
 
     folder: Path
 
-    def read(self, name: str, facts: Mapping[str, Any]) -> Any:
-        """Return what was measured under these facts, or `None` where nothing was."""
+    def read(self, name: str, facts: Mapping[str, Any], parse: Callable[[Any], Any] = lambda found: found) -> Any:
+        """Return what was measured under these facts, as `parse` makes it of plain data, or `None` where nothing was.
+
+        Says so on stderr where the file is damaged, or `parse` raises `ValueError`; that is nothing, too.
+        """
         path = self._path(name, facts)
-        return json.loads(path.read_text(encoding="utf-8"))["measured"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return parse(json.loads(path.read_text(encoding="utf-8"))["measured"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            print(f"{path}: damaged, so that it is measured again: {shortened(str(error))}", file=sys.stderr)
+            return None
 
     def write(self, name: str, facts: Mapping[str, Any], measured: Any) -> None:
         """Write in one step, so that a run that is killed leaves no half of a file."""
-        path = self._path(name, facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"measured": measured, "facts": facts}, indent=2), encoding="utf-8")
-        part.replace(path)
+        write_text(self._path(name, facts), json.dumps({"measured": measured, "facts": facts}, indent=2))
 
     def _path(self, name: str, facts: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"{name}-{digest}.json"
+        return self.folder / f"{file_name(name)}-{digest}.json"
 
 
 def digest_of_weights(model: Any) -> str:

@@ -62,9 +62,9 @@ def _text(error: Exception) -> str:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    if isinstance(
-        error, FileExistsError | FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError
-    ):
+    if isinstance(error, OSError) and error.filename is not None:  # a file that cannot be read or written
+        return True
+    if isinstance(error, FileExistsError):
         return True
     from dropflow.errors import DropflowError
 

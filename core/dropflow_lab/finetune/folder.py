@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 
 from dropflow_lab.digits.data.dialogues import Dialogue
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 from dropflow_lab.inputs.data import Picture, Sample
 
 
@@ -24,8 +24,8 @@ class FolderDialogues(Dataset[Dialogue]):
             if len(sample.pictures) != 1 or sample.answer is None:
                 found = f"{len(sample.pictures)} images" if sample.answer is not None else "no answer"
                 raise InputError(
-                    f"--data: expected one image and an answer in every line, found {found} where {sample.question!r} "
-                    f"is asked about {', '.join(picture.name for picture in sample.pictures)}"
+                    f"--data: {sample.where}: expected one image and an answer in every line, found {found} where "
+                    f"{shortened(repr(sample.question))} is asked"
                 )
             (picture,) = sample.pictures
             asked.setdefault(picture.name, (picture, []))[1].append((sample.question, sample.answer))

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from os import environ
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import dropflow
 from dropflow import Policy
 from dropflow_lab.digits.training.attention import use_fast_attention
 from dropflow_lab.errors import InputError
+from dropflow_lab.files import naming_what_cannot_be_written, replacing_files, write_text
+from dropflow_lab.finetune.checkpoints import RestoredWeights, checkpoints, last_whole_checkpoint
 from dropflow_lab.finetune.collate import Collator
 from dropflow_lab.finetune.optimizer import MuonAdamW, make_schedule
 from dropflow_lab.finetune.settings import Settings
+
+_FACTS = "settings.json"
+_FREE = ("save_every", "log_every")
+"""Settings that a resumed run may change, since no weight depends on them."""
 
 
 def finetune(
@@ -30,18 +40,24 @@ def finetune(
     settings: Settings,
     *,
     resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train projector and language model through `policy` and write the model to `out`, which is returned.
 
     The vision tower stays as it is, as in HiDrop. `out/run` holds resumable checkpoints, each a model folder that
-    records the policy; `resume` continues from the last one, and ends with the weights the run would have had. The
-    finished model is stored in bf16 where the computation was, with the log beside it. Under torchrun every process
-    takes its share of the steps, and the first one writes.
+    records the policy; `resume` continues from the last whole one, and ends with the weights the run would have had,
+    bit for bit. A run that was killed before its first checkpoint begins again. The finished model is stored in bf16
+    where the computation was, with the log beside it. Under torchrun every process takes its share of the steps, and
+    the first one writes. `facts` are what a resumed run must share beside policy and settings, such as what the data
+    were made from.
 
-    Raises `InputError` if `out` holds a run and `resume` is not set, or none and it is; `PolicyError` for a policy that
-    does not fit the model.
+    Raises `InputError` if `out` holds a run and `resume` is not set, none and it is, or one with other settings;
+    `PolicyError` for a policy that does not fit the model; `OSError` where a file cannot be written.
     """
-    last = _last_checkpoint(out / "run", resume)
+    run = out / "run"
+    own = asdict(settings) | {"policy": policy.to_dict(), "samples": len(data), "processes": _processes()}  # type: ignore[arg-type]  # Dataset has no length
+    fixed = {name: value for name, value in own.items() if name not in _FREE} | dict(facts or {})
+    last = _start(run, fixed, resume)
     model.get_encoder(modality="image").requires_grad_(False)
     optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse to be trained
     use_cache = vars(model.config).get("use_cache")
@@ -49,13 +65,17 @@ def finetune(
     with dropflow.attach(model, policy) as flow, fast:
         trainer = Trainer(
             model=model,
-            args=_arguments(out / "run", settings),
+            args=_arguments(run, settings),
             train_dataset=data,
             data_collator=Collator(processor),
             processing_class=processor,
             optimizers=(optimizer, make_schedule(optimizer, settings.steps)),
+            callbacks=[RestoredWeights(last)] if last else [],
         )
-        trainer.train(resume_from_checkpoint=last)
+        if trainer.is_world_process_zero():  # the others have looked at the folder before they met here
+            write_text(run / _FACTS, json.dumps(fixed, indent=2) + "\n")
+        with naming_what_cannot_be_written(run), _weights_loaded_elsewhere():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         flow.record()
     model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
     if use_cache is None:
@@ -66,13 +86,58 @@ def finetune(
     return out
 
 
-def _last_checkpoint(run: Path, resume: bool) -> str | None:
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if last is not None and not resume:
-        raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
-    if last is None and resume:
+def _start(run: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:
+    """Check that a run may begin or go on in this folder, and return the checkpoint that it goes on from."""
+    known = run / _FACTS
+    if not resume:
+        if known.exists() or checkpoints(run):
+            raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
+    elif not (known.exists() or checkpoints(run)):
         raise InputError(f"{run}: expected a checkpoint to continue from, found none; leave out --resume")
+    else:
+        _check_facts(known, json.loads(json.dumps(facts)))
+    last, faults = last_whole_checkpoint(run, _processes()) if resume else (None, {})
+    if environ.get("RANK", "0") == "0":
+        for checkpoint, fault in faults.items():
+            print(f"{checkpoint}: passed over; it has {fault}", file=sys.stderr)
+        if resume:
+            print(f"continuing from {last or 'the beginning: no checkpoint was finished'}", file=sys.stderr)
     return last
+
+
+def _check_facts(known: Path, facts: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the run was begun under the same facts, as far as it says so."""
+    if not known.exists():
+        return  # a run of an older version
+    try:
+        saved = dict(json.loads(known.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{known}: expected the settings of the run: {error}; delete it if they are the same"
+        ) from None
+    differing = [name for name in sorted(saved.keys() | facts.keys()) if saved.get(name) != facts.get(name)]
+    if differing:
+        told = ", ".join(f"{name} (then: {saved.get(name)}, now: {facts.get(name)})" for name in differing)
+        raise InputError(f"{known}: --resume continues a run as it was begun, but now differ: {told}")
+
+
+def _processes() -> int:
+    return int(environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _weights_loaded_elsewhere() -> Iterator[None]:
+    """Keep the Trainer from warning that it found no weights under its names, which `RestoredWeights` sees to."""
+    log, before = logging.getLogger("transformers.trainer"), "keys in the checkpoint model loaded"
+
+    def told(record: logging.LogRecord) -> bool:
+        return before not in record.getMessage()
+
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
 
 
 def _arguments(run: Path, settings: Settings) -> TrainingArguments:
@@ -96,10 +161,9 @@ def _arguments(run: Path, settings: Settings) -> TrainingArguments:
 
 def _export(model: Any, processor: Any, out: Path, log: list[dict[str, Any]], settings: Settings) -> None:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model.to(dtype).save_pretrained(out)
-    processor.save_pretrained(out)
     rows = [json.dumps(row) + "\n" for row in log]
-    (out / "training-log.jsonl").write_text("".join(rows), encoding="utf-8")
-    for file in out.iterdir():
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes its file with mode 0600
+    model.to(dtype)
+    with replacing_files(out) as part:
+        write_text(part / "training-log.jsonl", "".join(rows))
+        processor.save_pretrained(part)
+        model.save_pretrained(part)

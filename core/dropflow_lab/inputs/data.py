@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dropflow_lab.errors import InputError
-from dropflow_lab.inputs.images import read_image
+from dropflow_lab.errors import InputError, shortened
+from dropflow_lab.inputs.images import is_file, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +43,8 @@ class Sample:
     """The right answer, where it is known."""
     kind: str | None = None
     """Kind of question, where the data tells kinds apart."""
+    where: str = ""
+    """File and line that it comes from."""
 
     def images(self) -> list[Image]:
         """Open all pictures; raises `InputError` where one cannot be read."""
@@ -74,7 +76,8 @@ def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
 
     A folder has one `data.jsonl` (or one other `.jsonl` file). Each line is an object with `question`, with `image` (a
     file name) or `images` (several), and, where known, `answer` and `kind`. File names are relative to the folder or
-    to its `images/`. `seed` chooses digits questions. Pictures are opened later, sample by sample.
+    to its `images/`, and stay in it; links are followed wherever they lead. `seed` chooses digits questions. Pictures
+    are opened later, sample by sample.
 
     Raises `InputError` with file and line number for each of the first faulty lines.
     """
@@ -86,7 +89,7 @@ def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
     with table.open(encoding="utf-8") as lines:
         for number, text in islice(_filled(lines, table), count):
             try:
-                samples.append(_sample(table.parent, text))
+                samples.append(replace(_sample(table.parent, text), where=f"{table}:{number}"))
             except ValueError as error:
                 faults.append(f"{table}:{number}: {error}")
     if faults:
@@ -100,7 +103,7 @@ def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
 def _table(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected {DIGITS!r} or a folder with images/ and data.jsonl, found no such folder")
-    found = sorted(folder.glob("*.jsonl"))
+    found = sorted(path for path in folder.glob("*.jsonl") if path.is_file())
     named = folder / "data.jsonl"
     if named in found:
         return named
@@ -121,10 +124,12 @@ def _filled(lines: Iterator[str], table: Path) -> Iterator[tuple[int, str]]:
 def _sample(folder: Path, text: str) -> Sample:
     try:
         line = _Line.model_validate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object: {error}") from None
     except ValidationError as error:
-        raise ValueError("; ".join(_fault(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+        raise ValueError(
+            "; ".join(_fault(fault["loc"], fault["msg"]) for fault in error.errors()[:_SHOWN_FAULTS])
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a depth of 10,000
+        raise ValueError(f"expected a JSON object: {shortened(str(error))}") from None
     if not line.names:
         raise ValueError("image: missing; name a file, or several in `images`")
     pictures = tuple(_picture(folder, name) for name in line.names)
@@ -136,10 +141,12 @@ def _fault(where: tuple[int | str, ...], message: str) -> str:
 
 
 def _picture(folder: Path, name: str) -> Picture:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"image: {shortened(repr(name))} leads out of {folder}; name a file inside, or a link to it")
     for path in (folder / name, folder / "images" / name):
-        if path.is_file():
+        if is_file(path):
             return Picture(str(path), partial(read_image, path))
-    raise ValueError(f"image: no file {name!r} in {folder} or {folder / 'images'}")
+    raise ValueError(f"image: no file {shortened(repr(name))} in {folder} or {folder / 'images'}")
 
 
 def _digits(count: int, seed: int) -> Iterator[Sample]:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return the picture in `path` as RGB; raises `InputError` where there is none that can be read."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such image file")
+    """Return the picture in `path` as RGB.
+
+    Raises `InputError` where there is none that can be read, or one with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if not is_file(path):
+        raise InputError(f"{shortened(str(path))}: no such image file")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: larger than PIL.Image.MAX_IMAGE_PIXELS allows: {error}") from None
+    except Exception as error:  # decoders raise anything on bytes that nobody meant
+        raise InputError(f"{path}: not an image that can be read: {shortened(str(error))}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; a name that the system does not take, such as a long one, is none."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def downsample(image: Image.Image, tokens: int, cell: int) -> Image.Image:

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 
 
 def load_model(folder: Path | None = None) -> tuple[Any, Any]:
     """Return model and processor of `folder`, or the embedded demo model; on the GPU where there is one.
 
     Where no such folder is there, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`. Weights
-    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` where the folder is missing
-    or transformers cannot load it.
+    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` where the folder is
+    missing, transformers cannot load it, or weights of the model are missing in it.
     """
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
@@ -46,11 +46,20 @@ def _embedded(name: str | None) -> tuple[Any, Any]:
 def _from_folder(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: expected a model folder with a config.json, found none")
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
-        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from None
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **options
+        )
+        processor = AutoProcessor.from_pretrained(folder, **options)
+    except Exception as error:  # a broken file makes transformers raise anything
+        raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from error
+    missing = sorted(map(str, told["missing_keys"]))
+    if missing:
+        raise InputError(
+            f"{folder}: expected all weights of the model, {len(missing)} are missing, such as {missing[0]}"
+        )
+    return model, processor
 
 
 @contextmanager
@@ -65,4 +74,4 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return shortened(str(error) or type(error).__name__)

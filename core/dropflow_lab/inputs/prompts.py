@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dropflow_lab.errors import InputError, shortened
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dropflow_lab.inputs.data import Sample
+
+_PLACEHOLDERS = ("image_token", "video_token")
+"""Attributes of a processor that name the text which stands for pictures."""
 Question = tuple[Sequence["Image"], str]
 """Pictures, and what is asked about all of them."""
 
@@ -18,8 +24,11 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Return the model's inputs for a batch of questions, padded on the left, as generation needs it.
 
     The processor's chat template says how pictures and question stand; without one, the pictures come first. A
-    tokenizer without a padding token pads with its end token.
+    tokenizer without a padding token pads with its end token. Raises `InputError` for a question that holds the
+    placeholder of a picture.
     """
+    for _, question in questions:
+        check_text(processor, question)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -35,6 +44,27 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
         return_tensors="pt",
         processor_kwargs=padding,
     )
+
+
+def check_questions(processor: Any, samples: Iterable[Sample]) -> None:
+    """Raise `InputError` naming file and line for questions and answers that hold the placeholder of a picture."""
+    for sample in samples:
+        for text in (sample.question, sample.answer or ""):
+            try:
+                check_text(processor, text)
+            except InputError as error:
+                raise InputError(f"{sample.where or 'question'}: {error}") from None
+
+
+def check_text(processor: Any, text: str) -> None:
+    """Raise `InputError` for a text in which the processor would put a picture that nobody gave."""
+    for attribute in _PLACEHOLDERS:
+        token = getattr(processor, attribute, None)
+        if isinstance(token, str) and token and token in text:
+            raise InputError(
+                f"expected a text without {token!r}, which stands for a picture in this model's prompts, got "
+                f"{shortened(repr(text))}; leave it out, the pictures go before the question"
+            )
 
 
 def _content(images: Sequence[Image], question: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dropflow.backbone.flops import DecoderWidths
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 
 
 def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
@@ -18,7 +18,7 @@ def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
     from transformers import AutoConfig
 
     try:
-        text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        text = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         return DecoderWidths.of(text), text.num_hidden_layers
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a broken file makes transformers raise anything
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {shortened(str(error))}") from error

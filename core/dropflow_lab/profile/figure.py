@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dropflow_lab.files import replacing
 from dropflow_lab.profile.profile import Profile, mean_ilvas
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def draw(profile: Profile, paths: Iterable[Path]) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "dropflow", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = _figure(profile)
         for path in paths:
-            figure.savefig(path, dpi=90, metadata={"Date": None} if path.suffix == ".svg" else {})
+            with replacing(path) as part:
+                figure.savefig(part, dpi=90, metadata={"Date": None} if path.suffix == ".svg" else {})
 
 
 def _figure(profile: Profile) -> Figure:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from dropflow import (
@@ -30,17 +31,33 @@ from dropflow.errors import DecisionError, PolicyError
 from dropflow.lifecycle.stage import EncodeBoundary
 from dropflow.policy.policy import StageUse
 from dropflow_lab.trace.rows import made_again, shares
-from dropflow_lab.trace.schema import Pruning, Trace, TracedBoundary, TracedRun
+from dropflow_lab.trace.schema import Trace, TracedBoundary, TracedEncode, TracedEviction, TracedRun
 
 SUFFIX = " (replay)"
+
+
+@dataclass
+class Part:
+    """What one stage of a run decided."""
+
+    encodes: dict[EncodeBoundary, TracedEncode] = field(default_factory=dict)
+    prunes: dict[int, TracedBoundary] = field(default_factory=dict)
+    """Boundaries of the LLM at which it pruned."""
+    gone: dict[int, list[set[int]]] = field(default_factory=dict)
+    """Per such boundary and image, the patches that it drops."""
+    first: set[int] = field(default_factory=set)
+    """Boundaries at which it is the first to prune, and sees to it that `kept` is obeyed."""
+    evictions: dict[int, list[TracedEviction]] = field(default_factory=dict)
+    """By step."""
 
 
 class ReplayOptions(StageOptions):
     """Options of `Replay`."""
 
-    trace: Trace = Field(description="the trace")
+    trace: Trace = Field(exclude=True, description="the trace")
     run: int = Field(0, ge=0, description="which of its runs to replay")
     stage: str = Field(description="the stage of that run whose part this one plays")
+    part: InstanceOf[Part] = Field(exclude=True, description="what that stage decided")
 
 
 def replay_policy(trace: Trace, run: int = 0) -> Policy:
@@ -52,7 +69,8 @@ def replay_policy(trace: Trace, run: int = 0) -> Policy:
     if not 0 <= run < len(trace.runs):
         raise PolicyError(f"run: expected 0 to {len(trace.runs) - 1}, got {run}; the trace has {len(trace.runs)} runs")
     traced = trace.runs[run]
-    options = {name: ReplayOptions(trace=trace, run=run, stage=name) for name in _stages(traced)}
+    parts = _parts(traced, [len(image.index) for image in trace.prompt.images])
+    options = {name: ReplayOptions(trace=trace, run=run, stage=name, part=part) for name, part in parts.items()}
     return Policy(
         name=traced.name.removesuffix(SUFFIX) + SUFFIX,
         stages={name: StageUse("trace/replay", Replay, own) for name, own in options.items()},
@@ -68,12 +86,36 @@ def original_of(policy: Policy) -> dict[str, Any] | None:
     return None
 
 
-def _stages(run: TracedRun) -> list[str]:
-    """Names of the run's stages in policy order, those an edit has added last."""
-    pruned = [pruning.stage for boundary in run.boundaries for pruning in boundary.by]
-    evicted = [eviction.stage for call in run.calls for eviction in call.evicted]
-    encoded = [step.stage for step in run.encode]
-    return list(dict.fromkeys([*run.policy.get("stages", {}), *encoded, *pruned, *evicted]))
+def _parts(run: TracedRun, sizes: Sequence[int]) -> dict[str, Part]:
+    """What each stage decided, in policy order, those an edit has added last; `sizes` are patches per image."""
+    parts: dict[str, Part] = {name: Part() for name in run.policy.get("stages", {})}
+    for step in run.encode:
+        parts.setdefault(step.stage, Part()).encodes[step.boundary] = step
+    for boundary in run.boundaries:
+        kept = list(map(set, boundary.kept))
+        for pruning in boundary.by:
+            part = parts.setdefault(pruning.stage, Part())
+            part.prunes[boundary.boundary] = boundary
+            gone = part.gone.setdefault(boundary.boundary, [set() for _ in sizes])
+            for own, dropped, stays in zip(gone, pruning.dropped, kept, strict=True):
+                own.update(patch for patch in dropped if patch not in stays)
+        _obey(boundary, parts, sizes)
+    for call in run.calls:
+        for eviction in call.evicted:
+            parts.setdefault(eviction.stage, Part()).evictions.setdefault(call.step, []).append(eviction)
+    return parts
+
+
+def _obey(boundary: TracedBoundary, parts: dict[str, Part], sizes: Sequence[int]) -> None:
+    """Let the first stage of a boundary also drop what no stage does, and yet is not among `kept`."""
+    at, first = boundary.boundary, boundary.by[0].stage
+    parts[first].first.add(at)
+    by_others: list[set[int]] = [set() for _ in sizes]
+    for name in {pruning.stage for pruning in boundary.by} - {first}:
+        for others, dropped in zip(by_others, parts[name].gone[at], strict=True):
+            others.update(dropped)
+    for own, size, others, kept in zip(parts[first].gone[at], sizes, by_others, boundary.kept, strict=True):
+        own.update(set(range(size)) - others - set(kept))
 
 
 class Replay(Stage[ReplayOptions]):
@@ -85,23 +127,19 @@ class Replay(Stage[ReplayOptions]):
     def __init__(self, options: ReplayOptions, context: StageContext) -> None:
         super().__init__(options, context)
         self._images = options.trace.prompt.images
-        run = self._run = options.trace.runs[options.run]
+        self._run = options.trace.runs[options.run]
         depth, name = options.trace.depth, options.stage
         if context.scale.target.layers != depth:
             raise PolicyError(
                 f"stages.{name}: the trace was made on a model of {depth} layers (a {options.trace.model}), but this "
                 f"one has {context.scale.target.layers}; replay it on the model it was made on"
             )
-        self._encodes = {step.boundary: step for step in run.encode if step.stage == name}
+        self._encodes, self._evictions = options.part.encodes, options.part.evictions
         if any(image.merged is None for step in self._encodes.values() for image in step.images):
             raise PolicyError(
                 f"stages.{name}: put new rows in the place of old ones and did not say from which (`Encode.shares`), "
                 "so that they cannot be made again; such a run can be looked at, but not replayed"
             )
-        self._prunes = {b.boundary: b for b in run.boundaries if any(own.stage == name for own in b.by)}
-        self._evictions = {
-            call.step: own for call in run.calls if (own := [e for e in call.evicted if e.stage == name])
-        }
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
@@ -119,7 +157,7 @@ class Replay(Stage[ReplayOptions]):
         return Forecast(
             entry=run.entry if name in run.entered_by else None,
             exit=run.exit if name in run.exited_by else None,
-            keeps=dict.fromkeys(self._prunes),
+            keeps=dict.fromkeys(self.options.part.prunes),
         )
 
     @hookimpl
@@ -164,12 +202,13 @@ class Replay(Stage[ReplayOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Drop what the traced stage dropped; the first stage of a boundary sees to it that its `kept` is obeyed."""
-        self._check_layout(call)
-        boundary = self._prunes[call.boundary]
-        gone = [image.index[p] for image, own in zip(self._images, self._gone(boundary), strict=True) for p in own]
+        part, at = self.options.part, call.boundary
+        if at in part.first:
+            self._check_layout(call)
+        gone = [image.index[p] for image, own in zip(self._images, part.gone[at], strict=True) for p in own]
         dropped = torch.tensor(gone, dtype=torch.long, device=call.index.device)
-        first = self._plays(boundary.by[0])
-        return Keep(~torch.isin(call.index, dropped), merge_into=self._merged(boundary, call.index) if first else None)
+        merged = self._merged(part.prunes[at], call.index) if at in part.first else None
+        return Keep(~torch.isin(call.index, dropped), merge_into=merged)
 
     def _merged(self, boundary: TracedBoundary, index: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch slots"] | None:
         """The slot that each slot's state was merged into; `None` where none was."""
@@ -197,26 +236,11 @@ class Replay(Stage[ReplayOptions]):
                 keeps[number] = made[id(index)]
         return CacheKeep(keeps) if keeps else None
 
-    def _gone(self, boundary: TracedBoundary) -> list[set[int]]:
-        """Per image, the patches this stage drops: its own, and for the first stage what no other one drops, either."""
-        others: list[set[int]] = [set() for _ in self._images]
-        own = [set(dropped) for pruning in boundary.by if self._plays(pruning) for dropped in pruning.dropped]
-        for pruning in boundary.by:
-            if not self._plays(pruning):
-                others = [theirs | set(dropped) for theirs, dropped in zip(others, pruning.dropped, strict=True)]
-        if self._plays(boundary.by[0]):
-            whole = [set(range(len(image.index))) for image in self._images]
-            own = [mine | (every - theirs) for mine, every, theirs in zip(own, whole, others, strict=True)]
-        return [dropped - set(kept) for dropped, kept in zip(own, boundary.kept, strict=True)]
-
-    def _plays(self, pruning: Pruning) -> bool:
-        return pruning.stage == self.options.stage
-
     def _check_layout(self, call: PruneCall) -> None:
         """Live patches stand where the trace has patches of the same image, and text, which is all live, where not."""
         if len(call.image_sizes) != len(self._images):
             raise self._misfit(f"{len(self._images)} images, but this prompt has {len(call.image_sizes)}")
-        length = 1 + max([self.options.trace.prompt.tokens, *(i for image in self._images for i in image.index)])
+        length = 1 + max((i for image in self._images for i in image.index), default=0)
         owner = torch.full((length,), -1, device=call.index.device)
         for number, image in enumerate(self._images):
             owner[image.index] = number

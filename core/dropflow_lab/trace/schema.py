@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,16 +15,22 @@ from pydantic import (
     model_validator,
 )
 
-from dropflow_lab.errors import InputError
+from dropflow_lab.errors import InputError, shortened
 from dropflow_lab.files import write_text
+from dropflow_lab.trace.bounds import bounds_faults, prompt_faults
 
-Numbers = list[int]
+LONGEST = 2**24
+"""No prompt has more tokens, so that no number of a token or patch is larger."""
+_SHOWN_FAULTS = 10
+
+Count = Annotated[int, Field(ge=0, le=LONGEST)]
+Numbers = list[Count]
 Scores = list[float | None]
 """One number per patch; null where the stage ranked none, or gave no finite number."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TracedImage(_Part):
@@ -34,13 +40,15 @@ class TracedImage(_Part):
     extra: Numbers = Field(
         default=[], description="logical indices of its tokens that are no patches, such as newlines"
     )
-    grid: tuple[int, int] | None = Field(description="rows and columns of patches; null where the backbone cannot tell")
+    grid: tuple[Count, Count] | None = Field(
+        description="rows and columns of patches; null where the backbone cannot tell"
+    )
 
 
 class Merge(_Part):
     """A row of the vision encoder, or a state inside the LLM, that stands for other patches than its own."""
 
-    into: int = Field(description="patch whose place the row takes")
+    into: Count = Field(description="patch whose place the row takes")
     of: Numbers = Field(default=[], description="patches whose rows were summed up")
     prefix: Numbers = Field(
         default=[], description="prefix rows of the vision encoder, such as 0 for CLS, that were summed up with them"
@@ -84,7 +92,7 @@ class TracedEncode(_Part):
         description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector "
         "gets; null for the output before the LLM"
     )
-    shift: int = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
+    shift: Count = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     proportional: bool = Field(
         default=False, description="attention of later layers of the encoder counts each row as often as its size says"
     )
@@ -104,7 +112,7 @@ class Pruning(_Part):
 class TracedBoundary(_Part):
     """What was left after one boundary of the LLM at which stages pruned. A replay obeys `kept`."""
 
-    boundary: int = Field(ge=0, description="layer before which it lies")
+    boundary: Count = Field(description="layer before which it lies")
     kept: list[Numbers] = Field(description="per image: patches that are live from here on")
     by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
     merged: list[list[Merge]] = Field(default=[], description="per image: states that became the mean of several")
@@ -123,7 +131,7 @@ class TracedEviction(_Part):
 class TracedCall(_Part):
     """One call of the model: the prefill, or a decode step."""
 
-    step: int = Field(ge=0, description="tokens generated before it: 0 for the prefill")
+    step: Count = Field(description="tokens generated before it: 0 for the prefill")
     token: int = Field(description="the token it produced")
     text: str = Field(description="that token as text")
     kv_entries: Numbers = Field(description="entries that each layer's cache holds after the call")
@@ -133,8 +141,8 @@ class TracedCall(_Part):
 class TracedLayer(_Part):
     """One decoder layer in the prefill."""
 
-    visual_tokens: int
-    kv_entries: int = Field(description="entries it wrote in the prefill, text included, before any eviction")
+    visual_tokens: Count
+    kv_entries: Count = Field(description="entries it wrote in the prefill, text included, before any eviction")
     flops: float = Field(description="multiply-adds, text included, by closed formula")
 
 
@@ -144,8 +152,8 @@ class TracedRun(_Part):
     name: str = Field(description="name of the policy")
     policy: dict[str, Any] = Field(description="the policy, as its YAML file would say it")
     positions: Literal["persistent", "compact"] = "persistent"
-    entry: int = Field(description="boundary from which vision is live")
-    exit: int = Field(description="boundary from which no vision is live; the number of layers for none")
+    entry: Count = Field(description="boundary from which vision is live")
+    exit: Count = Field(description="boundary from which no vision is live; the number of layers for none")
     entered_by: list[str] = Field(default=[], description="stages that set `entry`")
     exited_by: list[str] = Field(default=[], description="stages that set `exit`")
     keep_asking: bool = Field(
@@ -154,7 +162,7 @@ class TracedRun(_Part):
     encode: list[TracedEncode] = []
     boundaries: list[TracedBoundary] = []
     layers: list[TracedLayer]
-    calls: list[TracedCall]
+    calls: list[TracedCall] = Field(min_length=1)
     answer: str
 
 
@@ -162,7 +170,7 @@ class TracedPrompt(_Part):
     """What the model was asked."""
 
     question: str
-    tokens: int = Field(description="logical tokens of the prompt")
+    tokens: Count = Field(description="logical tokens of the prompt")
     images: list[TracedImage]
     pictures: list[str] = Field(default=[], description="SHA-256 of each picture's size and RGB bytes")
 
@@ -172,16 +180,20 @@ class Trace(_Part):
 
     format: Literal["dropflow-trace/1"] = Field(default="dropflow-trace/1", description="version of this format")
     model: str = Field(description="`model_type` of the model's config")
-    depth: int = Field(gt=0, description="decoder layers")
+    depth: Count = Field(gt=0, description="decoder layers")
     prompt: TracedPrompt
     runs: list[TracedRun] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Patches stand in their image, never come back, and protected ones never go."""
-        faults = [fault for n, run in enumerate(self.runs) for fault in _faults(self, run, f"runs.{n}")]
+        """Every number stands for what is there; patches never come back, and protected ones never go."""
+        faults = prompt_faults(self) or [
+            fault
+            for n, run in enumerate(self.runs)
+            for fault in bounds_faults(self, run, f"runs.{n}") or _faults(self, run, f"runs.{n}")
+        ]
         if faults:
-            raise ValueError("\n".join(faults))
+            raise ValueError("\n".join(faults[:_SHOWN_FAULTS]))
         return self
 
     @classmethod
@@ -217,20 +229,11 @@ class Trace(_Part):
 
 
 def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
-    images = trace.prompt.images
-    for n, step in enumerate(run.encode):
-        if len(step.images) != len(images):
-            return [f"{path}.encode.{n}.images: {len(step.images)} entries for {len(images)} images"]
+    """What contradicts itself in a run whose numbers are within bounds."""
     faults = []
-    if len(run.layers) != trace.depth:
-        faults.append(f"{path}.layers: {len(run.layers)} entries for {trace.depth} layers")
-    if not 0 <= run.entry <= trace.depth or not 0 <= run.exit <= trace.depth:
-        faults.append(f"{path}: entry {run.entry} and exit {run.exit}, expected boundaries from 0 to {trace.depth}")
     before, since, protected = trace.entering(run), "the vision encoder", trace.protected(run)
     for n, boundary in enumerate(run.boundaries):
         where = f"{path}.boundaries.{n}.kept"
-        if len(boundary.kept) != len(images):
-            return [*faults, f"{where}: {len(boundary.kept)} entries for {len(images)} images"]
         for i, merges in enumerate(boundary.merged):
             absent = {p for merge in merges for p in (merge.into, *merge.of)}.difference(*before[i : i + 1])
             if absent:
@@ -242,6 +245,8 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
                 faults.append(f"{where}.{i}: patch {gone[0]} was gone after {since} already; keep it there, too")
             if lost:
                 faults.append(f"{where}.{i}: patch {lost[0]} is protected and cannot be dropped")
+        if faults:
+            break
         before, since = [list(kept) for kept in boundary.kept], f"boundary {boundary.boundary}"
     return faults
 
@@ -250,8 +255,8 @@ def _lines(error: UnicodeDecodeError | ValidationError) -> list[str]:
     if isinstance(error, UnicodeDecodeError):
         return [f"not a trace file: {error}"]
     lines = []
-    for fault in error.errors():
+    for fault in error.errors()[:_SHOWN_FAULTS]:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
-        lines += [f"{where}: {line}" if where else line for line in message.splitlines()]
+        lines += [shortened(f"{where}: {line}" if where else line) for line in message.splitlines()]
     return lines

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import dropflow
@@ -58,16 +60,68 @@ def test_what_is_trained_has_moved_and_the_vision_tower_has_not(trained, model_f
     assert {name for name in before if torch.equal(before[name].float(), after[name])} == frozen
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(trained, cli, tmp_path) -> None:
+def test_an_interrupted_run_ends_with_the_same_weights(trained, model_folder, cli, tmp_path) -> None:
+    """From the last checkpoint that is whole; a later one has lost its optimizer, the last was not finished."""
+    run, own = tmp_path / "model" / "run", trained / "model" / "run"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(own / name, run / name)
+    shutil.copy(own / "settings.json", run)
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-5")
+    (run / "checkpoint-5" / "trainer_state.json").unlink()
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", tmp_path / "model", "--resume")
+    result = cli("train", *arguments, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "checkpoint-" in line]
+    assert told == [
+        f"{run / 'checkpoint-5'}: passed over; it has no whole trainer_state.json, so that it was not finished",
+        f"{run / 'checkpoint-4'}: passed over; it has no optimizer.pt",
+        f"continuing from {run / 'checkpoint-2'}",
+    ]
+    whole, resumed = ((folder / "model" / "model.safetensors").read_bytes() for folder in (trained, tmp_path))
+    assert sha256(whole).hexdigest() == sha256(resumed).hexdigest()
+    assert not [path for path in (tmp_path / "model").iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_is_resumed_as_it_was_begun(trained, model_folder, refused) -> None:
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", trained / "model", "--resume")
+    line = refused("train", *arguments, *SMALL, "--batch", 3, "--set", "stages.exit.at=4", "--save-every", 1)
+    assert (
+        "settings.json: --resume continues a run as it was begun, but now differ: batch (then: 2, now: 3), po" in line
+    )
+    assert "'at': 4" in line
+    assert "save_every" not in line
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(trained, model_folder, cli, tmp_path) -> None:
     run = tmp_path / "model" / "run"
-    run.mkdir(parents=True)
-    shutil.copytree(trained / "model" / "run" / "checkpoint-2", run / "checkpoint-2")
-    start = trained / "model" / "run" / "checkpoint-2"
-    arguments = ("--policy", trained / "mild.yaml", "--model", start, "--out", tmp_path / "model", "--resume", *SMALL)
-    assert cli("train", *arguments).exit_code == 0
-    once, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
-    assert once.keys() == resumed.keys()
-    assert [name for name in once if not torch.equal(once[name], resumed[name])] == []
+    (run / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoint-2" / "config.json").write_text("{")
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", tmp_path / "model", "--resume")
+    result = cli("train", *arguments, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert "continuing from the beginning: no checkpoint was finished" in result.stderr
+    whole, again = ((folder / "model" / "model.safetensors").read_bytes() for folder in (trained, tmp_path))
+    assert sha256(whole).hexdigest() == sha256(again).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("where", "raised"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")),
+        ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: No space left (os error 28)")),
+        ("transformers.modeling_utils.safe_save_file", OSError(30, "Read-only file system")),
+    ],
+)
+def test_a_full_disk_is_one_line(trained, model_folder, cli, tmp_path, monkeypatch, where, raised) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(where, full)
+    arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 1)
+    result = cli("train", *arguments)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: ")
 
 
 def test_the_log_has_every_loss(trained) -> None:
@@ -117,5 +171,5 @@ def test_questions_about_one_picture_go_together(tmp_path) -> None:
     assert dialogues[1].image.size == dialogues[2].image.size
     for fault, expected in (({"images": [two["image"]]}, "found 2 images"), ({"answer": None}, "found no answer")):
         table.write_text(json.dumps(one | fault))
-        with pytest.raises(InputError, match=rf"--data: expected one image and an answer in every line, {expected}"):
+        with pytest.raises(InputError, match=rf"expected one image and an answer in every line, {expected}"):
             FolderDialogues(read_samples(tmp_path, 9), rounds=1)

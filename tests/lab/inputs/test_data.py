@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,26 @@ def test_a_picture_is_opened_when_it_is_asked_for(folder) -> None:
         ({"image": "c.png", "question": "what ?"}, "image: no file 'c.png' in"),
         ({"images": "a.png", "question": "what ?"}, "images: input should be a valid list"),
         ({"image": "a.png", "question": "what ?", "answer": 7}, "answer: input should be a valid string"),
+        ('{"image": "a.png", "question": NaN}', "question: input should be a valid string"),
+        ('{"image": "a.png", "question": "\\ud800"}', "question: input should be a valid string"),
+        ('{"image": "a.png", "question": ' + "9" * 5_000 + "}", "expected a JSON object: Exceeds the limit"),
+        ("[" * 100_000, "expected a JSON object"),
+        ('{"question":' * 5_000, "expected a JSON object"),
+        ({"image": "x" * 5_000, "question": "what ?"}, "image: no file 'xxx"),
+        ({"image": "a\0b", "question": "what ?"}, "image: no file 'a\\x00b' in"),
+        ({"image": "pipe", "question": "what ?"}, "image: no file 'pipe' in"),
+        ({"image": "/etc/passwd", "question": "what ?"}, "image: '/etc/passwd' leads out of"),
+        ({"image": "images/../../a.png", "question": "what ?"}, "image: 'images/../../a.png' leads out of"),
     ],
 )
 def test_a_faulty_line_is_named_with_file_and_number(folder, line, expected) -> None:
+    os.mkfifo(folder / "images" / "pipe")
     write(folder, {"image": "a.png", "question": "fine"}, "", line)
     with pytest.raises(InputError) as refused:
         read_samples(folder, 10)
     assert str(refused.value).startswith(f"{folder / 'data.jsonl'}:3: {expected}")
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
 
 
 def test_all_faulty_lines_are_named_up_to_ten(folder) -> None:
@@ -100,6 +113,24 @@ def test_folders_without_one_data_file(folder, tmp_path) -> None:
         read_samples(folder, 1)
     write(folder, {"image": "a.png", "question": "this one ?"})
     assert read_samples(folder, 1)[0].question == "this one ?"
+
+
+def test_what_is_no_file_is_not_read(folder) -> None:
+    os.mkfifo(folder / "data.jsonl")
+    (folder / "b.jsonl").mkdir()
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(InputError, match="found none"):
+        read_samples(folder, 1)
+
+
+def test_links_are_followed(folder, tmp_path_factory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "c.png"
+    (folder / "images" / "a.png").rename(elsewhere)
+    (folder / "images" / "c.png").symlink_to(elsewhere)
+    write(folder, {"image": "c.png", "question": "what ?"})
+    (sample,) = read_samples(folder, 1)
+    assert sample.images()[0].size == (8, 6)
+    assert sample.where == f"{folder / 'data.jsonl'}:1"
 
 
 def test_a_file_in_another_encoding(folder) -> None:

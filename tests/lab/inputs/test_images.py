@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +37,34 @@ def test_a_cut_off_picture_is_refused(tmp_path) -> None:
         read_image(cut)
 
 
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (12_000, 12_000)).save(path)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unpacked"))
+    for limit in (None, 12_000 * 6_000 - 1):  # twice the limit is an error of Pillow's, too
+        if limit is not None:
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(InputError, match=r"bomb\.png: larger than PIL\.Image\.MAX_IMAGE_PIXELS allows") as refused:
+            read_image(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for error in (EOFError("a\nb"), KeyError("x"), MemoryError(), struct.error("short"), IndexError()):
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Image.Image, "convert", fails)
+        with pytest.raises(InputError, match=r"a\.png: not an image that can be read") as refused:
+            read_image(tmp_path / "a.png")
+        assert "\n" not in str(refused.value)
+
+
 def test_a_folder_or_nothing_is_refused(tmp_path) -> None:
-    for path in (tmp_path, tmp_path / "nothing.png"):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "nothing.png", tmp_path / ("x" * 5_000), tmp_path / "pipe.png"):
         with pytest.raises(InputError, match="no such image file"):
             read_image(path)
 

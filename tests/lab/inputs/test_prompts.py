@@ -5,10 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from dropflow_lab.digits.checkpoints.model import build_processor, sample_image
-from dropflow_lab.inputs.prompts import build_inputs
+from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.prompts import build_inputs, check_questions
 
 TEMPLATED = ["<s>", "user", ":", "is", "there", "a", "7", "?", "assistant", ":"]
 
@@ -20,6 +23,15 @@ def test_a_prompt_follows_the_chat_template() -> None:
     assert [word for word in words if word != "<image>"] == TEMPLATED
     assert words.count("<image>") == 2 * 144
     assert inputs["pixel_values"].shape == (2, 3, 96, 96)
+
+
+def test_the_placeholder_of_a_picture_is_refused_in_a_question() -> None:
+    processor = build_processor()
+    with pytest.raises(InputError, match="expected a text without '<image>', which stands for a picture in this model"):
+        build_inputs(processor, [([sample_image()], "what is <image> ?")])
+    samples = [Sample((), "what ?", "this", where="data.jsonl:1"), Sample((), "q", "a <image>", where="data.jsonl:2")]
+    with pytest.raises(InputError, match=r"^data\.jsonl:2: expected a text without '<image>'"):
+        check_questions(processor, samples)
 
 
 def test_a_batch_is_padded_on_the_left() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import jsonschema
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.errors import InputError
-from dropflow_lab.trace import Trace, record_inputs
+from dropflow_lab.trace import Trace, record_inputs, replay_policy
 
 
 @pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
@@ -180,3 +181,102 @@ def test_faults_in_a_file_are_named(tmp_path: Any) -> None:
         Trace.load(path)
     with pytest.raises(InputError, match="no such trace file"):
         Trace.load(tmp_path / "other.json")
+
+
+def at(*path: Any, value: Any) -> Any:
+    """A change of one entry of a trace file."""
+
+    def change(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+RUN = ("runs", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (at("prompt", "tokens", value=10**12), "prompt.tokens: Input should be less than or equal to 16777216"),
+        (at("prompt", "tokens", value=3), "prompt.images.0: token 18, expected tokens below 3"),
+        (at("prompt", "images", 0, "index", 0, value=10**12), "prompt.images.0.index.0: Input should be less"),
+        (at("prompt", "images", 0, "index", 0, value=-1), "prompt.images.0.index.0: Input should be greater"),
+        (at("prompt", "images", 0, "index", 0, value=5), "prompt.images.0: expected every token once, in one image"),
+        (at("prompt", "images", 0, "grid", value=[10**6, 10]), "prompt.images.0.grid: 1000000 x 10 for 16 patches"),
+        (at("depth", value=10**9), "depth: Input should be less"),
+        (at(*RUN, "encode", 1, "shift", value=10**9), "runs.0.encode.1.shift: Input should be less"),
+        (at(*RUN, "encode", 1, "shift", value=10**7), "runs.0.encode.1.shift: 10000000, but an image has 16 patches"),
+        (at(*RUN, "encode", 0, "images", value=[]), "runs.0.encode.0.images: 0 entries for 1 images"),
+        (at(*RUN, "encode", 0, "images", 0, "sizes", value=[1.0]), "runs.0.encode.0.images.0.sizes: 1 entries for"),
+        (at(*RUN, "encode", 0, "boundary", value=math.nan), "runs.0.encode.0.boundary"),
+        (at(*RUN, "policy", "stages", value=5), "runs.0.policy.stages: expected a mapping of stages"),
+        (at(*RUN, "name", value="a\x1b[2J\nerror: forged"), "runs.0.name: expected a name that can be printed"),
+        (at(*RUN, "layers", 0, "flops", value=math.nan), "runs.0.layers.0.flops: Input should be a finite number"),
+        (at(*RUN, "entry", value=7), "runs.0: entry 7 and exit 6, expected boundaries from 0 to 6"),
+        (at(*RUN, "boundaries", 0, "kept", value=[]), "runs.0.boundaries.0.kept: 0 entries for 1 images"),
+        (at(*RUN, "boundaries", 0, "kept", 0, 0, value=16), "runs.0.boundaries.0.kept.0: patch 16, but the image has"),
+        (at(*RUN, "boundaries", 0, "by", 0, "dropped", value=[]), "runs.0.boundaries.0.by.0.dropped: 0 entries for 1"),
+        (at(*RUN, "boundaries", 0, "by", 0, "dropped", 0, value=[99]), "runs.0.boundaries.0.by.0.dropped.0: patch 99"),
+        (at(*RUN, "boundaries", 0, "by", 0, "scores", value=[]), "runs.0.boundaries.0.by.0.scores: 0 entries for 1"),
+        (at(*RUN, "boundaries", 0, "by", value=[]), "runs.0.boundaries.0.by: List should have at least 1 item"),
+        (
+            at(*RUN, "boundaries", 1, "boundary", value=2),
+            "runs.0.boundaries.1: expected boundaries up to 6 that ascend",
+        ),
+        (at(*RUN, "calls", value=[]), "runs.0.calls: List should have at least 1 item"),
+        (at(*RUN, "calls", 0, "step", value=4), "runs.0.calls.0.step: expected 0, got 4"),
+        (
+            at(*RUN, "calls", 0, "evicted", value=[{"stage": "s", "layers": [6], "tokens": [1]}]),
+            "runs.0.calls.0.evicted.0.layers: layer 6 of 6",
+        ),
+        (
+            at(*RUN, "calls", 0, "evicted", value=[{"stage": "s", "layers": [0], "tokens": [1], "notes": []}]),
+            "runs.0.calls.0.evicted.0.notes: 0 entries for 1 tokens",
+        ),
+    ],
+)
+def test_what_nobody_traced_is_refused_when_it_is_read(hostile: Any, change: Any, expected: str) -> None:
+    path, data = hostile
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError) as error:
+        Trace.load(path)
+    assert f"{path}: {expected}" in str(error.value)
+
+
+@pytest.fixture
+def hostile(tmp_path: Any) -> tuple[Any, Any]:
+    """Where to write a trace that encodes and prunes at two boundaries, and its data."""
+    *_, trace = tiny_trace(policy(**ENCODE), parts=((2, "I", 5),))
+    return tmp_path / "trace.json", json.loads(trace.model_dump_json())
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, '{"runs": ' * 10_000, "null", '{"depth": ' + "9" * 10_000])
+def test_what_is_no_trace_is_one_line(tmp_path: Any, content: str) -> None:
+    (tmp_path / "trace.json").write_text(content)
+    with pytest.raises(InputError) as error:
+        Trace.load(tmp_path / "trace.json")
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{tmp_path / 'trace.json'}: ") and len(line) < 500 for line in lines)
+    assert len(lines) <= 10
+
+
+def test_no_more_than_ten_faults_are_named(hostile: Any) -> None:
+    path, data = hostile
+    data["runs"][0]["layers"] = [{"visual_tokens": -1}] * 1_000
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError) as error:
+        Trace.load(path)
+    assert len(str(error.value).splitlines()) == 10
+
+
+def test_a_replay_does_not_copy_the_trace_into_every_stage(hostile: Any) -> None:
+    """Recording the policy of 1,000 stages would write it 1,000 times."""
+    path, data = hostile
+    path.write_text(json.dumps(data))
+    stages = replay_policy(Trace.load(path)).to_dict()["stages"]
+    assert list(stages) == ["merge", "keys", "pyramid"]
+    assert all(set(stage) == {"use", "run", "stage"} for stage in stages.values())

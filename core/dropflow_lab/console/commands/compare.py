@@ -118,6 +118,7 @@ def compare(
     from dropflow_lab.compare.store import Finished
     from dropflow_lab.errors import InputError
     from dropflow_lab.inputs.data import read_samples
+    from dropflow_lab.inputs.prompts import check_questions
     from dropflow_lab.markdown import around, renew
     from dropflow_lab.measure.machine import this_machine, torch_threads
 
@@ -135,6 +136,8 @@ def compare(
         samples = read_samples(data, questions, seed)
         subjects = subjects_of(_sources(named), several)
         loaded = load_models(subjects, seeds, partial(_load, model, dtype))
+        for _, processor in loaded.values():
+            check_questions(processor, samples)
         settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
         schemes = {
             "published": positions is not Positions.PERSISTENT,

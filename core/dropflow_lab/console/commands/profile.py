@@ -57,6 +57,7 @@ def profile(
     check_writable(out)
     from dropflow_lab.inputs.data import read_samples
     from dropflow_lab.inputs.models import load_model
+    from dropflow_lab.inputs.prompts import check_questions
     from dropflow_lab.profile import Knobs, Settings
     from dropflow_lab.profile import profile as measure
     from dropflow_lab.profile.write import write_profile
@@ -65,6 +66,7 @@ def profile(
         knobs = Knobs(fewer, average_tokens, exit_loss, prunes, entry, exit_at)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
+        check_questions(processor, samples)
         measured = measure(loaded, processor, samples, Settings(top, batch_size, max_new_tokens), knobs)
         write_profile(measured, out)
     emit(measured.to_json(), as_json, _table(measured), _summary(measured, out))

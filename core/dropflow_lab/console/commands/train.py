@@ -14,6 +14,7 @@ import typer
 from dropflow_lab.console.commands.digits import require_scikit_learn
 from dropflow_lab.console.commands.options import AsJson, Data, ModelOption, Overrides
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
+from dropflow_lab.files import check_writable
 
 
 class Precision(StrEnum):
@@ -61,11 +62,13 @@ def train(
     from dropflow_lab.finetune import FolderDialogues, Settings, finetune
     from dropflow_lab.inputs.data import DIGITS, read_samples
     from dropflow_lab.inputs.models import load_model
+    from dropflow_lab.inputs.prompts import check_questions
 
     if data == DIGITS:
         require_scikit_learn()
 
     with chatter_to_stderr():
+        check_writable(out)
         chosen = load_policy(policy, overrides or ())
         loaded, processor = load_model(model)
         settings = Settings(steps, batch, rate, seed, save_every, precision=precision.value, attention=attention.value)
@@ -73,8 +76,11 @@ def train(
         if data == DIGITS:
             dialogues = Dialogues(steps * batch * int(environ.get("WORLD_SIZE", 1)), rounds=rounds, seed=seed)
         else:
-            dialogues = FolderDialogues(read_samples(data, maxsize), rounds)
-        folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume)
+            samples = read_samples(data, maxsize)
+            check_questions(processor, samples)
+            dialogues = FolderDialogues(samples, rounds)
+        facts = {"rounds": rounds, "data": data if data == DIGITS else "a folder"}
+        folder = finetune(loaded, processor, dialogues, chosen, out, settings, resume=resume, facts=facts)
     if environ.get("RANK", "0") == "0":
         emit({"out": str(folder), "policy": chosen.name, "steps": steps}, as_json, f"wrote {folder}")
 

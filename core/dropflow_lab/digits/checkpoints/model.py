@@ -23,6 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from dropflow_lab.digits.data.questions import VOCABULARY
 from dropflow_lab.digits.data.scenes import CANVAS, PATCH
+from dropflow_lab.files import replacing_files
 
 PIXEL_MEAN = (0.3, 0.3, 0.3)
 PIXEL_STD = (0.25, 0.25, 0.25)
@@ -123,12 +124,9 @@ def export(model: LlavaForConditionalGeneration, path: Path) -> None:
     """Write model and processor to `path` as bf16 safetensors that everybody may read."""
     saved = copy.deepcopy(model).to(torch.bfloat16)
     saved.set_attn_implementation("sdpa")
-    saved.save_pretrained(path)
-    build_processor().save_pretrained(path)
-    for file in path.iterdir():
-        if file.is_file():
-            # safetensors writes its file with mode 0600
-            file.chmod(0o644)
+    with replacing_files(path) as part:
+        build_processor().save_pretrained(part)
+        saved.save_pretrained(part)
 
 
 def _checkpoints() -> Path:

@@ -14,6 +14,7 @@ from rich.progress import track
 from dropflow_lab.digits.data.glyphs import SPLITS, check_split
 from dropflow_lab.digits.data.questions import KINDS, Question, ask_all
 from dropflow_lab.digits.data.scenes import Scene, draw_scene, render
+from dropflow_lab.files import replacing
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def write_folder(path: Path, split: str, count: int, seed: int = 0) -> Path:
     Each line holds `image` (relative to `path`), `question`, `answer` and `kind`. An existing `data.jsonl` is
     replaced.
     """
-    (path / "images").mkdir(parents=True, exist_ok=True)
     table = path / "data.jsonl"
-    with table.open("w", encoding="utf-8") as lines:
+    with replacing(table) as part, part.open("w", encoding="utf-8") as lines:
         drawn = track(examples(split, count, seed), f"{split} pictures", total=count)
         for index, example in enumerate(drawn):
             name = f"images/{index:05d}.png"
-            example.image.save(path / name)
+            with replacing(path / name) as picture:
+                example.image.save(picture)
             facts = {"question": example.question, "answer": example.answer, "kind": example.kind}
             lines.write(json.dumps({"image": name, **facts}) + "\n")
     return table

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dropflow_lab.files import naming_what_cannot_be_written, replacing
 
 
 class Journal:
@@ -33,17 +35,18 @@ class Journal:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state in one step, so that a kill leaves the old or the new one."""
         size = self.log_path.stat().st_size if self.log_path.exists() else 0
-        partial = self.state_path.with_suffix(".partial")
-        torch.save({**state, "log_bytes": size, "facts": self.facts}, partial)
-        os.replace(partial, self.state_path)
+        with naming_what_cannot_be_written(self.state_path), replacing(self.state_path) as part:
+            torch.save({**state, "log_bytes": size, "facts": self.facts}, part)
 
     def restore(self) -> dict[str, Any] | None:
         """Return the saved state and cut the log back to it; `None`, with an empty log, for a new run.
 
-        Raises `ValueError` if the state was saved under other settings.
+        Raises `ValueError` if the state is damaged or was saved under other settings.
         """
         state: dict[str, Any] | None = None
         if self.state_path.exists():
+            if not zipfile.is_zipfile(self.state_path):
+                raise ValueError(f"{self.state_path}: damaged; delete it to train from the beginning")
             state = torch.load(self.state_path, weights_only=True)
             self._check(state["facts"])
         if self.log_path.exists():

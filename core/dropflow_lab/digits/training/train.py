@@ -18,6 +18,7 @@ from dropflow_lab.digits.training.loop import Clock, Phase, run_phase
 from dropflow_lab.digits.training.recipe import SMOKE, Recipe
 from dropflow_lab.digits.training.train_language import LanguagePhase
 from dropflow_lab.digits.training.train_vision import VisionPhase
+from dropflow_lab.files import write_text
 
 
 def train(
@@ -70,11 +71,11 @@ def _train(
         _run(language, state, journal, clock, save_seconds)
         model.load_state_dict(language.best["model"])
     export(model, out)
-    (out / "training-log.jsonl").write_bytes(journal.log_path.read_bytes())
+    write_text(out / "training-log.jsonl", journal.log_path.read_text(encoding="utf-8"))
     console.print(f"kept step {language.best['step']}: validation {language.best['accuracy']:.1%}")
     if test is not None:
         shipped, _ = load(out)
-        (out / "test.json").write_text(test(shipped, build_processor()) + "\n", encoding="utf-8")
+        write_text(out / "test.json", test(shipped, build_processor()) + "\n")
     return out
 
 

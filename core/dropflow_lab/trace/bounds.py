@@ -1,0 +1,103 @@
+"""Which numbers of a trace file stand for nothing: what reads a trace later relies on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dropflow_lab.trace.schema import Merge, Trace, TracedBoundary, TracedRun
+
+_LARGEST_GRID = 4
+"""Places of a grid per patch that is a token; a backbone may leave some of them out."""
+
+
+def prompt_faults(trace: Trace) -> list[str]:
+    """Tokens outside of the prompt, or of two images, and grids that do not hold the patches."""
+    faults, taken = [], set[int]()
+    for n, image in enumerate(trace.prompt.images):
+        where, own = f"prompt.images.{n}", [*image.index, *image.extra]
+        if max(own, default=-1) >= trace.prompt.tokens:
+            faults.append(f"{where}: token {max(own)}, expected tokens below {trace.prompt.tokens}")
+        before = len(taken)
+        taken.update(own)
+        if len(taken) != before + len(own):
+            faults.append(f"{where}: expected every token once, in one image")
+        patches = len(image.index)
+        if image.grid is not None and not patches <= image.grid[0] * image.grid[1] <= _LARGEST_GRID * patches:
+            faults.append(f"{where}.grid: {image.grid[0]} x {image.grid[1]} for {patches} patches")
+    return faults
+
+
+def bounds_faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
+    """Lists that are too short or too long, and boundaries, patches, layers and tokens that are not there."""
+    return list(_run_faults(trace, run, path))
+
+
+def _run_faults(trace: Trace, run: TracedRun, path: str) -> Iterator[str]:
+    depth, sizes = trace.depth, [len(image.index) for image in trace.prompt.images]
+    if not run.name.isprintable():
+        yield f"{path}.name: expected a name that can be printed, got {run.name!r}"
+    if not isinstance(run.policy.get("stages", {}), dict):
+        yield f"{path}.policy.stages: expected a mapping of stages"
+    if len(run.layers) != depth:
+        yield f"{path}.layers: {len(run.layers)} entries for {depth} layers"
+    if run.entry > depth or run.exit > depth:
+        yield f"{path}: entry {run.entry} and exit {run.exit}, expected boundaries from 0 to {depth}"
+    yield from _encode_faults(run, sizes, path)
+    last = -1
+    for n, boundary in enumerate(run.boundaries):
+        if not last < boundary.boundary <= depth:
+            yield f"{path}.boundaries.{n}: expected boundaries up to {depth} that ascend, got {boundary.boundary}"
+        last = boundary.boundary
+        yield from _boundary_faults(boundary, sizes, f"{path}.boundaries.{n}")
+    yield from _call_faults(run, depth, trace.prompt.tokens, path)
+
+
+def _encode_faults(run: TracedRun, sizes: Sequence[int], path: str) -> Iterator[str]:
+    for n, step in enumerate(run.encode):
+        where = f"{path}.encode.{n}"
+        if len(step.images) != len(sizes):
+            yield f"{where}.images: {len(step.images)} entries for {len(sizes)} images"
+        elif step.shift > min(sizes, default=0):
+            yield f"{where}.shift: {step.shift}, but an image has {min(sizes, default=0)} patches"
+        for i, image in enumerate(step.images):
+            if image.sizes is not None and len(image.sizes) != len(image.kept):
+                yield f"{where}.images.{i}.sizes: {len(image.sizes)} entries for {len(image.kept)} rows"
+
+
+def _boundary_faults(boundary: TracedBoundary, sizes: Sequence[int], path: str) -> Iterator[str]:
+    yield from _patch_faults(boundary.kept, sizes, f"{path}.kept")
+    for n, pruning in enumerate(boundary.by):
+        yield from _patch_faults(pruning.dropped, sizes, f"{path}.by.{n}.dropped")
+        if pruning.scores is not None and len(pruning.scores) != len(sizes):
+            yield f"{path}.by.{n}.scores: {len(pruning.scores)} entries for {len(sizes)} images"
+    if boundary.merged:
+        merged = [[patch for merge in merges for patch in _patches(merge)] for merges in boundary.merged]
+        yield from _patch_faults(merged, sizes, f"{path}.merged")
+
+
+def _patch_faults(patches: Sequence[Sequence[int]], sizes: Sequence[int], path: str) -> Iterator[str]:
+    if len(patches) != len(sizes):
+        yield f"{path}: {len(patches)} entries for {len(sizes)} images"
+    for i, (own, size) in enumerate(zip(patches, sizes, strict=False)):
+        if max(own, default=-1) >= size:
+            yield f"{path}.{i}: patch {max(own)}, but the image has {size} patches"
+
+
+def _patches(merge: Merge) -> tuple[int, ...]:
+    return (merge.into, *merge.of)
+
+
+def _call_faults(run: TracedRun, depth: int, tokens: int, path: str) -> Iterator[str]:
+    for n, call in enumerate(run.calls):
+        if call.step != n:
+            yield f"{path}.calls.{n}.step: expected {n}, got {call.step}"
+        for k, eviction in enumerate(call.evicted):
+            where = f"{path}.calls.{n}.evicted.{k}"
+            if max(eviction.layers, default=-1) >= depth:
+                yield f"{where}.layers: layer {max(eviction.layers)} of {depth}"
+            if max(eviction.tokens, default=-1) >= tokens:
+                yield f"{where}.tokens: token {max(eviction.tokens)}, but the prompt has {tokens}"
+            if eviction.notes is not None and len(eviction.notes) != len(eviction.tokens):
+                yield f"{where}.notes: {len(eviction.notes)} entries for {len(eviction.tokens)} tokens"

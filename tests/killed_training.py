@@ -1,0 +1,70 @@
+"""Trains a model once without a stop, and once with children that are killed at random moments and then resumed.
+
+A program by itself, so that the children are forked from a process in which torch has started no thread yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+MODULES = ("finetune", "digits.data.dialogues", "digits.training.attention", "inputs.data", "inputs.models")
+
+
+def main(model: str, policy: str, out: str, kills: str, seed: str, *options: str) -> None:
+    for module in MODULES:  # once, for all children
+        importlib.import_module(f"dropflow_lab.{module}")
+    arguments = ["train", "--model", model, "--policy", policy, *options]
+    whole, stopped = Path(out) / "whole", Path(out) / "stopped"
+    began = time.monotonic()
+    _finish(_start([*arguments, "--out", str(whole)]))
+    took, dice = time.monotonic() - began, random.Random(int(seed))
+    killed = 0
+    for _ in range(int(kills)):
+        child = _start(_resumed(arguments, stopped))
+        time.sleep(dice.uniform(0.1, 0.9) * took)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    _finish(_start(_resumed(arguments, stopped)))
+    print(json.dumps({"killed": killed, "whole": _digest(whole), "stopped": _digest(stopped)}))
+
+
+def _resumed(arguments: list[str], out: Path) -> list[str]:
+    begun = any((out / "run").glob("*")) if out.exists() else False
+    return [*arguments, "--out", str(out), *(["--resume"] if begun else [])]
+
+
+def _start(arguments: list[str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    from dropflow_lab.console.cli import app
+
+    os.dup2(2, 1)
+    try:
+        app(arguments)
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(1)
+
+
+def _finish(child: int) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        sys.exit(f"a run that was not killed ended with {code}")
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

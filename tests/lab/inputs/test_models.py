@@ -1,0 +1,77 @@
+"""Model folders that are broken are refused in one line, and nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.models import load_model
+from dropflow_lab.inputs.widths import read_widths
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copied(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder to break, on a machine without a network."""
+
+    def connect(*_: Any) -> None:
+        pytest.fail("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return Path(shutil.copytree(model_folder, tmp_path / "copied"))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_model(folder)
+    assert str(error.value).startswith(f"{folder}: ")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"model_type": "no-such-model"}',
+        b'{"model_type": "llava", "text_config": 7}',
+        b'{"model_type": "llava", "text_config": {"hidden_size": "wide"}}',
+        b'{"model_type": "own", "auto_map": {"AutoConfig": "config.Own"}}',
+    ],
+)
+def test_a_broken_config(copied, content) -> None:
+    (copied / "config.json").write_bytes(content)
+    assert "transformers cannot load this model" in refused(copied)
+    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+        read_widths(copied)
+
+
+def test_weights_that_are_not_whole(copied) -> None:
+    held = load_file(copied / WEIGHTS)
+    name = next(name for name in held if name.endswith("q_proj.weight"))
+    save_file({other: weight for other, weight in held.items() if other != name}, copied / WEIGHTS, {"format": "pt"})
+    assert "expected all weights of the model, 1 are missing, such as" in refused(copied)
+    save_file(held | {name: torch.zeros(3, 3)}, copied / WEIGHTS, {"format": "pt"})
+    refused(copied)
+    (copied / WEIGHTS).write_bytes((copied / WEIGHTS).read_bytes()[:1000])
+    refused(copied)
+    (copied / WEIGHTS).unlink()
+    refused(copied)
+
+
+def test_a_broken_processor(copied) -> None:
+    (copied / "tokenizer.json").write_text(json.dumps({"version": 1}))
+    refused(copied)
