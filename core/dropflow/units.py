@@ -14,8 +14,11 @@ from torch import Tensor
 from dropflow.errors import PolicyError
 
 
-def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
-    """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors."""
+def _number(name: str, whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
+    """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors.
+
+    `name` is what a mapping of such numbers calls them.
+    """
     expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
 
     def check(value: object) -> int | float:
@@ -26,13 +29,15 @@ def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
         raise ValueError(expected)
 
     one_of = [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]
-    return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "description": expected})
+    return BeforeValidator(check), WithJsonSchema({"anyOf": one_of, "title": name, "description": expected})
 
 
-Depth = Annotated[int | float, *_number("a boundary, the layer before which it lies", "a share of depth")]
+Depth = Annotated[int | float, *_number("boundary", "a boundary, the layer before which it lies", "a share of depth")]
 """Boundary `i` lies before decoder layer `i` (0-based); a float is a share of the model's depth."""
 
-Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
+Tokens = Annotated[
+    int | float, *_number("tokens", "a number of visual tokens per image", "a share of the image's tokens")
+]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
 
 Rounding = Literal["half_up", "floor", "half_even", "ceil"]

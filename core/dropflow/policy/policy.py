@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from dropflow.errors import PolicyError, UnknownName, nearest
+from dropflow.lifecycle.hooks import hook_faults
 from dropflow.lifecycle.stage import Stage, StageOptions
 from dropflow.policy import registry
+from dropflow.policy.expected import expected
 
 
 class TunedFor(BaseModel):
@@ -95,6 +97,8 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     for name, entry in entries.items() if isinstance(entries, Mapping) else ():
         if isinstance(entry, Mapping):
             try:
+                if "use" not in entry:
+                    raise PolicyError(f"stages.{name}.use: missing; {_which_stage(name, entries)}")
                 stages[name] = _stage_use(f"stages.{name}", entry)
             except PolicyError as error:
                 faults += str(error).splitlines()
@@ -105,8 +109,6 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
 
 def _stage_use(path: str, entry: Mapping[str, Any]) -> StageUse:
     options = {key: value for key, value in entry.items() if key != "use"}
-    if "use" not in entry:
-        raise PolicyError(f"{path}.use: missing; name the stage to use, {nearest('', registry.names(registry.STAGES))}")
     use = entry["use"]
     if isinstance(use, type) and issubclass(use, Stage):
         stage, use = use, use.__qualname__
@@ -117,10 +119,20 @@ def _stage_use(path: str, entry: Mapping[str, Any]) -> StageUse:
             raise PolicyError(
                 f"{path}.use: no stage is called {use!r}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
+    faults = [f"{path}: {fault}" for fault in hook_faults(stage)]
+    if faults:
+        raise PolicyError("\n".join(faults))
     try:
         return StageUse(use=use, stage=stage, options=stage.Options.model_validate(_without_nulls(options)))
     except ValidationError as error:
         raise PolicyError("\n".join(_faults(error, path, stage.Options))) from None
+
+
+def _which_stage(name: str, entries: Mapping[str, Any]) -> str:
+    """What to do about an entry that does not say which stage it uses: it may be a misspelt name of another one."""
+    others = [other for other, entry in entries.items() if isinstance(entry, Mapping) and "use" in entry]
+    which = "say which stage it uses (`dropflow list stages` has all)"
+    return f"{which}, or name a stage of this policy: {nearest(name, others)}" if others else which
 
 
 def _without_nulls(value: Any) -> Any:
@@ -141,9 +153,12 @@ def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[s
         message = message[0].lower() + message[1:]
         if fault["type"] == "extra_forbidden":
             message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
-        elif fault["type"] in {"dict_type", "model_type"}:
-            message = f"expected a mapping, got {fault['input']!r}"
-        elif fault["type"] != "missing":
+        elif fault["type"] == "missing":
+            shape = expected(model, parts)
+            message += f", {shape}" if shape.startswith("a ") else ""
+        elif fault["type"] in {"dict_type", "model_type", "tuple_type", "list_type"}:
+            message = f"expected {expected(model, parts) or 'a mapping'}, got {fault['input']!r}"
+        else:
             message += f", got {fault['input']!r}"
         lines.setdefault(where or "policy", []).append(message)
     return [f"{where}: {' or '.join(dict.fromkeys(messages))}" for where, messages in lines.items()]
