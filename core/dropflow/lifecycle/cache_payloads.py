@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -48,8 +49,21 @@ class CacheCall:
     attention: RowAttention
     """Behind `attention_rows`."""
 
+    @property
+    def last_rows(self) -> Int[Tensor, "batch 1"]:
+        """The last token of each sample in this call, padding excluded, as `attention_rows` takes it."""
+        distinct = [view for view in self.layers if view.same_as == view.layer]
+        last = [view.index.masked_fill(~view.valid, -1).amax(1, keepdim=True) for view in distinct]
+        return torch.stack(last).amax(0) - (self.length - self.tokens)
+
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention probabilities of query rows of this call, for a layer the stage lists in `taps`."""
+        """Attention probabilities of a few tokens of this call, for a layer the stage lists in `taps`.
+
+        `rows` number the call's tokens from 0 to `tokens - 1`, whatever was dropped (see `last_rows`); a token that was
+        not live in the layer is answered for by the last live one before it. Keys are the entries of the layer's
+        `CacheView`, as the layer's own attention saw them: what an earlier stage of this call has evicted is gone, and
+        what is left keeps its share.
+        """
         return self.attention(layer, rows)
 
 

@@ -121,7 +121,7 @@ class PruneCall:
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, after k-norm and RoPE, for the slots.
 
-        Raises `DecisionError` where the live set has changed since that layer ran.
+        Raises `DecisionError` for a layer before the one in which vision enters.
         """
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
 
@@ -151,6 +151,9 @@ class PruneCall:
 
         Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
         stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
+
+        Tokens dropped since a tapped layer ran keep their share of its softmax, and have no column. A layer before the
+        one in which vision enters raises `DecisionError`.
         """
         with torch.set_grad_enabled(self.differentiable):
             return self.attention(layer, rows)

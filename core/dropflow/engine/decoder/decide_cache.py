@@ -39,13 +39,14 @@ def decide_cache(
     With a list in `told`, what they decided is appended to it.
     """
     names = {id(stage): name for name, stage in plan.stages}
+    left: dict[int, LiveSet] = {}
     for stage in stages:
         name = names[id(stage)]
         full = _full_indices(cache)
         views = _views(full, [layer.recall(name) for layer in cache.layers])
         seen = full[0]
         answer = plan.hooks.decode_cache(
-            CacheCall(step, tokens, seen.length, seen.images, tuple(views), attention), stage
+            CacheCall(step, tokens, seen.length, seen.images, tuple(views), _of_entries(attention, dict(left))), stage
         )
         if answer is None:
             continue
@@ -59,17 +60,37 @@ def decide_cache(
             stays[number] = (keep.to(view.valid.device) | (view.image_id < 0) | view.protected) & view.valid
             if told is not None:
                 told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
-        _evict(cache, full, views, stays)
+        for number, kept in _evict(cache, full, views, stays).items():
+            before = left.get(number)
+            left[number] = kept if before is None else before.restricted(kept)
 
 
-def _evict(cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]) -> None:
+def _of_entries(attention: RowAttention, left: Mapping[int, LiveSet]) -> RowAttention:
+    """`attention`, whose keys are the entries as the layers ran, on those that are `left`; 0 for padding."""
+
+    def rows(layer: int, tokens: Tensor) -> Tensor:
+        found = attention(layer, tokens)
+        if layer not in left:
+            return found
+        kept = left[layer]
+        index = kept.index.to(found.device)[:, None, None].expand(*found.shape[:3], -1)
+        taken = found.gather(3, index)
+        return taken if kept.valid is None else taken * kept.valid.to(taken.device)[:, None, None]
+
+    return rows
+
+
+def _evict(
+    cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]
+) -> dict[int, LiveSet]:
     """Let go of what does not stay; layers that held the same and keep the same go on sharing what they hold.
 
-    A layer that keeps everything is left alone. One host synchronisation for all layers.
+    A layer that keeps everything is left alone; the entries of every other one that stay are returned. One host
+    synchronisation for all layers.
     """
     numbers = list(stays)
     if not numbers:
-        return
+        return {}
     before = {number: other for other, number in pairwise(numbers) if full[other] is full[number]}
     as_before, all_stay, *counts = read(
         torch.stack(
@@ -91,6 +112,7 @@ def _evict(cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], s
             kept = LiveSet.of(stays[number], Extent.of(count))
             made[number] = kept, full[number].compacted(kept)
         cache.layers[number].evict(*made[number])
+    return {number: kept for number, (kept, _) in made.items()}
 
 
 def _check_entries(
