@@ -43,6 +43,16 @@ POLICIES: dict[str, dict[str, Any]] = {
     "clusters inside the LLM": policy(
         guided={"use": "sparsevlm/text-guided", "keep": {2: 8, 4: 4}, "recycle_share": 0.6, "cluster_size": 2}
     ),
+    "clusters after the survivors": policy(
+        guided={
+            "use": "sparsevlm/text-guided",
+            "keep": {2: 8, 4: 4},
+            "recycle_share": 0.6,
+            "cluster_size": 2,
+            "reference": True,
+        }
+    )
+    | {"positions": "compact"},
     "merged in every layer, weighed in attention": policy(
         tome={"use": "tome/token-merging", "r": [3, 0, 4], "layers": 3}
     ),

@@ -10,10 +10,11 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.operators import top
 from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
+from dropflow_dart.released import ReleasedBudget
 
 
 class DuplicationOptions(StageOptions):
@@ -30,10 +31,11 @@ class DuplicationOptions(StageOptions):
     )
     reference: bool = Field(
         default=False,
-        description="do as the released code does: count `keep`, rounded down to a multiple of the pivots, beside the "
-        "image's pivots (132 for 128); go through the pivots in the order of a Python set of their indices, which "
-        "changes a few of the kept tokens; and measure keys by their L1 norm, which RoPE makes depend on positions, so "
-        "that padding before a prompt matters unless position ids leave it out, as those of `generate` do",
+        description="do as the released code does: count `keep`, rounded down to a multiple of all pivots, beside the "
+        "image's pivots (132 for 128), of a share floor(share * tokens / pivots) for each pivot; go through the pivots "
+        "in the order of a Python set of their indices, which changes a few of the kept tokens; and measure keys by "
+        "their L1 norm, which RoPE makes depend on positions, so that padding before a prompt matters unless position "
+        "ids leave it out, as those of `generate` do",
     )
 
 
@@ -60,6 +62,9 @@ class Duplication(Stage[DuplicationOptions]):
         super().__init__(options, context)
         self._boundary = context.scale.boundary(options.at, context.path("at"))
         self._budget = context.scale.tokens(options.keep, context.path("keep"))
+        if options.reference:
+            pivots = {"image_pivots": options.image_pivots, "text_pivots": options.text_pivots}
+            self._budget = ReleasedBudget(asked=self._budget, **pivots)
         window = context.window
         if not window.entry < self._boundary < window.exit:
             raise PolicyError(
@@ -74,15 +79,8 @@ class Duplication(Stage[DuplicationOptions]):
         return (self._boundary - 1,)
 
     def forecast(self) -> Forecast:
-        """The budget, or with `reference` the number it becomes if the text has enough pivots."""
-        budget, tokens = self._budget, self.context.scale.target.visual_tokens
-        if self.options.reference:
-            if tokens is None:
-                return Forecast(keeps={self._boundary: None})
-            pivots = self.options.image_pivots + self.options.text_pivots
-            published = self.options.image_pivots + sum(self._quotas(self._budget.of(tokens), pivots))
-            budget = Budget(tokens=min(published, tokens))
-        return Forecast(keeps={self._boundary: budget})
+        """The budget, or with `reference` the number it becomes."""
+        return Forecast(keeps={self._boundary: self._budget})
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
@@ -117,15 +115,9 @@ class Duplication(Stage[DuplicationOptions]):
             index = call.index[row]
             slot_of = {int(index[slot] - index[call.valid[row]].min()): slot for slot in pivots}
             pivots = [slot_of[place] for place in published_order(list(slot_of))]
-            quotas = self._quotas(count, len(pivots))
-        else:
-            quotas = even_quotas(count - len(own), len(pivots))
+        quotas = even_quotas(count - len(own), len(pivots))
         pool = slots[~torch.isin(slots, own)]
         return torch.cat((own, least_alike(states, pool.to(states.device), pivots, quotas).to(own.device)))
-
-    @staticmethod
-    def _quotas(count: int, pivots: int) -> list[int]:
-        return [count // pivots] * pivots
 
 
 def _text_behind(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:

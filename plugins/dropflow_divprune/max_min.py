@@ -17,8 +17,8 @@ class MaxMinOptions(StageOptions):
 
     keep: Tokens = Field(
         default=0.098,
-        description="visual tokens of each image that reach the LLM, as a count or as a share of the image's tokens; "
-        "the published share is 0.098",
+        description="visual tokens of each image that reach the LLM, as a count or as a share of the image's tokens, "
+        "rounded half to even as released; the published share is 0.098",
     )
 
 
@@ -40,7 +40,7 @@ class MaxMin(Stage[MaxMinOptions]):
 
     def __init__(self, options: MaxMinOptions, context: StageContext) -> None:
         super().__init__(options, context)
-        self._budget = context.scale.tokens(options.keep, context.path("keep"))
+        self._budget = context.scale.tokens(options.keep, context.path("keep"), "half_even")
 
     def forecast(self) -> Forecast:
         """The budget."""

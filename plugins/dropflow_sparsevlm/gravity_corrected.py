@@ -33,7 +33,9 @@ class GravityCorrectedOptions(StageOptions):
         "published, 14 of 32",
     )
     reference: bool = Field(
-        default=False, description="as released, at least one token of an image goes at each boundary, whatever `keep`"
+        default=False,
+        description="do as the released code does: at least one token of an image goes at each boundary, whatever "
+        "`keep`, and attention is divided by W whatever its size and sign",
     )
 
 
@@ -43,10 +45,11 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
     Raters are those of `sparsevlm/text-guided`. Their attention probabilities in the layer before the boundary are
     divided by W, what RoPE alone makes of the distance (see `gravity.py`; from the cos and sin that this layer was
     given, so for any base, part of a head, or position of several dimensions). Score of a token: mean over raters and
-    over the heads that then attend to the sample's visual tokens most. W oscillates at long distances, and is negative
-    from 1707 on for base 1e4 and 128 dims, where the released code's scores change sign; here it is never taken below
-    0.05 of what it is at distance 0, which those dims reach at distance 1109. A sample without text after its image is
-    not pruned. Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may
+    over the heads that then attend to the sample's visual tokens most. W oscillates at long distances: for base 1e4 it
+    is negative from distance 1707 on with 128 dims and from 725 on with 64, where the released code's scores change
+    sign. Here it is never taken below 0.05 of what it is at distance 0, a floor that begins earlier, at distance 1109
+    with 128 dims and 542 with 64; `reference` takes W as it is. A sample without text after its image is not pruned.
+    Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may
     not turn q and k by the cos and sin that it is given.
     """
 
@@ -79,7 +82,7 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
         rows, asks = found
         budget, goes = self._keeps[call.boundary], int(self.options.reference)
         with torch.no_grad():
-            by_head = _corrected(call, rows, asks) / asks.sum(1).clamp(min=1)[:, None, None]
+            by_head = self._corrected(call, rows, asks) / asks.sum(1).clamp(min=1)[:, None, None]
             scores = best_heads(by_head, call.image_id >= 0, self.options.heads)
         counts = [
             max(0, min(budget.of(size), left - goes))
@@ -88,16 +91,17 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
         best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
         return Keep(best | ~asks.any(1, keepdim=True), scores)
 
-
-def _corrected(
-    call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"]
-) -> Float[Tensor, "batch heads slots"]:
-    """Sum over the raters of their attention, in the layer before the boundary, over W."""
-    layer = call.boundary - 1
-    head_dim = call.tapped(layer).query.shape[-1]
-    pull = guarded(gravity(*call.rotary(layer), rows, head_dim), head_dim)
-    total, start = torch.zeros((), device=pull.device), 0
-    for part in row_parts(call, layer, rows, asks):
-        own = pull[:, None, start : start + part.shape[2]]
-        total, start = total + (part / own).sum(2), start + part.shape[2]
-    return total
+    def _corrected(
+        self, call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"]
+    ) -> Float[Tensor, "batch heads slots"]:
+        """Sum over the raters of their attention, in the layer before the boundary, over W."""
+        layer = call.boundary - 1
+        head_dim = call.tapped(layer).query.shape[-1]
+        pull = gravity(*call.rotary(layer), rows, head_dim)
+        if not self.options.reference:
+            pull = guarded(pull, head_dim)
+        total, start = torch.zeros((), device=pull.device), 0
+        for part in row_parts(call, layer, rows, asks):
+            own = pull[:, None, start : start + part.shape[2]]
+            total, start = total + (part / own).sum(2), start + part.shape[2]
+        return total

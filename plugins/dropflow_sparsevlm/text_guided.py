@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow.errors import PolicyError
 from dropflow.operators import keep_top, row_parts
 from dropflow_sparsevlm.rating import adaptive_count, rater_rows
 from dropflow_sparsevlm.recycling import clusters, recycled
@@ -45,7 +46,10 @@ class TextGuidedOptions(StageOptions):
     recycle_share: float = Field(default=0.3, gt=0, le=1, description="share of the dropped tokens that is recycled")
     cluster_size: int = Field(default=10, ge=1, description="recycled tokens for every cluster, about")
     reference: bool = Field(
-        default=False, description="as released, at least one token of an image goes at each boundary, whatever `keep`"
+        default=False,
+        description="do as the released code does: at least one token of an image goes at each boundary, whatever "
+        "`keep`, and clusters follow the survivors of their image, best centre first, for which `recycle` needs "
+        "`positions: compact`",
     )
 
     @model_validator(mode="after")
@@ -62,9 +66,12 @@ class TextGuided(Stage[TextGuidedOptions]):
     average to do with the image's embeddings as both enter the LLM. Score of a token: attention probability from the
     raters in the layer before the boundary, mean over heads and raters; the softmax runs over all keys. Of the
     tokens that go, the best 30 % are clustered by density peaks, image by image, and each cluster's mean takes the
-    place of its centre, which stays: it keeps the centre's position, where the released code puts clusters after the
-    survivors. A cluster is a token like any other at later boundaries. A sample without text after its image is not
-    pruned. Raises `PolicyError` where vision takes no part in a ranking layer.
+    place of its centre, which stays. The released code puts clusters after the survivors, as `reference` does: then
+    the tokens left of an image hold its survivors in their order and its clusters after them. It also separates equal
+    densities by random numbers below 1e-6 and divides a cluster's sum by its size plus 1e-6, which nothing here does. A
+    cluster is a token like any other at later boundaries. A sample without text after its image is not pruned. Raises
+    `PolicyError` where vision takes no part in a ranking layer, and for clusters in the released order under
+    `positions: persistent`, where a moved token would take a position that is not its own.
     """
 
     Options = TextGuidedOptions
@@ -80,6 +87,11 @@ class TextGuided(Stage[TextGuidedOptions]):
         else:
             self._keeps = dict.fromkeys(context.boundaries("rank.at", options.rank.at))
         context.check_layer_before("keep" if options.rank is None else "rank.at", self._keeps)
+        if options.reference and options.recycle and context.positions != "compact":
+            raise PolicyError(
+                f"{context.path('reference')}: the released code puts clusters after the survivors and renumbers both; "
+                "set `positions: compact`, `recycle: false`, or leave `reference` out"
+            )
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -127,7 +139,7 @@ class TextGuided(Stage[TextGuidedOptions]):
     def _with_clusters(
         self, call: PruneCall, keep: Bool[Tensor, "batch slots"], scores: Float[Tensor, "batch slots"]
     ) -> Keep:
-        """The best of the dropped tokens merged into the centres of their clusters, which stay."""
+        """The best of the dropped tokens merged into the centres of their clusters, which stay, or after all others."""
         keep = keep.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
         gone = (call.image_id >= 0) & ~keep & ~call.protected
@@ -137,6 +149,11 @@ class TextGuided(Stage[TextGuidedOptions]):
                 size, count = recycled(len(slots), self.options.recycle_share, self.options.cluster_size)
                 slots = slots[torch.sort(scores[sample, slots], descending=True, stable=True).indices[:size]]
                 centres, cluster = clusters(call.hidden[sample, slots], count)
-                into[sample, slots] = slots[centres][cluster]
+                places = slots[centres]
+                if self.options.reference:
+                    survivors = (keep[sample] & (call.image_id[sample] == image)).nonzero()[:, 0]
+                    ordered = torch.cat((survivors, places)).sort().values
+                    into[sample, survivors], places = ordered[: len(survivors)], ordered[len(survivors) :]
+                into[sample, slots] = places[cluster]
                 keep[sample, slots[centres]] = True
         return Keep(keep, scores, merge_into=into)

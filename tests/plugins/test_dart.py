@@ -134,10 +134,30 @@ def test_little_text_and_large_budgets() -> None:
                 assert found == kept if not reference else found >= min(kept - 3, 16)
 
 
+@pytest.mark.parametrize("keep", [0, 2, 3, 7, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("text", "pivots"), [(9, (3, 2)), (2, (3, 4)), (9, (2, 4))])
+@torch.no_grad()
+def test_as_released_the_number_is_the_forecast_one(keep: float, text: int, pivots: tuple[int, int]) -> None:
+    model, inputs = tiny_llava(), prompt([(3, "I", text)])
+    image_pivots, text_pivots = pivots
+    options = {"at": 2, "keep": keep, "image_pivots": image_pivots, "text_pivots": text_pivots, "reference": True}
+    asked = int(keep * 16) if isinstance(keep, float) else keep
+    expected = 16 if asked == 16 else min(image_pivots + asked // sum(pivots) * sum(pivots), 16)
+    with dropflow.attach(model, policy(dart=STAGE | options)) as flow:
+        model(**inputs)
+        assert int(visual(flow, inputs)[-1].sum()) == expected
+        assert flow.plan.schedule().per_layer[-1] == expected
+
+
 def test_published_numbers_of_tokens() -> None:
     for keep, kept in ((128, 132), (192, 196), (64, 68)):
         found = resolve(dropflow.load_policy(f"dart-{keep}"), BackboneShape(32, 576)).schedule()
         assert found.per_layer == (576,) * 2 + (kept,) * 30
+    for share, kept in ((0.333, 188), (0.222, 124), (0.111, 60), (1.0, 576)):
+        shared = dropflow.load_policy("dart-128", [f"stages.dart.keep={share}"])
+        assert resolve(shared, BackboneShape(32, 576)).schedule().per_layer == (576,) * 2 + (kept,) * 30
+        found = resolve(shared, BackboneShape(32, None))
+        assert found.schedule(576).per_layer[-1] == kept, "as on a backbone whose images differ in size"
     with pytest.raises(PolicyError, match=r"stages\.d\.at: at boundary 0 the keys of layer -1 choose the pivots"):
         resolve(dropflow.load_policy(policy(d=STAGE | {"at": 0})), BackboneShape(32, 576))
 

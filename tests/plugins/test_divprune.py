@@ -73,6 +73,17 @@ def test_the_published_share_is_the_published_number() -> None:
 
 
 @torch.no_grad()
+def test_half_a_token_is_rounded_to_even_as_released() -> None:
+    model, inputs = tiny_llava(grid=5), prompt([(3, "I", 5)], grid=5)
+    for share, kept in ((0.1, 2), (0.3, 8), (0.5, 12)):  # 2.5, 7.5 and 12.5 of 25
+        with dropflow.attach(model, policy(diverse={"use": "divprune/max-min", "keep": share})) as flow:
+            model(**inputs)
+            assert flow.report().entry_visual_tokens == flow.plan.schedule().entry == kept
+    half = dropflow.load_policy(policy(diverse={"use": "divprune/max-min", "keep": 0.5}))
+    assert resolve(half, BackboneShape(6, 5)).schedule().entry == 2
+
+
+@torch.no_grad()
 def test_every_image_has_its_own_choice_of_the_projected_tokens() -> None:
     model, inputs = tiny_llava(), prompt()
     plain = model.get_image_features(inputs["pixel_values"]).pooler_output

@@ -52,6 +52,9 @@ def test_w_has_its_closed_values() -> None:
     safe = guarded(found[None, None], 128)[0, 0]
     assert int((safe != found).nonzero()[0]) == 1109, "where the documented guard begins"
     assert float(safe.min()) == pytest.approx(0.05 * 128**0.5)
+    narrow = gravity(*rope(torch.arange(1200)[None], 64, 1e4), torch.tensor([[0]]), 64)[0, 0]
+    assert int((narrow < 0).nonzero()[0]) == 725
+    assert int((guarded(narrow[None, None], 64)[0, 0] != narrow).nonzero()[0]) == 542
     long = gravity(*rope(torch.arange(8193)[None], 128, 1e6), torch.tensor([[0]]), 128)[0, 0]
     assert float(long.min()) == pytest.approx(1.42, abs=0.005)
 
@@ -203,6 +206,22 @@ def test_at_long_distances_no_score_changes_its_sign() -> None:
     scores = stage_of(GravityCorrected, keep={3: 5}).prune(call).scores[0, :images]
     assert bool((scores > 0).all())
     assert float(scores.max()) <= 0.01 / (0.05 * 128**0.5) * (1 + 1e-5)
+
+
+@torch.no_grad()
+def test_as_released_attention_is_divided_by_w_whatever_its_sign() -> None:
+    images, text = 30, 4
+    far = torch.cat((torch.arange(images), 1715 + torch.arange(text)))[None]
+    rows = torch.full((1, 2, text, images), 0.01)
+    call = made_call(rows, 0, rope(far, 128, 1e4), 128, torch.tensor([3]))
+    answer = stage_of(GravityCorrected, keep={3: 5}, reference=True).prune(call)
+    expected = 0.01 / pull(1718 - np.arange(images), 128, 1e4, 128)
+    assert (expected < 0).any(), "the sign has not changed at any of these distances"
+    assert relative_error(answer.scores[0, :images], torch.from_numpy(expected).float()) < 1e-3
+    kept = answer.mask[0, :images].nonzero()[:, 0].tolist()
+    assert kept == sorted(np.argsort(-expected)[:5].tolist())
+    held = stage_of(GravityCorrected, keep={3: 5}).prune(call)
+    assert kept != held.mask[0, :images].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class BoundaryEvent:
     keeps: Mapping[str, Bool[Tensor, "batch slots"]]
     """What each stage answered, by stage name; text and protected tokens stay whatever it says."""
     merged_into: Int[Tensor, "batch tokens"] | None = None
-    """Logical index of the token that each one's state was merged into, its own for most; `None` without merging."""
+    """Logical index of the token in whose place each one's state is from here on, merged with all others that go
+    there; its own for most, `None` without merging."""
     merged_by: str | None = None
     """Name of the stage that merged."""
 

@@ -174,11 +174,13 @@ class Keep:
     changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
     """
     merge_into: Int[Tensor, "batch slots"] | None = None
-    """For each slot, the slot of the token that its state is merged into: its own, unless it is merged.
+    """For each slot, the slot that its state goes to, of a token of the same image: its own, unless it is merged.
 
-    The state of a token that others name becomes the plain mean of theirs and its own, before this boundary's
-    layer; its index and position stay. Whether a merged token itself stays is up to `mask`. Tokens merge inside one
-    image; a named token names its own slot. Entries of text and padding are ignored.
+    Before this boundary's layer, a token that is named holds the plain mean of the states that name it; its index and
+    position stay. Whether a merged token itself stays is up to `mask`. A named token that stays and names another slot
+    moves there: so states are put into another order. Entries of text and padding are ignored. No token may move where
+    others of its sample are protected or dropped by another stage at this boundary, or where tokens have soft weights
+    or carry numbers.
     """
 
 

@@ -64,6 +64,8 @@ class StageContext:
     """Turns `Depth` and `Tokens` options into boundaries and budgets of this backbone."""
     window: Window
     """Where vision enters and exits; a stage that sets it itself is given the whole depth."""
+    positions: Literal["persistent", "compact"] = "persistent"
+    """Position ids of survivors under the policy: the original ones, or renumbered without gaps."""
 
     def path(self, option: str) -> str:
         """Path of one of this stage's options in the policy file, for error messages."""

@@ -61,12 +61,15 @@ def first_places(
 def mean_into(
     states: Float[Tensor, "batch slots dim"], into: Int[Tensor, "batch slots"]
 ) -> Float[Tensor, "batch slots dim"]:
-    """States in which every slot that others name in `into` holds the mean of theirs and its own.
+    """States in which every slot that is named in `into` holds the mean of those that name it.
 
-    Slots that no other names keep their states bit by bit; means are taken in float32 at least.
+    A slot that one alone names holds that one's state bit by bit, and one that nobody names keeps its own; means are
+    taken in float32 at least.
     """
+    own = torch.arange(into.shape[1], device=states.device).expand_as(into)
+    source = own.scatter(1, into, own)  # right where one names the slot, or nobody
     count = torch.zeros(into.shape, device=states.device).scatter_add(1, into, torch.ones_like(into).float())
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     sums = torch.zeros_like(wide).scatter_add(1, into[:, :, None].expand_as(wide), wide)
     means = (sums / count.clamp(min=1)[:, :, None]).to(states.dtype)
-    return torch.where((count > 1)[:, :, None], means, states)
+    return torch.where((count > 1)[:, :, None], means, states.gather(1, source[:, :, None].expand_as(states)))

@@ -123,11 +123,11 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
     made: dict[str, Stage[Any]] = {}
     for name, use in policy.stages.items():
         if _sets_window(use.stage):
-            made[name] = use.stage(use.options, StageContext(name, scale, whole))
+            made[name] = use.stage(use.options, StageContext(name, scale, whole, policy.positions))
     window = _window({name: stage.forecast() for name, stage in made.items()}, whole)
     for name, use in policy.stages.items():
         if name not in made:
-            made[name] = use.stage(use.options, StageContext(name, scale, window))
+            made[name] = use.stage(use.options, StageContext(name, scale, window, policy.positions))
     stages = tuple((name, made[name]) for name in policy.stages)
     plan = Plan(policy, shape, stages, Hooks(stages), window)
     _check_order(plan)
@@ -171,7 +171,7 @@ def _check_order(plan: Plan) -> None:
                 f"{window.exit}; prune inside that window"
             )
         limit, by = smallest
-        if budget is None or limit is None or (entry is None and budget.share is not None):
+        if budget is None or limit is None or (entry is None and budget.tokens is None):
             continue
         count = budget.of(entry or 0) if budget.tokens is None else budget.tokens
         if count > limit:

@@ -69,10 +69,14 @@ def follow(trace: Trace, run: TracedRun, image: int) -> Followed:
 
 
 def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
-    """Place -> place, for the tokens of one image that live on in another one's state from this boundary on."""
+    """Place -> place, for the tokens of one image whose state is in another one's place from this boundary on.
+
+    Those in `kept` have moved there: their own place holds another state.
+    """
     kept = set(boundary.kept[image])
     merges = boundary.merged[image] if boundary.merged else []
-    return {place: merge.into for merge in merges for place in merge.of if place != merge.into and place not in kept}
+    stay = kept - {merge.into for merge in merges}
+    return {place: merge.into for merge in merges for place in merge.of if place != merge.into and place not in stay}
 
 
 def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> list[int]:

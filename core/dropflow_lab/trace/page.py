@@ -99,7 +99,11 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
     for boundary in run.boundaries:
         kept = sum(map(len, boundary.kept))
         away = [merged_away(boundary, image) for image in range(len(sizes))]
-        merged = sum(map(len, away))
+        gone = [
+            {place: into for place, into in own.items() if place not in live}
+            for own, live in zip(away, map(set, boundary.kept), strict=True)
+        ]
+        merged = sum(map(len, gone))
         found.append(
             {
                 "at": boundary.boundary,
@@ -107,7 +111,7 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
                 "by": [{"stage": own.stage, "dropped": list(map(_bits, own.dropped, sizes))} for own in boundary.by],
                 "into": away,
                 "mergedBy": boundary.merged_by,
-                "gone": [before - kept - merged, merged, sum(len(set(own.values())) for own in away)],
+                "gone": [before - kept - merged, merged, sum(len(set(own.values())) for own in gone)],
             }
         )
         before = kept

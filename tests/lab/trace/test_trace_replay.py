@@ -20,7 +20,7 @@ from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.trace import Trace, drop_patches, keep_patches, record, record_inputs, replay_policy
 from dropflow_lab.trace.edit import read_patches
-from dropflow_lab.trace.follow import follow
+from dropflow_lab.trace.follow import follow, follow_on
 from dropflow_lab.trace.schema import TracedRun
 
 
@@ -240,6 +240,17 @@ def test_a_patch_merged_inside_the_llm_stays_on_its_own_and_centres_can_go() -> 
     assert cluster.into not in [merge.into for merge in early.boundaries[1].merged[0]]
     late = after(model, inputs, drop_patches(trace, [member], at=3))  # its state is in another token by then
     assert late.boundaries[1].kept[0] == [p for p in boundary.kept[0] if p != cluster.into]
+
+
+def test_a_token_that_changed_places_is_followed_to_the_new_one() -> None:
+    *_, trace = tiny_trace(POLICIES["clusters after the survivors"])
+    boundary = trace.runs[0].boundaries[0]
+    moved = {merge.of[0]: merge.into for merge in boundary.merged[0] if len(merge.of) == 1}
+    assert moved
+    assert {*moved, *moved.values()} <= set(boundary.kept[0]), "survivors move among the places that are left"
+    standing = follow_on(range(16), boundary, 0)
+    assert [standing[patch] for patch in moved] == list(moved.values())
+    assert {standing[p] for merge in boundary.merged[0] for p in merge.of if p not in moved} <= set(boundary.kept[0])
 
 
 def test_edits_that_cannot_be() -> None:

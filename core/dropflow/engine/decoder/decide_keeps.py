@@ -35,6 +35,8 @@ class BoundaryState:
     """What entered the decoder."""
     training: bool = False
     """Whether the model trains, so that stages that ask for gradients get them."""
+    weighted: bool = False
+    """Whether soft weights of earlier boundaries are in force."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Decision:
     keeps: dict[str, Tensor] = field(default_factory=dict)
     """What each stage answered, by its name, over the same slots."""
     merge_into: Int[Tensor, "batch slots"] | None = None
-    """Slot that each slot's state is merged into; `None` where no stage merges."""
+    """Slot that each slot's state goes to; `None` where no stage merges."""
     merged_by: str | None = None
     """Name of the stage that merges."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
@@ -90,7 +92,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
                     f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
                     "another boundary"
                 )
-            merge_into, fault = _checked_merge(answer.merge_into, image, name, boundary)
+            merge_into, fault = _checked_merge(answer.merge_into, mask, image, name, boundary)
             merged_by = name
             faults.append(fault)
         if answer.weights is not None and asked.differentiable:
@@ -99,6 +101,10 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
             own = torch.where(weighted, answer.weights, 1).log()
             log_weights = own if log_weights is None else log_weights + own
     drop &= (image >= 0) & ~protected
+    if merge_into is not None and merged_by is not None:
+        noted = log_weights is not None or state.weighted or prompt.carried is not None
+        others_drop = drop & keeps[merged_by]
+        faults.append(_move_fault(call, merge_into, merged_by, others_drop, noted=noted))
     index = live.index
     dropped = torch.zeros_like(state.live_mask).scatter_(1, index, drop.to(index.device))
     live_mask = prompt.without_widows(state.live_mask & ~dropped)
@@ -148,7 +154,7 @@ def _checked_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> Bool
 
 
 def _checked_merge(
-    into: Tensor, image: Tensor, name: str, boundary: int
+    into: Tensor, mask: Tensor, image: Tensor, name: str, boundary: int
 ) -> tuple[Int[Tensor, "batch slots"], tuple[Tensor, DecisionError]]:
     """Targets of a merge, with every token that is no patch left to itself, and what is wrong if some fit nothing."""
     told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
@@ -159,9 +165,34 @@ def _checked_merge(
     own = torch.arange(image.shape[1], device=image.device).expand_as(image)
     into = torch.where(image >= 0, into.to(image.device), own)
     target = into.clamp(0, image.shape[1] - 1)
-    fits = (target == into) & (image.gather(1, target) == image) & (into.gather(1, target) == target)
-    wrong = DecisionError(f"{told} with a token merged into no slot of its own image, or into one that is merged too")
+    fits = (target == into) & (image.gather(1, target) == image) & (mask | ~_moved(target))
+    wrong = DecisionError(
+        f"{told} with a token merged into no slot of its own image, or into one that is merged too and does not stay"
+    )
     return target, (~fits.all(), wrong)
+
+
+def _moved(into: Int[Tensor, "batch slots"]) -> Bool[Tensor, "batch slots"]:
+    """Tokens whose state goes to another slot, and another state to theirs."""
+    away = into != torch.arange(into.shape[1], device=into.device)
+    return away & (torch.zeros_like(into).scatter_add(1, into, away.long()) > 0)
+
+
+def _move_fault(
+    call: PruneCall, into: Tensor, name: str, others_drop: Tensor, *, noted: bool
+) -> tuple[Tensor, DecisionError]:
+    """A merge may move tokens that stay, unless something was said of the places that they leave and take.
+
+    `others_drop` are the slots that other stages drop; `noted` says whether soft weights or carried numbers belong to
+    tokens.
+    """
+    spoken_of = call.protected | others_drop | noted
+    wrong = DecisionError(
+        f"stages.{name}: at boundary {call.boundary} `prune` moves tokens that stay (`merge_into`), but protected "
+        "tokens, soft weights, numbers that `encode` carries and what another stage drops here stay where they were; "
+        "let the other stage act elsewhere, or move no tokens"
+    )
+    return (_moved(into) & spoken_of.any(1, keepdim=True)).any(), wrong
 
 
 def _weights_fault(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> tuple[Tensor, DecisionError]:

@@ -192,6 +192,7 @@ class PromptRun:
             site.backbone.final_norm,
             self._embeds,
             training,
+            arguments.log_weights is not None,
         )
         return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 

@@ -90,7 +90,7 @@ class CallRecord:
     """Tokens in each layer's cache once `decode_cache` stages were asked; empty where there are none."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
-    """Boundary -> logical index of the token that each one's state was merged into."""
+    """Boundary -> logical index of the token in whose place each one's state is from there on."""
 
     def add(self, boundary: int, live: Tensor, merged: Tensor | None = None) -> None:
         """Note that `live` (batch, tokens) holds from `boundary` on, and who was `merged` into whom there."""

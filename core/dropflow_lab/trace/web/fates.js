@@ -62,7 +62,8 @@ function fate(run, image, cell, layer, moment) {
     const into = boundary.into[image][place];
     if (into !== undefined) {
       const by = boundary.mergedBy || boundary.by.map((one) => one.stage).join(" and ");
-      moves.push(`merged into patch ${patchAt(run, image, into)} at boundary ${boundary.at} by ${by}`);
+      const how = boundary.kept[image](place) ? "moved to the place of" : "merged into";
+      moves.push(`${how} patch ${patchAt(run, image, into)} at boundary ${boundary.at} by ${by}`);
       place = into;
     }
     if (!boundary.kept[image](place)) {
