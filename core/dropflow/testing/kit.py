@@ -12,7 +12,7 @@ from dropflow.lifecycle.stage import Stage
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
 from dropflow.testing.case import BrokenGuarantee, Case
-from dropflow.testing.facts import check_facts
+from dropflow.testing.facts import check_facts, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
@@ -113,7 +113,9 @@ def assert_backbone_conforms(
     worst = 0.0
     for samples in batches:
         told = "images" if samples is SAMPLES else "videos"
-        check_facts(Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples))
+        case = Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples)
+        check_facts(case)
+        check_vision(case)
     kinds = {"window": WINDOW, "ragged": RAGGED}
     if "vision_layers" in family(tiny.build()).facts():
         kinds["inside the encoder"] = INSIDE
