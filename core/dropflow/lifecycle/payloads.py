@@ -235,8 +235,12 @@ class EncodeCall:
         """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.
 
         One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
-        `DecisionError` where rows were merged since that layer ran.
+        `DecisionError` where rows were merged since that layer ran, and for an encoder without a CLS row.
         """
+        if not self.has_cls:
+            raise DecisionError(
+                "the vision encoder has no CLS row; list `cls` in the stage's `needs`, or ask for `received_attention`"
+            )
         rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
         weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
         return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))

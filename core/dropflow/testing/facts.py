@@ -87,8 +87,8 @@ def check_vision(case: Case) -> None:
         case.model(**case.inputs)
         if len(set(widths)) > 1:
             what = (
-                f"layer {vision.feature_layer - 1} of the encoder gives rows of {widths[0]} numbers, the projector gets "
-                f"rows of {widths[-1]}, such as of several layers joined"
+                f"layer {vision.feature_layer - 1} of the encoder gives rows of {widths[0]} numbers, the projector "
+                f"gets rows of {widths[-1]}, such as of several layers joined"
             )
             raise _wrong(case, VISION_LAYERS, what, "`vision`, which is to be None then,")
         with case.attach(INSIDE):
