@@ -10,6 +10,7 @@ from dropflow.engine.attach.pretrained import from_pretrained
 from dropflow.engine.decoder.record import LayerReport, Report
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
+from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.lifecycle.hooks import hookimpl
 from dropflow.lifecycle.payloads import (
     Encode,
@@ -79,3 +80,6 @@ __all__ = [
     "questions",
     "square_grid",
 ]
+
+for _name in __all__:
+    show_field_texts(globals()[_name])

@@ -121,11 +121,16 @@ class RanksByNumbers(Stage[Any]):
         super().__init__(options, context)
         self.faults: list[tuple[str, int]] = []
         """Name of each such stage, and the boundary."""
+        self._live: Tensor | None = None
+        """Tokens that were live after the boundary before."""
 
     @hookimpl
     def observe(self, event: BoundaryEvent) -> None:
         """Look at all scores of one boundary."""
-        patches = event.prompt.scored.gather(1, event.index) >= 0
+        first = self._live is None or event.boundary <= event.window.entry
+        before = event.prompt.present if first else self._live
+        patches = ((event.prompt.scored >= 0) & before).gather(1, event.index)  # padding slots show what is not live
+        self._live = event.live
         for name, scores in event.scores.items():
             if bool((scores.isnan() & patches).any()):
                 self.faults.append((name, event.boundary))

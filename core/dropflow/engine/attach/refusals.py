@@ -119,8 +119,8 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     if joined:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [
-            f"stages.{name}: works inside the vision encoder, but this model joins the features of several of its layers "
-            f"({joined}), of which each would have to lose the same rows; leave the stage out"
+            f"stages.{name}: works inside the vision encoder, but this model joins the features of several of its "
+            f"layers ({joined}), of which each would have to lose the same rows; leave the stage out"
             for name in names
         ]
     outside = [
