@@ -28,7 +28,7 @@ def build() -> Any:
         text_config=LlamaConfig(**TEXT),
         vision_config=CLIPVisionConfig(**VISION, image_size=24, patch_size=6),
         image_token_index=IMAGE,
-        vision_feature_layers=[-2, -1],
+        vision_feature_layers=[0, -1],
     )
     config.image_token_id = IMAGE
     return VipLlavaForConditionalGeneration(config)
