@@ -7,6 +7,7 @@ from dropflow import errors
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
+from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.lifecycle.hooks import hookimpl
 from dropflow.lifecycle.payloads import (
     Encode,
@@ -73,6 +74,7 @@ else:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        show_field_texts(found)
         return found
 
 
@@ -134,3 +136,6 @@ __all__ = [
     "questions",
     "square_grid",
 ]
+
+for _name in __all__:
+    show_field_texts(globals().get(_name))

@@ -18,8 +18,11 @@ LARGEST = 2**31 - 1
 """No number of a policy is larger, so that what is computed from it fits the integers of every device."""
 
 
-def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
-    """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors."""
+def _number(name: str, whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
+    """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors.
+
+    `name` is what a mapping of such numbers calls them.
+    """
     expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
 
     def check(value: object) -> int | float:
@@ -31,13 +34,15 @@ def _number(whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
 
     integer = {"type": "integer", "minimum": 0, "maximum": LARGEST}
     number = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-    return BeforeValidator(check), WithJsonSchema({"anyOf": [integer, number], "description": expected})
+    return BeforeValidator(check), WithJsonSchema({"anyOf": [integer, number], "title": name, "description": expected})
 
 
-Depth = Annotated[int | float, *_number("a boundary, the layer before which it lies", "a share of depth")]
+Depth = Annotated[int | float, *_number("boundary", "a boundary, the layer before which it lies", "a share of depth")]
 """Boundary `i` lies before decoder layer `i` (0-based); a float is a share of the model's depth."""
 
-Tokens = Annotated[int | float, *_number("a number of visual tokens per image", "a share of the image's tokens")]
+Tokens = Annotated[
+    int | float, *_number("tokens", "a number of visual tokens per image", "a share of the image's tokens")
+]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
 
 Rounding = Literal["half_up", "floor", "half_even", "ceil"]

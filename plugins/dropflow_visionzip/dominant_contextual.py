@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,8 @@ class DominantContextualOptions(StageOptions):
 
     dominant: Tokens = Field(
         default=191,
-        description="tokens of an image that stay as they are: those CLS attends to most, the CLS row itself included",
+        description="tokens of an image that stay as they are: those CLS attends to most, the CLS row itself included; "
+        "0 keeps neither",
     )
     contextual: Tokens = Field(
         default=30, description="tokens that sum up the patches which are not dominant; 0 drops these"
@@ -40,6 +42,25 @@ class DominantContextualOptions(StageOptions):
         description="vision encoder layer whose attention and keys decide; negative ones count from its end. The "
         "published one (22 of 24) is the layer whose output the LLM gets",
     )
+
+
+@dataclass(frozen=True)
+class Reduced(Budget):
+    """What is left of an image: dominant tokens, and as many contextual ones as the other patches allow."""
+
+    dominant: Budget = field(default_factory=Budget)
+    """Dominant tokens."""
+    contextual: Budget = field(default_factory=Budget)
+    """Contextual tokens, where the image has so many other patches."""
+
+    def counts(self, patches: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of an image of so many patches."""
+        dominant = self.dominant.of(patches)
+        return dominant, min(self.contextual.of(patches), patches - dominant)
+
+    def of(self, visual_tokens: int) -> int:
+        """Both together."""
+        return sum(self.counts(visual_tokens))
 
 
 class DominantContextual(Stage[DominantContextualOptions]):
@@ -61,8 +82,10 @@ class DominantContextual(Stage[DominantContextualOptions]):
 
     def __init__(self, options: DominantContextualOptions, context: StageContext) -> None:
         super().__init__(options, context)
-        self._dominant = context.scale.tokens(options.dominant, context.path("dominant"))
-        self._contextual = context.scale.tokens(options.contextual, context.path("contextual"))
+        self._reduced_to = Reduced(
+            dominant=context.scale.tokens(options.dominant, context.path("dominant")),
+            contextual=context.scale.tokens(options.contextual, context.path("contextual")),
+        )
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
@@ -76,8 +99,7 @@ class DominantContextual(Stage[DominantContextualOptions]):
 
     def forecast(self) -> Forecast:
         """Dominant and contextual tokens together."""
-        tokens = self.context.scale.target.visual_tokens
-        return Forecast(encoded="data" if tokens is None else Budget(tokens=sum(self._counts(tokens))))
+        return Forecast(encoded=self._reduced_to)
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
@@ -94,13 +116,9 @@ class DominantContextual(Stage[DominantContextualOptions]):
             scores=lambda: tuple(scores),
         )
 
-    def _counts(self, patches: int) -> tuple[int, int]:
-        dominant = self._dominant.of(patches)
-        return dominant, min(self._contextual.of(patches), patches - dominant)
-
     def _reduced(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
-        dominant, contextual = self._counts(len(features))
-        cls = prefix[:1]
+        dominant, contextual = self._reduced_to.counts(len(features))
+        cls = prefix[: min(dominant, 1)]
         kept, left = split(scores, max(dominant - len(cls), 0))
         merged = contextual_tokens(features[left], metric[left], contextual)
         return torch.cat((cls, features[kept], merged))

@@ -28,7 +28,8 @@ ALONE = "all kinds of stages"
 @pytest.mark.parametrize("adapter", FAMILIES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_keeps_the_guarantees_on_every_family(stage: str, adapter: str, cells: list[Cell]) -> None:
-    cell = run_cell(*stage_entry(stage), adapter, *FAMILIES[adapter])
+    chosen = (STAGES.index(stage) + list(FAMILIES).index(adapter)) % len(FAMILIES) == 0 or adapter == "llava"
+    cell = run_cell(*stage_entry(stage), adapter, *FAMILIES[adapter], mixed=chosen)
     cells.append(cell)
     assert cell.outcome != "failed", cell.detail
     assert cell.outcome == "run" or (cell.detail and adapter != "llava"), "LLaVA has every fact a stage may need"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pydoc
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -217,3 +220,24 @@ def test_every_public_field_and_method_has_a_text(package: str) -> None:
             pass
 
     assert undocumented(Silent) == ["Silent.field", "Silent.method"]
+
+
+@pytest.mark.parametrize("package", ["dropflow", "dropflow.testing"])
+def test_help_shows_the_text_of_every_public_field(package: str) -> None:
+    from dropflow.lifecycle.field_texts import field_texts
+
+    public = vars(importlib.import_module(package))
+    fields = {public[name]: field_texts(public[name]) for name in public["__all__"] if inspect.isclass(public[name])}
+    for kind, texts in fields.items():
+        shown = " ".join(pydoc.plain(pydoc.render_doc(kind)).replace("|", "").split())
+        missing = [name for name, (_, text) in texts.items() if " ".join(text.split()) not in shown]
+        assert not missing, f"help({kind.__name__}) lacks {missing}"
+    assert sum(map(len, fields.values())) > (80 if package == "dropflow" else 10)
+
+
+def test_docstrings_of_classes_need_no_source_and_none_at_all() -> None:
+    code = "import dropflow; print(dropflow.EncodeCall.__doc__, dropflow.Keep.__doc__)"
+    done = subprocess.run(
+        [sys.executable, "-OO", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "None"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.backbone.wrapped import unwrapped
+from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
@@ -271,11 +271,13 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
     A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. Of a
     model wrapped by torch.compile, PEFT or DistributedDataParallel, the one inside is served, by whichever it is then
     called.
-    Raises `UnsupportedModel` for a model that cannot be served, saying why.
+    Raises `UnsupportedModel` for a model that cannot be served, saying why, and for what holds a model or goes with
+    one, such as a pipeline or a processor, saying what to pass.
     """
     model = unwrapped(model)
     if isinstance(adapter, type):
         return adapter(model)
+    check_is_model(model)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     known = names(ADAPTERS)
     if adapter is None and kind not in known and FALLBACK not in known:

@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
+from torch import nn
 from torch._dynamo import OptimizedModule, trace_rules
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -23,6 +25,23 @@ def unwrapped(model: Any) -> Any:
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     inner = getattr(model, "get_base_model", None)  # PEFT's own name for it
     return inner() if callable(inner) else model
+
+
+def check_is_model(model: Any) -> None:
+    """Refuse what holds a model, or goes with one, in place of the model itself; says what to pass."""
+    if isinstance(model, PreTrainedModel):
+        return
+    if isinstance(model, nn.Module):
+        inside = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
+        if not inside:
+            return  # somebody's own model, which an adapter may know
+        name, part = next(iter(inside.items()))
+        what = f"its `{name}` ({type(part).__name__}), and call that"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a trainer
+        what = f"its `model` ({type(model.model).__name__})"
+    else:
+        what = "what `from_pretrained` of the model's class returns"
+    raise UnsupportedModel(f"expected a model of transformers, got {type(model).__name__}; pass {what}")
 
 
 def check_compiled(parts: Mapping[str, Any]) -> None:

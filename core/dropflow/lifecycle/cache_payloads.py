@@ -1,4 +1,4 @@
-"""What `decode_cache` receives and returns; letters in shapes as in `payloads.py`."""
+"""What `decode_cache` receives and returns; letters in shapes, and where torch is imported, as in `payloads.py`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,23 @@ class CacheCall:
     attention: RowAttention
     """Behind `attention_rows`."""
 
+    @property
+    def last_rows(self) -> Int[Tensor, "batch 1"]:
+        """The last token of each sample in this call, padding excluded, as `attention_rows` takes it."""
+        import torch
+
+        distinct = [view for view in self.layers if view.same_as == view.layer]
+        last = [view.index.masked_fill(~view.valid, -1).amax(1, keepdim=True) for view in distinct]
+        return torch.stack(last).amax(0) - (self.length - self.tokens)
+
     def attention_rows(self, layer: int, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention probabilities of query rows of this call, for a layer the stage lists in `taps`."""
+        """Attention probabilities of a few tokens of this call, for a layer the stage lists in `taps`.
+
+        `rows` number the call's tokens from 0 to `tokens - 1`, whatever was dropped (see `last_rows`); a token that was
+        not live in the layer is answered for by the last live one before it. Keys are the entries of the layer's
+        `CacheView`, as the layer's own attention saw them: what an earlier stage of this call has evicted is gone, and
+        what is left keeps its share.
+        """
         return self.attention(layer, rows)
 
 

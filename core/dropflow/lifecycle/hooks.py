@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, nearest
 
 if TYPE_CHECKING:
     from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep
@@ -59,11 +60,32 @@ class Lifecycle:
 HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))
 
 
+def hook_faults(kind: type[Stage[Any]]) -> list[str]:
+    """What keeps methods of a stage from being asked: a hook without its marker, or a marker on what is no hook."""
+    faults = []
+    for name, method in inspect.getmembers_static(kind, inspect.isroutine):
+        marked = hasattr(method, f"{PROJECT}_impl")
+        if name in HOOKS and not marked:
+            faults.append(f"defines {name}, but it is not marked with hookimpl; write @hookimpl above it")
+        elif marked and name not in HOOKS:
+            faults.append(f"marks {name} with hookimpl, but no hook has this name; {nearest(name, HOOKS)}")
+        elif marked and not _required(method) <= _required(getattr(Lifecycle, name)):
+            expected = inspect.signature(getattr(Lifecycle, name))
+            faults.append(f"defines {name}{inspect.signature(method)}, expected {name}{expected}".replace("'", ""))
+    return faults
+
+
+def _required(method: Any) -> set[str]:
+    """Names of the parameters after `self` that have no default: pluggy finds arguments by name."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return {one.name for one in parameters if one.default is one.empty}
+
+
 class Hooks:
     """Asks the stages of one policy, in policy order (pluggy alone would call the last registered first)."""
 
     def __init__(self, stages: Sequence[tuple[str, Stage[Any]]]) -> None:
-        """Register `stages`; a method marked `hookimpl` that is no hook raises pluggy's `PluginValidationError`."""
+        """Register `stages`, whose hooks are as `hook_faults` wants them."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(Lifecycle)
         for name, stage in stages:

@@ -123,7 +123,7 @@ class PruneCall:
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, after k-norm and RoPE, for the slots.
 
-        Raises `DecisionError` where the live set has changed since that layer ran.
+        Raises `DecisionError` for a layer before the one in which vision enters.
         """
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
 
@@ -153,6 +153,9 @@ class PruneCall:
 
         Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
         stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
+
+        Tokens dropped since a tapped layer ran keep their share of its softmax, and have no column. A layer before the
+        one in which vision enters raises `DecisionError`.
         """
         import torch
 
@@ -238,10 +241,14 @@ class EncodeCall:
         """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.
 
         One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
-        `DecisionError` where rows were merged since that layer ran.
+        `DecisionError` where rows were merged since that layer ran, and for an encoder without a CLS row.
         """
         import torch
 
+        if not self.has_cls:
+            raise DecisionError(
+                "the vision encoder has no CLS row; list `cls` in the stage's `needs`, or ask for `received_attention`"
+            )
         rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
         weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
         return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))

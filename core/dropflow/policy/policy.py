@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from dropflow.errors import LONGEST, PolicyError, UnknownName, escaped, listed, nearest, quoted
+from dropflow.lifecycle.hooks import hook_faults
 from dropflow.lifecycle.stage import LOCAL_MODELS, Stage, StageOptions
 from dropflow.policy import registry
 from dropflow.policy.bounds import Name, bounded
+from dropflow.policy.expected import expected
 from dropflow.units import LARGEST
 
 
@@ -98,6 +100,8 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
     for name, entry in entries.items() if isinstance(entries, Mapping) else ():
         if isinstance(entry, Mapping):
             try:
+                if "use" not in entry:
+                    raise PolicyError(f"stages.{escaped(name)}.use: missing; {_which_stage(name, entries)}")
                 stages[name] = _stage_use(name, entry, local_models)
             except PolicyError as error:
                 faults += str(error).split("\n")
@@ -109,8 +113,6 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
 def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> StageUse:
     path = f"stages.{escaped(name)}"
     options = {key: value for key, value in entry.items() if key != "use"}
-    if "use" not in entry:
-        raise PolicyError(f"{path}.use: missing; name the stage to use, {nearest('', registry.names(registry.STAGES))}")
     use = entry["use"]
     if isinstance(use, type) and issubclass(use, Stage):
         stage, use = use, use.__qualname__
@@ -121,6 +123,9 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
             raise PolicyError(
                 f"{path}.use: no stage is called {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
+    faults = [f"{path}: {fault}" for fault in hook_faults(stage)]
+    if faults:
+        raise PolicyError(listed(faults))
     context = {LOCAL_MODELS: local_models}
     try:
         found = stage.Options.model_validate(_without_nulls(options), context=context)
@@ -128,6 +133,13 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
         raise PolicyError(listed(_faults(error, path, stage.Options))) from None
     bounded(found.model_dump(), path, ("stages", name))  # a number may have been written as text
     return StageUse(use=use, stage=stage, options=found)
+
+
+def _which_stage(name: str, entries: Mapping[str, Any]) -> str:
+    """What to do about an entry that does not say which stage it uses: it may be a misspelt name of another one."""
+    others = [other for other, entry in entries.items() if isinstance(entry, Mapping) and "use" in entry]
+    which = "say which stage it uses (`dropflow list stages` has all)"
+    return f"{which}, or name a stage of this policy: {nearest(name, others)}" if others else which
 
 
 def _without_nulls(value: Any) -> Any:
@@ -151,9 +163,12 @@ def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[s
         message = message[0].lower() + message[1:]
         if unknown:
             message = f"unknown option; {nearest(parts[-1], model.model_fields)}"
-        elif fault["type"] in {"dict_type", "model_type"}:
-            message = f"expected a mapping, got {quoted(fault['input'])}"
-        elif fault["type"] != "missing":
+        elif fault["type"] == "missing":
+            shape = expected(model, parts)
+            message += f", {shape}" if shape.startswith("a ") else ""
+        elif fault["type"] in {"dict_type", "model_type", "tuple_type", "list_type"}:
+            message = f"expected {expected(model, parts) or 'a mapping'}, got {quoted(fault['input'])}"
+        else:
             message += f", got {quoted(fault['input'])}"
         lines.setdefault(where or "policy", []).append(message)
     return [f"{where}: {' or '.join(dict.fromkeys(messages))}" for where, messages in lines.items()]

@@ -1,5 +1,6 @@
 """For people who write stages and adapters: the conformance kit, and the masked oracle that a pruned run must equal."""
 
+from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.testing.case import BrokenGuarantee
 from dropflow.testing.facts import check_facts
 from dropflow.testing.families import tiny_models
@@ -51,3 +52,6 @@ __all__ = [
     "stage_entry",
     "tiny_models",
 ]
+
+for _name in __all__:
+    show_field_texts(globals()[_name])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.errors import UnsupportedModel
+from dropflow.errors import DecisionError, PolicyError, UnsupportedModel
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.families.tiny import IMAGE, VIDEO, Picture
-from dropflow.testing.probes import Witness, policy, use
+from dropflow.testing.probes import INSIDE, Witness, policy, use
 
-TOKENS, OWNER, GRID = "token ids", "image owner", "grid"
+TOKENS, OWNER, GRID, VISION_LAYERS = "token ids", "image owner", "grid", "vision_layers"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,42 @@ def check_facts(case: Case) -> None:
             raise _wrong(
                 case, GRID, f"image {image} has the grid {true}, the adapter says {said}", "`grid` or `layouts`"
             )
+
+
+@torch.no_grad()
+def check_vision(case: Case) -> None:
+    """The encoder that the adapter states is the one whose rows reach the LLM: stages can drop some of them inside.
+
+    Raises `BrokenGuarantee` naming the part of the adapter that states it; nothing is checked where it states none.
+    """
+    vision, widths = case.adapter(case.model).vision, []
+    if vision is None:
+        return
+    layer, projector = vision.owner._modules["layers"][vision.feature_layer - 1], vision.projector
+    handles = [layer.register_forward_hook(lambda _, __, output: widths.append(_rows(output).shape[-1]))]
+    if projector is not None:
+        handles.append(projector.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1])))
+    try:
+        case.model(**case.inputs)
+        if len(set(widths)) > 1:
+            what = (
+                f"layer {vision.feature_layer - 1} of the encoder gives rows of {widths[0]} numbers, the projector "
+                f"gets rows of {widths[-1]}, such as of several layers joined"
+            )
+            raise _wrong(case, VISION_LAYERS, what, "`vision`, which is to be None then,")
+        with case.attach(INSIDE):
+            case.model(**case.inputs)
+    except (PolicyError, DecisionError, RuntimeError) as error:
+        what = f"rows cannot be dropped inside the encoder: {error}"
+        raise _wrong(case, VISION_LAYERS, what, "`vision`, which is to be None then,") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(output: Any) -> Tensor:
+    rows: Tensor = output if isinstance(output, Tensor) else output[0]
+    return rows
 
 
 def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:

@@ -29,12 +29,11 @@ from dropflow.testing.case import (
     relative_error,
     text_embeddings,
 )
+from dropflow.testing.decoding import WATCH, check_decoding
+from dropflow.testing.forecasts import check_forecast
 from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.probes import EVERYTHING, RanksByNumbers
 from dropflow.testing.training import check_training, labelled
-
-WATCH = "watched-by-the-kit"
-"""Name of the stage by which the kit looks at what the others do."""
 
 
 @torch.no_grad()
@@ -64,13 +63,14 @@ def check_no_op(case: Case) -> float:
 
 def check_drop_is_mask(case: Case) -> float:
     """Guarantee 2: prefill, decoding, loss and gradients equal those of a full run with dropped tokens masked out."""
-    worst = max(_check_prefill(case), check_training(case))
+    worst = max(check_prefill(case), check_training(case))
     _check_decoding(case)
     return worst
 
 
 @torch.no_grad()
-def _check_prefill(case: Case) -> float:
+def check_prefill(case: Case) -> float:
+    """The part of the second guarantee that is about one forward of a prompt."""
     real = case.real
     watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": RanksByNumbers}}}
     with case.attach(watched) as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
@@ -160,13 +160,17 @@ def check_batch_invariance(case: Case) -> float:
     with case.attach() as flow:
         together = case.model(**case.inputs).logits
         live = flow.live()
+        again = case.model(**case.inputs).logits
+        _check_repeated(case, live, flow.live(), together, again)
         for sample, own in enumerate(case.real):
             logits = case.model(**case.single(sample)).logits[0]
             error = relative_error(together[sample, own], logits)
             if case.drawn[1][sample] and not torch.equal(flow.live()[:, 0], live[:, sample, own]):
                 layer = int((flow.live()[:, 0] != live[:, sample, own]).any(1).nonzero()[0])
                 raise case.broken(
-                    BATCH, f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on"
+                    BATCH,
+                    f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on; look at what "
+                    "the stage computes over the batch, padding included",
                 )
             if not error < TOLERANCE:
                 raise case.broken(
@@ -175,7 +179,20 @@ def check_batch_invariance(case: Case) -> float:
                 )
             worst = max(worst, error)
     _check_beams(case.padded_left())
+    check_decoding(case)
     return worst
+
+
+def _check_repeated(case: Case, live: Tensor, live_again: Tensor, logits: Tensor, again: Tensor) -> None:
+    """Two equal calls do the same, bit for bit."""
+    if torch.equal(live, live_again) and torch.equal(logits, again):
+        return
+    layer, sample = next(iter((live != live_again).any(2).nonzero().tolist()), (0, 0))
+    raise case.broken(
+        ISOLATION,
+        f"a second, equal call keeps other tokens of sample {sample} from layer {layer} on, or gives other logits; a "
+        "stage holds state between calls or draws at random: look at what its hooks read but their payload",
+    )
 
 
 def _check_beams(left: Case) -> None:
@@ -269,6 +286,7 @@ def check_refusals(case: Case) -> float:
             cache = {CACHE_ARGUMENT: StaticCache(text.config, max_cache_len=256)}
             asks += (("a static cache", case.inputs | cache, UnsupportedModel),)
         flowing = model(**case.inputs).logits
+        check_forecast(case, flow)
         for what, inputs, error in asks:
             with layer_inputs(case) as ran:
                 message = _refused(lambda inputs=inputs: model(**inputs), error)  # type: ignore[misc]

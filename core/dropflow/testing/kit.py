@@ -11,8 +11,9 @@ from dropflow.errors import PolicyError, UnsupportedModel, nearest
 from dropflow.lifecycle.stage import Stage
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
+from dropflow.testing.beside import check_beside, check_needs
 from dropflow.testing.case import BrokenGuarantee, Case
-from dropflow.testing.facts import check_facts
+from dropflow.testing.facts import check_facts, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
@@ -40,8 +41,13 @@ class Cell:
     """Largest relative error against the masked run."""
 
 
-def run_cell(stage: str, entry: Mapping[str, Any], adapter: str, family: type[Backbone], tiny: Tiny) -> Cell:
-    """All guarantees for a policy of one stage (`entry`, with its options) on one family."""
+def run_cell(
+    stage: str, entry: Mapping[str, Any], adapter: str, family: type[Backbone], tiny: Tiny, *, mixed: bool = True
+) -> Cell:
+    """All guarantees for a policy of one stage (`entry`, with its options) on one family.
+
+    Where `mixed`, also between an encode stage and a prune stage, and without what the stage does not say it needs.
+    """
     name = f"{stage} x {adapter}"
     case = Case(name, family, tiny, {"name": name, "stages": {"stage": entry}})
     try:
@@ -55,6 +61,9 @@ def run_cell(stage: str, entry: Mapping[str, Any], adapter: str, family: type[Ba
         return Cell(stage, adapter, "refused", str(refusal))
     try:
         worst = max(check(case) for check in CHECKS.values())
+        if mixed:
+            check_needs(case)
+            worst = max(worst, check_beside(case))
     except BrokenGuarantee as broken:
         return Cell(stage, adapter, "failed", str(broken))
     return Cell(stage, adapter, "run", note, worst)
@@ -74,6 +83,8 @@ def assert_stage_conforms(
 ) -> list[Cell]:
     """Check the five guarantees for a stage on every family (`models`, by default `tiny_models()`).
 
+    The stage runs by itself, and between an encode stage and a prune stage. What it forecasts is compared with what it
+    does, and what it lists in `needs` with what it cannot do without.
     `options` are those of the stage, by default its `example`. Families that lack a fact the stage needs refuse it;
     the cells returned say so. Raises `BrokenGuarantee` with all that broke, or when every family refused.
     """
@@ -113,7 +124,9 @@ def assert_backbone_conforms(
     worst = 0.0
     for samples in batches:
         told = "images" if samples is SAMPLES else "videos"
-        check_facts(Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples))
+        case = Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples)
+        check_facts(case)
+        check_vision(case)
     kinds = {"window": WINDOW, "ragged": RAGGED}
     if "vision_layers" in family(tiny.build()).facts():
         kinds["inside the encoder"] = INSIDE

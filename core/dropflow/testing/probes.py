@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropflow.lifecycle.events import BoundaryEvent
+from dropflow.lifecycle.cache_payloads import CacheView
+from dropflow.lifecycle.events import BoundaryEvent, CacheEvent
 from dropflow.lifecycle.hooks import hookimpl
 from dropflow.lifecycle.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
 from dropflow.lifecycle.stage import Stage
@@ -120,14 +121,33 @@ class RanksByNumbers(Stage[Any]):
         super().__init__(options, context)
         self.faults: list[tuple[str, int]] = []
         """Name of each such stage, and the boundary."""
+        self._live: Tensor | None = None
+        """Tokens that were live after the boundary before."""
 
     @hookimpl
     def observe(self, event: BoundaryEvent) -> None:
         """Look at all scores of one boundary."""
-        patches = event.prompt.scored.gather(1, event.index) >= 0
+        first = self._live is None or event.boundary <= event.window.entry
+        before = event.prompt.present if first else self._live
+        patches = ((event.prompt.scored >= 0) & before).gather(1, event.index)  # padding slots show what is not live
+        self._live = event.live
         for name, scores in event.scores.items():
             if bool((scores.isnan() & patches).any()):
                 self.faults.append((name, event.boundary))
+
+
+class HeldEntries(Stage[Any]):
+    """Notes what the caches hold after every call, and decides nothing."""
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.layers: list[tuple[CacheView, ...]] = []
+        """Views of all layers, call by call."""
+
+    @hookimpl
+    def observe_cache(self, event: CacheEvent) -> None:
+        """Take the views of one call."""
+        self.layers.append(event.layers)
 
 
 def policy(**stages: Mapping[str, Any]) -> dict[str, Any]:

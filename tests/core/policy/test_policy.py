@@ -13,6 +13,7 @@ from tiny import HIDROP
 import dropflow
 from dropflow.errors import BrokenPlugin, DuplicateName, PolicyError, UnknownName
 from dropflow.policy import registry
+from dropflow.policy.expected import expected
 from dropflow.policy.plan import resolve
 from dropflow.policy.policy import schema
 from dropflow.units import BackboneShape
@@ -219,3 +220,74 @@ def test_stages_run_in_policy_order(llava: Any) -> None:
     # keeps intersect, text stays
     assert live.nonzero()[:, 0].tolist() == [i for i in range(25) if not 4 <= i < 20 or (i % 2 and i % 3)]
     assert HIDROP["name"] == "test"
+
+
+def test_a_hook_without_its_marker_is_refused_when_the_policy_is_made() -> None:
+    class Forgetful(dropflow.Stage[Any]):
+        def prune(self, call: dropflow.PruneCall) -> None: ...
+
+        @dropflow.hookimpl
+        def exitt(self, call: dropflow.WindowCall) -> None: ...
+
+        @dropflow.hookimpl
+        def encode(self, payload: dropflow.EncodeCall) -> None: ...
+
+    class Marked(dropflow.Stage[Any]):
+        @dropflow.hookimpl
+        def inject(self) -> int:
+            return 1
+
+    class Overrides(Marked):
+        def inject(self) -> int:
+            return 2
+
+    with pytest.raises(PolicyError) as told:
+        dropflow.load_policy({"name": "x", "stages": {"cut": {"use": Forgetful}, "in": {"use": Overrides}}})
+    assert str(told.value).splitlines() == [
+        "stages.cut: defines encode(self, payload: dropflow.EncodeCall) -> None, expected encode(self, call: "
+        "EncodeCall) -> Encode | None",
+        "stages.cut: marks exitt with hookimpl, but no hook has this name; did you mean 'exit'?",
+        "stages.cut: defines prune, but it is not marked with hookimpl; write @hookimpl above it",
+        "stages.in: defines inject, but it is not marked with hookimpl; write @hookimpl above it",
+    ]
+    dropflow.load_policy({"name": "x", "stages": {"in": {"use": Marked}}})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"use": "control/random", "keep": 56}, "s.keep: expected a mapping {boundary: tokens}, got 56"),
+        ({"use": "hidrop/concave-pyramid"}, "s.keep: field required, a mapping {boundary: tokens or 'solve'}"),
+        ({"use": "control/pool", "window": 3}, "s.window: expected a list [integer, integer], got 3"),
+        ({"use": "hidrop/early-exit"}, "s.at: field required"),
+        ({"at": 3}, "s.use: missing; say which stage it uses (`dropflow list stages` has all)"),
+    ],
+)
+def test_a_fault_says_what_shape_is_expected(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as told:
+        dropflow.load_policy({"name": "x", "stages": {"s": entry}})
+    assert str(told.value) == f"stages.{message}"
+
+
+@pytest.mark.parametrize("override", ["stages.pyramd={keep: {10: 343}}", "stages.pyramd.keep.10=343"])
+def test_an_override_of_a_misspelt_stage_names_the_stages_of_the_policy(override: str) -> None:
+    with pytest.raises(PolicyError, match=r"^stages\.pyramd.*did you mean 'pyramid'\?$"):
+        dropflow.load_policy("hidrop-64", [override])
+    with pytest.raises(PolicyError, match=r"^stages\.zzz.*: exit, inject, pyramid$"):
+        dropflow.load_policy("hidrop-64", [override.replace("pyramd", "zzz")])
+
+
+def test_what_options_expect_is_told_by_their_types() -> None:
+    class Inner(dropflow.StageOptions):
+        table: dict[int, list[bool]]
+
+    class Outer(dropflow.StageOptions):
+        inner: Inner | None = None
+        several: tuple[dropflow.Tokens, ...] = ()
+        by_name: dict[str, Inner]
+
+    assert expected(Outer, ("inner",)) == "a mapping {table}"
+    assert expected(Outer, ("inner", "table")) == "a mapping {integer: a list [true or false]}"
+    assert expected(Outer, ("several",)) == "a list [tokens, ...]"
+    assert expected(Outer, ("by_name", "x", "table", "3")) == "a list [true or false]"
+    assert expected(Outer, ("nothing",)) == ""

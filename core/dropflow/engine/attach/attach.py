@@ -7,9 +7,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.backbone.versions import warn_if_untested
-from dropflow.backbone.wrapped import leave_uncompiled, unwrapped
+from dropflow.backbone.wrapped import check_is_model, leave_uncompiled, unwrapped
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.model_hooks import ModelHooks
@@ -105,16 +107,23 @@ def detach(model: Any) -> None:
 
     Waits for a forward that another thread runs now. Raises `UnsupportedCall` inside a forward of the model itself.
     """
-    inner = unwrapped(model)
-    if inner in _attachments:
-        _detach(inner)
+    if _attachment_of(model) is not None:
+        _detach(unwrapped(model))
 
 
 def flow_of(model: Any) -> Flow | FlowSet | None:
     """What is attached to the model: a flow, a set of them, or `None`."""
-    attachment = _attachments.get(unwrapped(model))
+    attachment = _attachment_of(model)
     hooks = None if attachment is None else attachment.hooks
     return hooks.handle if hooks is not None and hooks.flows else None
+
+
+def _attachment_of(model: Any) -> _Attachment | None:
+    inner = unwrapped(model)
+    found = _attachments.get(inner) if isinstance(inner, nn.Module) else None
+    if found is None:
+        check_is_model(inner)
+    return found
 
 
 def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) -> ModelHooks:

@@ -115,6 +115,14 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     if vision is None:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [f"stages.{name}: works inside the vision encoder, which this adapter cannot reach" for name in names]
+    joined = _joined_layers(backbone.model.config)
+    if joined:
+        names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
+        return [
+            f"stages.{name}: works inside the vision encoder, but this model joins the features of several of its "
+            f"layers ({joined}), of which each would have to lose the same rows; leave the stage out"
+            for name in names
+        ]
     outside = [
         (name, b)
         for name, b in boundaries
@@ -143,6 +151,15 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
         f"stages.{name}: reads vision layer {layer}{more}, but the encoder has layers 0 to {vision.depth - 1}"
         for name, layer, more in _first_of_each(beyond)
     ]
+
+
+def _joined_layers(config: Any) -> str:
+    """How a config selects features of more than one layer of the vision encoder; "" where it does not."""
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        selected = getattr(config, name, None)
+        if isinstance(selected, list | tuple) and len(selected) > 1:
+            return f"`{name}` is {list(selected)}"
+    return ""
 
 
 def check_unshared(backbone: Backbone) -> None:

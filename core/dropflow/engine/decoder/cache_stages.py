@@ -11,9 +11,11 @@ from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
 from dropflow.engine.decoder.layer_arguments import Held
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.decoder.tapped_layer import TappedLayer
+from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.tap import tapped, uncompiled
 from dropflow.engine.tokens.cache import entries_of, is_flow_cache, keys_of
+from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.events import CacheEvent, Eviction
 from dropflow.lifecycle.stage import Stage
@@ -25,7 +27,7 @@ class CacheStages:
     def __init__(self, site: Site, step: int, tokens: int, cache: Any = None) -> None:
         self._site, self._step, self._tokens = site, step, tokens
         self.stages = [stage for stage in site.cache_stages if _asks(stage, step)]
-        self._tapped: dict[int, QueryKey] = {}
+        self._tapped: dict[int, TappedLayer] = {}
         self.cache = cache
 
     def held(self, number: int) -> Held:
@@ -44,24 +46,31 @@ class CacheStages:
             )
         return keys
 
-    def tap(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer and keep its q and k."""
+    def tap(
+        self,
+        number: int,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: LiveSet | None = None,
+    ) -> Any:
+        """Run a layer on the tokens `live` of the call, `None` for all, and keep its q and k."""
         rotary = kwargs.get("position_embeddings")
 
         def keep(seen: QueryKey) -> None:
-            self._tapped[number] = self._site.sharded(replace(seen, rotary=rotary))
+            self._tapped[number] = TappedLayer(self._site.sharded(replace(seen, rotary=rotary)), live)
 
         return tapped(self._site.implementation, keep, lambda: uncompiled(layer)(*args, **kwargs))
 
-    def seen(self, layer: int) -> QueryKey:
-        """q and k of a tapped layer as it ran."""
+    def seen(self, layer: int) -> TappedLayer:
+        """A tapped layer as it ran."""
         if layer not in self._tapped:
             raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
         return self._tapped[layer]
 
     def rows(self, layer: int, rows: Tensor) -> Tensor:
-        """Attention rows of a tapped layer as it ran."""
-        return row_attention(self.seen(layer), rows)
+        """Attention rows of a tapped layer as it ran; `rows` number the tokens of the call."""
+        return self.seen(layer).of_tokens(rows)
 
     def finish(self, record: CallRecord | None) -> None:
         """Ask the cache stages, now that every layer has written its entries, and tell those who watch."""

@@ -39,22 +39,14 @@ def decide_cache(
     With a list in `told`, what they decided is appended to it.
     """
     names = {id(stage): name for name, stage in plan.stages}
-    left: dict[int, list[LiveSet]] = {}
-
-    def of_the_left(layer: int, rows: Tensor) -> Tensor:
-        """Attention rows over the entries that earlier stages have left of those that were there when the layer ran."""
-        found = attention(layer, rows)
-        for kept in left.get(layer, ()):
-            found = kept.take(found.movedim(3, 1)).movedim(1, 3)
-        return found
-
+    left: dict[int, LiveSet] = {}
     for stage in stages:
         name = names[id(stage)]
         full = _full_indices(cache)
         views = _views(full, [layer.recall(name) for layer in cache.layers])
         seen = full[0]
         answer = plan.hooks.decode_cache(
-            CacheCall(step, tokens, seen.length, seen.images, tuple(views), of_the_left), stage
+            CacheCall(step, tokens, seen.length, seen.images, tuple(views), _of_entries(attention, dict(left))), stage
         )
         if answer is None:
             continue
@@ -69,7 +61,23 @@ def decide_cache(
             if told is not None:
                 told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
         for number, kept in _evict(cache, full, views, stays).items():
-            left.setdefault(number, []).append(kept)
+            before = left.get(number)
+            left[number] = kept if before is None else before.restricted(kept)
+
+
+def _of_entries(attention: RowAttention, left: Mapping[int, LiveSet]) -> RowAttention:
+    """`attention`, whose keys are the entries as the layers ran, on those that are `left`; 0 for padding."""
+
+    def rows(layer: int, tokens: Tensor) -> Tensor:
+        found = attention(layer, tokens)
+        if layer not in left:
+            return found
+        kept = left[layer]
+        index = kept.index.to(found.device)[:, None, None].expand(*found.shape[:3], -1)
+        taken = found.gather(3, index)
+        return taken if kept.valid is None else taken * kept.valid.to(taken.device)[:, None, None]
+
+    return rows
 
 
 def _evict(

@@ -14,9 +14,10 @@ from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
-from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.tokens.cache import convert_cache, entries_of
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED
 from dropflow.engine.tokens.host import Extent, read
@@ -44,8 +45,6 @@ class PromptRun:
         self._caches = CacheStages(site, 0, tokens)
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | {layer for own in plan.prune_at.values() for _, s in own for layer in s.taps}
-        self._live_when: dict[int, LiveSet] = {}
-        """What was live when a tapped layer ran."""
         decided = decide_window(plan, backbone, prompt)
         self.window, self._window_edge_by = decided.window, decided.by
         if decided.keep_answer_sources:
@@ -94,8 +93,7 @@ class PromptRun:
         if arguments.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
-            self._live_when[number] = self.live
-            output = self._caches.tap(number, layer, args, kwargs)
+            output = self._caches.tap(number, layer, args, kwargs, self.live)
         else:
             output = layer(*args, **kwargs)
         if held is not None and held.is_initialized:
@@ -178,11 +176,11 @@ class PromptRun:
         )
 
         def rows(asked: int, slots: Tensor) -> Tensor:
-            found = probe.rows(slots) if asked == number else row_attention(self._seen_now(asked), slots)
+            found = probe.rows(slots) if asked == number else self._tapped(asked).of_slots(slots, self.live)
             return found.to(hidden.device)
 
         def tapped(asked: int) -> QueryKey:
-            return self._seen_now(asked).whole().to(hidden.device)
+            return self._tapped(asked).on(self.live).whole().to(hidden.device)
 
         training = torch.is_grad_enabled() and site.backbone.text.training
         state = BoundaryState(
@@ -198,12 +196,13 @@ class PromptRun:
         )
         return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 
-    def _seen_now(self, layer: int) -> QueryKey:
-        """q and k of a tapped layer, if the tokens it saw are those that are live now."""
-        seen = self._caches.seen(layer)
-        if self._live_when[layer] is not self.live:
-            raise DecisionError(f"layer {layer}: the live set has changed since its attention ran")
-        return seen
+    def _tapped(self, layer: int) -> TappedLayer:
+        """A tapped layer that has run on all tokens that are live now."""
+        if layer < self.window.entry:
+            raise DecisionError(
+                f"layer {layer}: vision has entered since, at boundary {self.window.entry}; read a layer from there on"
+            )
+        return self._caches.seen(layer)
 
     def _move(
         self,

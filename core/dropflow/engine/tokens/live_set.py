@@ -66,6 +66,13 @@ class LiveSet:
         index = self.index.view(*self.index.shape, *[1] * (per_token.dim() - 2)).to(per_token.device)
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
+    def restricted(self, kept: LiveSet) -> LiveSet:
+        """The same with only the slots that `kept`, a live set over these slots, has."""
+        valid = None if self.valid is None else kept.take(self.valid)
+        if kept.valid is not None:
+            valid = kept.valid if valid is None else valid & kept.valid
+        return LiveSet(kept.take(self.index), valid, self.total)
+
     def to_tokens(self, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch tokens"]:
         """Slots named by slots, as tokens named by tokens; tokens without a slot name themselves."""
         own = torch.arange(self.total, device=slots.device).repeat(len(slots), 1)

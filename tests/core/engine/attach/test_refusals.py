@@ -169,7 +169,7 @@ def test_a_misspelt_hook_is_an_error(llava: Any) -> None:
         @hookimpl
         def prun(self, call: Any) -> None: ...
 
-    with pytest.raises(Exception, match="unknown hook 'prun'"):
+    with pytest.raises(PolicyError, match=r"^stages\.a: marks prun with hookimpl.*did you mean .prune."):
         dropflow.attach(llava, policy(a={"use": Misspelt}))
 
 
@@ -200,3 +200,24 @@ def test_reading_a_layer_that_was_not_tapped_is_refused(llava: Any) -> None:
         pytest.raises(DropflowError, match="list it in the stage's `taps`"),
     ):
         llava(**prompt())
+
+
+def test_what_holds_a_model_or_goes_with_one_is_told_what_to_pass(llava: Any) -> None:
+    class Pipeline:
+        model = llava
+
+    class Engine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = llava
+
+    expected = {
+        r"^expected a model of transformers, got Pipeline; pass its `model` \(LlavaForCond": Pipeline(),
+        r"^expected a model of transformers, got Engine; pass its `module` \(LlavaFor.*, and call that$": Engine(),
+        r"got LlavaConfig; pass what `from_pretrained` of the model's class returns": llava.config,
+        r"got str; pass what `from_pretrained`": "llava-hf/llava-1.5-7b-hf",
+    }
+    for message, given in expected.items():
+        for use in (lambda one: dropflow.attach(one, HIDROP), dropflow.detach, dropflow.flow_of):
+            with pytest.raises(UnsupportedModel, match=message):
+                use(given)

@@ -1,0 +1,80 @@
+"""What stages leave in the caches while decoding: the same for a sample alone, and the same in an equal generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropflow.engine.attach.flow import Flow
+from dropflow.testing.case import BATCH, BUDGET, ISOLATION, Case
+from dropflow.testing.probes import HeldEntries
+
+WATCH = "watched-by-the-kit"
+"""Name of the stage by which the kit looks at what the others do."""
+MOST = 24
+"""Most tokens that are generated so that a stage is asked twice while decoding."""
+Held = list[list[list[int]]]
+"""Logical tokens that a sample's cache holds, by step and layer."""
+
+
+@torch.no_grad()
+def check_decoding(case: Case) -> None:
+    """Stages that decide about caches leave a sample the same entries alone as in the batch, and again the same.
+
+    Nothing is checked for policies without such stages, nor for samples without images, which run dense.
+    """
+    left = case.padded_left()
+    watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": HeldEntries}}}
+    with left.attach(watched) as flow:
+        stages = [stage for _, stage in flow.plan.hooks.implementers("decode_cache")]
+        if not stages:
+            return
+        count = min(max(4, 1 + 2 * max(stage.decode_every for stage in stages)), MOST)
+        budget = {**BUDGET, "max_new_tokens": count, "min_new_tokens": count}
+        tokens, held = _generate(left, flow, left.inputs, budget)
+        again, held_again = _generate(left, flow, left.inputs, budget)
+        for sample, own in enumerate(left.real):
+            difference = _difference(held[sample], held_again[sample])
+            if difference or not torch.equal(tokens[sample], again[sample]):
+                raise left.broken(
+                    ISOLATION,
+                    f"a second, equal generation leaves sample {sample} {difference or 'other tokens'}; a stage holds "
+                    "state between calls: look at what `decode_cache` reads, and keep notes in `CacheKeep.memory`",
+                )
+            if not left.drawn[1][sample]:
+                continue
+            alone, held_alone = _generate(left, flow, left.single(sample), budget)
+            difference = _difference(held[sample], held_alone[0])
+            if difference or not torch.equal(alone[0, int(own.sum()) :], tokens[sample, len(own) :]):
+                raise left.broken(
+                    BATCH,
+                    f"while decoding, sample {sample} has {difference or 'other tokens'} alone than in the batch; look "
+                    "at what `decode_cache` computes over the batch, padding included",
+                )
+
+
+def _generate(
+    left: Case, flow: Flow, inputs: Mapping[str, Any], budget: Mapping[str, Any]
+) -> tuple[Tensor, Sequence[Held]]:
+    """Generated ids, and what the caches of each sample held, by logical tokens counted without padding."""
+    watch: Any = dict(flow.plan.stages)[WATCH]
+    watch.layers = []
+    tokens: Tensor = left.model.generate(**inputs, **budget)
+    pads = (~inputs["attention_mask"].bool()).sum(1).tolist()
+    held = [
+        [[(view.index[sample, view.valid[sample]] - pad).tolist() for view in layers] for layers in watch.layers]
+        for sample, pad in enumerate(pads)
+    ]
+    return tokens, held
+
+
+def _difference(first: Held, second: Held) -> str:
+    """Where two runs hold different tokens, in words; "" if they hold the same."""
+    for step, (one, other) in enumerate(zip(first, second, strict=True)):
+        for layer, (held, found) in enumerate(zip(one, other, strict=True)):
+            if held != found:
+                return f"other entries in the cache of layer {layer} after step {step}"
+    return ""

@@ -1,0 +1,145 @@
+"""The kit names what a stage of somebody else does wrong: the guarantee, the sample, the layer, and where to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dropflow import Budget, CacheCall, CacheKeep, Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, hookimpl
+from dropflow.testing import BrokenGuarantee, assert_stage_conforms, tiny_models
+
+LLAVA = {"llava": tiny_models()["llava"]}
+
+
+class Decides(Stage[Any]):
+    """Evicts from layer 2 at every decode step; a subclass says what stays."""
+
+    taps = (2,)
+    decode_every = 1
+
+    def stays(self, call: CacheCall) -> torch.Tensor:
+        raise NotImplementedError
+
+    @hookimpl
+    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
+        return CacheKeep({2: self.stays(call)}) if call.step else None
+
+
+class EvictsByNeighbours(Decides):
+    def stays(self, call: CacheCall) -> torch.Tensor:
+        view = call.layers[2]
+        return (view.image_id >= 0).cumsum(1) <= 3 * len(view.index)
+
+
+class LeaksBetweenSamples(Decides):
+    def stays(self, call: CacheCall) -> torch.Tensor:
+        scores = call.attention_rows(2, call.last_rows).mean((1, 2))
+        return scores >= scores.mean()
+
+
+class CountsItsCalls(Decides):
+    calls = 0
+
+    def stays(self, call: CacheCall) -> torch.Tensor:
+        self.calls += 1
+        return (call.layers[2].image_id >= 0).cumsum(1) <= 20 - self.calls
+
+
+class Fixed(Decides):
+    def stays(self, call: CacheCall) -> torch.Tensor:
+        return (call.layers[2].image_id >= 0).cumsum(1) <= 9 - call.step
+
+
+class RemembersPrompts(Stage[Any]):
+    prune_at = (2,)
+    calls = 0
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        self.calls += 1
+        return Keep((call.image_id >= 0).cumsum(1) <= self.calls)
+
+
+class Promises(Stage[Any]):
+    def forecast(self) -> Forecast:
+        return Forecast(keeps={2: Budget(tokens=5)})
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        return Keep((call.image_id >= 0).cumsum(1) <= 3)
+
+
+class NeedsANorm(Stage[Any]):
+    prune_at = (2,)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> None:
+        assert call.final_norm is not None
+        call.final_norm(call.hidden)
+
+
+class NeedsRotary(Stage[Any]):
+    prune_at, taps = (2,), (1,)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> None:
+        call.rotary(1)
+
+
+class NeedsAGrid(Stage[Any]):
+    @hookimpl
+    def encode(self, call: EncodeCall) -> None:
+        for grid in call.grids:
+            assert grid is not None
+
+
+class NeedsCls(Stage[Any]):
+    vision_taps = (0,)
+    needs = frozenset({"vision_layers"})
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> None:
+        call.cls_attention(0)
+
+
+class WantsWholeImages(Stage[Any]):
+    def forecast(self) -> Forecast:
+        return Forecast(encoded="data")
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        last = [rows[15].sum() for rows in call.features]  # there may be fewer
+        return Encode(keep=tuple(rows.sum(1) >= own for rows, own in zip(call.features, last, strict=True)))
+
+
+DECODING = (
+    r"x llava: guarantee 3 \(batch invariance\) is broken: while decoding, sample 0 has other entries in the cache "
+)
+FACTS = r"x llava: guarantee 5 .*: on a model without the fact '{}', which the stage does not list in `needs`, it fails"
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (EvictsByNeighbours, DECODING + r"of layer 2 after step 1 alone than in the batch; look at what `dec"),
+        (LeaksBetweenSamples, DECODING + r"of layer 2 after step \d alone"),
+        (CountsItsCalls, r"guarantee 4 .*: a second, equal generation leaves sample \d other entries .* layer 2 after"),
+        (RemembersPrompts, r"guarantee 4 .*: a second, equal call keeps other tokens of sample 0 from layer 2 on"),
+        (Promises, r"guarantee 5 .*: forecast are 5 visual tokens of image 0 \(sample 0, 16 patches\) in layer 2, a"),
+        (NeedsANorm, FACTS.format("final_norm")),
+        (NeedsRotary, FACTS.format("rotary")),
+        (NeedsAGrid, FACTS.format("grid")),
+        (NeedsCls, FACTS.format("cls")),
+        (WantsWholeImages, r"\(beside an encode and a prune stage\): guarantee 5 .*: neither runs nor is refused: Ind"),
+    ],
+)  # fmt: skip
+def test_what_breaks_a_guarantee_is_named(stage: type[Stage[Any]], message: str) -> None:
+    with pytest.raises(BrokenGuarantee, match=message):
+        assert_stage_conforms(stage, models=LLAVA)
+
+
+def test_a_stage_that_evicts_by_its_payload_alone_conforms() -> None:
+    (cell,) = assert_stage_conforms(Fixed, models=LLAVA)
+    assert cell.outcome == "run"
