@@ -57,7 +57,7 @@ def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
             pyramid({0.5: 3}, tuned_for={"layers": 6, "visual_tokens": 576}),
             r"keep\.0\.5: the absolute number 3 was tuned for 576 visual tokens, but the model has 16",
         ),
-        ("hidrop-46", r"hidrop-46: no policy is called so; did you mean 'hidrop-"),
+        ("hidrop-46", r"hidrop-46: no such policy; did you mean 'hidrop-"),
         (
             policy(i={"use": "hidrop/late-injection", "at": 4}, e={"use": "hidrop/early-exit", "at": 4}),
             r"stages\.i: vision would enter at boundary 4 but is gone from 4 on",
