@@ -7,7 +7,7 @@ from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.pretrained import from_pretrained
-from dropflow.engine.decoder.record import LayerReport, Report
+from dropflow.engine.decoder.report import LayerReport, Report
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.lifecycle.hooks import hookimpl
