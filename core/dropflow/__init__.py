@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
     from dropflow.engine.attach.flow import Flow, FlowSet
     from dropflow.engine.attach.pretrained import from_pretrained
-    from dropflow.engine.decoder.record import LayerReport, Report
+    from dropflow.engine.decoder.report import LayerReport, Report
 else:
     _NEED_TORCH = {
         "dropflow.backbone.backbone": (
@@ -63,7 +63,7 @@ else:
         "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
         "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
-        "dropflow.engine.decoder.record": ("LayerReport", "Report"),
+        "dropflow.engine.decoder.report": ("LayerReport", "Report"),
     }
     _HOMES = {name: module for module, names in _NEED_TORCH.items() for name in names}
 

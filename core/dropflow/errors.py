@@ -48,6 +48,10 @@ class DecisionError(DropflowError, ValueError):
     """A stage returned a decision that does not fit the payload it was given."""
 
 
+class MissingPackage(DropflowError, ImportError):
+    """An optional package that this call needs is not installed."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Say which valid names are closest to `name`, or list them all when none is close."""
     names = sorted(valid)

@@ -25,6 +25,7 @@ ROOMS = (
     ("engine.vision",),
     ("engine.attach",),
     ("testing",),
+    ("__main__",),
 )
 """Rooms of `dropflow` from the ground up. A room imports itself and floors below; rooms of one floor know nothing of
 each other."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+N = TypeVar("N", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def vision_only(tokens: float, shape: DecoderWidths) -> float:
     return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
 
 
-def layer(queries: int, keys: int, shape: DecoderWidths) -> int:
-    """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries.
+def layer(queries: N, keys: N, shape: DecoderWidths) -> N:
+    """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries, for each of several.
 
     Counts q, k, v and output projections (GQA-aware), q.k and attention.v over the full queries x keys rectangle (as
     fused kernels are counted, not the causal half), and the gated MLP.

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import track
 
 import dropflow
-from dropflow import Policy, Report
+from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.inputs.data import Sample
 from dropflow_lab.inputs.prompts import build_inputs, generate
@@ -49,12 +49,7 @@ def ask(
             else:
                 report = flow.report()
                 average += report.average_visual_tokens * len(asked)
-                over_answer += _over_answer(report) * len(asked)
+                over_answer += report.average_visual_tokens_answer * len(asked)
                 entry += report.entry_visual_tokens * len(asked)
     questions = len(samples)
     return Answers(tuple(said), average / questions, over_answer / questions, entry / questions)
-
-
-def _over_answer(report: Report) -> float:
-    """Visual tokens per layer, averaged over layers and over all forwards of the answer."""
-    return float(getattr(report, "average_visual_tokens_answer", report.average_visual_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -21,6 +22,20 @@ def test_help_imports_neither_torch_nor_the_engine() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "imported: []"
     assert all(f" {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--version", "list", "stages")])
+def test_the_version_is_that_of_the_package(cli, arguments) -> None:
+    result = cli(*arguments)
+    assert (result.exit_code, result.stdout) == (0, f"dropflow {version('dropflow')}\n")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "dropflow", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"dropflow {version('dropflow')}\n"
+    wrong = subprocess.run([sys.executable, "-m", "dropflow", "chek"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "did you mean 'check'" in wrong.stderr.lower()
 
 
 def test_without_a_command_the_help_is_shown(cli) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import DecoderRun, Site
 from dropflow.engine.tokens.prompt import VisualTokens
 from dropflow.engine.tokens.row_flags import RowFlags
@@ -45,5 +46,7 @@ class Call:
     """True while a features method runs, which may call another one."""
     vision: VisionRun | None = None
     """The pass through the vision encoder that runs now."""
+    forward: Forward | None = None
+    """What is noted of the pass through the text decoder when it has ended."""
     decoder: DecoderRun | None = None
     """The pass through the text decoder that runs now."""

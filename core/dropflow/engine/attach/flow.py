@@ -10,8 +10,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dropflow.engine.attach import flow_view
 from dropflow.engine.attach.model_hooks import ModelHooks
-from dropflow.engine.decoder.record import CallRecord, Report
+from dropflow.engine.decoder.record import PromptRecord
+from dropflow.engine.decoder.records import Forward, Records
+from dropflow.engine.decoder.report import Report
+from dropflow.engine.decoder.summary import summed_up
 from dropflow.errors import UnsupportedCall, nearest
 from dropflow.policy.plan import Plan
 from dropflow.policy.policy import Policy
@@ -24,7 +28,7 @@ class Flow:
     def __init__(self, plan: Plan, hooks: ModelHooks, recording: Recording | None, detach: Callable[[], None]) -> None:
         """Made by `dropflow.attach`; `detach` takes it off the model."""
         self._plan, self._hooks, self._recording, self._detach = plan, hooks, recording, detach
-        self._record: CallRecord | None = None
+        self._records = Records(plan, hooks.backbone)
 
     @property
     def policy(self) -> Policy:
@@ -41,34 +45,43 @@ class Flow:
         """Whether the policy still governs the model, or is one that its calls may choose."""
         return any(flow is self for flow in self._hooks.flows.values())
 
-    def report(self) -> Report:
-        """Tokens per layer, FLOPs and KV bytes of the last prefill that brought images.
+    def __repr__(self) -> str:
+        return flow_view.line(self, self._hooks.backbone)
 
-        Raises `UnsupportedCall` when there was none, or when the policy has no stages (nothing is watched then).
+    def _repr_html_(self) -> str:
+        return flow_view.html(self, self._hooks.backbone)
+
+    def report(self) -> Report:
+        """Tokens per layer, FLOPs and KV bytes of the last prompt that brought images, and of its answer so far.
+
+        A prompt is all that was fed before decoding, in one forward or, as in chunked prefill, in several: those of one
+        `generate`, or else those of several tokens or with images that follow each other on one cache. What comes after
+        it on that cache is the answer. Raises `UnsupportedCall` when there was no such prompt, or when the policy has
+        no stages (nothing is watched then).
         """
-        return self._last().report()
+        return summed_up(self._last())
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
-        """Which tokens of the last prefill that brought images were live before each layer; errors as `report`."""
+        """Which tokens of the last prompt that brought images were live before each layer; all else as `report`."""
         return self._last().live()
 
     def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
         """Boundary -> logical index of the token that each one's state was merged into there; its own for most.
 
-        Boundaries where nothing was merged are left out. Of the last prefill that brought images; errors as `report`.
+        Boundaries where nothing was merged are left out. Of the last prompt that brought images; all else as `report`.
         """
-        return dict(self._last().merges)
+        return self._last().merges()
 
-    def noted(self, record: CallRecord | None) -> None:
-        """Take what happened in a prefill; the engine calls it."""
-        self._record = record or self._record
+    def noted(self, forward: Forward) -> None:
+        """Take what happened in a forward; the engine calls it."""
+        self._records.add(forward)
 
-    def _last(self) -> CallRecord:
+    def _last(self) -> PromptRecord:
         if self._plan.idle:
             raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is watched")
-        if self._record is None:
+        if self._records.last is None:
             raise UnsupportedCall("report: no prompt with images has been run since this policy was attached")
-        return self._record
+        return self._records.last
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
@@ -138,6 +151,12 @@ class FlowSet(Mapping[str, Flow | None]):
     def attached(self) -> bool:
         """Whether the model's calls still choose among these."""
         return bool(self._hooks.flows) and self._hooks.flows.keys() == self._flows.keys()
+
+    def __repr__(self) -> str:
+        return flow_view.set_line(self, self._hooks.backbone, self._hooks.default)
+
+    def _repr_html_(self) -> str:
+        return flow_view.set_html(self, self._hooks.backbone, self._hooks.default)
 
     @contextmanager
     def using(self, name: str) -> Iterator[Flow | None]:

@@ -21,13 +21,15 @@ from dropflow.engine.attach.stated import Stated
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import full_logits, live_states, loss_of, shifted
 from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.decoder.record import CallRecord
+from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.model.arguments import cache_in, named, parameters_of
+from dropflow.engine.model.arguments import cache_after, cache_in, named, parameters_of
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
-from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
-from dropflow.engine.tokens.cache import check_written_by, is_flow_cache, seen_by, serving
+from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
+from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by, serving
 from dropflow.engine.tokens.prompt import (
     VisualTokens,
     document_starts,
@@ -68,6 +70,8 @@ class ModelHooks:
         self.chosen: Stated[str] = Stated("dropflow_chosen")
         self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
         """Visual tokens that a caller states for the calls of a thread."""
+        self._prefill: Stated[object | None] = Stated("dropflow_prefill")
+        """Stands for the prefill of `generate` that a thread is in."""
 
     # Attaching and detaching; the caller has a turn
 
@@ -95,6 +99,8 @@ class ModelHooks:
                 self._handles.append(projector.register_forward_pre_hook(self._before_projector))
                 # code that was compiled with this module inside goes on without the hook, but not with another forward
                 self._standing.lay(projector.__dict__, "forward", self._projecting(projector.forward))
+        if hasattr(model, "_prefill"):  # of transformers' `generate`, which may feed a prompt in chunks
+            self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
         for modality in MODALITIES:
             name = f"get_{modality}_features"
             if hasattr(core, name):
@@ -221,6 +227,36 @@ class ModelHooks:
             return rows
         return call.vision.features(rows)
 
+    # `generate`: which forwards are one prompt
+
+    def _prefilling(self, original: Any) -> Any:
+        @wraps(original)
+        def prefill(*args: Any, **kwargs: Any) -> Any:
+            with self._prefill.let(self, object()):
+                return original(*args, **kwargs)
+
+        return prefill
+
+    def _begun(self, call: Call, kwargs: dict[str, Any], cache: Any) -> Forward:
+        """What is to be noted of a call of the text decoder before it runs."""
+        given: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if given is None:  # the model refuses it
+            return Forward(0, None)
+        (batch, tokens), text, mask = given.shape[:2], call.visual is None, call.attention_mask
+        forward = Forward(tokens, self._prefill.of(self, None))
+        if forward.generating is None:
+            if text and (tokens == 1 or inside_generate()):
+                return forward  # decodes, or verifies drafts
+            if not text and call.logits_to_keep > 1 and inside_generate():
+                forward.drafts = call.logits_to_keep - 1
+        forward.seen, forward.before = seen_by(cache), indices_of(cache)
+        forward.stated = isinstance(mask, Tensor) and mask.dim() == 2
+        if forward.stated and mask.shape[1] >= forward.seen + tokens:
+            forward.real = mask[:, : forward.seen].bool()
+        if text:
+            forward.part = CallRecord(valid_tokens(mask, batch, tokens, given.device, forward.seen))
+        return forward
+
     # Hooks of the model: labels and loss
 
     def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -345,6 +381,7 @@ class ModelHooks:
         stand_in(self._standing, text, self._decoder_run)  # should somebody have replaced the list
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
+        call.forward = forward = self._begun(call, kwargs, cache)
         if call.visual is None and not is_flow_cache(cache):
             return args, kwargs  # nothing to restrict, nothing to fit: the model runs as it is
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
@@ -353,12 +390,13 @@ class ModelHooks:
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
         refusals.check_positions(site.plan, kwargs.get("position_ids"))
         if call.visual is None:
-            call.decoder = ContinuedRun(site, embeds, cache)
+            padded = forward.part if forward.stated else None
+            call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
         flags = call.visual.rows(call.flags)
         refusals.check_encoded(site.plan, flags)
         batch, tokens = embeds.shape[:2]
-        valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, seen_by(cache))
+        valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
         starts = None
         if call.attention_mask is None and cache is None:  # only then transformers takes rows for packed ones
             starts = document_starts(kwargs.get("position_ids"))
@@ -369,7 +407,7 @@ class ModelHooks:
         if site.plan.reads_questions:
             prompt = replace(prompt, questions=questions_of(len(embeds)))
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
-        call.decoder = PromptRun(site, prompt, embeds, residuals)
+        call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real)
         return args, kwargs
 
     def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:
@@ -390,13 +428,16 @@ class ModelHooks:
     def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._mine()
         try:
-            if call is None or call.decoder is None or call.flow is None or output is None:
+            if call is None or call.forward is None or call.flow is None or output is None:
                 return output
-            run = call.decoder
-            call.flow.noted(run.record)
-            run.finish()
-            call.decoder = None
-            if run.whole or not isinstance(run, PromptRun):
+            run, forward = call.decoder, call.forward
+            if run is not None:
+                run.finish()
+                forward.part = run.record or forward.part
+            forward.cache = cache_after(kwargs, output)
+            call.flow.noted(forward)
+            call.decoder = call.forward = None
+            if run is None or run.whole or not isinstance(run, PromptRun):
                 return output
             hidden = output[0]
             if call.loss is not None:

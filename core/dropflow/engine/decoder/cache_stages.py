@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
 from dropflow.engine.decoder.layer_arguments import Held
-from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.attention import QueryKey
@@ -72,14 +71,12 @@ class CacheStages:
         """Attention rows of a tapped layer as it ran; `rows` number the tokens of the call."""
         return self.seen(layer).of_tokens(rows)
 
-    def finish(self, record: CallRecord | None) -> None:
+    def finish(self) -> None:
         """Ask the cache stages, now that every layer has written its entries, and tell those who watch."""
         hooks = self._site.plan.hooks
         told: list[Eviction] | None = [] if hooks.watched("observe_cache") else None
         if (self.stages or told is not None) and is_flow_cache(self.cache):
             decide_cache(self._site.plan, self.stages, self.cache, self._step, self._tokens, self.rows, told)
-            if record is not None and self.stages:
-                record.held = tuple(layer.full_index().tokens for layer in self.cache.layers)
             if told is not None:
                 hooks.observe_cache(CacheEvent(self._step, tuple(told), cache_views(self.cache)))
 

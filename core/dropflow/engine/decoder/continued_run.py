@@ -10,7 +10,7 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.layer_arguments import ContinuedArguments
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.tokens.cache import FlowLayer, UniformLayer
+from dropflow.engine.tokens.cache import FlowLayer, UniformLayer, note_padding
 
 
 class ContinuedRun:
@@ -19,8 +19,9 @@ class ContinuedRun:
     record: CallRecord | None = None
     whole = True
 
-    def __init__(self, site: Site, embeds: Tensor, cache: Any) -> None:
-        """`cache` knows its tokens."""
+    def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
+        """`cache` knows its tokens; `real` (batch, tokens) is false for padding of this call."""
+        self._cache, self._real = cache, real
         self._held = cache.layers
         self._caches = CacheStages(site, _generated(self._held[0]), embeds.shape[1], cache)
         stages = self._caches.stages
@@ -40,7 +41,9 @@ class ContinuedRun:
 
     def finish(self) -> None:
         """Ask the cache stages."""
-        self._caches.finish(None)
+        if self._real is not None:
+            note_padding(self._cache, self._real)
+        self._caches.finish()
 
 
 def _generated(layer: FlowLayer | UniformLayer) -> int:

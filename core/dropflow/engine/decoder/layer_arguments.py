@@ -98,15 +98,14 @@ class LayerArguments:
     images: int
     """Images of the prompt."""
     dropped: Int[Tensor, "batch"] | None = None
-    """Tokens of this call, by sample, that are not live; counted for compact positions only."""
+    """Tokens of this call, by sample, that are not live; `None` before any is dropped."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights that stages gave so far; 0 where there is none."""
     _once: Once = field(default_factory=Once, init=False)
 
     def moved(self, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> LayerArguments:
         """For another live set, of the tokens `live_mask`."""
-        dropped = None if not self.site.compact else self.valid.sum(1) - live_mask.sum(1)
-        return replace(self, live=live, dropped=dropped)
+        return replace(self, live=live, dropped=self.valid.sum(1) - live_mask.sum(1))
 
     def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> LayerArguments:
         """With the soft weights of one more boundary, which multiply those of the ones before."""

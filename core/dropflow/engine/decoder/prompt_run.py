@@ -18,7 +18,7 @@ from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
-from dropflow.engine.tokens.cache import convert_cache, entries_of
+from dropflow.engine.tokens.cache import convert_cache
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
@@ -33,15 +33,21 @@ class PromptRun:
     """State of one forward of the text decoder with visual tokens: the policy acts at its boundaries."""
 
     def __init__(
-        self, site: Site, prompt: Prompt, embeds: Tensor, residuals: tuple[tuple[Tensor, Tensor], ...] = ()
+        self,
+        site: Site,
+        prompt: Prompt,
+        embeds: Tensor,
+        residuals: tuple[tuple[Tensor, Tensor], ...] = (),
+        real: Tensor | None = None,
     ) -> None:
         """`embeds` (batch, tokens, dim) are raw: the states with which injected tokens enter.
 
-        `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`).
+        `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`). `real` is false
+        for tokens of earlier calls that are padding.
         """
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
-        self._site, self._embeds, self._residuals = site, embeds, residuals
+        self._site, self._embeds, self._residuals, self._real = site, embeds, residuals, real
         self._caches = CacheStages(site, 0, tokens)
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | {layer for own in plan.prune_at.values() for _, s in own for layer in s.taps}
@@ -53,7 +59,7 @@ class PromptRun:
         self._outlive = prompt.answer_sources & prompt.present if decided.keep_answer_sources else None
         self.live_mask, self._count = prompt.valid, prompt.extents["valid"].total
         image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
-        self.record: CallRecord | None = CallRecord(plan, backbone.decoder_widths, prompt, embeds.element_size())
+        self.record: CallRecord | None = CallRecord(prompt.valid, prompt, embeds.element_size())
         self._arguments = LayerArguments(
             site,
             embeds,
@@ -102,7 +108,7 @@ class PromptRun:
 
     def finish(self) -> None:
         """Ask the cache stages."""
-        self._caches.finish(self.record)
+        self._caches.finish()
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what the first layer is given, before anything has run."""
@@ -112,13 +118,8 @@ class PromptRun:
             check_arguments(given, self.live, known)
         _, cache = cache_in(kwargs)
         self._caches.cache = cache
-        if cache is None or self.record is None:
-            return
-        self.record.seen = int(cache.get_seq_length())
-        if self.drops or plan.hooks.watched("observe_cache"):
-            convert_cache(cache, plan.shape.layers, uniform=plan.uniform, written_by=plan.identity)
-        if self.record.seen:
-            self.record.past = tuple(map(entries_of, cache.layers))
+        if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
+            convert_cache(cache, plan.shape.layers, uniform=plan.uniform, written_by=plan.identity, real=self._real)
 
     def _with_residual(self, number: int, hidden: Tensor) -> Tensor:
         """After layer `number`: live visual tokens receive what the model itself would add to all of them."""

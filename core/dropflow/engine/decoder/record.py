@@ -1,93 +1,43 @@
-"""What happened in a call, kept as tensors until somebody asks for the report."""
+"""What happened in the forwards of a prompt and of its answer, kept as tensors until somebody asks for the report."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
+from dropflow.engine.decoder.kv_history import KVHistory
+from dropflow.engine.tokens.cache import indices_of
+from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
+from dropflow.engine.tokens.holdings import Holdings
+from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 
 if TYPE_CHECKING:
     from dropflow.policy.plan import Plan
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One decoder layer in the last prefill; means over the samples of the batch."""
-
-    layer: int
-    """Number of the decoder layer."""
-    visual_tokens: float
-    """Live in the layer."""
-    kv_entries: float
-    """Tokens this layer's cache held after the prefill and its `decode_cache` stages, those of earlier turns too."""
-    flops: float
-    """Multiply-adds of this layer, text included (`dropflow.flops.layer`)."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Tokens, work and memory of the last prefill that brought images; means over the samples of the batch.
-
-    FLOPs are multiply-adds of the decoder layers by closed formula, text included, the work of ranking and the LM
-    head left out. KV bytes are those after the prefill and what `decode_cache` stages evicted then; entries that pad a
-    ragged batch are not counted.
-    """
-
-    policy: str
-    """Name of the policy."""
-    layers: tuple[LayerReport, ...]
-    """One row per decoder layer."""
-    average_visual_tokens: float
-    """Visual tokens per layer, averaged over all L layers."""
-    entry_visual_tokens: float
-    """Visual tokens handed to the LLM, after the encode stages."""
-    flops: float
-    """Of all decoder layers."""
-    flops_dense: float
-    """The same with every visual token in every layer."""
-    kv_bytes: float
-    """Of all layers, in the dtype of the states."""
-    kv_bytes_dense: float
-    """The same with every visual token in every layer."""
-
-    def __str__(self) -> str:
-        """A table by layer, and what it sums up to."""
-        rows = [
-            f"{row.layer:5} {row.visual_tokens:13.6g} {row.kv_entries:10.6g} {row.flops:13.4g}" for row in self.layers
-        ]
-        return "\n".join(
-            [
-                f"{self.policy}: {self.entry_visual_tokens:g} visual tokens at entry to the LLM, "
-                f"{self.average_visual_tokens:.2f} on average over {len(self.layers)} layers",
-                f"{'layer':>5} {'visual tokens':>13} {'KV entries':>10} {'multiply-adds':>13}",
-                *rows,
-                f"multiply-adds {self.flops:.4g} (dense {self.flops_dense:.4g}), "
-                f"KV bytes {self.kv_bytes:g} (dense {self.kv_bytes_dense:g})",
-            ]
-        )
-
-
-@dataclass
+@dataclass(eq=False)
 class CallRecord:
-    """Live tokens from each boundary on."""
+    """One forward that fed a prompt or a part of it: its tokens, and which were live from each boundary on."""
 
-    plan: Plan
-    shape: DecoderWidths
-    prompt: Prompt
-    bytes_per_number: int
-    past: tuple[int, ...] = ()
-    """Entries that each layer's cache held before the call."""
-    seen: int = 0
-    """Logical tokens of earlier calls."""
-    held: tuple[Int[Tensor, "batch"], ...] = ()
-    """Tokens in each layer's cache once `decode_cache` stages were asked; empty where there are none."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False for padding."""
+    prompt: Prompt | None = None
+    """`None` for a call of text alone, in which every token is live."""
+    bytes_per_number: int = 0
+    """Of the states; 0 where nobody has looked."""
+    taken_back: int = 0
+    """Tokens at its end that are no longer part of the prompt: drafts, and what `crop` has removed."""
+    past: Holdings | None = None
+    """What the caches held before it; `None` for nothing."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
     """Boundary -> logical index of the token in whose place each one's state is from there on."""
@@ -98,41 +48,135 @@ class CallRecord:
         if merged is not None:
             self.merges[boundary] = merged
 
-    def live(self) -> Bool[Tensor, "layers batch tokens"]:
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return self.valid.shape[1] - self.taken_back
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch tokens"]:
+        """Its visual tokens."""
+        found = torch.zeros_like(self.valid) if self.prompt is None else self.prompt.visual
+        return found[:, : self.tokens]
+
+    @property
+    def text(self) -> Bool[Tensor, "batch tokens"]:
+        """Its text tokens, padding excluded."""
+        return self.valid[:, : self.tokens] & ~self.visual
+
+    def live(self, layers: int) -> Bool[Tensor, "layers batch tokens"]:
         """Tokens that were live before each layer."""
-        return torch.stack([self._live(layer) for layer in range(self.plan.shape.layers)])
+        segments = self.segments or [(0, self.valid)]
+        before = [[live for boundary, live in segments if boundary <= layer][-1] for layer in range(layers)]
+        return torch.stack(before)[..., : self.tokens]
 
-    def report(self) -> Report:
-        """Sum the call up."""
-        prompt, depth = self.prompt, self.plan.shape.layers
-        text = prompt.text.sum(1).tolist()
-        present = (prompt.present & prompt.visual).sum(1).tolist()
-        dense = prompt.visual.sum(1).tolist()
-        past = self.past or (0,) * depth
-        rows = [self._layer(layer, text, past[layer]) for layer in range(depth)]
-        seen = self.seen
-        dense_flops = _mean([flops.layer(n + t, seen + n + t, self.shape) for n, t in zip(dense, text, strict=True)])
-        dense_kv = _mean([seen + n + t for n, t in zip(dense, text, strict=True)]) * depth
-        return Report(
-            policy=self.plan.policy.name,
-            layers=tuple(rows),
-            average_visual_tokens=_mean([row.visual_tokens for row in rows]),
-            entry_visual_tokens=_mean(present),
-            flops=sum(row.flops for row in rows),
-            flops_dense=dense_flops * depth,
-            kv_bytes=sum(row.kv_entries for row in rows) * flops.kv_bytes(1, self.shape, self.bytes_per_number),
-            kv_bytes_dense=dense_kv * flops.kv_bytes(1, self.shape, self.bytes_per_number),
-        )
-
-    def _live(self, layer: int) -> Tensor:
-        return [live for boundary, live in self.segments if boundary <= layer][-1]
-
-    def _layer(self, layer: int, text: list[int], past: int) -> LayerReport:
-        visual = (self._live(layer) & self.prompt.visual).sum(1).tolist()
-        work = [flops.layer(n + t, past + n + t, self.shape) for n, t in zip(visual, text, strict=True)]
-        held = _mean(self.held[layer].tolist()) if self.held else past + _mean(visual) + _mean(text)
-        return LayerReport(layer, _mean(visual), held, _mean(work))
+    def index_after(self, past: KeyIndex) -> KeyIndex:
+        """What a cache that holds `past` would hold after it, had nothing been dropped."""
+        valid, images = self.valid[:, : self.tokens], 0
+        image = torch.full_like(valid, -1, dtype=torch.long)
+        if self.prompt is not None:
+            image, images = self.prompt.image_id[:, : self.tokens], len(self.prompt.image_sizes)
+        whole = LiveSet.whole(valid.shape[0], valid.shape[1], valid.device)
+        return past.followed_by(whole, torch.where(valid, image, PADDING), None, images)
 
 
-def _mean(values: list[int] | list[float]) -> float:
-    return sum(values) / len(values)
+class PromptRecord:
+    """A prompt, fed in one forward or in several, and what has followed on its cache."""
+
+    def __init__(self, plan: Plan, widths: DecoderWidths, cache: Any, past: KeyIndex) -> None:
+        """`past` is what the cache held before, had nothing been dropped; `cache` is held weakly, `None` for none."""
+        self.plan, self.widths, self._past = plan, widths, past
+        self._index: KeyIndex | None = past
+        self._cache = None if cache is None else weakref.ref(cache)
+        self.parts: list[CallRecord] = []
+        self.history: KVHistory | None = None
+        """`None` without a cache."""
+
+    @property
+    def cache(self) -> Any:
+        """The cache it was written to; `None` when there was none, or when it is gone."""
+        return None if self._cache is None else self._cache()
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The last forward's that brought visual tokens."""
+        return next((part.prompt for part in reversed(self.parts) if part.prompt is not None), None)
+
+    @property
+    def before(self) -> int:
+        """Logical tokens of earlier turns."""
+        return self._past.length
+
+    @property
+    def length(self) -> int:
+        """Logical tokens seen at the end of the prompt."""
+        return self.before + sum(part.tokens for part in self.parts)
+
+    @property
+    def index(self) -> KeyIndex:
+        """What a cache would hold after the prompt, had nothing been dropped."""
+        if self._index is None:
+            self._index = reduce(lambda index, part: part.index_after(index), self.parts, self._past)
+        return self._index
+
+    def feed(self, part: CallRecord, before: Sequence[KeyIndex] | None) -> None:
+        """Take one forward more of the prompt, before which the layers' caches had these indices."""
+        length = self.length
+        if length and self._cache is not None:
+            part.past = Holdings.of(before or self._dense(), length)
+        self.parts.append(part)
+        self._index = None
+        if self._cache is not None:
+            self.history = KVHistory(self.held(), length + part.valid.shape[1])
+
+    def cut(self, length: int) -> None:
+        """Forget tokens at the end of the prompt, of which a cache that was cropped has seen `length`."""
+        surplus = self.length - length
+        while surplus > 0 and self.parts:
+            last = self.parts[-1]
+            if last.tokens > surplus:
+                last.taken_back += surplus
+                break
+            surplus -= last.tokens
+            self.parts.pop()
+        self._index = None
+
+    def step(self, tokens: int) -> None:
+        """Take a forward of `tokens` after the prompt."""
+        if self.history is not None:
+            self.history.note(self.held(), self._seen(self.history.length + tokens))
+
+    def held(self) -> Sequence[KeyIndex]:
+        """What each layer's cache holds."""
+        return indices_of(self.cache) or self._dense()
+
+    def seen_now(self) -> int:
+        """Logical tokens that the cache has seen, or had seen when it was last used."""
+        history, cache = self.history, self.cache
+        last = self.length if history is None else history.length
+        return last if cache is None else int(cache.get_seq_length())
+
+    def live(self) -> Bool[Tensor, "layers batch tokens"]:
+        """Tokens of the whole prompt that were live before each layer."""
+        return torch.cat([part.live(self.plan.shape.layers) for part in self.parts], 2)
+
+    def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
+        """Boundary -> logical index, in the whole prompt, of the token that each one's state was merged into."""
+        found = {}
+        for boundary in sorted({boundary for part in self.parts for boundary in part.merges}):
+            start, pieces = 0, []
+            for part in self.parts:
+                own = torch.arange(part.valid.shape[1], device=part.valid.device).expand_as(part.valid)
+                pieces.append(part.merges.get(boundary, own)[:, : part.tokens] + start)
+                start += part.tokens
+            found[boundary] = torch.cat(pieces, 1)
+        return found
+
+    def _dense(self) -> Sequence[KeyIndex]:
+        return (self.index,) * self.plan.shape.layers
+
+    def _seen(self, otherwise: int) -> int:
+        """Logical tokens that the cache has seen; `otherwise` where it counts on its device."""
+        cache = self.cache
+        length = None if cache is None else cache.get_seq_length()
+        return length if isinstance(length, int) else otherwise

@@ -73,3 +73,12 @@ def cache_in(arguments: dict[str, Any]) -> tuple[str | None, Any]:
         if isinstance(value, Cache):
             return name, value
     return None, None
+
+
+def cache_after(arguments: dict[str, Any], output: Any) -> Any:
+    """The KV cache that a call has written: given to it, or made by it and part of its output; `None` for none."""
+    _, cache = cache_in(arguments)
+    if cache is not None:
+        return cache
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)

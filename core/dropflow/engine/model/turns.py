@@ -145,6 +145,14 @@ def inside_of(module: nn.Module) -> bool:
     return False
 
 
+def inside_generate() -> bool:
+    """Whether this thread is in a `generate` of transformers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not str(frame.f_globals.get("__name__", "")).startswith("transformers.generation."):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _is_between(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
     return name.startswith(("dropflow.engine", "torch._dynamo"))

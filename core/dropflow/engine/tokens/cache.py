@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -96,8 +97,11 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         self._notes: dict[str, Tensor] = {}
 
     @classmethod
-    def adopt(cls, layer: Any, where: str, written_by: Any = None) -> FlowLayer:
-        """Take over an ordinary dynamic layer, with what it holds; raises `UnsupportedModel` for other kinds."""
+    def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> FlowLayer:
+        """Take over an ordinary dynamic layer, with what it holds; raises `UnsupportedModel` for other kinds.
+
+        `real` (batch, tokens) is false for entries that hold padding.
+        """
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModel(
                 f"{where}: a cache layer of type {type(layer).__name__} cannot hold a different length per layer; "
@@ -115,7 +119,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
                 )
             adopted.lazy_initialization(keys, values)
             adopted.keys, adopted.values = keys, values
-            adopted.set_index(KeyIndex.plain(keys.shape[0], seen, keys.device))
+            adopted.set_index(KeyIndex.plain(keys.shape[0], seen, keys.device, real))
         return adopted
 
     @property
@@ -215,8 +219,11 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         self.index, self.prompt, self.written_by = None, 0, written_by
 
     @classmethod
-    def adopt(cls, layer: Any, where: str, written_by: Any = None) -> UniformLayer:
-        """Take over a layer, with what it holds; raises `UnsupportedModel` for kinds without one entry per token."""
+    def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> UniformLayer:
+        """Take over a layer, with what it holds; raises `UnsupportedModel` for kinds without one entry per token.
+
+        `real` as for `FlowLayer.adopt`.
+        """
         attention = isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin)
         if not attention or layer.is_sliding:
             raise UnsupportedModel(
@@ -226,7 +233,7 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         adopted = cls(layer, written_by)
         seen = int(layer.get_seq_length())
         if seen:
-            adopted.set_index(KeyIndex.plain(layer.keys.shape[0], seen, layer.keys.device))
+            adopted.set_index(KeyIndex.plain(layer.keys.shape[0], seen, layer.keys.device, real))
         return adopted
 
     @property
@@ -314,9 +321,11 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         self.index, self.prompt = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back generated tokens, in the layer's own way."""
-        if self.index is not None and int(self.length) + tokens_to_remove < self.index.length:
-            raise ValueError("only generated tokens can be cropped from this cache")
+        """Take back the last tokens, in the layer's own way: generated or text ones only."""
+        if self.index is not None:
+            explicit = -tokens_to_remove - (int(self.length) - self.index.length)
+            if explicit > 0:
+                self.index = self.index.without_last(explicit)
         self._inner.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -362,9 +371,14 @@ def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
         raise UnsupportedModel(f"{CACHE_ARGUMENT}: {len(cache.layers)} layers for a decoder of {layers}")
 
 
-def convert_cache(cache: Cache, layers: int, *, uniform: bool, written_by: Any) -> None:
-    """Give the caller's own cache object a layer that knows its tokens for each decoder layer, in place."""
-    adopted = _adopted(cache, uniform=uniform, written_by=written_by)
+def convert_cache(
+    cache: Cache, layers: int, *, uniform: bool, written_by: Any, real: Bool[Tensor, "batch tokens"] | None = None
+) -> None:
+    """Give the caller's own cache object a layer that knows its tokens for each decoder layer, in place.
+
+    `real` is false for tokens seen so far that are padding.
+    """
+    adopted = _adopted(cache, uniform=uniform, written_by=written_by, real=real)
     replicated = cache.layer_class_to_replicate or DynamicLayer
     for _ in range(layers - len(adopted)):
         adopted.append(
@@ -373,7 +387,7 @@ def convert_cache(cache: Cache, layers: int, *, uniform: bool, written_by: Any) 
     cache.layers[:] = adopted
 
 
-def _adopted(cache: Cache, *, uniform: bool, written_by: Any) -> list[Any]:
+def _adopted(cache: Cache, *, uniform: bool, written_by: Any, real: Tensor | None = None) -> list[Any]:
     found = []
     for number, layer in enumerate(cache.layers):
         where = f"{CACHE_ARGUMENT}.layers[{number}]"
@@ -381,15 +395,31 @@ def _adopted(cache: Cache, *, uniform: bool, written_by: Any) -> list[Any]:
         if isinstance(layer, _Indexed) and not (isinstance(layer, UniformLayer) and not uniform):
             found.append(layer)
         elif uniform and not dynamic:
-            found.append(UniformLayer.adopt(layer, where, written_by))
+            found.append(UniformLayer.adopt(layer, where, written_by, real))
         else:
-            found.append(FlowLayer.adopt(layer, where, written_by))
+            found.append(FlowLayer.adopt(layer, where, written_by, real))
     return found
 
 
 def is_flow_cache(cache: Any) -> bool:
     """Whether the cache was written under a policy that dropped something."""
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], _Indexed)
+
+
+def indices_of(cache: Any) -> tuple[KeyIndex, ...] | None:
+    """What each layer of a cache that was written under a policy holds; `None` for other caches."""
+    found = tuple(layer.index for layer in cache.layers) if is_flow_cache(cache) else (None,)
+    return None if None in found else found
+
+
+def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
+    """State which of the last tokens appended to a cache are padding: those where `real` is false."""
+    length, made = int(cache.get_seq_length()), dict[KeyIndex, KeyIndex]()
+    for layer in cache.layers:
+        if layer.index is not None:
+            if layer.index not in made:
+                made[layer.index] = layer.index.upto(length, real)
+            layer.index = made[layer.index]
 
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:

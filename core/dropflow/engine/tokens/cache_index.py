@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.lifecycle.lazy import lazy
 
 PADDING = -2
 """Image number of entries that hold padding of the prompt."""
@@ -47,17 +48,19 @@ class KeyIndex:
         self.length = length
         """Logical tokens seen when the explicit entries were written."""
         self.dropped = dropped
-        """Tokens of each sample, padding excluded, that are missing here; `None` for none, or where nobody counts."""
+        """Tokens of each sample, padding excluded, that are missing here; `None` for none."""
         self.images = images
         """All image numbers are below this."""
         self._last: tuple[Any, KeyIndex] | None = None
         self._ahead: tuple[int, Tensor, Tensor | None] | None = None
 
     @classmethod
-    def plain(cls, batch: int, length: int, device: torch.device) -> KeyIndex:
-        """A cache of `length` text tokens from which nothing was dropped."""
+    def plain(
+        cls, batch: int, length: int, device: torch.device, real: Bool[Tensor, "batch tokens"] | None = None
+    ) -> KeyIndex:
+        """A cache of `length` text tokens from which nothing was dropped; `real` is false for padding."""
         logical = torch.arange(length, device=device).expand(batch, -1)
-        return cls(logical, None, torch.full_like(logical, -1), length)
+        return cls(logical, None, _text(logical, real), length)
 
     def __len__(self) -> int:
         return self.logical.shape[1]
@@ -67,14 +70,17 @@ class KeyIndex:
         """Whether every logical token is held, in order, so that the model's own mask fits as it is."""
         return self.valid is None and len(self) == self.length
 
-    def upto(self, length: int) -> KeyIndex:
-        """The same with implicit entries up to `length` logical tokens made explicit."""
+    def upto(self, length: int, real: Bool[Tensor, "batch tokens"] | None = None) -> KeyIndex:
+        """The same with implicit entries up to `length` logical tokens made explicit.
+
+        `real` is false for those of the last tokens that are padding.
+        """
         if length == self.length:
             return self
         batch, device = self.logical.shape[0], self.logical.device
         more = torch.arange(self.length, length, device=device).expand(batch, -1)
         valid = None if self.valid is None else torch.cat((self.valid, torch.ones_like(more, dtype=torch.bool)), 1)
-        image = torch.cat((self.image_id, torch.full_like(more, -1)), 1)
+        image = torch.cat((self.image_id, _text(more, real)), 1)
         return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped, self.images)
 
     def columns(self, length: int) -> tuple[Int[Tensor, "batch 1 1 entries"], Bool[Tensor, "batch 1 1 entries"] | None]:
@@ -135,11 +141,15 @@ class KeyIndex:
         index.dropped = _sum(self.dropped, self.tokens - index.tokens)
         return index
 
-    @property
+    @lazy
     def tokens(self) -> Int[Tensor, "batch"]:
         """Tokens of each sample that are held, padding excluded."""
-        held = self.image_id != PADDING
-        return (held if self.valid is None else held & self.valid).sum(1)
+        return self._count(self.image_id != PADDING)
+
+    @lazy
+    def visual(self) -> Int[Tensor, "batch"]:
+        """Visual tokens of each sample that are held."""
+        return self._count(self.image_id >= 0)
 
     def without_last(self, count: int) -> KeyIndex:
         """The same without its last `count` entries, which must be the last `count` logical tokens, all of them text.
@@ -154,6 +164,18 @@ class KeyIndex:
         valid = None if self.valid is None else self.valid[:, head]
         length = self.length - count
         return KeyIndex(self.logical[:, head], valid, self.image_id[:, head], length, self.dropped, self.images)
+
+    def _count(self, entries: Bool[Tensor, "batch entries"]) -> Int[Tensor, "batch"]:
+        return (entries if self.valid is None else entries & self.valid).sum(1)
+
+
+def _text(tokens: Int[Tensor, "batch tokens"], real: Tensor | None) -> Tensor:
+    """Image numbers of text tokens; the last of them are padding where `real` is false."""
+    image = torch.full_like(tokens, -1)
+    if real is None:
+        return image
+    padding = torch.nn.functional.pad(~real, (tokens.shape[1] - real.shape[1], 0)).to(image.device)
+    return image.masked_fill(padding, PADDING)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

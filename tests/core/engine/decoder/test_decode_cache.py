@@ -147,7 +147,7 @@ def test_the_report_counts_what_is_left_behind_an_eviction(llava: Any) -> None:
     assert report.kv_bytes == sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
     table = str(report).splitlines()
     assert table[0] == "test: 16 visual tokens at entry to the LLM, 16.00 on average over 6 layers"
-    assert table[4].split() == ["2", "16", "12", f"{report.layers[2].flops:.4g}"]
+    assert table[4].split() == ["2", "16", "12", "12", f"{report.layers[2].flops:.4g}"]
     assert table[-1].endswith(f"KV bytes {report.kv_bytes:g} (dense {report.kv_bytes_dense:g})")
 
 

@@ -1,0 +1,104 @@
+"""The prompts that run under a policy, each with the forwards that feed it and those that follow."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from dropflow.engine.decoder.record import CallRecord, PromptRecord
+from dropflow.engine.tokens.cache_index import KeyIndex
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.policy.plan import Plan
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the text decoder, as far as records need to know it."""
+
+    tokens: int
+    generating: object | None
+    """The prefill of `generate` that it is part of, one object for all its forwards; `None` outside of one."""
+    part: CallRecord | None = None
+    """What it adds to a prompt if it is part of one; `None` for a forward that can only follow one."""
+    drafts: int = 0
+    """Of its last tokens, those that `generate` has put after a prompt to be verified."""
+    seen: int = 0
+    """Logical tokens that its cache had seen before, where it has a part."""
+    stated: bool = False
+    """Whether a mask (batch, tokens) says which of its tokens are padding."""
+    real: Bool[Tensor, "batch tokens"] | None = None
+    """False for those seen before that are padding; `None` where nobody says."""
+    before: Sequence[KeyIndex] | None = None
+    """What each layer's cache held before; `None` for a cache that was not written under a policy."""
+    cache: Any = None
+
+
+class Records:
+    """The last prompt that brought images, and those on whose cache a forward may go on.
+
+    A prompt may be fed in several forwards. What belongs together is one prefill of `generate`; elsewhere, the forwards
+    of several tokens, or with images, that follow each other on one cache.
+    """
+
+    def __init__(self, plan: Plan, backbone: Backbone) -> None:
+        self._plan, self._backbone = plan, backbone
+        self.last: PromptRecord | None = None
+        self._by_cache: weakref.WeakKeyDictionary[Any, _Fed] = weakref.WeakKeyDictionary()
+
+    def add(self, forward: Forward) -> None:
+        """Take a forward that has ended."""
+        cache, part, last = forward.cache, forward.part, self.last
+        fed = None if cache is None else self._by_cache.get(cache)
+        joins = fed is not None and part is not None and fed.joined_by(forward, part)
+        replaced = joins or (part is not None and part.prompt is not None)
+        if last is not None and cache is not None and last.cache is cache and not replaced:
+            last.step(forward.tokens)
+        if part is None and fed is not None:
+            fed.open = False
+        if part is None or (cache is None and part.prompt is None):
+            return
+        if fed is None or not joins:
+            fed = _Fed(self._begun(forward, part, fed), forward.generating)
+            if cache is not None:
+                self._by_cache[cache] = fed
+        part.taken_back = forward.drafts
+        fed.record.feed(part, forward.before)
+        fed.open = not forward.drafts
+        if part.prompt is not None:
+            self.last = fed.record
+
+    def _begun(self, forward: Forward, part: CallRecord, fed: _Fed | None) -> PromptRecord:
+        """A record of a new prompt, on a cache that may hold earlier turns."""
+        seen, batch = forward.seen, len(part.valid)
+        known = None if fed is None else fed.record.index
+        if known is not None and known.length <= seen and len(known.logical) == batch:
+            past = known.upto(seen)
+        else:
+            past = KeyIndex.plain(batch, seen, part.valid.device, forward.real)
+        return PromptRecord(self._plan, self._backbone.decoder_widths, forward.cache, past)
+
+
+class _Fed:
+    """A prompt, and whether more of it may come."""
+
+    def __init__(self, record: PromptRecord, generating: object | None) -> None:
+        self.record, self._generating = record, generating
+        self.open = True
+
+    def joined_by(self, forward: Forward, part: CallRecord) -> bool:
+        """Whether a forward goes on with this prompt; tokens that were cropped meanwhile are forgotten."""
+        record = self.record
+        if not self.open or forward.generating is not self._generating or forward.drafts:
+            return False
+        if len(part.valid) != len(record.parts[0].valid) or not record.before < forward.seen <= record.length:
+            return False
+        if forward.seen < record.length:
+            record.cut(forward.seen)
+        return True
