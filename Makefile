@@ -42,18 +42,18 @@ docs: $(VENV)/.dev
 troubleshooting: $(VENV)/.dev
 	$(BIN)/python docs/refusals.py
 
-# Every installed policy on two embedded models, into docs/results.md; what is finished is not measured again. Each model
-# is measured in a process of its own, on one thread; the last command reads what both have finished.
-COMPARE := OMP_NUM_THREADS=1 $(BIN)/dropflow compare --positions both --questions 250 --timed 2 --out results \
+# Every installed policy on the embedded model, into docs/results.md; what is finished is not measured again. Policies as
+# published and with persistent positions are measured in two processes of one thread each; the last command reads both.
+COMPARE := OMP_NUM_THREADS=1 $(BIN)/dropflow compare --questions 250 --timed 2 --out results \
 	--policies all,docs/results/mustdrop-57.yaml,docs/results/mustdrop-43.yaml
 
 results: $(VENV)/.dev
-	$(MAKE) --jobs 2 results-on-dense results-on-dense-plain
-	$(COMPARE) --models dense,dense-plain --into docs/results.md
+	$(MAKE) --jobs 2 results-published results-persistent
+	$(COMPARE) --positions both --into docs/results.md
 	cp results/compare.png docs/results/compare.png
 
-results-on-%: $(VENV)/.dev
-	$(COMPARE) --models $* > /dev/null
+results-published results-persistent: results-%: $(VENV)/.dev
+	$(COMPARE) --positions $* > /dev/null
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

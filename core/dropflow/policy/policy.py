@@ -96,8 +96,9 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
     except ValidationError as error:
         faults += _faults(error, "", _Head)
     stages: dict[str, StageUse] = {}
-    entries = data.get("stages")
-    for name, entry in entries.items() if isinstance(entries, Mapping) else ():
+    given = data.get("stages")
+    entries: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    for name, entry in entries.items():
         if isinstance(entry, Mapping):
             try:
                 if "use" not in entry:

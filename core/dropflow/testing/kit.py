@@ -49,7 +49,7 @@ def run_cell(
     Where `mixed`, also between an encode stage and a prune stage, and without what the stage does not say it needs.
     """
     name = f"{stage} x {adapter}"
-    case = Case(name, family, tiny, {"name": name, "stages": {"stage": entry}})
+    case = Case(name, family, tiny, {"name": "conformance", "stages": {"stage": entry}})
     try:
         load_policy(case.policy)
     except PolicyError as fault:

@@ -127,8 +127,9 @@ class RanksByNumbers(Stage[Any]):
     @hookimpl
     def observe(self, event: BoundaryEvent) -> None:
         """Look at all scores of one boundary."""
-        first = self._live is None or event.boundary <= event.window.entry
-        before = event.prompt.present if first else self._live
+        before = self._live
+        if before is None or event.boundary <= event.window.entry:
+            before = event.prompt.present
         patches = ((event.prompt.scored >= 0) & before).gather(1, event.index)  # padding slots show what is not live
         self._live = event.live
         for name, scores in event.scores.items():

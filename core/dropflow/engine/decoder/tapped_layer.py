@@ -45,9 +45,9 @@ class TappedLayer:
         seen, source = self.seen, self._source(self.live, now)
         rows = source.to(seen.query.device)
         columns = self._columns(source).to(seen.key.device)
-        mask = seen.mask
+        mask = seen.mask if seen.mask is None or seen.mask.dim() == 2 else row_bias(seen, rows)
         if mask is not None:
-            mask = _taken(mask if mask.dim() == 2 else row_bias(seen, rows), -1, columns)
+            mask = _taken(mask, -1, columns)
         return replace(
             seen,
             query=_taken(seen.query, 2, rows),

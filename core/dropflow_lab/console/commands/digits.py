@@ -36,7 +36,7 @@ def train(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; results repeat only for the same number.")] = 1,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Never leave visual tokens out, on the tower of `dense`: as `dense-plain`.")
+        bool, typer.Option("--plain", help="Never leave visual tokens out; takes the vision tower of `dense`.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

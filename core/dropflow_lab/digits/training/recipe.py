@@ -42,8 +42,8 @@ class Recipe:
         return self.short_steps + self.full_steps + self.mixed_steps
 
 
-PLAIN = Recipe(missing_tokens=False, tower="dense", language_batch=16)
-"""The recipe of `dense-plain`: the tower of `dense`, and a language model that never saw a token missing."""
+PLAIN = Recipe(missing_tokens=False, tower="dense")
+"""The tower of `dense`, and a language model that never saw a token missing."""
 
 SMOKE = Recipe(
     decoder_layers=2,
