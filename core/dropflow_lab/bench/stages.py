@@ -135,7 +135,7 @@ def bench_stages(shape: SubjectShape | None = None, *, rounds: int = 7, threads:
 
 def _policy(name: str) -> dict[str, Any]:
     tuned = {"layers": 32, "visual_tokens": 576}
-    return {"name": name, "tuned_for": tuned, "rescale": True, "stages": POLICIES[name]}
+    return {"name": "bench", "tuned_for": tuned, "rescale": True, "stages": POLICIES[name]}
 
 
 def _row(name: str, seconds: Mapping[str, list[float]], selection: list[float], largest: int) -> StageRow:

@@ -149,7 +149,7 @@ def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
 def _random(keep: int | float, seed: int) -> Policy:
     """Random pruning before the LLM; policies of about the same average share it."""
     stage = {"use": "control/random", "encode": keep, "seed": seed}
-    return dropflow.load_policy({"name": f"random-{keep:.3g}-seed-{seed}", "stages": {"random": stage}})
+    return dropflow.load_policy({"name": f"random-{float(f'{keep:.3g}'):g}-seed-{seed}", "stages": {"random": stage}})
 
 
 def _about(policy: Policy | None) -> dict[str, Any]:

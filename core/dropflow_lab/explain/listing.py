@@ -54,7 +54,7 @@ def _stage(name: str) -> Row:
 
 def _tokens(name: str, stage: type[Stage[Any]]) -> str:
     """What decides how many visual tokens a stage leaves, by its example on a model of LLaVA-1.5-7B's shape."""
-    example = {"name": name, "stages": {"only": {"use": name, **stage.example}}}
+    example = {"name": "example", "stages": {"only": {"use": name, **stage.example}}}
     forecast = resolve(load_policy(example), BackboneShape(32, 576)).forecasts["only"]
     if forecast.entry is not None or forecast.exit is not None:
         return "all or none, by layer"

@@ -224,3 +224,8 @@ def test_a_folder_of_questions_by_the_command(cli: Any, refused: Any, model_fold
     assert cli("compare", model_folder, "--policies", policy, *options, "--into", document).exit_code == 0
     shown = [line for line in document.read_text().splitlines() if line.startswith("| `")]
     assert [line.split("|")[1].strip() for line in shown] == ["`half`", "`dense`", "`half`"]
+
+
+@pytest.mark.parametrize(("keep", "name"), [(64, "64"), (1234, "1230"), (12_345, "12300"), (0.12345, "0.123")])
+def test_random_pruning_has_a_plain_name_at_any_number_of_tokens(keep: float, name: str) -> None:
+    assert comparing._random(keep, 2).name == f"random-{name}-seed-2"
