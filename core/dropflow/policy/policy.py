@@ -111,6 +111,13 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
     return Policy(**head.model_dump(exclude={"stages", "tuned_for"}), tuned_for=head.tuned_for, stages=stages)
 
 
+def _never_asked(stage: type[Stage[Any]]) -> list[str]:
+    """A `prune` that names no boundary would silently do nothing."""
+    if not hasattr(stage, "prune") or stage.forecast is not Stage.forecast or stage.prune_at is not Stage.prune_at:
+        return []
+    return ["defines prune, but at no boundary; name its boundaries in `Forecast.keeps` or in `prune_at`"]
+
+
 def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> StageUse:
     path = f"stages.{escaped(name)}"
     options = {key: value for key, value in entry.items() if key != "use"}
@@ -124,7 +131,7 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
             raise PolicyError(
                 f"{path}.use: no stage is called {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
-    faults = [f"{path}: {fault}" for fault in hook_faults(stage)]
+    faults = [f"{path}: {fault}" for fault in (*hook_faults(stage), *_never_asked(stage))]
     if faults:
         raise PolicyError(listed(faults))
     context = {LOCAL_MODELS: local_models}

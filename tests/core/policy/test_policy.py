@@ -248,9 +248,27 @@ def test_a_hook_without_its_marker_is_refused_when_the_policy_is_made() -> None:
         "EncodeCall) -> Encode | None",
         "stages.cut: marks exitt with hookimpl, but no hook has this name; did you mean 'exit'?",
         "stages.cut: defines prune, but it is not marked with hookimpl; write @hookimpl above it",
+        "stages.cut: defines prune, but at no boundary; name its boundaries in `Forecast.keeps` or in `prune_at`",
         "stages.in: defines inject, but it is not marked with hookimpl; write @hookimpl above it",
     ]
     dropflow.load_policy({"name": "x", "stages": {"in": {"use": Marked}}})
+
+
+def test_a_prune_that_would_never_be_asked_is_refused() -> None:
+    class Nowhere(dropflow.Stage[Any]):
+        @dropflow.hookimpl
+        def prune(self, call: dropflow.PruneCall) -> None: ...
+
+    class Named(Nowhere):
+        prune_at = (2,)
+
+    class Foreseen(Nowhere):
+        def forecast(self) -> dropflow.Forecast:
+            return dropflow.Forecast(keeps={2: None})
+
+    with pytest.raises(PolicyError, match=r"^stages\.cut: defines prune, but at no boundary; name its boundaries in"):
+        dropflow.load_policy({"name": "x", "stages": {"cut": {"use": Nowhere}}})
+    dropflow.load_policy({"name": "x", "stages": {"a": {"use": Named}, "b": {"use": Foreseen}}})
 
 
 @pytest.mark.parametrize(
