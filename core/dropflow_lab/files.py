@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -53,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if not direct:
-            part.unlink(missing_ok=True)
+            with suppress(NotADirectoryError):
+                part.unlink(missing_ok=True)
 
 
 @contextmanager
