@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl, operators
 from dropflow.errors import PolicyError
-from dropflow.operators import top
-from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 from dropflow_dart.released import ReleasedBudget
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class DuplicationOptions(StageOptions):
@@ -86,6 +85,10 @@ class Duplication(Stage[DuplicationOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Choose for every image."""
+        import torch
+
+        from dropflow_dart.pivots import key_sizes, turned_key_sizes
+
         assert call.final_norm is not None  # a policy is refused otherwise
         mask = torch.zeros_like(call.valid)
         with torch.no_grad():
@@ -107,9 +110,13 @@ class Duplication(Stage[DuplicationOptions]):
         self, call: PruneCall, row: int, slots: Tensor, sizes: Tensor, states: Tensor, count: int
     ) -> Int[Tensor, "kept"]:
         """Those of the slots of one image that stay."""
-        own = slots[top(sizes[slots], min(self.options.image_pivots, count))]
-        text = _text_behind(call, row, int(slots[-1]))
-        pivots = [*own.tolist(), *text[top(sizes[text], self.options.text_pivots)].tolist()]
+        import torch
+
+        from dropflow_dart.pivots import even_quotas, least_alike, published_order, text_after
+
+        own = slots[operators.top(sizes[slots], min(self.options.image_pivots, count))]
+        text = text_after(call, row, int(slots[-1]))
+        pivots = [*own.tolist(), *text[operators.top(sizes[text], self.options.text_pivots)].tolist()]
         if not pivots:
             return own
         if self.options.reference:  # by indices in the sample without its padding, whose order the released code has
@@ -119,10 +126,3 @@ class Duplication(Stage[DuplicationOptions]):
         quotas = even_quotas(count - len(own), len(pivots))
         pool = slots[~torch.isin(slots, own)]
         return torch.cat((own, least_alike(states, pool.to(states.device), pivots, quotas).to(own.device)))
-
-
-def _text_behind(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
-    """Slots of the text after an image, up to the sample's last instruction token."""
-    slots = torch.arange(call.index.shape[1], device=call.index.device)
-    last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
-    return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

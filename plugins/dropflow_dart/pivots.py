@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dropflow import PruneCall
 from dropflow.operators import top
 
 
@@ -54,3 +55,10 @@ def even_quotas(total: int, pivots: int) -> list[int]:
 def published_order(pivots: Sequence[int]) -> list[int]:
     """The order in which the released code goes through its pivots: that of a set of their sequence indices."""
     return list(set(pivots))
+
+
+def text_after(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
+    """Slots of the text after an image, up to the sample's last instruction token."""
+    slots = torch.arange(call.index.shape[1], device=call.index.device)
+    last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
+    return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow_divprune.diversity import max_min
 
 
 class MaxMinOptions(StageOptions):
@@ -49,6 +47,10 @@ class MaxMin(Stage[MaxMinOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Keep the most diverse rows of every image."""
+        import torch
+
+        from dropflow_divprune.diversity import max_min
+
         masks = []
         with torch.no_grad():
             for features in call.features:

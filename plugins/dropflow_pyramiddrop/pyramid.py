@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow.operators import instruction_scores, keep_best
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl, operators
 
 
 class PyramidOptions(StageOptions):
@@ -49,5 +48,5 @@ class Pyramid(Stage[PyramidOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked visual tokens of each image."""
-        scores = instruction_scores(call)
-        return Keep(keep_best(call, scores, self._keeps[call.boundary]), scores)
+        scores = operators.instruction_scores(call)
+        return Keep(operators.keep_best(call, scores, self._keeps[call.boundary]), scores)

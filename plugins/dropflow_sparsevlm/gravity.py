@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dropflow import PruneCall
+from dropflow.operators import row_parts
 
 LEAST = 0.05
 """W is taken as no less than this share of sqrt(d), its value at distance 0."""
@@ -35,6 +39,25 @@ def gravity(
 def guarded(pull: Float[Tensor, "batch rows slots"], head_dim: int) -> Float[Tensor, "batch rows slots"]:
     """W that may be divided by: never below `LEAST * sqrt(d)`, since it oscillates around 0 at long distances."""
     return pull.clamp(min=LEAST * head_dim**0.5)
+
+
+def corrected_attention(
+    call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"], *, guard: bool
+) -> Float[Tensor, "batch heads slots"]:
+    """Sum over the raters of their attention, in the layer before the boundary, divided by W.
+
+    `guard` keeps W from 0 (see `guarded`).
+    """
+    layer = call.boundary - 1
+    head_dim = call.tapped(layer).query.shape[-1]
+    pull = gravity(*call.rotary(layer), rows, head_dim)
+    if guard:
+        pull = guarded(pull, head_dim)
+    total, start = torch.zeros((), device=pull.device), 0
+    for part in row_parts(call, layer, rows, asks):
+        own = pull[:, None, start : start + part.shape[2]]
+        total, start = total + (part / own).sum(2), start + part.shape[2]
+    return total
 
 
 def best_heads(

@@ -1,8 +1,7 @@
-"""The maths of token merging: bipartite soft matching, weighted means, and how many tokens go in which layer."""
+"""The maths of token merging: bipartite soft matching and weighted means."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +56,6 @@ def merge(
     return (joined(weighted) / total[:, None]).to(tokens.dtype), total
 
 
-def schedule(layers: int, tokens: int | Sequence[int], slope: float = 0.0) -> list[int]:
-    """Tokens to merge in each of `layers` layers: the same in all, or as listed, padded with 0.
-
-    `slope` tilts a single number: from 2 * tokens in the first layer down to 0 at -1, from 0 up to 2 * tokens at 1.
-    """
-    if not isinstance(tokens, int):
-        return [*tokens, *[0] * (layers - len(tokens))]
-    low = int(tokens * (1 - slope))
-    step = 2 * (tokens - low) / max(layers - 1, 1)
-    return [int(low + step * layer) for layer in range(layers)]
+def shares(matching: Matching, sizes: Float[Tensor, "tokens"], prefix: int) -> Float[Tensor, "new rows"]:
+    """Which rows each new one is the mean of: unit vectors are merged instead of tokens; the prefix is left out."""
+    return merge(matching, torch.eye(len(sizes), device=sizes.device), sizes)[0][prefix:, prefix:]

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor
 
-from dropflow import Budget, Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators import first_places
-from dropflow_tome.matching import Matching, match, merge, schedule
+from dropflow import (
+    Budget,
+    Encode,
+    EncodeBoundary,
+    EncodeCall,
+    Forecast,
+    Stage,
+    StageContext,
+    StageOptions,
+    hookimpl,
+    operators,
+)
+from dropflow_tome.schedule import schedule
 
 
 class TokenMergingOptions(StageOptions):
@@ -90,6 +97,10 @@ class TokenMerging(Stage[TokenMergingOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Merge tokens of every image."""
+        import torch
+
+        from dropflow_tome.matching import match, merge, shares
+
         assert isinstance(call.boundary, float)
         layer, prefix = int(call.boundary), call.prefix
         with torch.no_grad():
@@ -102,13 +113,8 @@ class TokenMerging(Stage[TokenMergingOptions]):
         rows = tuple(own[prefix:] for own, _ in merged)
         return Encode(
             rows=rows,
-            places=first_places(call.places, rows),
+            places=operators.first_places(call.places, rows),
             sizes=tuple(sizes[prefix:] for _, sizes in merged),
             proportional=self.options.proportional,
-            shares=lambda: tuple(_shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
+            shares=lambda: tuple(shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
         )
-
-
-def _shares(matching: Matching, weights: Float[Tensor, "tokens"], prefix: int) -> Float[Tensor, "new rows"]:
-    """Which rows each new one is the mean of: merging unit vectors instead of tokens; the prefix is in none."""
-    return merge(matching, torch.eye(len(weights), device=weights.device), weights)[0][prefix:, prefix:]

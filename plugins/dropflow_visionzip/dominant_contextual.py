@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from dropflow import (
     Budget,
@@ -21,9 +19,8 @@ from dropflow import (
     StageOptions,
     Tokens,
     hookimpl,
+    operators,
 )
-from dropflow.operators import first_places
-from dropflow_visionzip.contextual import contextual_tokens, split
 
 
 class DominantContextualOptions(StageOptions):
@@ -104,26 +101,19 @@ class DominantContextual(Stage[DominantContextualOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Reduce every image."""
+        import torch
+
+        from dropflow_visionzip.contextual import reduced, shares
+
         layer = self.options.layer
         with torch.no_grad():
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
             metric = [key[:, call.prefix :].mean(0) for _, key in call.query_keys(layer)]
-        rows = tuple(map(self._reduced, call.features, call.prefix_rows, scores, metric))
+        counts = [self._reduced_to.counts(len(features)) for features in call.features]
+        rows = tuple(map(reduced, call.features, call.prefix_rows, scores, metric, counts))
         return Encode(
             rows=rows,
-            places=first_places(call.places, rows),
-            shares=lambda: tuple(map(self._shares, call.features, call.prefix_rows, scores, metric)),
+            places=operators.first_places(call.places, rows),
+            shares=lambda: tuple(map(shares, call.features, call.prefix_rows, scores, metric, counts)),
             scores=lambda: tuple(scores),
         )
-
-    def _reduced(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
-        dominant, contextual = self._reduced_to.counts(len(features))
-        cls = prefix[: min(dominant, 1)]
-        kept, left = split(scores, max(dominant - len(cls), 0))
-        merged = contextual_tokens(features[left], metric[left], contextual)
-        return torch.cat((cls, features[kept], merged))
-
-    def _shares(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
-        """The same reduction of unit vectors (new rows, patches and prefix rows)."""
-        unit = torch.eye(len(features) + len(prefix)).to(features)
-        return self._reduced(unit[: len(features)], unit[len(features) :], scores, metric)
