@@ -1,4 +1,4 @@
-"""A choice of tokens, image by image, that is diverse and has to do with the question (CDPruner, section 3)."""
+"""A choice of tokens, image by image, that is diverse and relevant to the question (CDPruner, section 3)."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     """Of each image, the tokens stay whose kernel L = diag(r) S diag(r) has the largest determinant, chosen greedily.
 
     S are the cosines of the projected tokens, r their relevance to the question, rescaled to 0..1 in each image. With
-    `clip`, relevance is less the cosine of patch and question in CLIP's joint space (released code: post
-    norm and visual projection on the patches that the projector gets; mean over the segments of a long question).
-    Without, which is ours for backbones that have no CLIP tower, it is the mean cosine of the projected token with the
+    `clip`, relevance is minus the cosine of patch and question in CLIP's joint space (released code: post norm and
+    visual projection on the patches that the projector gets; mean over the segments of a long question). Without it
+    (our addition, for backbones that have no CLIP tower) it is the mean cosine of the projected token with the
     embeddings of the text tokens after the first image. Where there is no text, or all relevance is equal, diversity
     alone decides. Where fewer tokens are independent than are asked for, the most relevant of the others fill up; the
     released code gets NaN there and keeps fewer. Every image (tile, frame) has a choice of its own.
@@ -85,7 +85,7 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
         self._negate = options.clip is not None if options.negate is None else options.negate
 
     def prepare(self, backbone: Backbone) -> None:
-        """Load CLIP, if the options name one; raises `PolicyError` where it is none, or not that of the tower."""
+        """Load CLIP, if the options name one; raises `PolicyError` if it is no CLIP model, or not that of the tower."""
         from dropflow_cdpruner.joint_space import JointSpace
 
         if self.options.clip is not None:
@@ -164,7 +164,7 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     def _similarity(
         self, call: PruneCall, sample: int, projected: Float[Tensor, "slots dim"], text: Float[Tensor, "texts dim"]
     ) -> Float[Tensor, "slots"]:
-        """How much each patch of a sample has to do with the question; 0 for all where nothing is asked."""
+        """How relevant each patch of a sample is to the question; 0 for all where nothing is asked."""
         from dropflow_cdpruner.dpp import mean_cosine
 
         patches = projected if call.carried is None else call.carried[sample]

@@ -1,4 +1,4 @@
-"""Average pooling: the plainest merging that there is, blind to what patches show."""
+"""Average pooling: the simplest way to merge, whatever the patches show."""
 
 from __future__ import annotations
 

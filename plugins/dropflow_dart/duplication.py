@@ -1,4 +1,4 @@
-"""Pruning by duplication: pivots stay, and with them the tokens that are least alike to any pivot (DART)."""
+"""Pruning by duplication: pivots stay, and with them the tokens that are least similar to any pivot (DART)."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class DuplicationOptions(StageOptions):
 
 
 class Duplication(Stage[DuplicationOptions]):
-    """Of every image, the pivots stay and the tokens that are least alike to one of them.
+    """Of every image, the pivots stay, and the tokens that are least similar to one of them.
 
     Pivots are the tokens of the image, and of the text after it up to the instruction's last token, whose keys (in the
-    layer before the boundary, after RoPE) have the largest norm. One pivot after the other, the image's by
-    falling norm and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm
-    gives them, have the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not
-    change. No attention map is formed. Each image has its own pivots, where
-    the released code takes everything after the first image's start for one image and stops at batches; a pool that
-    runs out and a prompt with little text after the image end the choice instead of an error. Protected tokens stay
-    and count against the number. Raises `PolicyError` for a boundary before which no layer with vision lies.
+    layer before the boundary, after RoPE) have the largest norm. One pivot after the other, the image's by falling norm
+    and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm gives them, have
+    the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not change. No
+    attention map is formed. Each image has its own pivots, where the released code takes everything after the first
+    image's start for one image and refuses batches; a pool that runs out, or a prompt with little text after the image,
+    ends the choice where the released code fails. Protected tokens stay and count against the number. Raises
+    `PolicyError` where vision takes no part in the layer before the boundary.
     """
 
     Options = DuplicationOptions

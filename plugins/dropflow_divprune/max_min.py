@@ -1,4 +1,4 @@
-"""Max-min diversity: of each image, tokens stay that are as unlike each other as possible (DivPrune)."""
+"""Max-min diversity: the tokens of each image that differ most from each other stay (DivPrune)."""
 
 from __future__ import annotations
 

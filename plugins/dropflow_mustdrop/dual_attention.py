@@ -61,11 +61,10 @@ class DualAttentionOptions(StageOptions):
 class DualAttention(Stage[DualAttentionOptions]):
     """At each boundary a token goes if both its scores are below their thresholds; reaching one of them keeps it.
 
-    Scores come from the attention of the layer before the boundary, averaged over heads, from the text tokens
-    after the first image up to the last instruction token: their sum, as a share of what all tokens of the same
-    picture get (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample
-    without text after its image is not pruned. Raises `PolicyError` for a boundary before which no layer with
-    vision lies.
+    Scores come from the attention of the layer before the boundary, averaged over heads, from the text tokens after the
+    first image up to the last instruction token: their sum, as a share of what all tokens of the same picture get
+    (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample without
+    text after its image is not pruned. Raises `PolicyError` where vision takes no part in the layer before a boundary.
     """
 
     Options = DualAttentionOptions

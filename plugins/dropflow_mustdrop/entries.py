@@ -1,4 +1,4 @@
-"""The maths of the output-aware cache: entries of tokens that survived, and how much attention entries have got."""
+"""The maths of the output-aware cache: entries of surviving tokens, and the attention entries received."""
 
 from __future__ import annotations
 

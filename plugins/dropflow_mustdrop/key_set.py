@@ -32,7 +32,7 @@ class KeySet(Stage[KeySetOptions]):
 
     Score of a row: softmax attention from CLS in one encoder layer, averaged over heads; only that row of the map is
     computed. For towers without a CLS token (SigLIP, Qwen) it is the attention a row gets from all rows, on average,
-    at the work of one map. Ties go to the earlier row. Nothing is dropped here.
+    at the cost of one attention map. Ties go to the earlier row. Nothing is dropped here.
     """
 
     Options = KeySetOptions

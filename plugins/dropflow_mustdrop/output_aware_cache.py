@@ -1,4 +1,4 @@
-"""The output-aware cache: only visual tokens that survived the prefill serve the answer (MustDrop, stage 3)."""
+"""The output-aware cache: the answer reads only the visual tokens that survived the prefill (MustDrop, stage 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local spatial merging: windows of alike patches become one token inside the vision tower (MustDrop, stage 1)."""
+"""Local spatial merging: windows of similar patches become one token inside the vision tower (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SpatialMergeOptions(StageOptions):
 
 
 class SpatialMerge(Stage[SpatialMergeOptions]):
-    """Windows of patches that are alike become one token each: the plain mean of their members.
+    """Windows of similar patches become one token each: the plain mean of their members.
 
     Position embeddings were added before; the encoder's later layers simply run on fewer tokens. Similarity of a
     window: mean cosine over pairs of its patches. Rows and columns after the last whole window stay as they are.

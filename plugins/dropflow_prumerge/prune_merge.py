@@ -53,8 +53,8 @@ class PruneMerge(Stage[PruneMergeOptions]):
     """The patches whose attention from CLS is an outlier stay, each with its nearest patches merged into it.
 
     The attention is that of one head of the layer's whole width. A patch that stays becomes itself plus the sum of the
-    32 patches with the most alike keys, weighted by their attention; one more token is the weighted sum of all that do
-    not stay. `plus` adds every n-th patch in raster order, n being a third of the patches per outlier, so that the
+    32 patches with the most similar keys, weighted by their attention; one more token is the weighted sum of all that
+    do not stay. `plus` adds every n-th patch in raster order, n being a third of the patches per outlier, so that the
     number of tokens falls in steps. Rows fill the image's first placeholders: outliers with the largest attention
     first, then evenly spaced patches, then the sum.
 

@@ -1,6 +1,6 @@
 """Gravity correction (SparseVLM+): attention without what RoPE alone gives to near tokens, and the heads that see best.
 
-RoPE lets attention fall with distance, whatever a token shows. How far is read off all-ones vectors: turned as q and k
+RoPE makes attention fall with distance, whatever a token shows. All-ones vectors tell by how much: rotated as q and k
 are, their product is W = (2 / sqrt(d)) * sum_i cos((p_q - p_k) * theta_i), and attention is divided by it.
 """
 
@@ -28,7 +28,8 @@ def gravity(
     """W between query rows and all slots, in float32: an all-ones q by an all-ones k, over sqrt(d).
 
     With (x, y) -> (x cos - y sin, y cos + x sin), a pair of ones at angles a and b gives 2 cos(a - b). Every angle
-    stands twice in `cos` and `sin`, once for each number of a pair; the other d - dims numbers of a head do not turn.
+    stands twice in `cos` and `sin`, once for each number of a pair; the other d - dims numbers of a head are not
+    rotated.
     """
     cos, sin = cos.float(), sin.float()
     picked = rows[:, :, None].expand(-1, -1, cos.shape[2])

@@ -43,8 +43,8 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
     is negative from distance 1707 on with 128 dims and from 725 on with 64, where the released code's scores change
     sign. Here it is never taken below 0.05 of what it is at distance 0, a floor that begins earlier, at distance 1109
     with 128 dims and 542 with 64; `reference` takes W as it is. A sample without text after its image is not pruned.
-    Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may
-    not turn q and k by the cos and sin that it is given.
+    Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may not rotate q
+    and k by the cos and sin that it is given.
     """
 
     Options = GravityCorrectedOptions

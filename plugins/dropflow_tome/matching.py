@@ -14,7 +14,7 @@ class Matching:
     """Which tokens of set A (positions 0, 2, 4, ...) are merged into which of set B (positions 1, 3, 5, ...)."""
 
     sources: Int[Tensor, "merged"]
-    """Positions in A, most alike first."""
+    """Positions in A, most similar first."""
     destinations: Int[Tensor, "merged"]
     """For each source, a position in B; several sources may have one destination."""
     unmerged: Int[Tensor, "unmerged"]
@@ -22,11 +22,11 @@ class Matching:
 
 
 def match(metric: Float[Tensor, "tokens dim"], count: int, *, has_cls: bool) -> Matching:
-    """Merge the `count` tokens of A that are most alike to any token of B (ToMe, section 3, bipartite soft matching).
+    """Merge the `count` tokens of A that are most similar to any token of B (ToMe, section 3, bipartite soft matching).
 
-    Alike is a large cosine of `metric`; ties go to the lowest position. The first token is never merged if it is CLS.
-    At most half of the other tokens go. With CLS unmerged tokens keep their order, without it the most alike come
-    first, as published.
+    Similar means a large cosine of `metric`; ties go to the lowest position. The first token is never merged if it is
+    CLS. At most half of the other tokens go. With CLS, unmerged tokens keep their order; without it, the most similar
+    come first, as published.
     """
     count = max(min(count, (len(metric) - has_cls) // 2), 0)
     unit = torch.nn.functional.normalize(metric.float(), dim=1)

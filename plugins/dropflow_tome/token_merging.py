@@ -1,4 +1,4 @@
-"""Token merging inside the vision tower: in every layer the most alike tokens become one (ToMe)."""
+"""Token merging inside the vision tower: in every layer the most similar tokens become one (ToMe)."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class TokenMergingOptions(StageOptions):
 
 
 class TokenMerging(Stage[TokenMergingOptions]):
-    """Between attention and feed-forward part of a layer, the r most alike pairs of tokens become one token each.
+    """Between attention and feed-forward part of a layer, the r most similar pairs of tokens become one token each.
 
-    Tokens at even places are compared with those at odd places, CLS apart, by the cosine of this layer's keys (mean
+    Tokens at even places are compared with those at odd places, CLS excepted, by the cosine of this layer's keys (mean
     over heads); the r tokens with the best match join it. A merged token is the mean of all its members, and attention
     of later layers adds the logarithm of their number to its logits. The tower's feed-forward part and all later layers
     run on fewer tokens. Unmerged tokens come first, then the matches: this order, not the raster, fills the image's

@@ -34,10 +34,10 @@ def targets(left: int, contextual: int, device: torch.device) -> Int[Tensor, "co
 def contextual_tokens(
     features: Float[Tensor, "left dim"], metric: Float[Tensor, "left width"], contextual: int
 ) -> Float[Tensor, "contextual dim"]:
-    """Each target plus the mean of the left-over patches that are most alike to it, by cosine of `metric`.
+    """Each target plus the mean of the left-over patches that are most similar to it, by cosine of `metric`.
 
-    A sum of the target and the mean of its members, as released, and no average of both; a target without members
-    stays as it is.
+    The sum of the target and the mean of its members, as released, not their average; a target without members stays
+    as it is.
     """
     aim = targets(len(features), contextual, features.device)
     if not len(aim):

@@ -1,4 +1,4 @@
-"""Dominant and contextual tokens: what the vision tower looks at stays, the rest is summed up (VisionZip)."""
+"""Dominant and contextual tokens: patches that CLS attends to stay, the rest are merged (VisionZip)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Reduced(Budget):
         return dominant, min(self.contextual.of(patches), patches - dominant)
 
     def of(self, visual_tokens: int) -> int:
-        """Both together."""
+        """Dominant and contextual tokens together."""
         return sum(self.counts(visual_tokens))
 
 
@@ -64,11 +64,11 @@ class DominantContextual(Stage[DominantContextualOptions]):
     """The rows that CLS attends to most stay in raster order after the CLS row; the others are merged.
 
     Score of a patch: attention from CLS in one layer, summed over heads. Of the patches left over, evenly spaced ones
-    are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and
-    a contextual token is its target plus the mean of those that joined it. All of it happens on what the projector
-    gets, so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention
-    a patch gets from all of them, and there is no CLS row to keep. More tokens than the image has patches are refused
-    by leaving contextual ones out. Rows fill the image's first placeholders, in the published order.
+    are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and a
+    contextual token is its target plus the mean of those that joined it. All of it happens on what the projector gets,
+    so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention a patch
+    gets from all of them, and there is no CLS row to keep. Where more tokens are asked for than the image has patches,
+    contextual ones are left out. Rows fill the image's first placeholders, in the published order.
     """
 
     Options = DominantContextualOptions

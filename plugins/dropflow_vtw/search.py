@@ -18,7 +18,7 @@ FIRST = 5
 
 @dataclass(frozen=True)
 class Search:
-    """What a search saw."""
+    """The result of a search for the boundary."""
 
     divergences: Mapping[int, float]
     """Boundary -> mean KL divergence over the samples, in nats."""
