@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-N = TypeVar("N", int, Tensor)
+N = TypeVar("N", int, "Tensor")
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,10 @@ class PruneCall:
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
 
     def rotary(self, layer: int) -> tuple[Float[Tensor, "batch slots dims"], Float[Tensor, "batch slots dims"]]:
-        """cos and sin by which an earlier layer that the stage lists in `taps` turned q and k of the slots.
+        """cos and sin by which an earlier layer that the stage lists in `taps` rotated q and k of the slots.
 
-        Every angle stands twice, once for either number of the pair it turns; a head wider than `dims` is turned in
-        that part only. For stages that need the fact `rotary`. Raises `DecisionError` as `keys`, and where the layer
+        Every angle stands twice, once for each number of the pair it rotates; a head wider than `dims` is rotated
+        in that part only. For stages that need the fact `rotary`. Raises `DecisionError` as `keys`, and where the layer
         was given something else.
         """
         found = self.tapped(layer).rotary
