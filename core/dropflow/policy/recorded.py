@@ -34,8 +34,9 @@ def recorded_policy(config: Any, *, allow_downloads: bool = False) -> Policy:
         recorded = bounded(found if isinstance(found, Mapping) else {"stages": found}, f"config.{FIELD}")
         return load_recorded(_as_said(recorded), allow_downloads=allow_downloads)
     except PolicyError as error:
-        lines = [f"config.{FIELD}.{line}" for line in str(error).split("\n")]
-        remedy = "install the package this policy's stages come from, or pass another policy to `attach`"
+        whole = f"config.{FIELD}:"
+        lines = [line if line.startswith(whole) else f"config.{FIELD}.{line}" for line in str(error).split("\n")]
+        remedy = "pass another policy to `attach`, or install the package that a stage is missing from"
         raise PolicyError("\n".join([*lines, remedy])) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -110,10 +111,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[^:]+:.*)")
+"""010 would be 8 and 1:30 would be 90, which nobody means."""
+
+
 def _scalar(construct: Callable[[Any, Any], Any], kind: str) -> Callable[[_Loader, Node], Any]:
     """A constructor that says so where a scalar is tagged, or looks, as what it is not."""
 
     def checked(loader: _Loader, node: Node) -> Any:
+        if kind == "number" and _OTHER_BASE.fullmatch(str(node.value)):
+            told = f"{quoted(node.value)} is a number to the base 8 or 60 in YAML; write it in decimal"
+            raise ConstructorError(None, None, told, node.start_mark)
         try:
             return construct(loader, node)
         except (ValueError, LookupError, ArithmeticError):

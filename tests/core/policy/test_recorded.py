@@ -103,6 +103,7 @@ def test_without_a_record_a_policy_has_to_be_named(llava: Any) -> None:
         ),
         ({"name": "theirs"}, r"^config\.dropflow\.stages: "),
         ("hidrop-64", r"^config\.dropflow\.stages: .*'hidrop-64'"),
+        ({"stages": {"cut": [0] * 3000}}, r"^config\.dropflow: more than 2,000 entries"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(recorded: Any, message: str) -> None:
