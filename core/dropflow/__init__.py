@@ -68,7 +68,7 @@ else:
     _HOMES = {name: module for module, names in _NEED_TORCH.items() for name in names}
 
     def __getattr__(name: str) -> Any:
-        """What needs torch is imported when it is first read, so that a policy is validated without."""
+        """Import what needs torch on first access, so that a policy can be validated without torch."""
         if name == "operators":
             return import_module("dropflow.operators")
         if name not in _HOMES:
