@@ -29,7 +29,7 @@ def soft_top(
     *,
     temperature: float,
 ) -> Float[Tensor, "batch slots"]:
-    """Soft mask m_i = sigmoid((s_i - tau) / T) of each image, with tau such that it sums to k, its kept tokens.
+    """Soft mask m_i = sigmoid((s_i - tau) / T) of each image, with tau such that it sums to k, the number kept.
 
     It solves max <s, m> + T * (binary entropy of m) over m in [0, 1]^n with sum(m) = k: top-k with an entropy
     regulariser, as by optimal transport in Xie et al., "Differentiable Top-k with Optimal Transport", 2020. tau is

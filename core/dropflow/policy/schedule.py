@@ -62,7 +62,7 @@ def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None
     """Visual tokens of an image that reach the LLM, and how many of them are protected.
 
     `None` and 0 where the data decides. It does where a stage drops rows after another has protected some, since how
-    many of the protected rows it would have kept anyway is not known.
+    many of the protected rows it would have kept anyway is unknown.
     """
     count: int | None = visual_tokens
     protected = 0
