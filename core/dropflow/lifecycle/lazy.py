@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):  # noqa: N801  # a decorator
-    """Lets a method be an attribute that is computed once.
+    """Turns a method into an attribute that is computed once.
 
     Up to Python 3.11 `functools.cached_property` computes under one lock for all instances of a class. A process forked
-    while another thread held it would wait for ever, and models would wait for each other.
+    while another thread held it would wait forever, and models would wait for each other.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -35,7 +35,7 @@ class lazy(Generic[T]):  # noqa: N801  # a decorator
         if instance is None:
             return self
         value: T = self._make(instance)
-        instance.__dict__[self._name] = value  # it has no `__set__`, so that this is read from now on
+        instance.__dict__[self._name] = value  # found first from now on, as there is no `__set__`
         return value
 
 

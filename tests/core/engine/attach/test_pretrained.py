@@ -76,5 +76,5 @@ def test_a_word_where_a_recorded_policy_does_not_count(checkpoint: Path, caplog:
     note_dense(dense.config)
     note_dense(tiny_llava(layers=1).config)
     assert caplog.messages == [
-        "this model runs dense, though its config records the policy 'test'; dropflow.attach(model) lets it count"
+        "this model runs dense, though its config records the policy 'test'; dropflow.attach(model) applies it"
     ]

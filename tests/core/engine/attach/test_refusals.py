@@ -27,7 +27,7 @@ def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
     [
         (
             policy(a={"use": "hidrop/early-exti", "at": 3}),
-            r"stages\.a\.use: no stage is called 'hidrop/early-exti'; did you mean 'hidrop/early-exit'",
+            r"stages\.a\.use: no stage named 'hidrop/early-exti'; did you mean 'hidrop/early-exit'",
         ),
         (
             policy(a={"use": "hidrop/early-exit", "ta": 3}),
@@ -212,8 +212,8 @@ def test_what_holds_a_model_or_goes_with_one_is_told_what_to_pass(llava: Any) ->
             self.module = llava
 
     expected = {
-        r"^expected a model of transformers, got Pipeline; pass its `model` \(LlavaForCond": Pipeline(),
-        r"^expected a model of transformers, got Engine; pass its `module` \(LlavaFor.*, and call that$": Engine(),
+        r"^expected a transformers model, got Pipeline; pass its `model` \(LlavaForCond": Pipeline(),
+        r"^expected a transformers model, got Engine; pass its `module` \(LlavaFor.*, and call that$": Engine(),
         r"got LlavaConfig; pass what `from_pretrained` of the model's class returns": llava.config,
         r"got str; pass what `from_pretrained`": "llava-hf/llava-1.5-7b-hf",
     }
