@@ -66,9 +66,7 @@ def test_stages_inside_such_an_encoder_are_refused_by_name(stage: str) -> None:
 
 def test_the_kit_finds_an_adapter_that_takes_them_for_one_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert assert_backbone_conforms(Plain, TINY) < 1e-5
-    wide = (
-        r"OneLayer \(images\): the fact 'vision_layers' is wrong: layer 1 of the encoder gives rows of 16 numbers, the"
-    )
+    wide = r"OneLayer \(images\): the fact 'vision_layers' is wrong: layer 1 of the encoder returns rows of 16 numbers,"
     with pytest.raises(BrokenGuarantee, match=wide):
         assert_backbone_conforms(OneLayer, TINY)
 

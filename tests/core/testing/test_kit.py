@@ -87,7 +87,7 @@ class SeesBeams(Stage[Any]):
 
 
 def test_a_stage_that_treats_beams_otherwise_breaks_the_third() -> None:
-    message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample by itself"
+    message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample alone"
     with pytest.raises(BrokenGuarantee, match=message):
         assert_stage_conforms(SeesBeams, models={"llava": FAMILIES["llava"]})
 
@@ -138,7 +138,7 @@ def test_eviction_that_the_masked_run_does_not_know_of_is_noticed(monkeypatch: p
     from dropflow.testing import guarantees
 
     monkeypatch.setattr(guarantees, "_held", lambda *_: None)
-    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step 1 on, other tokens are generated"):
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step 1 on, the generated tokens differ"):
         assert_stage_conforms(EvictAfterPrefill, models={"llava": FAMILIES["llava"]})
 
 

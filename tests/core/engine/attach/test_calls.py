@@ -135,7 +135,7 @@ def test_lengths_of_packed_documents_are_refused_by_name(llava: Any) -> None:
     with dropflow.attach(llava, PRUNED):
         expected = llava(**inputs).logits
         for name in ("cu_seq_lens_q", "seq_idx"):
-            with pytest.raises(UnsupportedCall, match=f"{name}: a padding-free batch says here where its documents"):
+            with pytest.raises(UnsupportedCall, match=f"{name}: states where the documents of a padding-free batch"):
                 llava(**inputs, **{name: lengths})
         assert torch.equal(llava(**inputs).logits, expected)
 

@@ -182,7 +182,7 @@ def test_report_before_any_image(llava: Any) -> None:
 def test_report_of_a_policy_without_stages(llava: Any) -> None:
     with dropflow.attach(llava, policy()) as flow:
         llava(**prompt())
-        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is watched"):
+        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is recorded"):
             flow.report()
 
 

@@ -135,10 +135,10 @@ def test_none_of_a_thousand_calls_of_four_threads_is_wrong(llava: Any, name: str
 
 CLEAR = re.compile(
     "this cache was written under a policy; attach the policy again"
-    "|encoded under a policy that has been detached since"
+    "|encoded under a policy that has since been detached"
     "|this cache was written under another policy"
     "|features were not encoded under this attachment"
-    "|encoded without the policy, whose `encode` stages would be left out"
+    "|encoded without the policy, so its `encode` stages would be skipped"
 )
 """What a call may be told that another thread's attaching or detaching has divided."""
 
@@ -318,7 +318,7 @@ def test_attaching_and_detaching_inside_of_a_forward_are_refused(llava: Any, par
 
     def act(*_: Any) -> None:
         for each in (flow.detach, lambda: dropflow.detach(llava), lambda: dropflow.attach(llava, RAGGED)):
-            with pytest.raises(DropflowError, match="called inside of a forward of this model") as error:
+            with pytest.raises(DropflowError, match="called inside a forward of this model") as error:
                 each()
             said.append(str(error.value).partition(":")[0])
 
@@ -355,7 +355,7 @@ def test_of_policies_attached_at_once_one_wins(llava: Any, count: int) -> None:
         assert flows[0].attached
         assert dropflow.flow_of(llava) is flows[0]
         assert llava.config.dropflow["name"] == named[number].name
-        text = f"attach: the policy {named[number].name!r} is attached to this model already; detach it first"
+        text = f"attach: the policy {named[number].name!r} is already attached to this model; detach it first"
         assert [each for each in found if each is not flows[0]] == [text] * (count - 1)
         assert torch.equal(forward(llava), expected[number])
         flows[0].detach()
@@ -498,7 +498,7 @@ def test_a_stage_that_runs_its_own_model_is_refused_by_name(llava: Any, where: A
     plain = forward(llava)
     with dropflow.attach(llava, policy(runs={"use": stage_that_runs(runs[part], where, [])})):
         for _ in range(2):
-            with pytest.raises(UnsupportedCall, match="called inside of its own forward, such as by a stage's hook"):
+            with pytest.raises(UnsupportedCall, match="called inside its own forward, for example by a stage's hook"):
                 forward(llava)
     assert torch.equal(forward(llava), plain)
 
@@ -591,7 +591,7 @@ def test_a_set_is_attached_and_detached_as_one(llava: Any, flows: FlowSet) -> No
         assert flows[name].attached  # type: ignore[union-attr]
     assert llava.config.dropflow["name"] == "inner"
     for attach in (dropflow.attach, functools.partial(dropflow.attach_set, default="x")):
-        with pytest.raises(UnsupportedModel, match="'inner', 'test', 'test' is attached to this model already"):
+        with pytest.raises(UnsupportedModel, match="'inner', 'test', 'test' is already attached to this model"):
             attach(llava, RAGGED if attach is dropflow.attach else {"x": RAGGED})
     flow = flows["fastv"]
     assert flow is not None
@@ -637,7 +637,7 @@ def test_only_the_default_is_recorded(llava: Any) -> None:
     with dropflow.attach_set(llava, SET, default="hidrop") as flows:
         assert flows["fastv"] is not None
         assert flows["hidrop"] is not None
-        with pytest.raises(UnsupportedCall, match="record: a model's config holds one policy, which is the default"):
+        with pytest.raises(UnsupportedCall, match="record: a model's config holds one policy, the default"):
             flows["fastv"].record()
         flows["hidrop"].record()
     assert llava.config.dropflow["name"] == "inner"

@@ -141,6 +141,6 @@ def test_a_layer_before_vision_entered_is_refused_at_a_boundary(llava: Any) -> N
     late = policy(inject={"use": "hidrop/late-injection", "at": 2}, reads={"use": ReadsLater})
     with (
         dropflow.attach(llava, late),
-        pytest.raises(DecisionError, match=r"stages\.reads: layer 1: vision has entered since, at boundary 2"),
+        pytest.raises(DecisionError, match=r"stages\.reads: layer 1: ran before vision entered at boundary 2"),
     ):
         llava(**prompt())
