@@ -1,4 +1,4 @@
-"""The conformance kit catches each guarantee being broken, and says which, where and by how much."""
+"""The conformance kit detects each broken guarantee, and says which one, where and by how much."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_stage_that_treats_beams_otherwise_breaks_the_third() -> None:
 
 
 class RanksByNothing(Stage[Any]):
-    """Divides by the attention of nobody."""
+    """Divides by an attention of zero."""
 
     prune_at = (2,)
 

@@ -1,4 +1,4 @@
-"""The kit names what a stage of somebody else does wrong: the guarantee, the sample, the layer, and where to look."""
+"""The kit names what a faulty stage does wrong: the guarantee, the sample, the layer, and where to look."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ def attach_set(
     also the one that the model's config records. Everything else is as for `attach`.
     """
     if default not in policies:
-        raise PolicyError(f"attach_set: the default {default!r} is not among the policies {', '.join(policies)}")
+        raise PolicyError(
+            f"attach_set: the default {default!r} is not among the policies; name one of {', '.join(policies)}"
+        )
     found = backbone_for(model, adapter)
     plans = {
         name: None if source is None else resolve(load_policy(source), found.shape) for name, source in policies.items()

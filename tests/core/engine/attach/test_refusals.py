@@ -1,4 +1,4 @@
-"""What cannot be right is refused with the path and the remedy, and the model gives its plain output afterwards."""
+"""What cannot be correct is refused with path and remedy, and afterwards the model gives its plain output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention rows equal those of the eager model's maps, by tap and by probe, and leave the kernels alone."""
+"""Attention rows by tap and by probe equal those of the eager model's maps, and the kernels are not changed."""
 
 from __future__ import annotations
 

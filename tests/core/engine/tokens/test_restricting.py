@@ -1,4 +1,4 @@
-"""What a decoder layer is given, restricted by name."""
+"""Arguments of a decoder layer are restricted by name."""
 
 from __future__ import annotations
 
