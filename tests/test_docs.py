@@ -188,7 +188,7 @@ def test_the_tables_of_refusals_are_those_of_the_source_code(tmp_path: Path) -> 
 
 REFUSALS = [
     ("policy files", "stages.…: vision would enter at boundary … but is gone from … on", "inject before the exit"),
-    ("attaching", "attach: the policy … is attached to this model already", "detach it first"),
+    ("attaching", "attach: the policy … is already attached to this model", "detach it first"),
     ("caches and generate", "past_key_values: an offloaded cache is not supported", "use a plain DynamicCache"),
     (
         "stages",

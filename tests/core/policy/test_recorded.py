@@ -146,7 +146,7 @@ def test_a_flow_that_nobody_holds_stays_attached() -> None:
     model = tiny_llava()
     dropflow.attach(model, HIDROP)
     gc.collect()
-    with pytest.raises(UnsupportedModel, match="attached to this model already"):
+    with pytest.raises(UnsupportedModel, match="already attached to this model"):
         dropflow.attach(model, RAGGED)
     assert model.config.dropflow["stages"]["exit"]["at"] == 5
 

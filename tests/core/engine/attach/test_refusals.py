@@ -1,4 +1,4 @@
-"""What cannot be right is refused with the path and the remedy, and the model gives its plain output afterwards."""
+"""What cannot be correct is refused with path and remedy, and afterwards the model gives its plain output."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_report_before_any_image(llava: Any) -> None:
 def test_report_of_a_policy_without_stages(llava: Any) -> None:
     with dropflow.attach(llava, policy()) as flow:
         llava(**prompt())
-        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is watched"):
+        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is recorded"):
             flow.report()
 
 
