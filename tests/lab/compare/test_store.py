@@ -50,7 +50,7 @@ def test_a_damaged_file_is_measured_again_and_said_so(tmp_path: Path, capsys: An
     path.write_bytes(content.encode(errors="surrogateescape"))
     assert finished.read("a", {}) is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path}: damaged, so that it is measured again: ")
+    assert line.startswith(f"{path}: damaged, measuring again: ")
 
 
 def test_a_file_of_another_shape_is_measured_again(tmp_path: Path, capsys: Any) -> None:
