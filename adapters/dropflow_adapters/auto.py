@@ -1,4 +1,4 @@
-"""Any model of the usual shape without an adapter of its own; what cannot be known is absent."""
+"""Fallback adapter for models of the usual shape that have no adapter; facts that cannot be known are absent."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Auto(Backbone):
 
     @property
     def text(self) -> Any:
-        """The decoder itself where `get_decoder` gives it with its head."""
+        """The text decoder, without the LM head where `get_decoder` returns both."""
         decoder = self.model.get_decoder()
         return decoder if "layers" in decoder._modules else decoder.base_model
 
     def _misfit(self) -> str | None:
-        """Why the model is not of the usual shape; `None` if it is."""
+        """Why the model does not have the usual shape; `None` if it does."""
         config = getattr(self.model, "config", None)
         if config is None or not hasattr(self.model, "get_decoder"):
-            return "it is no transformers model with a text decoder"
+            return "it is not a transformers model with a text decoder"
         if config.is_encoder_decoder:
             return "it is an encoder-decoder, whose visual tokens are not in the decoder's sequence"
         modules = {name.split(".")[-1] for name, _ in self.model.named_modules()}
         if any("qformer" in name for name in modules) or hasattr(config, "qformer_config"):
-            return "a Q-Former turns its images into queries, which stand for no place of the image"
+            return "a Q-Former turns its images into queries, which correspond to no place in the image"
         if "layers" not in self.text._modules:
-            return "its text decoder has no list `layers`"
+            return "its text decoder has no `layers` list"
         inside = {name.split(".")[-1] for name, _ in self.text.layers.named_modules()}
         if inside & {"cross_attn", "crossattention", "encoder_attn"}:
             return "its decoder reads images by cross-attention, so visual tokens are not in the decoder's sequence"
@@ -58,10 +58,10 @@ class Auto(Backbone):
     def _misfit_of_layers(self, config: Any, inside: set[str]) -> str | None:
         shared = getattr(config, "num_kv_shared_layers", 0)
         if shared:
-            return f"{shared} layers share the keys of others, so that layers cannot hold different tokens"
+            return f"{shared} layers share keys with other layers, so layers cannot hold different tokens"
         kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
         if kinds or inside & {"linear_attn", "mamba", "short_conv"}:
             return f"it has recurrent layers ({', '.join(sorted(kinds))}), where dropping a token is not masking it"
         if not self.visual_ids:
-            return "its config has no `image_token_id`, so that visual tokens cannot be told"
+            return "its config has no `image_token_id`, so visual tokens cannot be identified"
         return None

@@ -1,4 +1,4 @@
-"""Gemma 3: a SigLIP tower pooled to a fixed number of tokens, which see each other in both directions."""
+"""Gemma 3: a SigLIP tower pooled to a fixed number of tokens, which attend to each other bidirectionally."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dropflow import Backbone, square_grid
 
 
 class Gemma3(Backbone):
-    """`Gemma3ForConditionalGeneration`; every image (a crop of pan-and-scan is one) has the same number of tokens."""
+    """`Gemma3ForConditionalGeneration`; every image, or pan-and-scan crop, has the same number of tokens."""
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens after the pooling."""
+        """Tokens after pooling."""
         return int(self.model.config.mm_tokens_per_image)
 
     def grid(self, tokens: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles of one size, each announced by its place, neighbours shuffled into one token."""
+"""Idefics3 and SmolVLM: equal tiles, each preceded by its position; a pixel shuffle joins neighbouring patches."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dropflow import Backbone, ImageLayout, square_grid
 
 
 class Idefics3(Backbone):
-    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; every tile is an image of its own."""
+    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; every tile is a separate image."""
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens of one tile."""
+        """Number of tokens in a tile."""
         config, vision = self.model.config, self.model.config.vision_config
         return int((vision.image_size // vision.patch_size) ** 2 / config.scale_factor**2)
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
-        """Square grid of shuffled patches."""
+        """Square grid of patches after the pixel shuffle."""
         return square_grid(tokens)
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:  # noqa: ARG002
-        """An entry holds all tiles of a sample."""
+        """One image per tile; each entry holds all tiles of a sample."""
         tile = self.tokens_per_image
         return [[ImageLayout(tile, self.grid(tile))] * (size // tile) for size in sizes]

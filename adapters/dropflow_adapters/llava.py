@@ -9,16 +9,16 @@ from dropflow import Backbone, ImageLayout, Projections, Sublayers, VisionEncode
 from dropflow.errors import UnsupportedModel
 
 PLAIN = {"clip_vision_model", "siglip_vision_model"}
-"""Towers that give every image the same number of tokens, laid out row by row."""
+"""Towers that produce the same number of tokens for every image, row by row."""
 
 
 def sublayers(layer: Any) -> Sublayers:
-    """CLIP and SigLIP share the names of a layer's parts."""
+    """Parts of a vision layer, which have the same names in CLIP and SigLIP."""
     return Sublayers(layer.self_attn, layer.mlp)
 
 
 class Llava(Backbone):
-    """`LlavaForConditionalGeneration`; with a Pixtral tower images differ in size, and row breaks are text tokens."""
+    """`LlavaForConditionalGeneration`; with a Pixtral tower images vary in size, and row breaks are text tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -46,13 +46,13 @@ class Llava(Backbone):
         return VisionEncoder(encoder, int(has_cls), has_cls, layer, int(keeps_prefix), projector, sublayers)
 
     def projections(self, layer: Any) -> Projections:
-        """Llama, Mistral and Qwen2 share the names of their projections."""
+        """Projections of a decoder layer, which have the same names in Llama, Mistral and Qwen2."""
         attention = layer.self_attn
         return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
 
     @property
     def tokens_per_image(self) -> int | None:
-        """Patches of one image, and the CLS token where there is one, less the first row where `default` cuts it."""
+        """Number of tokens per image: its patches, plus the CLS token unless the `default` strategy removes it."""
         if self._tower.model_type not in PLAIN:
             return None
         patches = int((self._tower.image_size // self._tower.patch_size) ** 2)
@@ -60,11 +60,11 @@ class Llava(Backbone):
         return patches + has_cls - int(self.model.config.vision_feature_select_strategy == "default")
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
-        """Square grid of patches; `None` for a number that is no square, such as patches plus CLS."""
+        """Square grid of patches; `None` for a number that is not a square, such as patches plus CLS."""
         return square_grid(tokens) if self._tower.model_type in PLAIN else None
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
-        """One image per entry; Pixtral's sizes in pixels give its grid."""
+        """One image per entry; with Pixtral, the image sizes in pixels determine the grids."""
         pixels = arguments.get("image_sizes")
         if self._tower.model_type in PLAIN or pixels is None:
             return super().layouts(modality, sizes, arguments)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: an overview of the image, then its tiles joined, un-padded, and ended row by row with a newline."""
+"""LLaVA-NeXT: an overview of the image, then its tiles, joined, unpadded, and with a newline after every row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dropflow import Backbone, ImageLayout
 
 
 class LlavaNext(Backbone):
-    """`LlavaNextForConditionalGeneration`; overview and joined tiles are an image each, with a grid of its own."""
+    """`LlavaNextForConditionalGeneration`; the overview and the joined tiles are separate images."""
 
     gridded = True
 
@@ -36,7 +36,7 @@ class LlavaNext(Backbone):
         return found
 
     def joined(self, height_width: Any) -> tuple[int, int]:
-        """Grid of the joined tiles of an image of that size in pixels, by the model's own un-padding."""
+        """Grid of the joined tiles of an image of this size in pixels, computed by the model's own unpadding."""
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
         config = self.model.config

@@ -10,12 +10,12 @@ from dropflow_adapters.llava_next import LlavaNext
 
 
 class LlavaNextVideo(LlavaNext):
-    """`LlavaNextVideoForConditionalGeneration`; every frame is an image of its own."""
+    """`LlavaNextVideoForConditionalGeneration`; every frame is a separate image."""
 
     modalities = ("image", "video")
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
-        """Frames have no newlines."""
+        """One image per frame of a video, without newlines; still images as in LLaVA-NeXT."""
         if modality == "image":
             return super().layouts(modality, sizes, arguments)
         pooled = self.side // self.model.config.spatial_pool_stride

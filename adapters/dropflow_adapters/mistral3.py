@@ -14,7 +14,7 @@ class Mistral3(Backbone):
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
-        """One image per entry, its grid from its size in pixels."""
+        """One image per entry; its size in pixels determines its grid."""
         if arguments.get("image_sizes") is None:
             return super().layouts(modality, sizes, arguments)
         config = self.model.config

@@ -1,4 +1,4 @@
-"""PaliGemma: a SigLIP tower, and a prompt that sees itself in both directions."""
+"""PaliGemma: a SigLIP tower, and a prompt with bidirectional attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class PaliGemma(Backbone):
 
     @property
     def vision(self) -> VisionEncoder:
-        """The tower's encoder: each patch is projected on its own, and there is no CLS row."""
+        """The tower's encoder: each patch is projected separately, and there is no CLS row."""
         encoder, depth = self.core.vision_tower.encoder, self.model.config.vision_config.num_hidden_layers
         return VisionEncoder(
             encoder,
@@ -24,7 +24,7 @@ class PaliGemma(Backbone):
 
     @property
     def tokens_per_image(self) -> int:
-        """Patches of the tower."""
+        """Number of patches that the tower makes of an image."""
         vision = self.model.config.vision_config
         return int((vision.image_size // vision.patch_size) ** 2)
 

@@ -6,4 +6,4 @@ from dropflow_adapters.qwen2_vl import Qwen2VL
 
 
 class Qwen25VL(Qwen2VL):
-    """`Qwen2_5_VLForConditionalGeneration`; images and videos are laid out as Qwen2-VL's."""
+    """`Qwen2_5_VLForConditionalGeneration`; images and videos are laid out as in Qwen2-VL."""

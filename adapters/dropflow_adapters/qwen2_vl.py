@@ -9,13 +9,13 @@ from dropflow import Backbone, ImageLayout
 
 
 class Qwen2VL(Backbone):
-    """`Qwen2VLForConditionalGeneration`; images differ in size, and every frame pair of a video is an image."""
+    """`Qwen2VLForConditionalGeneration`; images vary in size, and every frame pair of a video is an image."""
 
     modalities = ("image", "video")
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
-        """The grid of patches (time, height, width) after the merger, one image per time."""
+        """One image per time step, from the grid (time, height, width) of patches after the merger."""
         patches = arguments.get(f"{modality}_grid_thw")
         if patches is None:
             return super().layouts(modality, sizes, arguments)

@@ -6,4 +6,4 @@ from dropflow_adapters.qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
-    """`Qwen3VLForConditionalGeneration`; every frame pair of a video stands apart, after its time stamp."""
+    """`Qwen3VLForConditionalGeneration`; every frame pair of a video is separate and follows its timestamp."""

@@ -1,4 +1,4 @@
-"""Video-LLaVA: two towers of one kind, one for images and one for the frames of videos."""
+"""Video-LLaVA: two towers of the same kind, one for images and one for video frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dropflow import Backbone, ImageLayout, square_grid
 
 
 class VideoLlava(Backbone):
-    """`VideoLlavaForConditionalGeneration`; every frame is an image, and its CLS row, never scored, goes with it."""
+    """`VideoLlavaForConditionalGeneration`; every frame is an image; its CLS row is kept with it, unscored."""
 
     modalities = ("image", "video")
     gridded = True
@@ -19,6 +19,6 @@ class VideoLlava(Backbone):
         return square_grid(tokens)
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:  # noqa: ARG002
-        """Frames keep the CLS row that `default` cuts from images."""
+        """One image per entry or frame; frames keep the CLS row, which the `default` strategy removes from images."""
         full = modality == "video" or self.model.config.vision_feature_select_strategy == "full"
         return [[ImageLayout(size, square_grid(size - full), head=int(full))] for size in sizes]

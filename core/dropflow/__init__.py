@@ -1,14 +1,14 @@
 """Dropflow: an engine that lets fewer visual tokens flow through a multimodal LLM."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dropflow import errors
+from dropflow import errors, operators
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.lifecycle.hooks import hookimpl
+from dropflow.lifecycle.lazy import lazy_names
 from dropflow.lifecycle.payloads import (
     Encode,
     EncodeCall,
@@ -33,7 +33,6 @@ from dropflow.policy.policy_file import load_policy
 from dropflow.units import BackboneShape, Budget, Depth, Rounding, Scale, Tokens
 
 if TYPE_CHECKING:
-    from dropflow import operators
     from dropflow.backbone.backbone import (
         FACTS,
         Backbone,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from dropflow.engine.attach.pretrained import from_pretrained
     from dropflow.engine.decoder.report import LayerReport, Report
 else:
-    _NEED_TORCH = {
+    _HOMES = {
         "dropflow.backbone.backbone": (
             "FACTS",
             "Backbone",
@@ -65,17 +64,7 @@ else:
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
         "dropflow.engine.decoder.report": ("LayerReport", "Report"),
     }
-    _HOMES = {name: module for module, names in _NEED_TORCH.items() for name in names}
-
-    def __getattr__(name: str) -> Any:
-        """What needs torch is imported when it is first read, so that a policy is validated without."""
-        if name == "operators":
-            return import_module("dropflow.operators")
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        show_field_texts(found)
-        return found
+    __getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -5,4 +5,4 @@ from importlib.metadata import entry_points
 
 for command in entry_points(group="console_scripts", name="dropflow"):
     sys.exit(command.load()())
-sys.exit("error: dropflow is not installed, so that its command line is unknown; pip install dropflow")
+sys.exit("error: the `dropflow` command is not installed; pip install dropflow")

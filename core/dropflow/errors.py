@@ -1,4 +1,4 @@
-"""Every error Dropflow raises: one root, and each kind keeps the builtin a caller would expect."""
+"""Every error Dropflow raises: they share one root, and each also derives from the builtin a caller would expect."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import reprlib
 from collections.abc import Iterable
 
 LONGEST = 200
-"""Characters of what is quoted in a message; more are cut out of its middle."""
+"""Most characters of a value that a message quotes; a longer one is cut."""
 MOST_LINES = 20
-"""Faults that one message lists."""
+"""Most faults that one message lists."""
 
 
 class DropflowError(Exception):
@@ -17,7 +17,7 @@ class DropflowError(Exception):
 
 
 class PolicyError(DropflowError, ValueError):
-    """A policy does not say something that can be run; the message starts with the path of the wrong entry."""
+    """A policy cannot be run as written; the message starts with the path of the wrong entry."""
 
 
 class UnknownName(DropflowError, LookupError):
@@ -33,11 +33,11 @@ class BrokenPlugin(DropflowError, ImportError):
 
 
 class UnsupportedModel(DropflowError, TypeError):
-    """The model, its cache or its attention cannot be served correctly, so nothing was run."""
+    """The model, its cache or its attention is not supported, so nothing was run."""
 
 
 class UnsupportedCall(DropflowError, ValueError):
-    """The arguments of this call cannot be served correctly under the attached policy, so nothing was run."""
+    """The arguments of this call are not supported under the attached policy, so nothing was run."""
 
 
 class MissingImage(DropflowError, ValueError):
@@ -79,7 +79,7 @@ def listed(faults: list[str]) -> str:
 
 
 class _Shown(reprlib.Repr):
-    """As `repr`, cut: deep, long and self-referential values, and integers too long for Python to write."""
+    """`repr` with limits, for deep, long and self-referential values and for integers too long for Python to write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Shown(reprlib.Repr):
         self.maxdict = self.maxlist = self.maxtuple = 8
 
     def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002  # the base class names it
-        """Names the size of an integer that would fill the line."""
+        """Give the size of an integer that would fill the line."""
         bits = value.bit_length()
         return f"an integer of {bits:,} bits" if bits > 128 else repr(value)
 

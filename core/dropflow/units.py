@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 2**31 - 1
-"""No number of a policy is larger, so that what is computed from it fits the integers of every device."""
+"""Largest number in a policy, so that what is computed from it fits the integers of every device."""
 
 
 def _number(name: str, whole: str, share: str) -> tuple[BeforeValidator, WithJsonSchema]:
     """Accept an integer >= 0 or a float in (0, 1]; one message for everything else, and the schema for editors.
 
-    `name` is what a mapping of such numbers calls them.
+    `name` is what messages call such a number in a mapping, such as `{boundary: tokens}`.
     """
     expected = f"expected {whole} (an integer from 0), or {share} (a float above 0, up to 1.0)"
 
@@ -56,7 +56,7 @@ class BackboneShape:
     layers: int
     """Decoder layers, L."""
     visual_tokens: int | None
-    """Visual tokens of one image at entry to the LLM; `None` where it differs between images."""
+    """Visual tokens of one image at entry to the LLM; `None` where the number differs between images."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Budget:
     """How many visual tokens of one image stay: an absolute count, or a share of the image's tokens at entry."""
 
     tokens: int | None = None
-    """So many of every image; `None` where a share is given."""
+    """The count, for each image; `None` where a share is given."""
     share: float | None = None
-    """In (0, 1]; `None` where a count is given."""
+    """The share, in (0, 1]; `None` where a count is given."""
     rounding: Rounding = "half_up"
-    """Of shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil."""
+    """For shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil."""
 
     def of(self, visual_tokens: int) -> int:
-        """Tokens that stay of an image with `visual_tokens` tokens at entry."""
+        """Number of tokens that stay in an image with `visual_tokens` tokens at entry."""
         if self.share is None:
             return min(self.tokens or 0, visual_tokens)
         exact = self.share * visual_tokens
@@ -82,9 +82,9 @@ class Budget:
         return int(exact) if self.rounding == "floor" else round(exact)
 
     def of_each(self, visual_tokens: Int[Tensor, "images"]) -> Int[Tensor, "images"]:
-        """The same for every image, on the device: nothing is read back. MPS, which has no float64, counts on the host.
+        """Number of tokens that stay in each image, computed on the device, with nothing read back.
 
-        Shares are multiplied in float64, as `of` does.
+        Shares are multiplied in float64, as `of` does; for MPS, which has no float64, the host computes them.
         """
         if self.share is None:
             return visual_tokens.clamp(max=self.tokens or 0)
@@ -102,12 +102,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Scale:
-    """Turns the numbers of a policy into those of one backbone, refusing absolute ones tuned for another shape."""
+    """Converts the numbers of a policy to one backbone, and refuses absolute ones tuned for another shape."""
 
     target: BackboneShape
-    """The backbone that the policy is for now."""
+    """The backbone that the policy is resolved for."""
     tuned_for: BackboneShape | None = None
-    """The one that its numbers were tuned for."""
+    """The backbone that its absolute numbers were tuned for."""
     rescale: bool = False
     """Whether absolute numbers tuned for another shape are scaled instead of refused."""
 
@@ -116,7 +116,7 @@ class Scale:
         depth = self.target.layers
         if isinstance(value, float):
             return math.floor(value * depth + 0.5)
-        if value and self.tuned_for is not None and self.tuned_for.layers != depth:  # 0 is before any model
+        if value and self.tuned_for is not None and self.tuned_for.layers != depth:  # 0 scales to 0
             self._refuse_unless_rescaled(path, value, f"{self.tuned_for.layers} layers", f"{depth}")
             value = math.floor(value * depth / self.tuned_for.layers + 0.5)
         if value > depth:
@@ -137,7 +137,7 @@ class Scale:
                 f"{tuned.visual_tokens} visual tokens",
                 "a varying number" if target is None else f"{target}",
             )
-            if target is not None:  # a count of the whole image, also where encode stages leave less of it
+            if target is not None:  # scaled by the whole image, even where encode stages leave less of it
                 return Budget(tokens=Budget(share=value / tuned.visual_tokens).of(target) if value else 0)
             return Budget(share=value / tuned.visual_tokens) if value else Budget(tokens=0)
         return Budget(tokens=value)

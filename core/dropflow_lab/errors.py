@@ -1,4 +1,4 @@
-"""Errors of the instruments, under the same root as those of the engine."""
+"""Errors of the instruments, with the same base class as those of the engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class InputError(DropflowError, ValueError):
 
 
 def shortened(text: str) -> str:
-    """Return what is to be quoted in an error, as one line of at most 200 characters."""
+    """Return `text` as one line of at most 200 characters, to be quoted in an error."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

@@ -1,4 +1,4 @@
-"""Writes result files: whole or not at all, under names that stay in their folder."""
+"""Writes result files atomically, under names that stay in their folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,18 +16,18 @@ _LONGEST_NAME = 100
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `InputError` where nothing can be written below `folder`, before anything is measured for it."""
+    """Raise `InputError` if nothing can be written below `folder`; to be called before anything is measured."""
     from dropflow_lab.errors import InputError  # imports torch
 
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise InputError(f"--out: {there} is no folder that can be written to; name another one")
+        raise InputError(f"--out: {there} is not a writable folder; name another one")
 
 
 def file_name(name: str) -> str:
-    """Return `name` where it can be a file's name as it is, or else a plain name that no other name becomes.
+    """Return `name` if it is a plain file name, otherwise a plain name made from it that no other name maps to.
 
-    Plain are up to 100 letters, digits, `.`, `_` and `-`, the first of them no dot.
+    A plain name has up to 100 letters, digits, `.`, `_` and `-`, and does not begin with a dot.
     """
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:_LONGEST_NAME]
     return name if plain == name and name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -35,10 +35,10 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new file beside `path` to write to; it takes the place of `path` in one step when the block ends.
+    """Yield a temporary path next to `path` to write to; it replaces `path` atomically when the block ends.
 
-    A block that raises leaves what was there before. Makes the folder. A link, a device or a pipe is written to as it
-    is. Raises `OSError` that names `path`.
+    If the block raises, `path` is left unchanged. Creates the folder. A link, a device or a pipe is written to
+    directly. Raises `OSError` naming `path`.
     """
     direct = path.is_symlink() or (path.exists() and not path.is_file())
     part = path if direct else path.with_name(f".{uuid4().hex}{path.suffix}")
@@ -53,18 +53,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if not direct:
-            part.unlink(missing_ok=True)
+            with suppress(NotADirectoryError):
+                part.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """Yield a new folder inside `folder` to write files to; they replace their namesakes when the block ends.
+    """Yield a temporary folder inside `folder` to write files to; they are moved to `folder` when the block ends.
 
-    They move one by one, the oldest first. A block that raises leaves `folder` as it was. Raises `OSError` that names
-    `folder`.
+    They replace files of the same name one by one, the oldest first. If the block raises, `folder` is left unchanged.
+    Raises `OSError` naming `folder`.
     """
     part = folder / ".part"
-    shutil.rmtree(part, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     try:
         with naming_what_cannot_be_written(folder):
             part.mkdir(parents=True)
@@ -78,7 +79,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_what_cannot_be_written(folder: Path) -> Iterator[None]:
-    """Raise `OSError` that names `folder` where safetensors or torch cannot write their files, as on a full disk."""
+    """Raise `OSError` naming `folder` if safetensors or torch cannot write their files, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -89,12 +90,12 @@ def naming_what_cannot_be_written(folder: Path) -> Iterator[None]:
         found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
         if found:
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-        if "inline_container.cc" not in str(error):  # torch.save, which does not say more
+        if "inline_container.cc" not in str(error):  # torch.save, which gives no details
             raise
         raise OSError(errno.EIO, "a file in it cannot be written; is the disk full?", str(folder)) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step, making its folder."""
+    """Write a file atomically, creating its folder."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tables in Markdown documents, and how they are renewed in place."""
+"""Builds Markdown tables, and updates them in place in documents."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def renew(document: Path, name: str, text: str) -> None:
     """Put `text` between the lines `<!-- name -->` and `<!-- end of name -->` of a document.
 
-    Raises `InputError` where they are missing.
+    Raises `InputError` if they are missing.
     """
     before, after = around(document, name)
     write_text(document, f"{before}\n\n{text}\n\n{after}")
 
 
 def around(document: Path, name: str) -> tuple[str, str]:
-    """Return what stands up to the line `<!-- name -->` and from `<!-- end of name -->` on; errors as `renew`."""
+    """Return the text up to the line `<!-- name -->` and from `<!-- end of name -->` on; raises as `renew` does."""
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, start, rest = document.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)

@@ -1,17 +1,13 @@
-"""A choice of tokens, image by image, that is diverse and has to do with the question (CDPruner, section 3)."""
+"""A choice of tokens, image by image, that is diverse and relevant to the question (CDPruner, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from dropflow import (
-    Backbone,
     Depth,
     Encode,
     EncodeBoundary,
@@ -25,10 +21,15 @@ from dropflow import (
     StageOptions,
     Tokens,
     hookimpl,
+    operators,
 )
-from dropflow.operators import text_rows
-from dropflow_cdpruner.dpp import greedy_map, mean_cosine, rescaled, sharpened
-from dropflow_cdpruner.joint_space import JointSpace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from dropflow import Backbone
+    from dropflow_cdpruner.joint_space import JointSpace
 
 
 class ConditionalDPPOptions(StageOptions):
@@ -61,9 +62,9 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     """Of each image, the tokens stay whose kernel L = diag(r) S diag(r) has the largest determinant, chosen greedily.
 
     S are the cosines of the projected tokens, r their relevance to the question, rescaled to 0..1 in each image. With
-    `clip`, relevance is less the cosine of patch and question in CLIP's joint space (released code: post
-    norm and visual projection on the patches that the projector gets; mean over the segments of a long question).
-    Without, which is ours for backbones that have no CLIP tower, it is the mean cosine of the projected token with the
+    `clip`, relevance is minus the cosine of patch and question in CLIP's joint space (released code: post norm and
+    visual projection on the patches that the projector gets; mean over the segments of a long question). Without it
+    (our addition, for backbones that have no CLIP tower) it is the mean cosine of the projected token with the
     embeddings of the text tokens after the first image. Where there is no text, or all relevance is equal, diversity
     alone decides. Where fewer tokens are independent than are asked for, the most relevant of the others fill up; the
     released code gets NaN there and keeps fewer. Every image (tile, frame) has a choice of its own.
@@ -84,7 +85,9 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
         self._negate = options.clip is not None if options.negate is None else options.negate
 
     def prepare(self, backbone: Backbone) -> None:
-        """Load CLIP, if the options name one; raises `PolicyError` where it is none, or not that of the tower."""
+        """Load CLIP, if the options name one; raises `PolicyError` if it is no CLIP model, or not that of the tower."""
+        from dropflow_cdpruner.joint_space import JointSpace
+
         if self.options.clip is not None:
             self._space = JointSpace(self.options.clip, backbone, self.context.path("clip"))
 
@@ -116,6 +119,8 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep a diverse and relevant choice of every image."""
+        import torch
+
         with torch.no_grad():
             scores = torch.full(call.index.shape, torch.nan, device=call.index.device)
             keep = (call.image_id < 0) | call.protected
@@ -129,12 +134,16 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
             assert call.questions is not None
             asked = {q: self._space.text(q, reference=self.options.reference) for q in dict.fromkeys(call.questions)}
             return [asked[question] for question in call.questions]
-        rows, asks = text_rows(call)
+        rows, asks = operators.text_rows(call)
         index = call.index.gather(1, rows)
         return [embeds[i[real]] for embeds, i, real in zip(call.entry.embeds, index, asks, strict=True)]
 
     def _choose(self, call: PruneCall, sample: int, text: Tensor, keep: Tensor, scores: Tensor) -> None:
         """Fill in what stays of each image of one sample, and its relevance."""
+        import torch
+
+        from dropflow_cdpruner.dpp import greedy_map, rescaled, sharpened
+
         image, projected = call.image_id[sample], call.entry.embeds[sample, call.index[sample]]
         visual = image >= 0
         numbers = torch.unique(image[visual]).tolist()
@@ -155,7 +164,9 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
     def _similarity(
         self, call: PruneCall, sample: int, projected: Float[Tensor, "slots dim"], text: Float[Tensor, "texts dim"]
     ) -> Float[Tensor, "slots"]:
-        """How much each patch of a sample has to do with the question; 0 for all where nothing is asked."""
+        """How relevant each patch of a sample is to the question; 0 for all where nothing is asked."""
+        from dropflow_cdpruner.dpp import mean_cosine
+
         patches = projected if call.carried is None else call.carried[sample]
         if not len(text):
             return patches.new_zeros(len(patches))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dropflow import Budget, Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
 
 
@@ -24,4 +22,4 @@ class KeepAll(Stage[StageOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep everything."""
-        return Keep(torch.ones_like(call.valid))
+        return Keep(call.valid.new_ones(call.valid.shape))

@@ -1,14 +1,11 @@
-"""Average pooling: the plainest merging that there is, blind to what patches show."""
+"""Average pooling: the simplest way to merge, whatever the patches show."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
 from dropflow.errors import DecisionError
@@ -42,6 +39,10 @@ class Pool(Stage[PoolOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Average the windows of every image."""
+        import torch
+
+        from dropflow_control.windows import pool
+
         pooled = []
         for image, (features, grid) in enumerate(zip(call.features, call.grids, strict=True)):
             if grid is None or len(features) != grid[0] * grid[1]:
@@ -59,23 +60,3 @@ class Pool(Stage[PoolOptions]):
                 if grid is not None  # refused above
             ),
         )
-
-
-def pool(
-    features: Float[Tensor, "patches dim"], grid: tuple[int, int], window: tuple[int, int]
-) -> tuple[Float[Tensor, "windows dim"], Int[Tensor, "windows"]]:
-    """Mean of each window of the grid in raster order, and the raster index of the patch in its middle.
-
-    A window larger than the grid is the whole of it.
-    """
-    window = min(window[0], grid[0]), min(window[1], grid[1])
-    maps = features.T.reshape(1, -1, *grid)
-    means = torch.nn.functional.avg_pool2d(maps, window, ceil_mode=True, count_include_pad=False)
-    rows, columns = (_middles(size, step).to(features.device) for size, step in zip(grid, window, strict=True))
-    return means.flatten(2)[0].T, (rows[:, None] * grid[1] + columns).flatten()
-
-
-def _middles(size: int, step: int) -> Int[Tensor, "windows"]:
-    first = torch.arange(0, size, step)
-    last = (first + step).clamp(max=size) - 1
-    return (first + last) // 2

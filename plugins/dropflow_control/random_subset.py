@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from jaxtyping import Bool, Float
 from pydantic import Field
-from torch import Tensor
 
 from dropflow import PruneCall
-from dropflow_control.draw import draw
 from dropflow_control.subset import Subset, SubsetOptions
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 
 class RandomSubsetOptions(SubsetOptions):
@@ -34,6 +34,10 @@ class RandomSubset(Subset[RandomSubsetOptions]):
 
     def rank(self, call: PruneCall, counts: list[int]) -> Float[Tensor, "batch slots"]:
         """Random numbers, image by image."""
+        import torch
+
+        from dropflow_control.draw import draw
+
         scores = torch.zeros(call.image_id.shape, device=call.image_id.device)
         for image in range(len(counts)):
             own = call.image_id == image
@@ -47,6 +51,10 @@ class RandomSubset(Subset[RandomSubsetOptions]):
         grid: tuple[int, int] | None,  # noqa: ARG002  # chance does not look where rows lie
     ) -> Bool[Tensor, "rows"]:
         """Random rows."""
+        import torch
+
+        from dropflow_control.draw import draw
+
         mask = torch.zeros(len(features), dtype=torch.bool)
         mask[draw(self.options.seed, None, features).topk(count).indices] = True
         return mask

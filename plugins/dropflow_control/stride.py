@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dropflow import PruneCall
 from dropflow_control.subset import Subset, SubsetOptions
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 
 class Stride(Subset[SubsetOptions]):
@@ -28,6 +27,10 @@ class Stride(Subset[SubsetOptions]):
 
     def rank(self, call: PruneCall, counts: list[int]) -> Float[Tensor, "batch slots"]:
         """1 for the chosen tokens, 0 for all others."""
+        import torch
+
+        from dropflow_control.spacing import evenly
+
         chosen = torch.zeros_like(call.protected)
         for image, count in enumerate(counts):
             own = call.image_id == image
@@ -40,24 +43,6 @@ class Stride(Subset[SubsetOptions]):
         self, features: Float[Tensor, "rows dim"], count: int, grid: tuple[int, int] | None
     ) -> Bool[Tensor, "rows"]:
         """Rows spread over the grid, or in their order."""
+        from dropflow_control.spacing import spread
+
         return spread(count, grid or (1, len(features)))
-
-
-def spread(count: int, grid: tuple[int, int]) -> Bool[Tensor, "patches"]:
-    """`count` patches (at most all) of a grid, in raster order, as evenly in both directions as whole numbers allow."""
-    rows, columns = grid
-    if not count:
-        return torch.zeros(rows * columns, dtype=torch.bool)
-    used = min(max(round(math.sqrt(count * rows / columns)), -(-count // columns)), rows, count)
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    for number, row in enumerate(evenly(torch.arange(rows), used, rows).nonzero()[:, 0]):
-        here = count * (number + 1) // used - count * number // used
-        mask[row] = evenly(torch.arange(columns), here, columns)
-    return mask.flatten()
-
-
-def evenly(rank: Int[Tensor, "..."], count: int | Tensor, size: int | Tensor) -> Bool[Tensor, "..."]:
-    """Which of `size` things in a row, by their number from 0, are `count` (at most `size`) at even distances."""
-    size = torch.as_tensor(size).clamp(min=1).to(rank.device)
-    half = size // 2
-    return (rank + 1) * count + half >= ((rank * count + half) // size + 1) * size

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-import torch
-from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from dropflow import (
     Depth,
@@ -22,8 +19,12 @@ from dropflow import (
     StageOptions,
     Tokens,
     hookimpl,
+    operators,
 )
-from dropflow.operators import keep_top
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 
 class SubsetOptions(StageOptions):
@@ -92,8 +93,10 @@ class Subset(Stage[O_co], Generic[O_co]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep tokens of every image."""
+        import torch
+
         budget = self._keeps[call.boundary]
         counts = [budget.of(size) for size in call.image_sizes]
         with torch.no_grad():
             scores = self.rank(call, counts)
-        return Keep(keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts), scores)
+        return Keep(operators.keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts), scores)

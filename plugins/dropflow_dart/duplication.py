@@ -1,20 +1,19 @@
-"""Pruning by duplication: pivots stay, and with them the tokens that are least alike to any pivot (DART)."""
+"""Pruning by duplication: pivots stay, and with them the tokens that are least similar to any pivot (DART)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl, operators
 from dropflow.errors import PolicyError
-from dropflow.operators import top
-from dropflow_dart.pivots import even_quotas, key_sizes, least_alike, published_order, turned_key_sizes
 from dropflow_dart.released import ReleasedBudget
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class DuplicationOptions(StageOptions):
@@ -40,16 +39,16 @@ class DuplicationOptions(StageOptions):
 
 
 class Duplication(Stage[DuplicationOptions]):
-    """Of every image, the pivots stay and the tokens that are least alike to one of them.
+    """Of every image, the pivots stay, and the tokens that are least similar to one of them.
 
     Pivots are the tokens of the image, and of the text after it up to the instruction's last token, whose keys (in the
-    layer before the boundary, after RoPE) have the largest norm. One pivot after the other, the image's by
-    falling norm and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm
-    gives them, have the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not
-    change. No attention map is formed. Each image has its own pivots, where
-    the released code takes everything after the first image's start for one image and stops at batches; a pool that
-    runs out and a prompt with little text after the image end the choice instead of an error. Protected tokens stay
-    and count against the number. Raises `PolicyError` for a boundary before which no layer with vision lies.
+    layer before the boundary, after RoPE) have the largest norm. One pivot after the other, the image's by falling norm
+    and then the text's, takes its share of the tokens whose hidden states, as the decoder's final norm gives them, have
+    the smallest cosine to its own. Keys are measured by their L2 norm, which their position does not change. No
+    attention map is formed. Each image has its own pivots, where the released code takes everything after the first
+    image's start for one image and refuses batches; a pool that runs out, or a prompt with little text after the image,
+    ends the choice where the released code fails. Protected tokens stay and count against the number. Raises
+    `PolicyError` where vision takes no part in the layer before the boundary.
     """
 
     Options = DuplicationOptions
@@ -86,6 +85,10 @@ class Duplication(Stage[DuplicationOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Choose for every image."""
+        import torch
+
+        from dropflow_dart.pivots import key_sizes, turned_key_sizes
+
         assert call.final_norm is not None  # a policy is refused otherwise
         mask = torch.zeros_like(call.valid)
         with torch.no_grad():
@@ -107,9 +110,13 @@ class Duplication(Stage[DuplicationOptions]):
         self, call: PruneCall, row: int, slots: Tensor, sizes: Tensor, states: Tensor, count: int
     ) -> Int[Tensor, "kept"]:
         """Those of the slots of one image that stay."""
-        own = slots[top(sizes[slots], min(self.options.image_pivots, count))]
-        text = _text_behind(call, row, int(slots[-1]))
-        pivots = [*own.tolist(), *text[top(sizes[text], self.options.text_pivots)].tolist()]
+        import torch
+
+        from dropflow_dart.pivots import even_quotas, least_alike, published_order, text_after
+
+        own = slots[operators.top(sizes[slots], min(self.options.image_pivots, count))]
+        text = text_after(call, row, int(slots[-1]))
+        pivots = [*own.tolist(), *text[operators.top(sizes[text], self.options.text_pivots)].tolist()]
         if not pivots:
             return own
         if self.options.reference:  # by indices in the sample without its padding, whose order the released code has
@@ -119,10 +126,3 @@ class Duplication(Stage[DuplicationOptions]):
         quotas = even_quotas(count - len(own), len(pivots))
         pool = slots[~torch.isin(slots, own)]
         return torch.cat((own, least_alike(states, pool.to(states.device), pivots, quotas).to(own.device)))
-
-
-def _text_behind(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
-    """Slots of the text after an image, up to the sample's last instruction token."""
-    slots = torch.arange(call.index.shape[1], device=call.index.device)
-    last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
-    return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

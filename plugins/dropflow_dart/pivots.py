@@ -1,4 +1,4 @@
-"""The maths of DART: pivots by the size of their keys, and the tokens that are least alike to them (section 4)."""
+"""The maths of DART: pivots by the size of their keys, and the tokens that are least similar to them (section 4)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dropflow import PruneCall
 from dropflow.operators import top
 
 
@@ -19,8 +20,9 @@ def key_sizes(keys: Float[Tensor, "kv_heads tokens dim"]) -> Float[Tensor, "toke
 def turned_key_sizes(keys: Float[Tensor, "kv_heads tokens dim"]) -> Float[Tensor, "tokens"]:
     """Thousandths of the logarithm of each key's L2 norm over all heads.
 
-    RoPE turns a key, which changes its L1 norm by its position, padding included, and leaves its L2 norm as it is.
-    Where k-norm makes all keys about as long, steps of a thousandth let no rounding decide, but the place.
+    RoPE rotates a key: its L1 norm then depends on its position, padding included, while its L2 norm stays the same.
+    Where k-norm gives all keys about the same length, steps of a thousandth make them equal, so that their order
+    decides and not a rounding error.
     """
     return (keys.float().square().sum((0, 2)).log() * 500).round()
 
@@ -54,3 +56,10 @@ def even_quotas(total: int, pivots: int) -> list[int]:
 def published_order(pivots: Sequence[int]) -> list[int]:
     """The order in which the released code goes through its pivots: that of a set of their sequence indices."""
     return list(set(pivots))
+
+
+def text_after(call: PruneCall, row: int, last_patch: int) -> Int[Tensor, "text"]:
+    """Slots of the text after an image, up to the sample's last instruction token."""
+    slots = torch.arange(call.index.shape[1], device=call.index.device)
+    last = torch.where(call.instruction_valid[row], call.instruction_slots[row], -1).amax()
+    return slots[call.text[row] & (slots > last_patch) & (slots <= last)]

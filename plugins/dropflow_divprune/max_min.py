@@ -1,15 +1,13 @@
-"""Max-min diversity: of each image, tokens stay that are as unlike each other as possible (DivPrune)."""
+"""Max-min diversity: the tokens of each image that differ most from each other stay (DivPrune)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from dropflow import Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow_divprune.diversity import max_min
 
 
 class MaxMinOptions(StageOptions):
@@ -49,6 +47,10 @@ class MaxMin(Stage[MaxMinOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Keep the most diverse rows of every image."""
+        import torch
+
+        from dropflow_divprune.diversity import max_min
+
         masks = []
         with torch.no_grad():
             for features in call.features:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Rounding, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow.operators import instruction_scores, keep_best
+from dropflow import (
+    Depth,
+    Forecast,
+    Keep,
+    PruneCall,
+    Rounding,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 
 
 class AttentionRankOptions(StageOptions):
@@ -64,6 +74,8 @@ class AttentionRank(Stage[AttentionRankOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked visual tokens of each image."""
+        import torch
+
         with torch.no_grad():
-            scores = instruction_scores(call, self._at - 1)
-        return Keep(keep_best(call, scores, self._budget), scores)
+            scores = operators.instruction_scores(call, self._at - 1)
+        return Keep(operators.keep_best(call, scores, self._budget), scores)

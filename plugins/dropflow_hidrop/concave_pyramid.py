@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Int
 from pydantic import Field
-from torch import Tensor
 
-from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import (
+    Budget,
+    Depth,
+    Forecast,
+    Keep,
+    PruneCall,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 from dropflow.errors import PolicyError
-from dropflow.operators import divide, first_keep, instruction_scores, keep_top
-from dropflow_hidrop.topk import soft_weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class AverageBudget(StageOptions):
@@ -83,11 +95,13 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked visual tokens of each image."""
-        scores = instruction_scores(call)
+        from dropflow_hidrop.topk import soft_weights
+
+        scores = operators.instruction_scores(call)
         counts = self._counts(call, self._keeps[call.boundary])
         # tokens that stay in any case count against the budget, so that the schedule holds
-        ranking = scores.masked_fill(call.protected, torch.inf)
-        keep = keep_top(ranking, call.image_id, counts, keep_ties=self.options.select == "reference")
+        ranking = scores.masked_fill(call.protected, math.inf)
+        keep = operators.keep_top(ranking, call.image_id, counts, keep_ties=self.options.select == "reference")
         unranked = ~call.instruction_valid.any(1, keepdim=True)
         if not call.differentiable:
             return Keep(keep | unranked, scores)
@@ -101,7 +115,7 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
         counts = [budget.of(size) for size in call.image_sizes]
         for own in call.image_id.tolist():
             images = sorted({image for image in own if image >= 0})
-            shares = divide(budget.tokens, [call.image_sizes[image] for image in images])
+            shares = operators.divide(budget.tokens, [call.image_sizes[image] for image in images])
             for image, share in zip(images, shares, strict=True):
                 counts[image] = share
         return counts
@@ -133,7 +147,7 @@ def _solve(average: float, keeps: Mapping[int, Budget | None], context: StageCon
         raise PolicyError(f"{path}: this backbone's images differ in size; give the first keep as a share instead")
     counts = {b: None if budget is None else budget.of(shape.visual_tokens) for b, budget in keeps.items()}
     try:
-        solved = first_keep(average, shape.layers, shape.visual_tokens, context.window, counts)
+        solved = operators.first_keep(average, shape.layers, shape.visual_tokens, context.window, counts)
     except ValueError as error:
         raise PolicyError(f"{path}: {error}") from None
     return Budget(tokens=solved)

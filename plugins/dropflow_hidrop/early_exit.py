@@ -24,7 +24,7 @@ class EarlyExitOptions(StageOptions):
 class EarlyExit(Stage[EarlyExitOptions]):
     """All remaining visual tokens are dropped at the boundary `at`; the caches of earlier layers keep theirs.
 
-    Where an answer follows the image at once (pretraining on BOS, image, caption), its first word is then predicted
+    Where an answer follows the image immediately (pretraining on BOS, image, caption), its first word is then predicted
     from the last text token before the image, which has not seen it. `keep_last` keeps the last visual token for
     it, through pruning and after the exit; prompts with text after the image are not touched.
     """

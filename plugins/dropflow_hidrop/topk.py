@@ -32,13 +32,13 @@ def soft_weights(
     """Weights of `select: soft`: hard + soft - stop_gradient(soft), which is exactly 1 for every token that stays.
 
     soft_i = sigmoid((z_i - tau) / T), with tau such that an image's values sum to the k tokens kept of it (see
-    `dropflow.relaxation.soft_top` for its gradient), and z the logarithm of the attention probabilities `scores`,
+    `dropflow.operators.soft_top` for its gradient), and z the logarithm of the attention probabilities `scores`,
     standardised over the image's tokens. The logarithm takes the softmax's normaliser out: it is one summand for all
     tokens, which tau absorbs, so that an image is ranked by its q k / sqrt(d) however much attention text takes.
     Standardising makes one temperature fit layers whose scores spread differently. Probabilities under 1e-8 count as
     1e-8 and get no gradient. Computed in float32 at least.
 
-    This is no published operator: HiDrop's section 3.2 describes a top-k that passes gradients, its code has none. The
+    This operator is not published: HiDrop's section 3.2 describes a top-k that passes gradients, its code has none. The
     parts are the straight-through estimator (Bengio et al., 2013) and an entropy-regularised top-k (after Xie et al.,
     2020). `image` is -1 for tokens that are not chosen among.
     """

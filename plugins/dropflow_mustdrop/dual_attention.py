@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 
-from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow.operators import keep_top, row_parts, text_rows
-from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
+from dropflow import (
+    Budget,
+    Depth,
+    Forecast,
+    Keep,
+    PruneCall,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 
 
 class DualAttentionOptions(StageOptions):
@@ -52,11 +61,10 @@ class DualAttentionOptions(StageOptions):
 class DualAttention(Stage[DualAttentionOptions]):
     """At each boundary a token goes if both its scores are below their thresholds; reaching one of them keeps it.
 
-    Scores come from the attention of the layer before the boundary, averaged over heads, from the text tokens
-    after the first image up to the last instruction token: their sum, as a share of what all tokens of the same
-    picture get (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample
-    without text after its image is not pruned. Raises `PolicyError` for a boundary before which no layer with
-    vision lies.
+    Scores come from the attention of the layer before the boundary, averaged over heads, from the text tokens after the
+    first image up to the last instruction token: their sum, as a share of what all tokens of the same picture get
+    (tiles without text in between are one picture), and their maximum. Softmax runs over all keys. A sample without
+    text after its image is not pruned. Raises `PolicyError` where vision takes no part in the layer before a boundary.
     """
 
     Options = DualAttentionOptions
@@ -80,11 +88,15 @@ class DualAttention(Stage[DualAttentionOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep | None:
         """Keep what the text attends to."""
-        rows, asks = text_rows(call)
+        import torch
+
+        from dropflow_mustdrop.filtering import attention_scores, block_totals, dual_keep, dual_ranking
+
+        rows, asks = operators.text_rows(call)
         if not rows.shape[1]:
             return None
         with torch.no_grad():
-            sums, peaks = attention_scores(row_parts(call, call.boundary - 1, rows, asks))
+            sums, peaks = attention_scores(operators.row_parts(call, call.boundary - 1, rows, asks))
         totals = block_totals(sums.masked_fill(call.image_id < 0, 0), call.valid & ~call.text)
         thresholds = (self.options.global_threshold, self.options.individual_threshold)
         unranked = ~asks.any(1, keepdim=True)
@@ -92,7 +104,7 @@ class DualAttention(Stage[DualAttentionOptions]):
         if budget is None:
             return Keep(dual_keep(sums, peaks, totals, *thresholds) | unranked, sums)
         ranking = dual_ranking(sums, peaks, totals, *thresholds)
-        best = keep_top(ranking.masked_fill(call.protected, torch.inf), call.image_id, call.counts(budget))
+        best = operators.keep_top(ranking.masked_fill(call.protected, torch.inf), call.image_id, call.counts(budget))
         return Keep(best | unranked, ranking)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
 
-from dropflow import Budget, Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.operators import top
+from dropflow import Budget, Encode, EncodeCall, Forecast, Stage, StageOptions, hookimpl, operators
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 
 class KeySetOptions(StageOptions):
@@ -31,7 +32,7 @@ class KeySet(Stage[KeySetOptions]):
 
     Score of a row: softmax attention from CLS in one encoder layer, averaged over heads; only that row of the map is
     computed. For towers without a CLS token (SigLIP, Qwen) it is the attention a row gets from all rows, on average,
-    at the work of one map. Ties go to the earlier row. Nothing is dropped here.
+    at the cost of one attention map. Ties go to the earlier row. Nothing is dropped here.
     """
 
     Options = KeySetOptions
@@ -51,17 +52,18 @@ class KeySet(Stage[KeySetOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Protect the best-ranked rows of each image."""
+        import torch
+
         with torch.no_grad():
             layer = self.options.layer
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
-        return Encode(protect=tuple(self._protected(own) for own in scores), scores=lambda: scores)
-
-    def _protected(self, scores: Float[Tensor, "rows"]) -> Tensor:
-        protected = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        protected[key_indices(scores, self.options.share)] = True
-        return protected
+            protect = [
+                torch.zeros_like(own, dtype=torch.bool).index_fill(0, key_indices(own, self.options.share), True)
+                for own in scores
+            ]
+        return Encode(protect=tuple(protect), scores=lambda: scores)
 
 
 def key_indices(scores: Float[Tensor, "rows"], share: float) -> Int[Tensor, "keys"]:
     """The `ceil(share * rows)` best-scored rows in descending order, ties to the lowest index."""
-    return top(scores, math.ceil(share * len(scores)))
+    return operators.top(scores, math.ceil(share * len(scores)))

@@ -1,18 +1,30 @@
-"""The output-aware cache: only visual tokens that survived the prefill serve the answer (MustDrop, stage 3)."""
+"""The output-aware cache: the answer reads only the visual tokens that survived the prefill (MustDrop, stage 3)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
-from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from dropflow import CacheCall, CacheKeep, CacheView, Depth, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import (
+    CacheCall,
+    CacheKeep,
+    CacheView,
+    Depth,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 from dropflow.errors import PolicyError
-from dropflow.operators import keep_top
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 
 class OutputAwareCacheOptions(StageOptions):
@@ -85,6 +97,8 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep | None:
         """Reduce the caches to the survivors, or to what generated tokens have attended to."""
+        from dropflow_mustdrop.entries import attended, survivors
+
         if call.step == 0:
             return CacheKeep(survivors(call, self._first, self._last))
         views = [call.layers[number] for number in self.decode_taps]
@@ -100,26 +114,9 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
     ) -> Bool[Tensor, "batch keys"]:
         if self.options.threshold is not None:
             return seen >= self.options.threshold
-        ranking = seen.masked_fill(view.protected, torch.inf)
-        counts = torch.full((images,), self._budget, device=seen.device)
-        return keep_top(ranking, view.image_id, counts)
-
-
-def survivors(call: CacheCall, first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` on that holds others than layer `last`: the entries of tokens that both hold."""
-    final = call.layers[last]
-    held = torch.zeros(len(final.index), call.length + 1, dtype=torch.bool, device=final.index.device)
-    held.scatter_(1, final.index.masked_fill(~final.valid, call.length), True)  # padding: a column nobody reads
-    reduced = [view for view in call.layers[first:last] if view.same_as != final.same_as]
-    return {view.layer: held.gather(1, view.index) for view in reduced}
-
-
-def attended(call: CacheCall, view: CacheView) -> Float[Tensor, "batch keys"]:
-    """The most attention, mean over heads, that any token generated so far has given to each entry of a layer."""
-    rows = torch.arange(call.tokens, device=view.index.device).expand(len(view.index), -1)
-    with torch.no_grad():
-        now = call.attention_rows(view.layer, rows).mean(1).amax(1).to(view.index.device)
-    return now if view.memory is None else torch.maximum(view.memory, now)
+        ranking = seen.masked_fill(view.protected, math.inf)
+        counts = view.image_id.new_full((images,), self._budget)
+        return operators.keep_top(ranking, view.image_id, counts)
 
 
 def _count(options: OutputAwareCacheOptions, context: StageContext) -> int:

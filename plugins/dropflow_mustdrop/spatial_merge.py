@@ -1,17 +1,29 @@
-"""Local spatial merging: windows of alike patches become one token inside the vision tower (MustDrop, stage 1)."""
+"""Local spatial merging: windows of similar patches become one token inside the vision tower (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
-from dropflow import Budget, Encode, EncodeCall, Forecast, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import (
+    Budget,
+    Encode,
+    EncodeCall,
+    Forecast,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 from dropflow.errors import DecisionError
-from dropflow.operators import merge_windows, window_members, window_similarity
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 
 class SpatialMergeOptions(StageOptions):
@@ -46,7 +58,7 @@ class SpatialMergeOptions(StageOptions):
 
 
 class SpatialMerge(Stage[SpatialMergeOptions]):
-    """Windows of patches that are alike become one token each: the plain mean of their members.
+    """Windows of similar patches become one token each: the plain mean of their members.
 
     Position embeddings were added before; the encoder's later layers simply run on fewer tokens. Similarity of a
     window: mean cosine over pairs of its patches. Rows and columns after the last whole window stay as they are.
@@ -77,9 +89,13 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode | None:
         """Merge windows of every image."""
+        import torch
+
+        from dropflow_mustdrop.merged_windows import merged_rows, window_scores
+
         members = [self._window_members(call, image) for image in range(len(call.features))]
         with torch.no_grad():
-            similar = [window_similarity(f, m) for f, m in zip(call.features, members, strict=True)]
+            similar = [operators.window_similarity(f, m) for f, m in zip(call.features, members, strict=True)]
             counts = self._counts(call, similar)
             # ties to the window that comes first
             taken = [
@@ -87,16 +103,14 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
             ]
         if not any(counts):
             return None
-        merged = [
-            self._merged(features, places, windows, chosen)
-            for features, places, windows, chosen in zip(call.features, call.places, members, taken, strict=True)
-        ]
+        merge = partial(merged_rows, raster=self.options.order == "raster")
+        merged = [*map(merge, call.features, call.places, members, taken)]
         return Encode(
             rows=tuple(rows for rows, _ in merged),
             places=tuple(places for _, places in merged),
             shares=lambda: tuple(
-                self._merged(torch.eye(len(own), device=own.device), places, windows, chosen)[0]
-                for own, places, windows, chosen in zip(call.features, call.places, members, taken, strict=True)
+                merge(torch.eye(len(own), device=own.device), *rest)[0]
+                for own, *rest in zip(call.features, call.places, members, taken, strict=True)
             ),
             scores=lambda: tuple(map(window_scores, call.features, members, similar)),
         )
@@ -118,13 +132,15 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
                 f"{where} has {len(features)} rows, expected those of its whole patch grid {grid}; merge before other "
                 "stages drop patches"
             )
-        members = window_members(grid, self.options.window).to(features.device)
+        members = operators.window_members(grid, self.options.window).to(features.device)
         if not len(members):
             raise DecisionError(f"{where} has a grid of {grid}, smaller than one window of {self.options.window}")
         return members
 
     def _counts(self, call: EncodeCall, similar: list[Float[Tensor, "windows"]]) -> list[int]:
         """Windows to merge in each image (one host synchronisation)."""
+        import torch
+
         if self._budget is None:
             # the published comparison is in float32, whatever the features are
             threshold = torch.tensor(self.options.threshold, dtype=torch.float32, device=similar[0].device)
@@ -133,23 +149,3 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
             sizes = zip(call.features, similar, strict=True)
             counts = [min(self._windows(len(features)), len(s)) for features, s in sizes]
         return [min(counts)] * len(counts) if self.options.count == "reference" else counts
-
-    def _merged(
-        self, features: Tensor, places: Tensor, members: Tensor, taken: Tensor
-    ) -> tuple[Float[Tensor, "tokens dim"], Int[Tensor, "tokens"]]:
-        """Rows of one image after the merging, and the places they fill."""
-        means, left = merge_windows(features, members, taken)
-        rows = torch.cat((means, features[left]))
-        if self.options.order == "reference":
-            return rows, places[: len(rows)]
-        order = torch.sort(torch.cat((members[taken][:, -1], left)))
-        return rows[order.indices], places[order.values]
-
-
-def window_scores(
-    features: Float[Tensor, "rows dim"], members: Int[Tensor, "windows members"], similar: Float[Tensor, "windows"]
-) -> Float[Tensor, "rows"]:
-    """The similarity of the window that each row is in; NaN for rows in none."""
-    scores = torch.full((len(features),), torch.nan, device=features.device)
-    scores[members] = similar.to(scores)[:, None].expand_as(members)
-    return scores

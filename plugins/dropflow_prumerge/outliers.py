@@ -63,3 +63,15 @@ def left_over(
     """One row, the sum of all patches that are not kept, weighted by their scores; no row if all are kept."""
     weights = scores.to(features.dtype).index_fill(0, kept, 0)
     return (weights @ features)[None][: int(len(kept) < len(features))]
+
+
+def reduced(
+    features: Float[Tensor, "patches dim"],
+    keys: Float[Tensor, "patches width"],
+    scores: Float[Tensor, "patches"],
+    kept: Int[Tensor, "kept"],
+    neighbours: int,
+) -> Float[Tensor, "rows dim"]:
+    """Kept patches with their neighbours merged in, then the sum of those left over."""
+    merged = merge_neighbours(features, keys, scores, kept, neighbours)
+    return torch.cat((merged, left_over(features, scores, kept)))

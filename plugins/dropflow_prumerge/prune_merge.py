@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Int
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
-from dropflow import Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageOptions, hookimpl
-from dropflow.operators import first_places, top
-from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
+from dropflow import Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageOptions, hookimpl, operators
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class PruneMergeOptions(StageOptions):
@@ -53,8 +53,8 @@ class PruneMerge(Stage[PruneMergeOptions]):
     """The patches whose attention from CLS is an outlier stay, each with its nearest patches merged into it.
 
     The attention is that of one head of the layer's whole width. A patch that stays becomes itself plus the sum of the
-    32 patches with the most alike keys, weighted by their attention; one more token is the weighted sum of all that do
-    not stay. `plus` adds every n-th patch in raster order, n being a third of the patches per outlier, so that the
+    32 patches with the most similar keys, weighted by their attention; one more token is the weighted sum of all that
+    do not stay. `plus` adds every n-th patch in raster order, n being a third of the patches per outlier, so that the
     number of tokens falls in steps. Rows fill the image's first placeholders: outliers with the largest attention
     first, then evenly spaced patches, then the sum.
 
@@ -85,29 +85,32 @@ class PruneMerge(Stage[PruneMergeOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Reduce every image."""
+        import torch
+
+        from dropflow_prumerge.outliers import cls_scores, reduced
+
         with torch.no_grad():
             seen = call.query_keys(self.options.layer)
             scores = [cls_scores(query[:, 0], key, call.prefix) for query, key in seen]
             kept = [self._kept(s, count) for s, count in zip(scores, self._counts(scores), strict=True)]
             keys = [key[:, call.prefix :].transpose(0, 1).flatten(1) for _, key in seen]
-        rows = tuple(map(self._reduced, call.features, keys, scores, kept))
+        neighbours = repeat(self.options.neighbours)
+        rows = tuple(map(reduced, call.features, keys, scores, kept, neighbours))
         return Encode(
             rows=rows,
-            places=first_places(call.places, rows),
+            places=operators.first_places(call.places, rows),
             shares=lambda: tuple(
-                self._reduced(torch.eye(len(features)).to(features), *each)
-                for features, *each in zip(call.features, keys, scores, kept, strict=True)
+                map(reduced, [torch.eye(len(own)).to(own) for own in call.features], keys, scores, kept, neighbours)
             ),
             scores=lambda: tuple(scores),
         )
 
-    def _reduced(self, features: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
-        """Kept patches with their neighbours merged in, then the sum of those left over."""
-        merged = merge_neighbours(features, keys, scores, kept, self.options.neighbours)
-        return torch.cat((merged, left_over(features, scores, kept)))
-
     def _counts(self, scores: Sequence[Tensor]) -> list[int]:
         """Patches of each image that stand out, at least one."""
+        import torch
+
+        from dropflow_prumerge.outliers import outliers
+
         sizes, factor = [len(own) for own in scores], self.options.outlier_factor
         if self.options.ratio is not None:
             counts = [int(size * self.options.ratio) for size in sizes]
@@ -119,7 +122,10 @@ class PruneMerge(Stage[PruneMergeOptions]):
         return [max(count, 1) for count in counts]
 
     def _kept(self, scores: Tensor, count: int) -> Int[Tensor, "kept"]:
-        kept, patches = top(scores, count), len(scores)
+        """The `count` patches that stand out, and with `plus` those sampled from the grid."""
+        from dropflow_prumerge.outliers import grid_step, with_grid
+
+        kept, patches = operators.top(scores, count), len(scores)
         if self.options.variant == "prumerge":
             return kept
         if self.options.ratio is None:

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow.operators import instruction_scores, keep_best
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl, operators
 
 
 class PyramidOptions(StageOptions):
@@ -26,10 +25,10 @@ class Pyramid(Stage[PyramidOptions]):
     """At each boundary, the visual tokens of each image that the instruction attends to most stay.
 
     Score of a token: attention probability from the last instruction token by the norm, q and k of the layer after the
-    boundary, applied to the tokens live before it, mean over heads; the softmax runs over all keys (section 3.2).
-    With labels it is the mean over the tokens before every answer, and a sample without labels is not pruned. The
-    choice is hard and gets no gradient. Every image is ranked apart (the released code ranks only the first). Positions
-    are the policy's: published numbers were made with `positions: compact`.
+    boundary, applied to the tokens live before it, mean over heads; the softmax runs over all keys (section 3.2). With
+    labels it is the mean over the tokens before every answer, and a sample without labels is not pruned. The choice is
+    hard and gets no gradient. Every image is ranked by itself (the released code ranks only the first). Positions are
+    the policy's: published numbers were made with `positions: compact`.
     """
 
     Options = PyramidOptions
@@ -49,5 +48,5 @@ class Pyramid(Stage[PyramidOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
         """Keep the best-ranked visual tokens of each image."""
-        scores = instruction_scores(call)
-        return Keep(keep_best(call, scores, self._keeps[call.boundary]), scores)
+        scores = operators.instruction_scores(call)
+        return Keep(operators.keep_best(call, scores, self._keeps[call.boundary]), scores)

@@ -1,6 +1,6 @@
 """Gravity correction (SparseVLM+): attention without what RoPE alone gives to near tokens, and the heads that see best.
 
-RoPE lets attention fall with distance, whatever a token shows. How far is read off all-ones vectors: turned as q and k
+RoPE makes attention fall with distance, whatever a token shows. All-ones vectors tell by how much: rotated as q and k
 are, their product is W = (2 / sqrt(d)) * sum_i cos((p_q - p_k) * theta_i), and attention is divided by it.
 """
 
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dropflow import PruneCall
+from dropflow.operators import row_parts
 
 LEAST = 0.05
 """W is taken as no less than this share of sqrt(d), its value at distance 0."""
@@ -24,7 +28,8 @@ def gravity(
     """W between query rows and all slots, in float32: an all-ones q by an all-ones k, over sqrt(d).
 
     With (x, y) -> (x cos - y sin, y cos + x sin), a pair of ones at angles a and b gives 2 cos(a - b). Every angle
-    stands twice in `cos` and `sin`, once for each number of a pair; the other d - dims numbers of a head do not turn.
+    stands twice in `cos` and `sin`, once for each number of a pair; the other d - dims numbers of a head are not
+    rotated.
     """
     cos, sin = cos.float(), sin.float()
     picked = rows[:, :, None].expand(-1, -1, cos.shape[2])
@@ -35,6 +40,25 @@ def gravity(
 def guarded(pull: Float[Tensor, "batch rows slots"], head_dim: int) -> Float[Tensor, "batch rows slots"]:
     """W that may be divided by: never below `LEAST * sqrt(d)`, since it oscillates around 0 at long distances."""
     return pull.clamp(min=LEAST * head_dim**0.5)
+
+
+def corrected_attention(
+    call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"], *, guard: bool
+) -> Float[Tensor, "batch heads slots"]:
+    """Sum over the raters of their attention, in the layer before the boundary, divided by W.
+
+    `guard` keeps W from 0 (see `guarded`).
+    """
+    layer = call.boundary - 1
+    head_dim = call.tapped(layer).query.shape[-1]
+    pull = gravity(*call.rotary(layer), rows, head_dim)
+    if guard:
+        pull = guarded(pull, head_dim)
+    total, start = torch.zeros((), device=pull.device), 0
+    for part in row_parts(call, layer, rows, asks):
+        own = pull[:, None, start : start + part.shape[2]]
+        total, start = total + (part / own).sum(2), start + part.shape[2]
+    return total
 
 
 def best_heads(

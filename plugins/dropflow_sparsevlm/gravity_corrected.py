@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor
 
-from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
-from dropflow.operators import keep_top, row_parts
-from dropflow_sparsevlm.gravity import best_heads, gravity, guarded
-from dropflow_sparsevlm.rating import rater_rows
+from dropflow import Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl, operators
 from dropflow_sparsevlm.survivors import forecast, images_left
 
 
@@ -49,8 +43,8 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
     is negative from distance 1707 on with 128 dims and from 725 on with 64, where the released code's scores change
     sign. Here it is never taken below 0.05 of what it is at distance 0, a floor that begins earlier, at distance 1109
     with 128 dims and 542 with 64; `reference` takes W as it is. A sample without text after its image is not pruned.
-    Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may
-    not turn q and k by the cos and sin that it is given.
+    Raises `PolicyError` where vision takes no part in a ranking layer, and on backbones where a layer may not rotate q
+    and k by the cos and sin that it is given.
     """
 
     Options = GravityCorrectedOptions
@@ -76,32 +70,23 @@ class GravityCorrected(Stage[GravityCorrectedOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep | None:
         """Keep what the raters attend to beyond what distance explains."""
+        import torch
+
+        from dropflow_sparsevlm.gravity import best_heads, corrected_attention
+        from dropflow_sparsevlm.rating import rater_rows
+
         found = rater_rows(call)
         if found is None:
             return None
         rows, asks = found
         budget, goes = self._keeps[call.boundary], int(self.options.reference)
         with torch.no_grad():
-            by_head = self._corrected(call, rows, asks) / asks.sum(1).clamp(min=1)[:, None, None]
+            attention = corrected_attention(call, rows, asks, guard=not self.options.reference)
+            by_head = attention / asks.sum(1).clamp(min=1)[:, None, None]
             scores = best_heads(by_head, call.image_id >= 0, self.options.heads)
         counts = [
             max(0, min(budget.of(size), left - goes))
             for size, (_, left) in zip(call.image_sizes, images_left(call), strict=True)
         ]
-        best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
+        best = operators.keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
         return Keep(best | ~asks.any(1, keepdim=True), scores)
-
-    def _corrected(
-        self, call: PruneCall, rows: Int[Tensor, "batch raters"], asks: Bool[Tensor, "batch raters"]
-    ) -> Float[Tensor, "batch heads slots"]:
-        """Sum over the raters of their attention, in the layer before the boundary, over W."""
-        layer = call.boundary - 1
-        head_dim = call.tapped(layer).query.shape[-1]
-        pull = gravity(*call.rotary(layer), rows, head_dim)
-        if not self.options.reference:
-            pull = guarded(pull, head_dim)
-        total, start = torch.zeros((), device=pull.device), 0
-        for part in row_parts(call, layer, rows, asks):
-            own = pull[:, None, start : start + part.shape[2]]
-            total, start = total + (part / own).sum(2), start + part.shape[2]
-        return total

@@ -10,14 +10,6 @@ NOISE = 1e-6
 """Largest amount by which the released code disturbs densities to separate ties."""
 
 
-def recycled(dropped: int, share: float = 0.3, cluster_size: int = 10) -> tuple[int, int]:
-    """Of `dropped` tokens, how many are recycled, and into how many clusters; (0, 0) where none was dropped."""
-    if not dropped:
-        return 0, 0
-    count = min(int(share * dropped) + 1, dropped)
-    return count, min(int(count / cluster_size) + 1, count)
-
-
 def clusters(
     states: Float[Tensor, "tokens dim"], count: int, noise: Float[Tensor, "tokens"] | None = None
 ) -> tuple[Int[Tensor, "clusters"], Int[Tensor, "tokens"]]:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dropflow import Budget, Forecast, PruneCall
-from dropflow_sparsevlm.recycling import recycled
+
+
+def recycled(dropped: int, share: float = 0.3, cluster_size: int = 10) -> tuple[int, int]:
+    """Of `dropped` tokens, how many are recycled, and into how many clusters; (0, 0) where none was dropped."""
+    if not dropped:
+        return 0, 0
+    count = min(int(share * dropped) + 1, dropped)
+    return count, min(int(count / cluster_size) + 1, count)
 
 
 @dataclass(frozen=True)

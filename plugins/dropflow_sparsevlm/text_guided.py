@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
-from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from dropflow import Budget, Depth, Forecast, Keep, PruneCall, Stage, StageContext, StageOptions, Tokens, hookimpl
+from dropflow import (
+    Budget,
+    Depth,
+    Forecast,
+    Keep,
+    PruneCall,
+    Stage,
+    StageContext,
+    StageOptions,
+    Tokens,
+    hookimpl,
+    operators,
+)
 from dropflow.errors import PolicyError
-from dropflow.operators import keep_top, row_parts
-from dropflow_sparsevlm.rating import adaptive_count, rater_rows
-from dropflow_sparsevlm.recycling import clusters, recycled
-from dropflow_sparsevlm.survivors import forecast, images_left
+from dropflow_sparsevlm.survivors import forecast, images_left, recycled
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 
 class RankBudget(StageOptions):
@@ -107,16 +117,20 @@ class TextGuided(Stage[TextGuidedOptions]):
     @hookimpl
     def prune(self, call: PruneCall) -> Keep | None:
         """Keep what the raters attend to, and clusters of the rest."""
+        import torch
+
+        from dropflow_sparsevlm.rating import rater_rows
+
         found = rater_rows(call)
         if found is None:
             return None
         rows, asks = found
         with torch.no_grad():
-            parts = [part.float().mean(1) for part in row_parts(call, call.boundary - 1, rows, asks)]
+            parts = [part.float().mean(1) for part in operators.row_parts(call, call.boundary - 1, rows, asks)]
             attention = torch.cat(parts, 1)  # (batch, raters, slots), zero where a sample has fewer raters
             scores = attention.sum(1) / asks.sum(1, keepdim=True).clamp(min=1)
             counts = self._counts(call, attention, asks)
-            best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
+            best = operators.keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, counts)
             keep = best | ~asks.any(1, keepdim=True)
             return self._with_clusters(call, keep, scores) if self.options.recycle else Keep(keep, scores)
 
@@ -124,6 +138,8 @@ class TextGuided(Stage[TextGuidedOptions]):
         self, call: PruneCall, attention: Float[Tensor, "batch raters slots"], asks: Bool[Tensor, "batch raters"]
     ) -> list[int]:
         """Tokens that survive of each image, by image number."""
+        from dropflow_sparsevlm.rating import adaptive_count
+
         budget, rank, counts = self._keeps[call.boundary], self.options.rank, []
         for image, (sample, left) in enumerate(images_left(call)):
             most = left - 1 if self.options.reference else left
@@ -140,6 +156,10 @@ class TextGuided(Stage[TextGuidedOptions]):
         self, call: PruneCall, keep: Bool[Tensor, "batch slots"], scores: Float[Tensor, "batch slots"]
     ) -> Keep:
         """The best of the dropped tokens merged into the centres of their clusters, which stay, or after all others."""
+        import torch
+
+        from dropflow_sparsevlm.recycling import clusters
+
         keep = keep.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
         gone = (call.image_id >= 0) & ~keep & ~call.protected

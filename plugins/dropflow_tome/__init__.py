@@ -1,4 +1,4 @@
-"""Token Merging (ToMe, arXiv:2210.09461) inside the vision tower: alike tokens become one, layer by layer."""
+"""Token Merging (ToMe, arXiv:2210.09461) inside the vision tower: similar tokens become one, layer by layer."""
 
 from dropflow_tome.token_merging import TokenMerging
 

@@ -1,8 +1,7 @@
-"""The maths of token merging: bipartite soft matching, weighted means, and how many tokens go in which layer."""
+"""The maths of token merging: bipartite soft matching and weighted means."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ class Matching:
     """Which tokens of set A (positions 0, 2, 4, ...) are merged into which of set B (positions 1, 3, 5, ...)."""
 
     sources: Int[Tensor, "merged"]
-    """Positions in A, most alike first."""
+    """Positions in A, most similar first."""
     destinations: Int[Tensor, "merged"]
     """For each source, a position in B; several sources may have one destination."""
     unmerged: Int[Tensor, "unmerged"]
@@ -23,11 +22,11 @@ class Matching:
 
 
 def match(metric: Float[Tensor, "tokens dim"], count: int, *, has_cls: bool) -> Matching:
-    """Merge the `count` tokens of A that are most alike to any token of B (ToMe, section 3, bipartite soft matching).
+    """Merge the `count` tokens of A that are most similar to any token of B (ToMe, section 3, bipartite soft matching).
 
-    Alike is a large cosine of `metric`; ties go to the lowest position. The first token is never merged if it is CLS.
-    At most half of the other tokens go. With CLS unmerged tokens keep their order, without it the most alike come
-    first, as published.
+    Similar means a large cosine of `metric`; ties go to the lowest position. The first token is never merged if it is
+    CLS. At most half of the other tokens go. With CLS, unmerged tokens keep their order; without it, the most similar
+    come first, as published.
     """
     count = max(min(count, (len(metric) - has_cls) // 2), 0)
     unit = torch.nn.functional.normalize(metric.float(), dim=1)
@@ -57,13 +56,6 @@ def merge(
     return (joined(weighted) / total[:, None]).to(tokens.dtype), total
 
 
-def schedule(layers: int, tokens: int | Sequence[int], slope: float = 0.0) -> list[int]:
-    """Tokens to merge in each of `layers` layers: the same in all, or as listed, padded with 0.
-
-    `slope` tilts a single number: from 2 * tokens in the first layer down to 0 at -1, from 0 up to 2 * tokens at 1.
-    """
-    if not isinstance(tokens, int):
-        return [*tokens, *[0] * (layers - len(tokens))]
-    low = int(tokens * (1 - slope))
-    step = 2 * (tokens - low) / max(layers - 1, 1)
-    return [int(low + step * layer) for layer in range(layers)]
+def shares(matching: Matching, sizes: Float[Tensor, "tokens"], prefix: int) -> Float[Tensor, "new rows"]:
+    """Which rows each new one is the mean of: unit vectors are merged instead of tokens; the prefix is left out."""
+    return merge(matching, torch.eye(len(sizes), device=sizes.device), sizes)[0][prefix:, prefix:]

@@ -1,18 +1,25 @@
-"""Token merging inside the vision tower: in every layer the most alike tokens become one (ToMe)."""
+"""Token merging inside the vision tower: in every layer the most similar tokens become one (ToMe)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor
 
-from dropflow import Budget, Encode, EncodeBoundary, EncodeCall, Forecast, Stage, StageContext, StageOptions, hookimpl
-from dropflow.operators import first_places
-from dropflow_tome.matching import Matching, match, merge, schedule
+from dropflow import (
+    Budget,
+    Encode,
+    EncodeBoundary,
+    EncodeCall,
+    Forecast,
+    Stage,
+    StageContext,
+    StageOptions,
+    hookimpl,
+    operators,
+)
+from dropflow_tome.schedule import schedule
 
 
 class TokenMergingOptions(StageOptions):
@@ -48,9 +55,9 @@ class TokenMergingOptions(StageOptions):
 
 
 class TokenMerging(Stage[TokenMergingOptions]):
-    """Between attention and feed-forward part of a layer, the r most alike pairs of tokens become one token each.
+    """Between attention and feed-forward part of a layer, the r most similar pairs of tokens become one token each.
 
-    Tokens at even places are compared with those at odd places, CLS apart, by the cosine of this layer's keys (mean
+    Tokens at even places are compared with those at odd places, CLS excepted, by the cosine of this layer's keys (mean
     over heads); the r tokens with the best match join it. A merged token is the mean of all its members, and attention
     of later layers adds the logarithm of their number to its logits. The tower's feed-forward part and all later layers
     run on fewer tokens. Unmerged tokens come first, then the matches: this order, not the raster, fills the image's
@@ -90,6 +97,10 @@ class TokenMerging(Stage[TokenMergingOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Merge tokens of every image."""
+        import torch
+
+        from dropflow_tome.matching import match, merge, shares
+
         assert isinstance(call.boundary, float)
         layer, prefix = int(call.boundary), call.prefix
         with torch.no_grad():
@@ -102,13 +113,8 @@ class TokenMerging(Stage[TokenMergingOptions]):
         rows = tuple(own[prefix:] for own, _ in merged)
         return Encode(
             rows=rows,
-            places=first_places(call.places, rows),
+            places=operators.first_places(call.places, rows),
             sizes=tuple(sizes[prefix:] for _, sizes in merged),
             proportional=self.options.proportional,
-            shares=lambda: tuple(_shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
+            shares=lambda: tuple(shares(*each, prefix) for each in zip(matchings, weights, strict=True)),
         )
-
-
-def _shares(matching: Matching, weights: Float[Tensor, "tokens"], prefix: int) -> Float[Tensor, "new rows"]:
-    """Which rows each new one is the mean of: merging unit vectors instead of tokens; the prefix is in none."""
-    return merge(matching, torch.eye(len(weights), device=weights.device), weights)[0][prefix:, prefix:]

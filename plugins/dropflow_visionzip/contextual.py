@@ -34,10 +34,10 @@ def targets(left: int, contextual: int, device: torch.device) -> Int[Tensor, "co
 def contextual_tokens(
     features: Float[Tensor, "left dim"], metric: Float[Tensor, "left width"], contextual: int
 ) -> Float[Tensor, "contextual dim"]:
-    """Each target plus the mean of the left-over patches that are most alike to it, by cosine of `metric`.
+    """Each target plus the mean of the left-over patches that are most similar to it, by cosine of `metric`.
 
-    A sum of the target and the mean of its members, as released, and no average of both; a target without members
-    stays as it is.
+    The sum of the target and the mean of its members, as released, not their average; a target without members stays
+    as it is.
     """
     aim = targets(len(features), contextual, features.device)
     if not len(aim):
@@ -51,3 +51,33 @@ def contextual_tokens(
         members = torch.zeros_like(aim).index_add_(0, assigned, torch.ones_like(assigned)).clamp(min=1)
     sums = torch.zeros_like(features[aim]).index_add(0, assigned, features[others])
     return features[aim] + sums / members[:, None].to(sums.dtype)
+
+
+def reduced(
+    features: Float[Tensor, "patches dim"],
+    prefix: Float[Tensor, "prefix dim"],
+    scores: Float[Tensor, "patches"],
+    metric: Float[Tensor, "patches width"],
+    counts: tuple[int, int],
+) -> Float[Tensor, "tokens dim"]:
+    """What is left of an image: the first of `prefix` and dominant patches, then contextual tokens.
+
+    `counts` are the numbers of dominant tokens, of which a prefix row is one, and of contextual ones.
+    """
+    dominant, contextual = counts
+    cls = prefix[: min(dominant, 1)]
+    kept, left = split(scores, max(dominant - len(cls), 0))
+    merged = contextual_tokens(features[left], metric[left], contextual)
+    return torch.cat((cls, features[kept], merged))
+
+
+def shares(
+    features: Float[Tensor, "patches dim"],
+    prefix: Float[Tensor, "prefix dim"],
+    scores: Float[Tensor, "patches"],
+    metric: Float[Tensor, "patches width"],
+    counts: tuple[int, int],
+) -> Float[Tensor, "tokens rows"]:
+    """The same reduction of unit vectors, one for each patch and then one for each prefix row."""
+    unit = torch.eye(len(features) + len(prefix)).to(features)
+    return reduced(unit[: len(features)], unit[len(features) :], scores, metric, counts)

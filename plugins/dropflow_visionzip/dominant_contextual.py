@@ -1,4 +1,4 @@
-"""Dominant and contextual tokens: what the vision tower looks at stays, the rest is summed up (VisionZip)."""
+"""Dominant and contextual tokens: patches that CLS attends to stay, the rest are merged (VisionZip)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from dropflow import (
     Budget,
@@ -21,9 +19,8 @@ from dropflow import (
     StageOptions,
     Tokens,
     hookimpl,
+    operators,
 )
-from dropflow.operators import first_places
-from dropflow_visionzip.contextual import contextual_tokens, split
 
 
 class DominantContextualOptions(StageOptions):
@@ -59,7 +56,7 @@ class Reduced(Budget):
         return dominant, min(self.contextual.of(patches), patches - dominant)
 
     def of(self, visual_tokens: int) -> int:
-        """Both together."""
+        """Dominant and contextual tokens together."""
         return sum(self.counts(visual_tokens))
 
 
@@ -67,11 +64,11 @@ class DominantContextual(Stage[DominantContextualOptions]):
     """The rows that CLS attends to most stay in raster order after the CLS row; the others are merged.
 
     Score of a patch: attention from CLS in one layer, summed over heads. Of the patches left over, evenly spaced ones
-    are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and
-    a contextual token is its target plus the mean of those that joined it. All of it happens on what the projector
-    gets, so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention
-    a patch gets from all of them, and there is no CLS row to keep. More tokens than the image has patches are refused
-    by leaving contextual ones out. Rows fill the image's first placeholders, in the published order.
+    are targets; every other one joins the target whose key (mean over heads) has the largest cosine with its own, and a
+    contextual token is its target plus the mean of those that joined it. All of it happens on what the projector gets,
+    so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention a patch
+    gets from all of them, and there is no CLS row to keep. Where more tokens are asked for than the image has patches,
+    contextual ones are left out. Rows fill the image's first placeholders, in the published order.
     """
 
     Options = DominantContextualOptions
@@ -104,26 +101,19 @@ class DominantContextual(Stage[DominantContextualOptions]):
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
         """Reduce every image."""
+        import torch
+
+        from dropflow_visionzip.contextual import reduced, shares
+
         layer = self.options.layer
         with torch.no_grad():
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
             metric = [key[:, call.prefix :].mean(0) for _, key in call.query_keys(layer)]
-        rows = tuple(map(self._reduced, call.features, call.prefix_rows, scores, metric))
+        counts = [self._reduced_to.counts(len(features)) for features in call.features]
+        rows = tuple(map(reduced, call.features, call.prefix_rows, scores, metric, counts))
         return Encode(
             rows=rows,
-            places=first_places(call.places, rows),
-            shares=lambda: tuple(map(self._shares, call.features, call.prefix_rows, scores, metric)),
+            places=operators.first_places(call.places, rows),
+            shares=lambda: tuple(map(shares, call.features, call.prefix_rows, scores, metric, counts)),
             scores=lambda: tuple(scores),
         )
-
-    def _reduced(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
-        dominant, contextual = self._reduced_to.counts(len(features))
-        cls = prefix[: min(dominant, 1)]
-        kept, left = split(scores, max(dominant - len(cls), 0))
-        merged = contextual_tokens(features[left], metric[left], contextual)
-        return torch.cat((cls, features[kept], merged))
-
-    def _shares(self, features: Tensor, prefix: Tensor, scores: Tensor, metric: Tensor) -> Tensor:
-        """The same reduction of unit vectors (new rows, patches and prefix rows)."""
-        unit = torch.eye(len(features) + len(prefix)).to(features)
-        return self._reduced(unit[: len(features)], unit[len(features) :], scores, metric)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import dropflow
-from dropflow import backbone_for
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 FIRST = 5
 """The lowest boundary that the released search tries."""
@@ -19,7 +18,7 @@ FIRST = 5
 
 @dataclass(frozen=True)
 class Search:
-    """What a search saw."""
+    """The result of a search for the boundary."""
 
     divergences: Mapping[int, float]
     """Boundary -> mean KL divergence over the samples, in nats."""
@@ -38,7 +37,9 @@ def find_boundary(
     Costs one prefill per sample and candidate, and one more per sample. Raises `ValueError` without samples or
     candidates, or for a sample that is not one prompt.
     """
-    depth = backbone_for(model).shape.layers
+    import torch
+
+    depth = dropflow.backbone_for(model).shape.layers
     boundaries = sorted(set(candidates)) or list(range(FIRST, depth))
     if not boundaries or not 0 <= boundaries[0] <= boundaries[-1] <= depth:
         raise ValueError(f"find_boundary: expected candidates from 0 to {depth}, got {boundaries}; name some")
@@ -54,7 +55,6 @@ def find_boundary(
     return Search(dict(zip(boundaries, means, strict=True)), first_within(boundaries, means, threshold))
 
 
-@torch.no_grad()
 def last_logits(
     model: Any,
     inputs: Mapping[str, Any],
@@ -72,23 +72,26 @@ def last_logits(
         shape = None if tokens is None else tuple(tokens.shape)
         raise ValueError(f"last_logits: expected one prompt without padding after it, got tokens of shape {shape}")
     if at is None:
-        return _last(model(**inputs, use_cache=False))
+        return _last(model, inputs)
     policy = {"name": "withdrawal", "stages": {"withdraw": {"use": "vtw/withdrawal", "at": at}}}
     with dropflow.attach(model, policy) as flow:
         if visual is None:
-            return _last(model(**inputs, use_cache=False))
+            return _last(model, inputs)
         with flow.visual(visual):
-            return _last(model(**inputs, use_cache=False))
+            return _last(model, inputs)
 
 
-def _last(output: Any) -> Float[Tensor, "vocabulary"]:
-    logits: Tensor = output.logits[0, -1]
+def _last(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "vocabulary"]:
+    import torch
+
+    with torch.no_grad():
+        logits: Tensor = model(**inputs, use_cache=False).logits[0, -1]
     return logits
 
 
 def divergence(dense: Float[Tensor, "vocabulary"], withdrawn: Float[Tensor, "vocabulary"]) -> Float[Tensor, ""]:
     """KL(p_withdrawn || p_dense) of the next token, in nats, from logits; the released code has this order."""
-    log_p, log_dense = (torch.log_softmax(logits.float(), -1) for logits in (withdrawn, dense))
+    log_p, log_dense = (logits.float().log_softmax(-1) for logits in (withdrawn, dense))
     return (log_p.exp() * (log_p - log_dense)).sum()
 
 

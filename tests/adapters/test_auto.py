@@ -95,7 +95,7 @@ def language_model() -> Any:
         (mllama, r"'mllama', and `auto` cannot serve it: its decoder reads images by cross-attention"),
         (blip2, r"'blip-2', and `auto` cannot serve it: a Q-Former turns its images into queries"),
         (t5, r"'t5', and `auto` cannot serve it: it is an encoder-decoder"),
-        (gemma3n_like, r"`auto` cannot serve it: 2 layers share the keys of others"),
+        (gemma3n_like, r"`auto` cannot serve it: 2 layers share keys with other layers"),
         (hybrid, r"'qwen3_5', and `auto` cannot serve it: it has recurrent layers \(linear_attention\)"),
         (language_model, r"'llama', and `auto` cannot serve it: its core has no `get_image_features`"),
     ],

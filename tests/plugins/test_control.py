@@ -17,8 +17,8 @@ from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle
 from dropflow.units import BackboneShape
 from dropflow_control.draw import draw, fingerprint
-from dropflow_control.pool import pool
-from dropflow_control.stride import evenly, spread
+from dropflow_control.spacing import evenly, spread
+from dropflow_control.windows import pool
 
 LAYERS = policy(random={"use": "control/random", "keep": {2: 7, 4: 2}})
 ENCODER = policy(random={"use": "control/random", "encode": 6})

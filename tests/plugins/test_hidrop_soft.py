@@ -11,7 +11,7 @@ from tiny import BOS, IMAGE, policy, prompt, tiny_llava
 import dropflow
 from dropflow.operators.relaxation import soft_top, standardised
 from dropflow.testing import assert_stage_conforms, tiny_models
-from dropflow_hidrop import concave_pyramid
+from dropflow_hidrop import topk
 from dropflow_hidrop.topk import soft_weights
 
 PYRAMID = {"use": "hidrop/concave-pyramid", "keep": {2: 7, 4: 2}}
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_relaxed_objective(monkeypatch: pytest.Monkey
     model, inputs = tiny_llava().train(), labelled()
     _, _, gradient = trained(model, "soft")
     weights = dict(model.named_parameters())
-    monkeypatch.setattr(concave_pyramid, "soft_weights", relaxed)
+    monkeypatch.setattr(topk, "soft_weights", relaxed)
     dice = torch.Generator().manual_seed(1)
     with dropflow.attach(model, hidrop("soft")) as flow:
         model(**inputs)

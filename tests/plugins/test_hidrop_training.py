@@ -13,8 +13,8 @@ from training import Prompts, collate, freeze_tower
 from watching import told, watched
 
 import dropflow
+from dropflow import operators
 from dropflow.testing import MaskedOracle
-from dropflow_hidrop import concave_pyramid
 
 IMAGE = 98
 SAMPLES = (("I", 6), (3, "I", 9), ("I", 2, "I", 12), (8,), (2, "I", 5))
@@ -161,12 +161,12 @@ def test_scores_that_choose_the_same_tokens_give_the_same_loss_and_gradients(mon
         return loss.detach(), grads, live
 
     loss, grads, live = step()
-    real = concave_pyramid.instruction_scores
-    monkeypatch.setattr(concave_pyramid, "instruction_scores", lambda call: real(call) ** 3 * 7 + 1)
+    real = operators.instruction_scores
+    monkeypatch.setattr(operators, "instruction_scores", lambda call: real(call) ** 3 * 7 + 1)
     again, others, same = step()
     assert torch.equal(live, same)
     assert torch.equal(loss, again)
     assert grads.keys() == others.keys()
     assert all(torch.equal(grads[name], others[name]) for name in grads)
-    monkeypatch.setattr(concave_pyramid, "instruction_scores", lambda call: -real(call))
+    monkeypatch.setattr(operators, "instruction_scores", lambda call: -real(call))
     assert not torch.equal(step()[2], live)

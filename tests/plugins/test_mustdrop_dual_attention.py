@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropflow
 from dropflow.errors import PolicyError
+from dropflow.operators import text_rows
 from dropflow_mustdrop import DualAttention
-from dropflow_mustdrop.dual_attention import text_rows
 from dropflow_mustdrop.filtering import block_totals, dual_keep
 
 FILTER = {"use": "mustdrop/dual-attention", "at": [2, 4], "global_threshold": 0.06, "individual_threshold": 0.08}

@@ -78,10 +78,10 @@ def test_no_shipped_stage_makes_rows_without_a_case_above(name: str, llava: Any)
 
 
 def test_nothing_is_told_where_nobody_asks(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dropflow_tome import token_merging
+    from dropflow_tome import matching
 
     asked: list[int] = []
-    monkeypatch.setattr(token_merging, "_shares", lambda *_: asked.append(1))
+    monkeypatch.setattr(matching, "shares", lambda *_: asked.append(1))
     stage = {"use": TokenMerging, "r": 2, "layers": 2}
     with torch.no_grad(), dropflow.attach(llava, policy(tome=stage)):
         llava(**prompt())

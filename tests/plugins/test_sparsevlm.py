@@ -23,7 +23,8 @@ from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
 from dropflow.units import BackboneShape
 from dropflow_sparsevlm import TextGuided
 from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
-from dropflow_sparsevlm.recycling import clusters, recycled
+from dropflow_sparsevlm.recycling import clusters
+from dropflow_sparsevlm.survivors import recycled
 
 RATERS, SELECT, RECYCLE = (golden(f"sparsevlm_{name}") for name in ("raters", "select", "recycle"))
 

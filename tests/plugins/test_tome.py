@@ -21,7 +21,8 @@ from dropflow import EncodeCall, Stage, hookimpl
 from dropflow.errors import PolicyError, UnsupportedModel
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
-from dropflow_tome.matching import match, merge, schedule
+from dropflow_tome.matching import match, merge
+from dropflow_tome.schedule import schedule
 
 STAGE = {"use": "tome/token-merging"}
 CASES = [case for case in recorded("tome_merge") if case not in ("d_distill", "f_chain")]

@@ -1,1 +1,1 @@
-"""What the author of an adapter reads: the parts of a model, its images, its work."""
+"""The interface for adapter authors: the parts of a model, the layout of its images, and its FLOPs."""

@@ -1,4 +1,4 @@
-"""What a backbone adapter says: where a model's parts are and which of its tokens are visual, never what to do."""
+"""Backbone adapters: they say where a model's parts are and which tokens are visual, never what to do with them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
 
 MODALITIES = ("image", "video")
-"""What a core encodes by `get_image_features` and `get_video_features`."""
+"""What a core encodes with `get_image_features` and `get_video_features`."""
 FACTS = {
-    "vision_layers": "its vision encoder's layers, which stages can work before",
+    "vision_layers": "the layers of the vision encoder, before which stages can work",
     "cls": "a CLS row in the vision encoder, whose attention ranks patches",
     "projector": "a projector that maps the patch rows of the features one by one",
-    "sublayers": "the attention and feed-forward part of a vision layer, which stages can work between",
+    "sublayers": "the attention and feed-forward parts of a vision layer, between which stages can work",
     "grid": "the patch grid of every image",
     "final_norm": "the norm after the text decoder's last layer",
-    "rotary": "the cos and sin by which every layer of the text decoder turns q and k",
+    "rotary": "the cos and sin with which every layer of the text decoder rotates q and k",
 }
 """What a stage may need of a backbone, by name."""
 FALLBACK = "auto"
@@ -47,7 +47,7 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class VisionEncoder:
-    """The part of the vision tower that `encode` stages may work inside of."""
+    """The part of the vision tower that `encode` stages may work inside."""
 
     owner: Any
     """Module whose `layers` attribute is iterated once per forward."""
@@ -60,7 +60,7 @@ class VisionEncoder:
     select_prefix: int
     """Prefix tokens still present in the features handed to the projector."""
     projector: Any = None
-    """Module that gets the features, patch rows alone, and maps them one by one; `None` where there is none such."""
+    """Module that maps the features, patch rows only, one by one; `None` where there is no such module."""
     sublayers: Callable[[Any], Sublayers] | None = None
     """Attention and feed-forward module of a layer, for stages that work between the two; `None` where unknown."""
 
@@ -75,11 +75,11 @@ class Projections:
     """The modules of one decoder layer that project normed hidden states to q, k and v, each with `out_features`."""
 
     query: Any
-    """Gives q (..., heads * head_dim)."""
+    """Returns q (..., heads * head_dim)."""
     key: Any
-    """Gives k (..., kv_heads * head_dim)."""
+    """Returns k (..., kv_heads * head_dim)."""
     value: Any
-    """Gives v (..., kv_heads * head_dim)."""
+    """Returns v (..., kv_heads * head_dim)."""
 
 
 class Backbone:
@@ -90,10 +90,10 @@ class Backbone:
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    """What of images and videos has placeholder tokens, whose ids the config has as `<modality>_token_id`."""
+    """Modalities with placeholder tokens, `image` or `video`; the config holds their ids as `<modality>_token_id`."""
     token_arguments: ClassVar[Mapping[str, int]] = {}
-    """What else a decoder layer takes for every token: name of the argument -> its dimension of tokens, from the end
-    (-1 for (..., tokens), -2 for (..., tokens, dim)). The engine knows positions, masks and caches."""
+    """Other per-token arguments of a decoder layer: name of the argument -> its token dimension, from the end
+    (-1 for (..., tokens), -2 for (..., tokens, dim)). The engine already knows positions, masks and caches."""
     gridded: bool = False
     """Whether `layouts` gives every image a patch grid although images differ in size."""
 
@@ -114,7 +114,7 @@ class Backbone:
     def vision(self) -> VisionEncoder | None:
         """Where the vision encoder's layers are; `None` where stages cannot work inside it.
 
-        Stages can where the encoder's rows reach the LLM one by one: not where the projector pools or shuffles
+        They can where the encoder's rows reach the LLM one by one. They cannot where the projector pools or shuffles
         neighbours together, or where images are cut into tiles and joined again.
         """
         return None
@@ -128,7 +128,7 @@ class Backbone:
 
     @property
     def final_norm(self) -> Callable[[Tensor], Tensor] | None:
-        """The norm after the text decoder's last layer; `None` where it is not its module `norm`."""
+        """The norm after the text decoder's last layer; `None` where the decoder has no module `norm`."""
         norm: Callable[[Tensor], Tensor] | None = self.text._modules.get("norm")
         return norm
 
@@ -140,15 +140,15 @@ class Backbone:
         return "mrope_section" not in parameters and not by_layer_type
 
     def rotary(self, like: Tensor, position_ids: Int[Tensor, "batch tokens"]) -> Any:
-        """What the text decoder hands its layers as `position_embeddings`, for these positions, in dtype of `like`."""
+        """What the text decoder passes its layers as `position_embeddings` for these positions, in `like`'s dtype."""
         return self.text.rotary_emb(like, position_ids)
 
     @property
     def rotates_pairs(self) -> bool:
-        """Whether every layer turns pairs of q and k by the cos and sin (batch, tokens, dims) that it is given.
+        """Whether every layer rotates pairs of q and k by the cos and sin (batch, tokens, dims) that it receives.
 
-        Not taken for granted where kinds of layers share one RoPE, as in some of these decoders one kind is not turned
-        at all; an adapter that knows its family overrides this.
+        False by default where several kinds of layers share one RoPE, since in some such decoders one kind does not
+        rotate at all; an adapter that knows its family overrides this.
         """
         config = self.text.config
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -190,7 +190,7 @@ class Backbone:
         return found
 
     def embedded_placeholders(self, inputs_embeds: Tensor, modality: str | None = None) -> Bool[Tensor, "batch tokens"]:
-        """The same for a prompt given as embeddings (batch, tokens, dim): those equal to a placeholder's embedding."""
+        """Which tokens of a prompt given as embeddings (batch, tokens, dim) equal a placeholder's embedding."""
         table = self.model.get_input_embeddings()
         found = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         for name, token in self.visual_ids.items():
@@ -200,7 +200,7 @@ class Backbone:
         return found
 
     def modalities_in(self, arguments: Mapping[str, Any]) -> frozenset[str]:
-        """Modalities that a call of the core brings features or pixels of."""
+        """Modalities whose features or pixels are among the arguments of a call of the core."""
         encoded = arguments.get("mm_encoder_outputs") or {}
         found = {modality for modality, value in encoded.items() if value is not None}
         for name, value in arguments.items():
@@ -209,11 +209,11 @@ class Backbone:
         return frozenset(found)
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call of the core brings image features of its own."""
+        """Whether features or pixels of any modality are among the arguments of a call of the core."""
         return bool(self.modalities_in(arguments))
 
     def grid(self, tokens: int) -> tuple[int, int] | None:  # noqa: ARG002
-        """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where that does not tell."""
+        """Patch grid (rows, columns) of an image of `tokens` tokens; `None` where the number does not determine it."""
         return None
 
     def layouts(
@@ -224,7 +224,7 @@ class Backbone:
     ) -> list[list[ImageLayout]]:
         """The images (pictures, tiles, frames) inside each entry of the features that the core encodes.
 
-        `sizes` are the rows of each entry. `arguments` are those of `get_image_features` or `get_video_features`;
+        `sizes` counts the rows of each entry. `arguments` are those of `get_image_features` or `get_video_features`;
         empty where the features were encoded elsewhere. By default every entry is one image.
         """
         return [[ImageLayout(size, self.grid(size))] for size in sizes]
@@ -234,8 +234,8 @@ class Backbone:
     ) -> tuple[dict[str, Any], tuple[tuple[Tensor, Tensor], ...]]:
         """What the text decoder adds to visual states after its first layers, taken out of its arguments.
 
-        Returns the arguments without it, and per layer which tokens (batch, tokens) boolean receive which rows
-        (visual tokens, dim). The default knows the two arguments by which transformers passes deepstack features.
+        Returns the arguments without it and, per layer, a boolean (batch, tokens) of the tokens that receive rows, and
+        these rows (visual tokens, dim). The default knows the two arguments in which transformers passes them.
         """
         rows, where = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
         if rows is None or where is None:
@@ -243,7 +243,7 @@ class Backbone:
         return {**arguments, "deepstack_visual_embeds": None}, tuple((where, own) for own in rows)
 
     def facts(self) -> frozenset[str]:
-        """The facts this backbone can give: those in `FACTS`."""
+        """Which of the facts in `FACTS` this backbone provides."""
         vision, known = self.vision, set()
         if vision is not None:
             found = {"vision_layers": True, "cls": vision.has_cls, "projector": vision.projector is not None}
@@ -260,7 +260,7 @@ class Backbone:
 
 
 def square_grid(tokens: int) -> tuple[int, int] | None:
-    """Square grid of `tokens` patches; `None` for a number that is no square."""
+    """Square grid of `tokens` patches; `None` for a number that is not a square."""
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else None
 
@@ -268,11 +268,10 @@ def square_grid(tokens: int) -> tuple[int, int] | None:
 def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Backbone:
     """Wrap a model in its adapter: a class, a registered name, or by default the name that is its `model_type`.
 
-    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. Of a
-    model wrapped by torch.compile, PEFT or DistributedDataParallel, the one inside is served, by whichever it is then
-    called.
-    Raises `UnsupportedModel` for a model that cannot be served, saying why, and for what holds a model or goes with
-    one, such as a pipeline or a processor, saying what to pass.
+    A model whose type no adapter claims is served by the one registered as `auto`, if it has the usual shape. For a
+    model wrapped by torch.compile, PEFT or DistributedDataParallel, the adapter is that of the model inside; either
+    may then be called. Raises `UnsupportedModel` with the reason for a model that is not supported, and with what to
+    pass instead for an object that contains or accompanies a model, such as a pipeline or a processor.
     """
     model = unwrapped(model)
     if isinstance(adapter, type):

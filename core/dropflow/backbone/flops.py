@@ -1,13 +1,14 @@
-"""Closed formulas for the work of a decoder layer. One multiply-add counts as one, as the pruning papers count."""
+"""Closed formulas for the work of a decoder layer. One multiply-add counts as one operation, as in pruning papers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-N = TypeVar("N", int, Tensor)
+N = TypeVar("N", int, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def vision_only(tokens: float, shape: DecoderWidths) -> float:
 
 
 def layer(queries: N, keys: N, shape: DecoderWidths) -> N:
-    """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries, for each of several.
+    """Multiply-adds of one decoder layer that runs `queries` tokens against `keys` cache entries.
 
     Counts q, k, v and output projections (GQA-aware), q.k and attention.v over the full queries x keys rectangle (as
-    fused kernels are counted, not the causal half), and the gated MLP.
+    fused kernels are counted, not the causal half), and the gated MLP. Elementwise where the counts are tensors.
     """
     d, m, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return queries * (2 * d * q + 2 * d * kv + 3 * d * m) + 2 * queries * keys * q

@@ -1,4 +1,4 @@
-"""The images of a prompt: whose placeholders are whose, their patch grids, and the rows that belong to no patch."""
+"""The images of a prompt: their rows of features, their patch grids, and their rows that are not patches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 class ImageLayout:
     """What counts as one image: a picture, a tile of a large picture, or a frame of a video.
 
-    Its rows lie one after the other. Extra rows, such as newline tokens, are no patches: no stage sees them, and they
-    are kept exactly as long as a patch of their line is: the grid row they end, or else the whole image. (Where rows
-    are ended, those of `head` go with the first row and those of `tail` with the last.)
+    Its rows are contiguous. Extra rows, such as newline tokens, are not patches: no stage sees them, and they are kept
+    exactly as long as any patch of their line is. A line is the grid row that an extra row ends, or else the whole
+    image. (With `line_ends`, the rows of `head` belong to the first line and those of `tail` to the last.)
     """
 
     tokens: int
@@ -32,17 +32,17 @@ class ImageLayout:
 
     @property
     def has_extra(self) -> bool:
-        """Whether some rows are no patches."""
+        """Whether some rows are not patches."""
         return self.tokens > 0 and bool(self.head or self.line_ends or self.tail)
 
     @property
     def patches(self) -> int:
-        """Rows that are patches."""
+        """Number of rows that are patches."""
         ends = self.grid[0] if self.line_ends and self.grid else 0
         return self.tokens - self.head - self.tail - ends
 
     def extra(self, device: torch.device) -> Bool[Tensor, "tokens"]:
-        """Which rows are no patches."""
+        """Which rows are not patches."""
         extra = torch.zeros(self.tokens, dtype=torch.bool, device=device)
         extra[: self.head] = True
         extra[self.tokens - self.tail :] = True
@@ -53,7 +53,7 @@ class ImageLayout:
 
     @property
     def lines(self) -> int:
-        """Lines that its rows belong to."""
+        """Number of lines that its rows belong to."""
         return max(1, self.grid[0]) if self.line_ends and self.grid else 1
 
     def patch_rows(self, device: torch.device) -> Int[Tensor, "patches"]:
@@ -70,7 +70,7 @@ class ImageLayout:
         return row.clamp(min=0, max=self.tokens - self.head - self.tail - 1) // (self.grid[1] + 1)
 
     def keep_of(self, patches: Bool[Tensor, "patches"]) -> Bool[Tensor, "tokens"]:
-        """Rows that stay when of the patches these do."""
+        """Which rows stay when these patches do."""
         if not self.has_extra:
             return patches
         extra, line, rows = self.extra(patches.device), self.line(patches.device), self.patch_rows(patches.device)

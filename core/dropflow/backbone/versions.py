@@ -9,9 +9,9 @@ from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NEWEST_TESTED = Version("5.24")
-"""The newest minor version that the suite runs on; the oldest one stands in the package's requirements."""
+"""The newest minor version that the suite runs on; the oldest one is in the package's requirements."""
 CACHE_ARGUMENT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What models call the KV cache among their arguments and outputs: `cache` from transformers 5.24 on."""
+"""Name of the KV cache among the arguments and outputs of models: `cache` from transformers 5.24 on."""
 
 
 def warn_if_untested(installed: str = transformers.__version__) -> None:

@@ -1,4 +1,4 @@
-"""Models inside wrappers: torch.compile's, PEFT's and DistributedDataParallel's, which call the model they hold."""
+"""Models inside the wrappers of torch.compile, PEFT and DistributedDataParallel, which call the model they hold."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 PEFT_CALLS_MODELS = Version("0.21")
-"""From here on PEFT calls the model it holds; before, it called the model's `forward`, past every hook."""
+"""From this version on PEFT calls the model it holds; earlier ones call its `forward` and bypass every hook."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers in what torch.compile, PEFT or DistributedDataParallel has made of it."""
+    """The transformers model inside the wrappers of torch.compile, PEFT and DistributedDataParallel, if any."""
     while isinstance(model, DistributedDataParallel | OptimizedModule):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     inner = getattr(model, "get_base_model", None)  # PEFT's own name for it
@@ -28,26 +28,26 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_is_model(model: Any) -> None:
-    """Refuse what holds a model, or goes with one, in place of the model itself; says what to pass."""
+    """Refuse an object that contains or accompanies a model instead of being one; the error says what to pass."""
     if isinstance(model, PreTrainedModel):
         return
     if isinstance(model, nn.Module):
         inside = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
         if not inside:
-            return  # somebody's own model, which an adapter may know
+            return  # a custom model, which an adapter may know
         name, part = next(iter(inside.items()))
         what = f"its `{name}` ({type(part).__name__}), and call that"
     elif isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a trainer
         what = f"its `model` ({type(model.model).__name__})"
     else:
         what = "what `from_pretrained` of the model's class returns"
-    raise UnsupportedModel(f"expected a model of transformers, got {type(model).__name__}; pass {what}")
+    raise UnsupportedModel(f"expected a transformers model, got {type(model).__name__}; pass {what}")
 
 
 def check_compiled(parts: Mapping[str, Any]) -> None:
-    """Refuse parts of a model that `torch.compile` replaced by wrappers of its own, which have not their layers.
+    """Refuse parts of a model that `torch.compile` replaced by its own wrappers, which lack the layers of the parts.
 
-    `parts` says what each is called in the message.
+    The keys of `parts` name them in the message.
     """
     for name, part in parts.items():
         if isinstance(part, OptimizedModule):
@@ -57,18 +57,18 @@ def check_compiled(parts: Mapping[str, Any]) -> None:
             )
 
 
-@cache  # the rules are the process's, and grow with every call
+@cache  # the rules are global to the process, and every call would add one
 def leave_uncompiled() -> None:
-    """Let Dynamo run the code of this package as it is, and go on compiling what that calls, such as layers."""
+    """Make Dynamo leave the code of this package uncompiled, but still compile what it calls, such as layers."""
     trace_rules.add(__name__.partition(".")[0])
 
 
 def check_called(model: Any) -> None:
-    """Refuse a call of the core that came past the model's hooks, so that labels and loss were not seen."""
+    """Refuse a call of the core that bypassed the model's hooks, which would have seen the labels and the loss."""
     if getattr(model, "peft_config", None) is not None and _peft() < PEFT_CALLS_MODELS:
         raise UnsupportedCall(
-            f"PEFT {_peft()} calls the forward of the model it holds past every hook, so that a policy would miss the "
-            f"labels; upgrade to peft>={PEFT_CALLS_MODELS}, or use the model's own `add_adapter` instead of "
+            f"PEFT {_peft()} calls the forward of the model it holds and bypasses every hook, so a policy would miss "
+            f"the labels; upgrade to peft>={PEFT_CALLS_MODELS}, or use the model's own `add_adapter` instead of "
             "`get_peft_model`"
         )
 

@@ -1,1 +1,1 @@
-"""How a policy acts on an unmodified model; nobody outside of `dropflow` imports it."""
+"""How a policy acts on an unmodified model; nothing outside `dropflow` imports it."""

@@ -1,1 +1,1 @@
-"""What the author of a plug-in reads: stages, the hooks they implement, what hooks get and what they answer."""
+"""The interface for plug-in authors: stages, the hooks they implement, and the payloads and decisions of hooks."""

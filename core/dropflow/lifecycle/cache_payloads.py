@@ -1,4 +1,4 @@
-"""What `decode_cache` receives and returns; letters in shapes, and where torch is imported, as in `payloads.py`."""
+"""What `decode_cache` receives and returns; `payloads.py` explains the letters in shapes and the imports of torch."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class CacheView:
     protected: Bool[Tensor, "batch keys"]
     """Entries an `encode` stage protects: they stay whatever the answer says."""
     same_as: int
-    """The first layer that holds the very same entries: its own number, unless it shares them with earlier ones."""
+    """The first layer that holds the same entries: this layer's own number, unless an earlier layer shares them."""
     memory: Tensor | None
-    """What this stage last noted of each entry (batch, keys); 0 for entries that came later, `None` before any note."""
+    """The stage's last note about each entry (batch, keys); 0 for entries that came later, `None` before any note."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CacheCall:
     layers: tuple[CacheView, ...]
     """Every decoder layer's cache, by layer."""
     attention: RowAttention
-    """Behind `attention_rows`."""
+    """Called by `attention_rows`."""
 
     @property
     def last_rows(self) -> Int[Tensor, "batch 1"]:
@@ -63,9 +63,9 @@ class CacheCall:
         """Attention probabilities of a few tokens of this call, for a layer the stage lists in `taps`.
 
         `rows` number the call's tokens from 0 to `tokens - 1`, whatever was dropped (see `last_rows`); a token that was
-        not live in the layer is answered for by the last live one before it. Keys are the entries of the layer's
-        `CacheView`, as the layer's own attention saw them: what an earlier stage of this call has evicted is gone, and
-        what is left keeps its share.
+        not live in the layer gets the row of the last live token before it. Keys are the entries of the layer's
+        `CacheView`, as the layer's own attention saw them: entries that an earlier stage evicted in this call are
+        missing, and the others keep their share.
         """
         return self.attention(layer, rows)
 
@@ -75,9 +75,9 @@ class CacheKeep:
     """Decision of `decode_cache`."""
 
     keep: Mapping[int, Bool[Tensor, "batch keys"]]
-    """Layer -> entries that stay; layers left out are untouched, text and protected entries stay in any case."""
+    """Layer -> entries that stay; layers left out are untouched, and text and protected entries always stay."""
     memory: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer -> a number for each entry (batch, keys), given back to the stage when it is next asked.
+    """Layer -> a note, one number, about each entry (batch, keys), which the stage gets back when it is next asked.
 
     Notes are kept with the cache, so that they follow their entries through evictions, crops and beams, and calls of
     other conversations never see them.

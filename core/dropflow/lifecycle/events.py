@@ -1,6 +1,6 @@
-"""What observers are told: one frozen event after each thing the engine applied. Letters as in `payloads.py`.
+"""The frozen events that observers receive after the engine has acted; letters in shapes are those of `payloads.py`.
 
-Nothing here is made, and no scores are read, unless a stage of the policy implements the hook that gets it.
+No event is built, and no scores are read, unless a stage of the policy implements the hook that receives it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class EncodeStep:
     boundary: EncodeBoundary
     """As in `EncodeCall.boundary`: `None` for the projected output before the LLM."""
     stage: str
-    """Its name in the policy."""
+    """The stage's name in the policy."""
     before: tuple[Int[Tensor, "rows"], ...]
     """For each row that the stage saw, which of the image's patches it stood for."""
     answer: Encode
-    """What it answered; protected rows stay whatever its `keep` says."""
+    """The stage's decision; protected rows stay whatever its `keep` says."""
     places: tuple[Int[Tensor, "rows"], ...]
-    """Patches of the rows after the decision, in the numbers of `before`."""
+    """For each row after the decision, which patch it stands for, numbered as in `before`."""
     protected: tuple[Bool[Tensor, "rows"], ...]
-    """Which of these no stage may drop from here on."""
+    """Which of the rows after the decision no later stage may drop."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EncodeEvent:
     modality: str
     """`image` or `video`."""
     layouts: tuple[ImageLayout, ...]
-    """Every image of the call: its grid, and its rows that are no patches."""
+    """Layout of each image of the call: its grid, and its rows that are not patches."""
     steps: tuple[EncodeStep, ...]
     """Decisions in the order they were applied."""
     prefix: int
@@ -58,11 +58,11 @@ class BoundaryEvent:
     """What was applied at one LLM boundary."""
 
     boundary: int
-    """Where it acted."""
+    """The boundary at which the engine acted."""
     stages: tuple[str, ...]
     """Names, in the policy, of the stages that were asked to prune here."""
     window_edge_by: tuple[str, ...]
-    """Names of the stages by which vision enters or exits here."""
+    """Names of the stages that make vision enter or exit here."""
     window: Window
     """Where vision enters and exits in this call."""
     prompt: Prompt
@@ -72,14 +72,14 @@ class BoundaryEvent:
     image_id: Int[Tensor, "batch tokens"]
     """Image number of visual tokens; -1 for text and padding."""
     index: Int[Tensor, "batch slots"]
-    """Logical index of the token in each slot that the stages were shown, for `scores` and `keeps`."""
+    """Logical index of the token in each slot that the stages saw; `scores` and `keeps` have these slots."""
     scores: Mapping[str, Float[Tensor, "batch slots"]]
     """Scores the stages gave with their decisions, by stage name, over the slots before the boundary."""
     keeps: Mapping[str, Bool[Tensor, "batch slots"]]
-    """What each stage answered, by stage name; text and protected tokens stay whatever it says."""
+    """Keep mask of each stage, by stage name; text and protected tokens stay whatever it says."""
     merged_into: Int[Tensor, "batch tokens"] | None = None
-    """Logical index of the token in whose place each one's state is from here on, merged with all others that go
-    there; its own for most, `None` without merging."""
+    """For each token, logical index of the token into which its state is merged or moved at this boundary; its own
+    where it is neither, `None` if no stage merged."""
     merged_by: str | None = None
     """Name of the stage that merged."""
 
@@ -89,15 +89,15 @@ class Eviction:
     """What one stage decided about the cache of one layer."""
 
     stage: str
-    """Its name in the policy."""
+    """The stage's name in the policy."""
     layer: int
     """Number of the decoder layer."""
     index: Int[Tensor, "batch keys"]
-    """Logical index of the entries that were held before."""
+    """Logical index of each entry that the cache held before."""
     kept: Bool[Tensor, "batch keys"]
-    """Which of them stayed: text and protected entries among them."""
+    """Which of these entries stayed, text and protected ones included."""
     notes: Float[Tensor, "batch keys"] | None
-    """What the stage noted of each entry with this answer (`CacheKeep.memory`)."""
+    """The stage's note about each entry, given with this decision (`CacheKeep.memory`)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Shows the texts under a class's fields in `help()`, where Python itself shows names and types alone."""
+"""Adds the texts under a class's fields to `help()`, where Python itself shows only names and types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def field_texts(kind: type) -> dict[str, tuple[str, str]]:
-    """Public field of a class, as its source has it -> its type and the text under it.
+    """Public fields of a class, read from its source: name -> type and the text under the field.
 
     Empty where there is no source to read.
     """
@@ -30,7 +30,7 @@ def field_texts(kind: type) -> dict[str, tuple[str, str]]:
 
 
 class _DocWithFields:
-    """A class's `__doc__`, followed by the texts of its fields; the source is read when somebody asks."""
+    """A class's `__doc__`, followed by the texts of its fields; the source is read only when `__doc__` is."""
 
     def __init__(self, doc: str) -> None:
         self._doc = doc
@@ -43,7 +43,7 @@ class _DocWithFields:
 
 
 def show_field_texts(kind: Any) -> None:
-    """Let `help(kind)` show the texts of its fields; nothing changes for what is no class or has no docstring."""
+    """Make `help(kind)` show the texts of its fields; anything but a class with a docstring is left unchanged."""
     doc = vars(kind).get("__doc__") if isinstance(kind, type) else None
     if isinstance(doc, str):  # `python -OO` leaves none
         kind.__doc__ = _DocWithFields(doc)

@@ -61,7 +61,7 @@ HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))
 
 
 def hook_faults(kind: type[Stage[Any]]) -> list[str]:
-    """What keeps methods of a stage from being asked: a hook without its marker, or a marker on what is no hook."""
+    """Why methods of a stage cannot be called as hooks: a missing or misplaced marker, or a wrong signature."""
     faults = []
     for name, method in inspect.getmembers_static(kind, inspect.isroutine):
         marked = hasattr(method, f"{PROJECT}_impl")
@@ -85,7 +85,7 @@ class Hooks:
     """Asks the stages of one policy, in policy order (pluggy alone would call the last registered first)."""
 
     def __init__(self, stages: Sequence[tuple[str, Stage[Any]]]) -> None:
-        """Register `stages`, whose hooks are as `hook_faults` wants them."""
+        """Register `stages`, whose classes must have no `hook_faults`."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(Lifecycle)
         for name, stage in stages:
@@ -128,15 +128,15 @@ class Hooks:
         return cast("CacheKeep | None", next((a for _, a in self._ask("decode_cache", stage, call=call)), None))
 
     def observe_encode(self, event: EncodeEvent) -> None:
-        """Tell every observer; what they return is ignored, here and below."""
+        """Notify every observer of the vision encoder; as below, what it returns is ignored."""
         self._tell("observe_encode", event)
 
     def observe(self, event: BoundaryEvent) -> None:
-        """Tell every observer of boundaries."""
+        """Notify every observer of boundaries."""
         self._tell("observe", event)
 
     def observe_cache(self, event: CacheEvent) -> None:
-        """Tell every observer of caches."""
+        """Notify every observer of caches."""
         self._tell("observe_cache", event)
 
     def _tell(self, hook: str, event: object) -> None:

@@ -1,18 +1,22 @@
-"""Attributes that are computed when they are first read."""
+"""Attributes that are computed, and names of a package that are imported, when they are first read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any, Generic, Self, TypeVar, overload
+
+from dropflow.lifecycle.field_texts import show_field_texts
 
 T = TypeVar("T")
 
 
 class lazy(Generic[T]):  # noqa: N801  # a decorator
-    """Lets a method be an attribute that is computed once.
+    """Turns a method into an attribute that is computed once.
 
     Up to Python 3.11 `functools.cached_property` computes under one lock for all instances of a class. A process forked
-    while another thread held it would wait for ever, and models would wait for each other.
+    while another thread held it would wait forever, and models would wait for each other.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -31,5 +35,24 @@ class lazy(Generic[T]):  # noqa: N801  # a decorator
         if instance is None:
             return self
         value: T = self._make(instance)
-        instance.__dict__[self._name] = value  # it has no `__set__`, so that this is read from now on
+        instance.__dict__[self._name] = value  # found first from now on, as there is no `__set__`
         return value
+
+
+def lazy_names(package: str, homes: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package that imports a name from its module when it is first read.
+
+    `homes` maps modules to the names they define. A policy is validated without torch as long as nobody reads a name
+    that needs it.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def read(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(import_module(home_of[name]), name)
+        show_field_texts(found)
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return read

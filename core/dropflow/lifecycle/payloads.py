@@ -2,7 +2,7 @@
 
 Letters in shapes: B samples, T logical tokens, M slots (live tokens of the longest sample; shorter ones are padded on
 the left), H query heads, R query rows, K keys, D hidden size, n_i rows of image i, C width of the vision encoder.
-torch is imported where it is used, as plug-ins that import this module are loaded to validate a policy.
+torch is imported only where it is used, since validating a policy loads plug-ins that import this module.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Exit:
-    """Decision of `exit`, where it is more than the boundary."""
+    """Decision of `exit` for a stage that sets more than the boundary."""
 
     boundary: int
-    """From which no vision is live."""
+    """Boundary from which no vision is live."""
     keep_answer_sources: bool = False
-    """Let visual tokens that an answer is predicted from live to the end; no stage may drop them."""
+    """Whether visual tokens from which an answer is predicted stay live to the end; no stage may then drop them."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ class PruneCall:
     """Payload of `prune`: the live tokens before one decoder layer, one slot each."""
 
     boundary: int
-    """The one at which the stage is asked."""
+    """Boundary at which the stage is asked."""
     hidden: Float[Tensor, "batch slots dim"]
     """States of the live tokens, as the layer after the boundary will get them."""
     index: Int[Tensor, "batch slots"]
     """Logical index of the token in each slot."""
     valid: Bool[Tensor, "batch slots"]
-    """False in padding slots, which a keep mask may hold anything for."""
+    """False in padding slots, where a keep mask may have any value."""
     image_id: Int[Tensor, "batch slots"]
     """Number, over the whole batch, of the image a visual token belongs to; -1 for text and padding. Where `generate`
     repeats samples, as for beams, the images of every copy have numbers of their own.
 
     An image is what has a patch grid of its own: a picture, a tile of a large one, or a frame of a video. Visual
-    tokens that are no patches, such as newlines, count as text here and go with the last patch of their line.
+    tokens that are not patches, such as newlines, have -1 too, and are dropped with the last patch of their line.
     """
     text: Bool[Tensor, "batch slots"]
-    """Text tokens; visual tokens that are no patches, such as newlines, are neither text nor part of an image."""
+    """Text tokens; visual tokens that are not patches, such as newlines, are neither text nor part of an image."""
     protected: Bool[Tensor, "batch slots"]
     """Tokens an `encode` stage protects: they stay whatever the keep mask says."""
     image_sizes: tuple[int, ...]
@@ -89,32 +89,32 @@ class PruneCall:
     instruction_slots: Int[Tensor, "batch rows"]
     """Slots of the instruction tokens: the last one of the prompt, or with labels the last one of every round."""
     instruction_valid: Bool[Tensor, "batch rows"]
-    """False where a sample has fewer instruction tokens than the others (none at all: nothing to rank by)."""
+    """False where a sample has fewer instruction tokens than the others; one with none has nothing to rank by."""
     window: Window
     """Where vision enters and exits in this call."""
     entry: Entry
     """What entered the LLM."""
     attention: RowAttention
-    """Behind `attention_rows`."""
+    """Called by `attention_rows`."""
     tapped: Tapped
-    """Behind `keys` and `rotary`."""
+    """Called by `keys` and `rotary`."""
     final_norm: Callable[[Tensor], Tensor] | None
     """The norm after the decoder's last layer; `None` where the backbone does not name it (fact `final_norm`)."""
 
     carried: Float[Tensor, "batch slots carries"] | None = None
     """What this stage's `encode` gave each patch to carry (`Encode.carry`), float32; 0 for all other tokens."""
     questions: tuple[str, ...] | None = None
-    """What each sample asks, as text, for stages with `reads_questions`."""
+    """The question of each sample, as text, for stages with `reads_questions`."""
     patches: Int[Tensor, "images"] | None = None
     """`image_sizes` on the device (see `counts`)."""
     most_text: int | None = None
-    """At most so many text tokens of a sample follow its first visual token."""
+    """Upper bound on the text tokens that follow a sample's first visual token."""
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
 
     def counts(self, budget: Budget) -> Int[Tensor, "images"]:
-        """How many tokens of each image `budget` lets stay, by image number; on the device, which is not waited for."""
+        """How many tokens of each image `budget` keeps, by image number; computed on the device without a wait."""
         import torch
 
         sizes = self.patches
@@ -128,11 +128,11 @@ class PruneCall:
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
 
     def rotary(self, layer: int) -> tuple[Float[Tensor, "batch slots dims"], Float[Tensor, "batch slots dims"]]:
-        """cos and sin by which an earlier layer that the stage lists in `taps` turned q and k of the slots.
+        """cos and sin with which an earlier layer that the stage lists in `taps` rotated q and k of the slots.
 
-        Every angle stands twice, once for either number of the pair it turns; a head wider than `dims` is turned in
-        that part only. For stages that need the fact `rotary`. Raises `DecisionError` as `keys`, and where the layer
-        was given something else.
+        Every angle appears twice, once for each number of the pair it rotates; in a head wider than `dims`, only that
+        part is rotated. For stages that need the fact `rotary`. Raises `DecisionError` as `keys` does, and where the
+        layer received something else.
         """
         found = self.tapped(layer).rotary
         if not isinstance(found, tuple) or len(found) != 2 or any(part.dim() != 3 for part in found):
@@ -151,8 +151,8 @@ class PruneCall:
         keys the row may see, so values over the visual tokens do not sum to 1. The last M keys are the slots; keys of
         earlier turns, if any, come first. Only R rows are computed, never a K x K map.
 
-        Gradients reach the hidden states and the boundary layer's norm, q and k where `differentiable` says so, and
-        stop here everywhere else. A tapped layer under reentrant gradient checkpointing gives none.
+        Gradients reach the hidden states and the boundary layer's norm, q and k if `differentiable` is true, and stop
+        here otherwise. A tapped layer under reentrant gradient checkpointing gives none.
 
         Tokens dropped since a tapped layer ran keep their share of its softmax, and have no column. A layer before the
         one in which vision enters raises `DecisionError`.
@@ -168,23 +168,23 @@ class Keep:
     """Decision of `prune`."""
 
     mask: Bool[Tensor, "batch slots"]
-    """True stays. Only visual tokens can be dropped; entries of text, padding and protected tokens are ignored."""
+    """True for tokens that stay. Entries of text, padding and protected tokens are ignored: they cannot be dropped."""
     scores: Float[Tensor, "batch slots"] | None = None
     """What the stage ranked by, for observers."""
     weights: Float[Tensor, "batch slots"] | None = None
     """Soft weights of the visual tokens that stay, positive and finite; applied where the payload is `differentiable`.
 
-    From this boundary on, every softmax of attention counts the token as so many of itself (see `weights.py`); 1
-    changes nothing forward, and 0 would be what dropping is. Other entries are ignored.
+    From this boundary on, every attention softmax counts the token's key as this many keys (see `weights.py`); 1
+    leaves the forward pass unchanged, and 0 would equal dropping the token. Other entries are ignored.
     """
     merge_into: Int[Tensor, "batch slots"] | None = None
-    """For each slot, the slot that its state goes to, of a token of the same image: its own, unless it is merged.
+    """For each slot, the slot of a token of the same image into which its state is merged; its own if it is not merged.
 
-    Before this boundary's layer, a token that is named holds the plain mean of the states that name it; its index and
-    position stay. Whether a merged token itself stays is up to `mask`. A named token that stays and names another slot
-    moves there: so states are put into another order. Entries of text and padding are ignored. No token may move where
-    others of its sample are protected or dropped by another stage at this boundary, or where tokens have soft weights
-    or carry numbers.
+    Before this boundary's layer, a token whose slot is named gets the plain mean of the states that name it, and keeps
+    its index and position. `mask` decides whether a merged token itself stays. The state of a named token that stays
+    and names another slot moves there, so that states can be reordered. Entries of text and padding are ignored. No
+    state may move where other tokens of its sample are protected or dropped by another stage at this boundary, or where
+    tokens have soft weights or carry numbers.
     """
 
 
@@ -193,7 +193,7 @@ class EncodeCall:
     """Payload of `encode`: the rows of each image, inside the vision encoder or on its output."""
 
     boundary: EncodeBoundary
-    """The one of the stage's `encode_at` that is being asked; `None` is the projected output before the LLM."""
+    """Which of the stage's `encode_at` this call is for; `None` is the projected output before the LLM."""
     features: tuple[Float[Tensor, "rows dim"], ...]
     """Patch rows of each image (picture, tile or frame), without CLS and newline rows."""
     prefix_rows: Float[Tensor, "images prefix dim"]
@@ -201,26 +201,26 @@ class EncodeCall:
     places: tuple[Int[Tensor, "rows"], ...]
     """For each row, which of the image's patches it stands for (0-based, ascending, row by row of the grid)."""
     sizes: tuple[Float[Tensor, "rows"], ...]
-    """Patches that each row is the mean of, as the stages that merged them said; 1 for a row nobody has merged."""
+    """Number of patches that each row is the mean of, as stated by the stages that merged them; 1 if not merged."""
     grids: tuple[tuple[int, int] | None, ...]
-    """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone cannot tell."""
+    """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone does not know it."""
     prefix: int
     """Rows (such as CLS) that the vision encoder holds before the patches."""
     has_cls: bool
     """Whether the encoder's first row is a CLS row, whose attention ranks patches."""
     attention: RowAttention
-    """Behind `attention_rows`, `cls_attention` and `received_attention`."""
+    """Called by `attention_rows`, `cls_attention` and `received_attention`."""
     columns: Columns
-    """Which keys of a tapped layer the present rows of each image were."""
+    """For a tapped layer, the key numbers that the present rows of each image had there."""
     tapped: Tapped
-    """Behind `query_keys`."""
+    """Called by `query_keys`."""
 
     def query_keys(
         self, layer: int
     ) -> tuple[tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads rows dim"]], ...]:
         """q and k of a tapped vision layer for the prefix and the present rows of each image, before any scaling.
 
-        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention`.
+        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention` does.
         """
         import torch
 
@@ -254,10 +254,10 @@ class EncodeCall:
         return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))
 
     def received_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
-        """Attention that each present row gets from all of them in a tapped vision layer, mean over rows and heads.
+        """Attention that each present row receives from all present rows of a tapped vision layer, on average.
 
-        For encoders without a CLS row. It costs the work of one attention map, in slices much smaller than the map;
-        errors as `cls_attention`.
+        The mean is over rows and heads. For encoders without a CLS row. It costs the work of one attention map, done in
+        slices much smaller than the map. Raises `DecisionError` where rows were merged since that layer ran.
         """
         import torch
 
@@ -267,7 +267,7 @@ class EncodeCall:
         total: Tensor | None = None
         heads = 1
         start = 0
-        while start < longest:  # the number of heads is known from the first, single row on
+        while start < longest:  # the first step is one row, which gives the number of heads
             part = asks[:, start : start + max(1, longest // (4 * heads))] if start else asks[:, :1]
             weights = self.attention(layer, part.clamp(min=0))
             heads, start = weights.shape[1], start + part.shape[1]
@@ -280,33 +280,33 @@ class EncodeCall:
 
 @dataclass(frozen=True)
 class Encode:
-    """Decision of `encode`; one entry per image in each tuple, `None` for what it leaves alone."""
+    """Decision of `encode`; one entry per image in each tuple, `None` for what it leaves unchanged."""
 
     keep: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows that stay."""
     rows: tuple[Float[Tensor, "merged dim"], ...] | None = None
-    """New rows that replace the present ones, such as merged tokens; goes with `places`, not with `keep`."""
+    """New rows that replace the present ones, such as merged tokens; requires `places`, and excludes `keep`."""
     places: tuple[Int[Tensor, "merged"], ...] | None = None
     """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
     sizes: tuple[Float[Tensor, "merged"], ...] | None = None
-    """Patches that each new row is the mean of, for `EncodeCall.sizes` of later calls; 1 each if left out."""
+    """Number of patches that each new row is the mean of, for `EncodeCall.sizes` of later calls; 1 if left out."""
     proportional: bool = False
-    """Whether each new row counts in the attention of the encoder's later layers as often as its size says (the
-    logarithm of the size is added to its logits), so that merged rows weigh what their members did."""
+    """Whether the attention of the encoder's later layers counts each new row as many times as its size says (the
+    logarithm of the size is added to its logits), so that a merged row weighs as much as its members did."""
     protect: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows, among those present after this decision, that no later stage may drop."""
     carry: tuple[Float[Tensor, "rows carries"], ...] | None = None
     """Numbers that each row present after this decision carries to `prune` of the same stage, as many as its
-    `Stage.carries` says. A row that another stage writes anew goes on carrying those of the row in its place."""
+    `Stage.carries` says. When another stage replaces a row, the new row carries the numbers of the one it replaces."""
     shares: Lazily | None = None
-    """For observers: makes, per image, a matrix (new rows, old rows) by which `rows` are sums of the rows before.
+    """For observers: returns a matrix (new rows, old rows) per image, with the weights of the old rows in `rows`.
 
-    Where `prefix_rows` take part, too, their columns follow those of the old rows.
+    Where `prefix_rows` contribute too, their columns follow those of the old rows.
     """
     scores: Lazily | None = None
-    """For observers: makes, per image, what the stage ranked each row before by; NaN where it had no say."""
+    """For observers: returns the score that the stage gave each old row, per image; NaN for rows it did not rank."""
 
     @property
     def decides(self) -> bool:
-        """Whether it says anything about which rows there are, or which stay."""
+        """Whether the decision drops, replaces or protects rows."""
         return any(part is not None for part in (self.keep, self.rows, self.protect))

@@ -1,4 +1,4 @@
-"""What is asked, as text: the model gets token ids, but a stage may read the question with an encoder of its own."""
+"""Questions as text: the model gets token ids, but a stage may read the question with an encoder of its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _asked: ContextVar[tuple[str, ...] | None] = ContextVar("dropflow_asked", defaul
 def questions(texts: Sequence[str]) -> Iterator[None]:
     """State the questions of the prompts that this thread runs inside the block, for stages with `reads_questions`.
 
-    One for each sample, without chat template; where `generate` repeats samples, such as for beams, each counts for
-    all copies of its own. A thread that is started inside the block does not see them: open the block in it.
+    One for each sample, without chat template; where `generate` repeats samples, such as for beams, each applies to
+    all copies of its sample. A thread started inside the block does not see them: open the block in that thread.
     """
     if isinstance(texts, str):
         raise TypeError("questions: expected one string per sample, such as ['What is this?'], got a single string")
@@ -28,7 +28,7 @@ def questions(texts: Sequence[str]) -> Iterator[None]:
 
 
 def questions_of(batch: int) -> tuple[str, ...]:
-    """The question of each of `batch` samples; raises `UnsupportedCall` where none, or another number, was stated."""
+    """The question of each of `batch` samples; raises `UnsupportedCall` if none or the wrong number was stated."""
     asked = _asked.get()
     if not asked or batch % len(asked):
         stated = f"{len(asked)} stated" if asked else "none stated"

@@ -1,4 +1,4 @@
-"""Stretches of the engine's work that an instrument may time where they run; nobody else pays for them."""
+"""Spans of the engine's work that an instrument can time; they cost nothing when no instrument is watching."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextvars import ContextVar
 
 Watch = Callable[[str], AbstractContextManager[object]]
 TAP = "tap"
-"""What it takes to show a stage q and k of a layer that runs."""
+"""Span in which the q and k of a running layer are made available to a stage."""
 
 _watch: ContextVar[Watch | None] = ContextVar("dropflow_watch", default=None)
 _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A context manager around one stretch: the watch's own, or one that does nothing."""
+    """A context manager around one span: the one that `watch` makes, or one that does nothing."""
     watch = _watch.get()
     return _NOTHING if watch is None else watch(name)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Let `watch` make the context managers of this thread's stretches inside the block."""
+    """Let `watch` make the context managers of this thread's spans inside the block."""
     token = _watch.set(watch)
     try:
         yield

@@ -30,7 +30,7 @@ class StageOptions(BaseModel):
 
 
 LOCAL_MODELS = "local_models"
-"""Set in the context of validation where models are read from local folders alone."""
+"""Key of the validation context, true where models may be read only from local folders."""
 
 
 def _local_where_asked(source: str, info: ValidationInfo) -> str:
@@ -43,7 +43,7 @@ def _local_where_asked(source: str, info: ValidationInfo) -> str:
 
 
 ModelSource = Annotated[str, Field(min_length=1), AfterValidator(_local_where_asked)]
-"""Folder or hub name of a model that a stage loads beside the backbone. A policy that a checkpoint records may only
+"""Folder or hub name of a model that a stage loads besides the backbone. A policy that a checkpoint records may only
 name a local folder, unless the caller allows downloads."""
 
 
@@ -59,7 +59,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a stage will do, as far as it can be said from its options alone; `None` where the data decides."""
+    """What a stage will do, as far as its options alone determine it; `None` where the data decides."""
 
     entry: int | None = None
     """Boundary from which vision is live (an `inject` stage)."""
@@ -68,22 +68,22 @@ class Forecast:
     encoded: Budget | Literal["data"] | None = None
     """Visual tokens of one image that an `encode` stage leaves; `data` where each image differs.
 
-    A share counts against the rows that the stage finds.
+    A share is relative to the rows that the stage finds.
     """
     protected: Budget | None = None
-    """Of the rows that an `encode` stage finds, those that no later stage may drop."""
+    """Rows that no later stage may drop, of those that an `encode` stage finds."""
     keeps: Mapping[int, Budget | None] = field(default_factory=dict)
     """Visual tokens of one image left after each boundary (a `prune` stage)."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is told when a policy is resolved for a backbone."""
+    """What a stage receives when a policy is resolved for a backbone."""
 
     name: str
     """The stage's name in the policy, such as `pyramid`."""
     scale: Scale
-    """Turns `Depth` and `Tokens` options into boundaries and budgets of this backbone."""
+    """Converts `Depth` and `Tokens` options to boundaries and budgets of this backbone."""
     window: Window
     """Where vision enters and exits; a stage that sets it itself is given the whole depth."""
     positions: Literal["persistent", "compact"] = "persistent"
@@ -121,9 +121,9 @@ class StageContext:
         return found
 
     def check_layer_before(self, option: str, boundaries: Iterable[int]) -> None:
-        """For stages that rank by the layer before a boundary: vision takes part in it, and in the one after.
+        """Check that vision takes part in the layers before and after each boundary.
 
-        Raises `PolicyError` otherwise.
+        For stages that rank by the layer before a boundary. Raises `PolicyError` otherwise.
         """
         entry, end = self.window.entry, self.window.exit
         for boundary in boundaries:
@@ -156,7 +156,7 @@ class Stage(Generic[O_co]):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.FACTS`."""
     training_free: ClassVar[bool] = True
-    """False where the published method trains the model through this stage; it runs without, with less accuracy."""
+    """False where the published method trains the model with this stage; untrained, it runs with less accuracy."""
 
     def __init__(self, options: O_co, context: StageContext) -> None:
         self.options = options
@@ -204,11 +204,11 @@ class Stage(Generic[O_co]):
 
     @property
     def decode_every(self) -> int:
-        """Ask `decode_cache` again every so many generated tokens; 0 asks only after prefill."""
+        """Generated tokens after which `decode_cache` is asked again; with 0 it is asked only after prefill."""
         return 0
 
     def prepare(self, backbone: Backbone) -> None:
-        """Called once when the policy is attached, before everything else: load what the stage needs beside it.
+        """Called once when the policy is attached, before everything else, to load what the stage needs.
 
         Raises `PolicyError` naming the option (see `StageContext.path`) that does not fit `backbone`.
         """

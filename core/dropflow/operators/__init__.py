@@ -1,16 +1,40 @@
 """Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, and dividing a budget."""
 
+from typing import TYPE_CHECKING
+
+from dropflow.lifecycle.lazy import lazy_names
 from dropflow.operators.budgets import divide, first_keep
-from dropflow.operators.merging import (
-    first_places,
-    mean_into,
-    merge_windows,
-    window_members,
-    window_similarity,
-)
-from dropflow.operators.ranking import columns_of, instruction_scores, keep_best, row_parts, text_rows
-from dropflow.operators.relaxation import soft_top, standardised, straight_through
-from dropflow.operators.selection import keep_top, top
+
+if TYPE_CHECKING:
+    from dropflow.operators.merging import (
+        first_places,
+        mean_into,
+        merge_windows,
+        window_members,
+        window_similarity,
+    )
+    from dropflow.operators.ranking import columns_of, instruction_scores, keep_best, row_parts, text_rows
+    from dropflow.operators.relaxation import soft_top, standardised, straight_through
+    from dropflow.operators.selection import keep_top, top
+else:
+    _HOMES = {
+        "dropflow.operators.merging": (
+            "first_places",
+            "mean_into",
+            "merge_windows",
+            "window_members",
+            "window_similarity",
+        ),
+        "dropflow.operators.ranking": ("columns_of", "instruction_scores", "keep_best", "row_parts", "text_rows"),
+        "dropflow.operators.relaxation": ("soft_top", "standardised", "straight_through"),
+        "dropflow.operators.selection": ("keep_top", "top"),
+    }
+    __getattr__ = lazy_names(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "columns_of",

@@ -51,9 +51,9 @@ def merge_windows(
 def first_places(
     places: Sequence[Int[Tensor, "held"]], rows: Sequence[Float[Tensor, "new dim"]]
 ) -> tuple[Int[Tensor, "new"], ...]:
-    """For each image, the first of its `places`: one for every new row, which keep their order.
+    """For each image, the first of its `places`, one for each new row.
 
-    For methods whose rows have no place in the raster. No image may have more new rows than places.
+    For methods whose rows have no place in the raster. Rows keep their order; no image may have more rows than places.
     """
     return tuple(held[: len(new)] for held, new in zip(places, rows, strict=True))
 
@@ -61,13 +61,13 @@ def first_places(
 def mean_into(
     states: Float[Tensor, "batch slots dim"], into: Int[Tensor, "batch slots"]
 ) -> Float[Tensor, "batch slots dim"]:
-    """States in which every slot that is named in `into` holds the mean of those that name it.
+    """States in which every slot that is named in `into` holds the mean of the states that name it.
 
-    A slot that one alone names holds that one's state bit by bit, and one that nobody names keeps its own; means are
+    A slot that only one state names holds exactly that state, and a slot that none names keeps its own; means are
     taken in float32 at least.
     """
     own = torch.arange(into.shape[1], device=states.device).expand_as(into)
-    source = own.scatter(1, into, own)  # right where one names the slot, or nobody
+    source = own.scatter(1, into, own)  # right where at most one state names the slot
     count = torch.zeros(into.shape, device=states.device).scatter_add(1, into, torch.ones_like(into).float())
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     sums = torch.zeros_like(wide).scatter_add(1, into[:, :, None].expand_as(wide), wide)

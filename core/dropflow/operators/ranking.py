@@ -1,4 +1,4 @@
-"""What the text attends to: the rows that ask, the scores they give to live tokens, and which tokens stay by them."""
+"""What the text attends to: the query rows, the scores they give to live tokens, and keeping the best tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def instruction_scores(call: PruneCall, layer: int | None = None) -> Float[Tenso
     """Mean over heads and instruction tokens of the attention each live token receives.
 
     `layer` is one that the stage lists in `taps`, by default the one after the boundary. The softmax runs over all
-    keys. The instruction token is the last one of the prompt or, with labels, the last one before every answer.
+    keys. Instruction tokens are the last one of the prompt or, with labels, the last one before each answer.
     """
     rows = call.attention_rows(call.boundary if layer is None else layer, call.instruction_slots).mean(
         1
@@ -28,9 +28,9 @@ def instruction_scores(call: PruneCall, layer: int | None = None) -> Float[Tenso
 
 
 def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Budget) -> Bool[Tensor, "batch slots"]:
-    """Of each image, the tokens with the highest scores up to its budget stay, ties to the first.
+    """Keep the highest-scored tokens of each image up to its budget, ties to the first.
 
-    Protected tokens stay in any case and count against the budget. A sample that has no instruction token, such as one
+    Protected tokens always stay and count against the budget. A sample that has no instruction token, such as one
     whose labels are all -100, is not pruned.
     """
     best = keep_top(scores.masked_fill(call.protected, torch.inf), call.image_id, call.counts(budget))
@@ -53,9 +53,9 @@ def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, 
 def columns_of(
     mask: Bool[Tensor, "batch columns"], most: int | None = None
 ) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
-    """Columns where each row is true, in order and filled up on the left, and which entries are no filling.
+    """Columns where each row is true, in order and padded on the left, and which entries are not padding.
 
-    `most` bounds how many a row has; without it, the device is waited for.
+    `most` is an upper bound on how many a row has; without it, the host waits for the device to count them.
     """
     most = int(mask.sum(1).max()) if most is None else most
     columns = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - most :]
@@ -68,7 +68,7 @@ def row_parts(
     """Attention of `rows` to the slots, in parts far smaller than a map of all slots; zero where `asks` is false."""
     slots, start, heads = call.index.shape[1], 0, 0
     while start < rows.shape[1]:
-        step = max(1, slots // (4 * heads)) if heads else 1  # the first, single row tells the number of heads
+        step = max(1, slots // (4 * heads)) if heads else 1  # the first row alone gives the number of heads
         own, real = rows[:, start : start + step], asks[:, start : start + step]
         weights = call.attention_rows(layer, own)
         heads, start = weights.shape[1], start + step

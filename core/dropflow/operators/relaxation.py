@@ -1,4 +1,4 @@
-"""Pure functions after trained selection: a top-k mask of each image that is differentiable in the scores."""
+"""Pure functions for trained selection: a top-k mask of each image that is differentiable in the scores."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def soft_top(
     *,
     temperature: float,
 ) -> Float[Tensor, "batch slots"]:
-    """Soft mask m_i = sigmoid((s_i - tau) / T) of each image, with tau such that it sums to k, the tokens kept of it.
+    """Soft mask m_i = sigmoid((s_i - tau) / T) of each image, with tau such that it sums to k, the number kept.
 
     It solves max <s, m> + T * (binary entropy of m) over m in [0, 1]^n with sum(m) = k: top-k with an entropy
     regulariser, as by optimal transport in Xie et al., "Differentiable Top-k with Optimal Transport", 2020. tau is
     found by bisection and differentiated by the implicit function theorem: with a_i = m_i (1 - m_i),
     d tau / d s_j = a_j / sum(a), so d m_i / d s_j = a_i / T * ([i = j] - a_j / sum(a)). A token gains only what others
-    of its image lose, and nearly all of it near the threshold. As T -> 0 the mask becomes `keep`, if that is a top-k.
+    of its image lose, and nearly all gradient is near the threshold. As T -> 0 the mask becomes `keep`, if that is a
+    top-k.
 
-    `image` holds image numbers, -1 for slots that are not chosen among; these may hold anything and get 0. An image of
-    which all tokens stay, or none, gets ones, or zeros, and no gradient. First derivatives only.
+    `image` holds image numbers, -1 for slots outside the selection; their scores may be anything, and their mask is 0.
+    An image that keeps all its tokens gets ones, and one that keeps none gets zeros; neither gets a gradient. First
+    derivatives only.
     """
     groups = _Groups.of(image)
     flat = torch.where(image < 0, 0, scores).flatten()
@@ -57,10 +59,10 @@ def soft_top(
 def standardised(
     scores: Float[Tensor, "batch slots"], image: Int[Tensor, "batch slots"], *, floor: float = 1e-2
 ) -> Float[Tensor, "batch slots"]:
-    """Scores less their image's mean, over their standard deviation; differentiable.
+    """Scores minus the mean of their image, divided by its standard deviation; differentiable.
 
     `floor` is added to the deviation in quadrature, so that images of equal scores have no steep gradient. Slots of no
-    image (-1) may hold anything and get 0.
+    image (-1) may have any score and get 0.
     """
     groups = _Groups.of(image)
     flat = torch.where(image < 0, 0, scores).flatten()
@@ -71,7 +73,7 @@ def standardised(
 
 
 def _threshold(flat: Tensor, groups: _Groups, k: Tensor, size: Tensor, temperature: float) -> Tensor:
-    """The threshold of each group, by bisection; any finite number where nothing is to be decided."""
+    """The threshold of each group, by bisection; any finite number where there is nothing to decide."""
     offset = temperature * torch.logit((k / size.clamp(min=1)).clamp(1e-6, 1 - 1e-6))
     # with tau = lowest - offset no value is below k / size, with tau = highest - offset none is above
     low, high = groups.extreme(flat, "amin") - offset, groups.extreme(flat, "amax") - offset
@@ -84,7 +86,7 @@ def _threshold(flat: Tensor, groups: _Groups, k: Tensor, size: Tensor, temperatu
 
 @dataclass(frozen=True)
 class _Groups:
-    """Sums over the tokens of every image, in every sample apart; the last group holds the slots of no image."""
+    """Sums over the tokens of each image, separately in each sample; the last group holds the slots of no image."""
 
     number: Int[Tensor, "slots"]
     count: int

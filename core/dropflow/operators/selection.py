@@ -24,17 +24,17 @@ def keep_top(
     *,
     keep_ties: bool = False,
 ) -> Bool[Tensor, "batch slots"]:
-    """Keep the `counts[g]` highest-scored tokens of every image g, in every sample apart from the others.
+    """Keep the `counts[g]` highest-scored tokens of every image g, separately in each sample.
 
     Counts given as a tensor on the device (see `PruneCall.counts`) cost no copy from the host. NaN counts as the lowest
-    of all scores. `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the border
+    of all scores. `image` holds image numbers, -1 for tokens that belong to none (never kept here). Ties at the cut
     go to the lowest slot, so that exactly min(count, size) tokens stay; with `keep_ties` the whole tie group stays, as
-    rank operators such as DMS do (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more may.
+    in rank operators such as DMS (rank_i > N - k with rank_i = #{j: c_i >= c_j}), so that more tokens may stay.
     """
     batch, slots = scores.shape
     images = len(counts)
     scores = _nan_last(scores)
-    group = torch.where(image < 0, images, image)  # text goes to a last group that keeps nothing
+    group = torch.where(image < 0, images, image)  # text is in a last group that keeps nothing
     group = (group + torch.arange(batch, device=group.device)[:, None] * (images + 1)).flatten()
     by_score = torch.sort(scores.flatten(), descending=True, stable=True).indices
     order = by_score[torch.sort(group[by_score], stable=True).indices]  # grouped, best first inside a group
@@ -55,5 +55,5 @@ def keep_top(
 
 
 def _nan_last(scores: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """Scores with NaN, which sorts before every number, made the lowest."""
+    """Scores with NaN replaced by the lowest value, since it would sort as the highest."""
     return torch.where(scores.isnan(), -torch.inf, scores) if scores.is_floating_point() else scores

@@ -1,4 +1,4 @@
-"""What a policy may hold, and how much of it: checked before anything else reads it."""
+"""Limits on what a policy may contain, and on how much, checked before anything else reads it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dropflow.errors import PolicyError, escaped, listed, quoted
 from dropflow.units import LARGEST
 
 ENTRIES, DEPTH = 2_000, 32
-"""Entries of a policy, and mappings and lists inside of one another."""
+"""Most entries in a policy, and most levels of mappings and lists inside one another."""
 KEY, TEXT = 100, 10_000
-"""Characters of a key, and of any other text."""
+"""Most characters in a key, and in any other text."""
 
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
 
@@ -32,14 +32,14 @@ Name = Annotated[
     AfterValidator(_plain_name),
     WithJsonSchema({"type": "string", "pattern": r"^(?!\.+$)[A-Za-z0-9._-]{1,100}$"}),
 ]
-"""Of a policy or of a stage in it; files may be called by it."""
+"""Name of a policy or of a stage in it; files may be named after it."""
 
 
 def bounded(data: Any, where: str, path: tuple[object, ...] = ()) -> Any:
-    """A copy of plain data, with tuples as lists; what is no plain data stays as it is.
+    """Copy plain data, with tuples as lists; anything that is not plain data stays as it is.
 
-    Raises `PolicyError` where there is too much of it, or a key, text or number that no policy has. Messages call the
-    whole `where`, and an entry by its path, which `path` begins.
+    Raises `PolicyError` where there is too much of it, or where a key, text or number is outside the limits. Messages
+    refer to the whole as `where`, and to an entry by its path, which starts with `path`.
     """
     faults: list[str] = []
     copy = _Copy(where, faults).of(data, path)
@@ -49,7 +49,7 @@ def bounded(data: Any, where: str, path: tuple[object, ...] = ()) -> Any:
 
 
 class _Copy:
-    """Copies one value, and notes the faults of its keys, texts and numbers."""
+    """Copies one value, and collects the faults of its keys, texts and numbers."""
 
     def __init__(self, where: str, faults: list[str]) -> None:
         self._where, self._faults, self._entries = where, faults, count(1)
@@ -58,7 +58,9 @@ class _Copy:
         if next(self._entries) > ENTRIES:
             raise PolicyError(f"{self._where}: more than {ENTRIES:,} entries; a policy is shorter")
         if len(path) > DEPTH:
-            raise PolicyError(f"{self._where}: more than {DEPTH} levels of mappings and lists, or one inside itself")
+            raise PolicyError(
+                f"{self._where}: more than {DEPTH} levels of mappings and lists, or one that contains itself"
+            )
         if isinstance(value, Mapping):
             self._faults += (f"{self._called(path)}: {fault}" for fault in _key_faults(value))
             return {key: self.of(item, (*path, key)) for key, item in value.items()}
@@ -81,7 +83,7 @@ def _key_faults(mapping: Mapping[Any, Any]) -> Iterator[str]:
         if not 0 < len(text) <= KEY:
             yield f"expected keys of 1 to {KEY} characters, got {quoted(key)}"
         elif text in texts:
-            yield f"the key {quoted(text)} is there twice, as text and as a number"
+            yield f"the key {quoted(text)} appears twice, as text and as a number"
         texts.add(text)
 
 

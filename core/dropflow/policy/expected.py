@@ -13,9 +13,9 @@ PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false", ty
 
 
 def expected(model: type[BaseModel], path: Sequence[int | str]) -> str:
-    """What stands at `path` in a mapping that `model` describes, such as "a mapping {boundary: tokens}"; "" if unknown.
+    """What `model` expects at `path` in a mapping, such as "a mapping {boundary: tokens}"; "" if unknown.
 
-    `path` is the one of a pydantic error: names of fields, keys of mappings, places in lists.
+    `path` is that of a pydantic error: field names, mapping keys, list indices.
     """
     field = model.model_fields.get(str(path[0])) if path else None
     if field is None or field.annotation is None:
@@ -25,7 +25,7 @@ def expected(model: type[BaseModel], path: Sequence[int | str]) -> str:
 
 
 def _inside(annotation: Any, path: Sequence[int | str]) -> str:
-    """What stands at `path` below a value of this type."""
+    """What is expected at `path` inside a value of this type."""
     origin, args = get_origin(annotation), get_args(annotation)
     if not path:
         return _told(annotation)

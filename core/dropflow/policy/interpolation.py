@@ -16,8 +16,8 @@ _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 def interpolated(data: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the policy in which every reference is replaced by the entry that it names.
 
-    A text that is one reference becomes that entry, of whatever kind; inside a longer text it is written out. Raises
-    `PolicyError` naming the entry with a reference that is none, leads nowhere, or leads back to itself.
+    A text that is only a reference becomes that entry, of whatever type; inside a longer text the entry is written out.
+    Raises `PolicyError` naming the entry whose reference is malformed, names no entry, or leads back to itself.
     """
     resolver = _Resolver(data)
     return {key: resolver.value(item, (str(key),)) for key, item in data.items()}
@@ -31,7 +31,7 @@ class _Resolver:
 
     def value(self, value: Any, path: tuple[str, ...]) -> Any:
         if next(self._entries) > ENTRIES:
-            raise PolicyError(f"policy: its references stand for more than {ENTRIES:,} entries")
+            raise PolicyError(f"policy: its references expand to more than {ENTRIES:,} entries")
         if isinstance(value, Mapping):
             return {key: self.value(item, (*path, str(key))) for key, item in value.items()}
         if isinstance(value, list):
@@ -45,24 +45,24 @@ class _Resolver:
         if "${" in _REFERENCE.sub("", text):
             raise PolicyError(
                 f"{escaped(where)}: expected `${{path.of.an.entry}}` of this policy, got {quoted(text)}; nothing else "
-                "is interpolated, the environment least of all"
+                "is interpolated, not even environment variables"
             )
         written = _REFERENCE.sub(lambda found: self._written(found[1].strip(), where), text)
         if len(written) > TEXT:
-            raise PolicyError(f"{escaped(where)}: its references make a text of more than {TEXT:,} characters")
+            raise PolicyError(f"{escaped(where)}: its references expand to a text of more than {TEXT:,} characters")
         return written
 
     def _written(self, reference: str, where: str) -> str:
         found = self._entry(reference, where)
         if isinstance(found, Mapping | list):
-            raise PolicyError(f"{escaped(where)}: {escaped(reference)} is no text or number to write into a text")
+            raise PolicyError(f"{escaped(where)}: {escaped(reference)} is not text or a number to put into a text")
         return str(found)
 
     def _entry(self, reference: str, where: str) -> Any:
         if reference in self._open:
             raise PolicyError(f"{escaped(where)}: the reference {quoted(reference)} leads back to itself")
         if len(self._open) == DEPTH:
-            raise PolicyError(f"{escaped(where)}: {quoted(reference)} is the end of more than {DEPTH} references")
+            raise PolicyError(f"{escaped(where)}: {quoted(reference)} ends a chain of more than {DEPTH} references")
         node: Any = self._data
         rest = reference
         while rest or node is self._data:

@@ -1,4 +1,4 @@
-"""Resolves a policy for one backbone shape: stages made, boundaries known, rules across stages checked."""
+"""Resolves a policy for one backbone shape: makes its stages, and checks the rules that span them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dropflow.units import BackboneShape, Budget, Scale
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy whose every number is absolute for one backbone."""
+    """A policy resolved for one backbone, with every number absolute."""
 
     policy: Policy
     shape: BackboneShape
     stages: tuple[tuple[str, Stage[Any]], ...]
     hooks: Hooks
     window: Window
-    """Where vision enters and exits, by the stages' forecasts."""
+    """Where vision enters and exits, according to the stages' forecasts."""
     serial: int = field(default_factory=itertools.count(1).__next__, compare=False)
-    """A number of its own, by which what was made under it is told apart."""
+    """A unique number that identifies what was made under this plan."""
 
     @lazy
     def forecasts(self) -> dict[str, Forecast]:
-        """What each stage says it will do."""
+        """Forecast of each stage, by its name in the policy."""
         return {name: stage.forecast() for name, stage in self.stages}
 
     @lazy
@@ -62,7 +62,7 @@ class Plan:
 
     @lazy
     def carries(self) -> dict[str, slice]:
-        """Stage -> its columns of all that a row carries from `encode` to `prune`, in policy order; none for most."""
+        """Stage -> its columns of the numbers that a row carries from `encode` to `prune`; empty for most stages."""
         found, start = {}, 0
         for name, stage in self.stages:
             found[name] = slice(start, start + stage.carries)
@@ -76,12 +76,12 @@ class Plan:
 
     @property
     def identity(self) -> tuple[Policy, BackboneShape]:
-        """Equal for plans that do the same: what one of them has written the other may continue."""
+        """Equal for plans that do the same, so that one may continue a cache that the other has written."""
         return self.policy, self.shape
 
     @lazy
     def uniform(self) -> bool:
-        """Whether all layers of the decoder hold the same tokens, by the stages' forecasts: none drops any in there."""
+        """Whether the stages' forecasts drop nothing in the decoder, so that all its layers hold the same tokens."""
         prunes = (stage for _, stage in self.hooks.implementers("prune"))
         stay = (
             self.forecasts[name].keeps.get(boundary)
@@ -135,7 +135,7 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
 
 
 def _place(boundary: EncodeBoundary) -> tuple[bool, float]:
-    """Sorts places on the vision side: the encoder's layers, what the projector gets, and after it."""
+    """Sort key for places on the vision side: the encoder's layers, the projector's input, then its output."""
     return boundary is None, boundary if isinstance(boundary, int | float) else math.inf
 
 
@@ -157,7 +157,7 @@ def _window(forecasts: Mapping[str, Forecast], whole: Window) -> Window:
 
 
 def _check_order(plan: Plan) -> None:
-    """Prunes lie inside the window, each layer in range, and budgets never grow from one boundary to the next."""
+    """Check that prunes lie inside the window and that budgets never grow from one boundary to the next."""
     faults: list[str] = []
     window, tokens = plan.window, plan.shape.visual_tokens
     entry = None if tokens is None else encoded(tokens, plan.encodes)[0]
@@ -183,7 +183,7 @@ def _check_order(plan: Plan) -> None:
 
 
 def _keep_path(plan: Plan, name: str, boundary: int) -> str:
-    """Where the policy says what stays after a boundary: an entry of `keep`, `keep` itself, or else the stage."""
+    """Path of what the policy keeps after a boundary: an entry of `keep`, `keep` itself, or else the stage."""
     keep = getattr(plan.policy.stages[name].options, "keep", None)
     if keep is None:
         return f"stages.{name}"

@@ -41,7 +41,7 @@ class Policy:
     """An ordered composition of stages, every option validated; make one with `load_policy`."""
 
     name: str
-    """By which reports and files call it: up to 100 letters, digits, `.`, `_` and `-`."""
+    """Name used in reports and file names: up to 100 letters, digits, `.`, `_` and `-`."""
     stages: dict[str, StageUse]
     """Name of each stage in this policy -> the stage and its options, in the order they are asked."""
     description: str = ""
@@ -51,10 +51,10 @@ class Policy:
     rescale: bool = False
     """Whether absolute numbers are scaled to other backbones instead of refused."""
     positions: Literal["persistent", "compact"] = "persistent"
-    """Whether positions stay what they are, or are renumbered after every drop."""
+    """Whether survivors keep their position ids, or these are renumbered after every drop."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as plain data, as a YAML file would say it."""
+        """The policy as plain data, with the keys of a YAML policy file."""
         head = {
             "name": self.name,
             "description": self.description,
@@ -67,7 +67,7 @@ class Policy:
 
 
 class _Head(BaseModel):
-    """Everything of a policy file but its stages."""
+    """The top level of a policy file; the options of its stages are validated separately."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = Field(description="name of the policy: up to 100 letters, digits, `.`, `_` and `-`")
@@ -85,7 +85,7 @@ class _Head(BaseModel):
 def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> Policy:
     """Validate plain data against the policy model and the options of the stages it uses.
 
-    A stage set to null is left out. With `local_models`, options that name a model take local folders alone. Raises
+    A stage set to null is left out. With `local_models`, options that name a model accept only local folders. Raises
     `PolicyError` listing every fault with its path, what was expected and the nearest valid name. `use` is a registered
     name, or (from Python) a `Stage` subclass.
     """
@@ -129,7 +129,7 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
             stage = registry.load(registry.STAGES, str(use))
         except UnknownName:
             raise PolicyError(
-                f"{path}.use: no stage is called {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
+                f"{path}.use: no stage named {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
     faults = [f"{path}: {fault}" for fault in (*hook_faults(stage), *_never_asked(stage))]
     if faults:
@@ -144,25 +144,25 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
 
 
 def _which_stage(name: str, entries: Mapping[str, Any]) -> str:
-    """What to do about an entry that does not say which stage it uses: it may be a misspelt name of another one."""
+    """The remedy for an entry without `use`, whose name may be a misspelling of another stage's."""
     others = [other for other, entry in entries.items() if isinstance(entry, Mapping) and "use" in entry]
     which = "say which stage it uses (`dropflow list stages` has all)"
     return f"{which}, or name a stage of this policy: {nearest(name, others)}" if others else which
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop null entries of mappings: in an extending policy null takes an inherited entry away."""
+    """Drop null entries of mappings: in a policy that extends another, null removes an inherited entry."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
 
 
 def _faults(error: ValidationError, path: str, model: type[BaseModel]) -> list[str]:
-    """One line per distinct path of a pydantic error: path, what was expected, what was got, nearest valid name."""
+    """One line per distinct path of a pydantic error: path, expected and actual value, nearest valid name."""
     lines: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
-        unknown = fault["type"] == "extra_forbidden"  # then the last part is a key of the file, whatever it looks like
-        # unions and [key] markers add parts to `loc` that no file has
+        unknown = fault["type"] == "extra_forbidden"  # then the last part is a key, even if it looks like a marker
+        # unions and [key] markers add parts to `loc` that are not in the file
         inner = fault["loc"][-1:] if unknown else ()
         outer = [part for part in fault["loc"][: len(fault["loc"]) - len(inner)] if not _is_marker(part)]
         parts = [escaped(part) for part in (*outer, *inner)]
@@ -206,6 +206,6 @@ def schema() -> dict[str, Any]:
     )
     whole = TypeAdapter(model).json_schema()
     shared = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": whole.pop("$defs", {})}
-    # a file that inherits may say only a part of a stage, or none at all
+    # a file that inherits may have only some options of a stage, or no stages at all
     part = whole | {"properties": whole["properties"] | {"stages": {"type": "object"}}, "required": []}
     return shared | {"if": {"required": ["extends"]}, "then": part, "else": whole}

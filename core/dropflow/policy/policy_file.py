@@ -21,7 +21,7 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
 
     `source` is a registered name, a path of a YAML file, a mapping, or a `Policy`, which is returned as it is when
     there are no `overrides`. Each override is `path=value`, such as `stages.pyramid.keep.10=343`; the value is YAML,
-    and `null` takes an entry away. `extends: NAME_OR_PATH` in a file inherits: mappings merge, other values replace.
+    and `null` removes an entry. `extends: NAME_OR_PATH` in a file inherits: mappings merge, other values replace.
     `${path.of.an.entry}` stands for another entry of the same policy, and for nothing else. Raises `PolicyError` naming
     each wrong path.
     """
@@ -33,14 +33,14 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
 
 
 def load_recorded(recorded: Mapping[str, Any], *, allow_downloads: bool = False) -> Policy:
-    """Validate a policy that came with a model: it inherits nothing, and names no model to download unless allowed."""
+    """Validate a policy that came with a model: it may not inherit, nor name a model to download unless allowed."""
     if "extends" in recorded:
-        raise PolicyError("extends: a recorded policy reads no other one; record what it inherits")
+        raise PolicyError("extends: a recorded policy cannot extend another one; record what it inherits")
     return policy_from_dict(_plain(recorded), local_models=not allow_downloads)
 
 
 def _plain(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The policy as plain data, whole."""
+    """The complete policy as plain data, with everything inherited, overridden and interpolated."""
     data = _read(source, base=Path.cwd(), seen=())
     for override in overrides:
         _apply(data, override)
@@ -56,7 +56,7 @@ def _read(source: str | Path | Mapping[str, Any], base: Path, seen: tuple[Path, 
         if path in seen:
             raise PolicyError(f"extends: {escaped(path)} inherits from itself")
         if len(seen) == DEPTH:
-            raise PolicyError(f"extends: {escaped(path)} is the end of more than {DEPTH} files that inherit in a row")
+            raise PolicyError(f"extends: {escaped(path)} ends a chain of more than {DEPTH} files that inherit")
         seen += (path,)
         data, where, name = _mapping(read_yaml(path), escaped(path)), path.parent, path.stem
     parent = data.pop("extends", None)
@@ -77,7 +77,7 @@ def _mapping(data: Any, where: str) -> dict[Any, Any]:
 
 
 def _kind(data: Any) -> str:
-    """What a file holds, without quoting it: it may be any file."""
+    """Kind of a file's content, which is not quoted because it may be any file."""
     return {str: "text", list: "a list", type(None): "nothing"}.get(type(data), type(data).__name__)
 
 
@@ -106,7 +106,7 @@ def _find(source: str | Path, base: Path) -> Path:
         path = (base / Path(source).expanduser()).resolve()
         found = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links, no such user
-        raise PolicyError(f"{escaped(text)}: no path of a file: {escaped(error, 80)}") from None
+        raise PolicyError(f"{escaped(text)}: not a valid file path: {escaped(error, 80)}") from None
     if not found:
         raise PolicyError(f"{escaped(text)}: no such policy file (looked for {escaped(path)})")
     return path
@@ -134,6 +134,6 @@ def _apply(data: Any, override: str) -> None:
 
 
 def _key(text: str) -> Any:
-    """A key that an override adds: a number where it reads as one."""
+    """A key that an override adds: a number if YAML reads it as one."""
     found = parse_yaml(text, escaped(text))
     return found if isinstance(found, int | float) and not isinstance(found, bool) else text

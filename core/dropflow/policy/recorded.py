@@ -15,13 +15,13 @@ from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy, load_recorded
 
 FIELD = "dropflow"
-"""Field of a model's config that holds its policy, as the mapping a YAML file would say, in JSON."""
+"""Field of a model's config that holds its policy, as JSON with the keys of a YAML policy file."""
 
 
 def recorded_policy(config: Any, *, allow_downloads: bool = False) -> Policy:
-    """Read the policy that a model's config has recorded.
+    """Read the policy recorded in a model's config.
 
-    Options that name a model take local folders alone, unless `allow_downloads`. Raises `PolicyError` where there is
+    Options that name a model accept only local folders, unless `allow_downloads`. Raises `PolicyError` where there is
     none, or where it uses a stage that is not installed here.
     """
     found = getattr(config, FIELD, None)
@@ -41,22 +41,21 @@ def recorded_policy(config: Any, *, allow_downloads: bool = False) -> Policy:
 
 
 def note_dense(config: Any) -> None:
-    """Log a warning where a model runs as it is, although its config records a policy."""
+    """Log a warning when a model runs without a policy although its config records one."""
     found = getattr(config, FIELD, None)
     if found is not None:
         name = found.get("name") if isinstance(found, Mapping) else None
         logging.getLogger("dropflow").warning(
-            "this model runs dense, though its config records the policy %s; dropflow.attach(model) lets it count",
+            "this model runs dense, though its config records the policy %s; dropflow.attach(model) applies it",
             quoted(name),
         )
 
 
 class Recording:
-    """The policy of one model stands in its `config` until `remove`, which puts back what was there; for good, after
-    `keep`.
+    """Holds one model's policy in its `config` until `remove` restores the previous content, or for good after `keep`.
 
-    Recordings of several models that share one config object may be removed in any order: the last one that is left
-    stands there.
+    Recordings of several models that share one config object may be removed in any order: the config shows the latest
+    one that is left.
     """
 
     def __init__(self, config: Any) -> None:
@@ -64,7 +63,7 @@ class Recording:
         self._token = object()
 
     def put(self, policy: Policy) -> None:
-        """Let `policy` stand in the config."""
+        """Write `policy` into the config."""
         present = getattr(self._config, FIELD, None)
         entry = present if isinstance(present, _Entry) else _Entry(present)
         entry.stack.append((self._token, to_jsonable_python(policy.to_dict(), fallback=repr)))
@@ -72,15 +71,15 @@ class Recording:
         setattr(self._config, FIELD, entry)
 
     def keep(self, policy: Policy) -> None:
-        """Leave `policy`, which was put, in the config after `remove`.
+        """Let `policy`, which `put` has written, stay in the config after `remove`.
 
-        Raises `PolicyError` where it could not be read back.
+        Raises `PolicyError` if it could not be read back.
         """
         present = getattr(self._config, FIELD, None)
         stack = present.stack if isinstance(present, _Entry) else []
         own = [said for token, said in stack if token is self._token]
         if present is None or not own:
-            raise PolicyError(f"record: `config.{FIELD}` was replaced after attaching, so that nothing can be kept")
+            raise PolicyError(f"record: `config.{FIELD}` was replaced after attaching, so there is nothing to keep")
         try:
             same = load_policy(_as_said(own[0])) == policy
         except PolicyError as error:
@@ -89,13 +88,13 @@ class Recording:
             ) from None
         if not same:
             raise PolicyError(
-                f"record: the policy {policy.name!r} reads back from JSON as another one; use options that are "
+                f"record: the policy {policy.name!r} is a different one when read back from JSON; use options that are "
                 "plain data, and no text that looks like a number as a key"
             )
         present.before = own[0]
 
     def remove(self) -> None:
-        """Put back what the config held before; harmless when done before."""
+        """Restore what the config held before; a second call does nothing."""
         present = getattr(self._config, FIELD, None)
         if not isinstance(present, _Entry):
             return
@@ -110,17 +109,17 @@ class Recording:
 
 
 class _Entry(dict[str, Any]):
-    """What the config holds while policies are attached: the last one of a stack."""
+    """What the config holds while policies are attached: the latest one of a stack."""
 
     def __init__(self, before: Any = None) -> None:
         super().__init__()
         self.before = before
         """What the config held when nothing was attached."""
         self.stack: list[tuple[object, dict[str, Any]]] = []
-        """Whose policy is which, the latest last."""
+        """Token and policy of each recording, the latest last."""
 
     def show(self) -> None:
-        """Hold what the last one says."""
+        """Hold the latest policy."""
         self.clear()
         self.update(self.stack[-1][1] if self.stack else {})
 

@@ -1,4 +1,4 @@
-"""Visual tokens per decoder layer, as far as a policy's forecast can tell, and what they average to."""
+"""Visual tokens per decoder layer, as far as a policy's forecast tells, and their average."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Schedule:
 
     @property
     def average(self) -> float | None:
-        """Mean over all L layers, text-only layers included; `None` if any layer is left to the data."""
+        """Mean over all L layers, text-only layers included; `None` if the data decides at any layer."""
         known = [count for count in self.per_layer if count is not None]
         return sum(known) / len(known) if len(known) == len(self.per_layer) else None
 
@@ -34,7 +34,7 @@ def schedule(
     """Follow one image of `visual_tokens` tokens through the layers.
 
     `encodes` are the forecasts of encode stages in the order they act. `keeps[i]` are the budgets applied at boundary
-    i; a budget that is a share counts against the tokens at entry, and protected tokens stay. Where several stages drop
+    i; a budget that is a share is relative to the tokens at entry, and protected tokens stay. Where several stages drop
     tokens at one boundary, the data decides, since only what all of them keep stays.
     """
     entry, protected = encoded(visual_tokens, encodes)
@@ -61,8 +61,8 @@ def _left(current: int | None, entry: int | None, protected: int, budgets: Seque
 def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None, int]:
     """Visual tokens of an image that reach the LLM, and how many of them are protected.
 
-    `None` where the data decides, as it does where a stage drops rows after one that protects some: which of them it
-    would have kept, too, cannot be told. Nothing is then said of protected ones.
+    `None` and 0 where the data decides. It does where a stage drops rows after another has protected some, since how
+    many of the protected rows it would have kept anyway is unknown.
     """
     count: int | None = visual_tokens
     protected = 0

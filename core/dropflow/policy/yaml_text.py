@@ -1,4 +1,4 @@
-"""Reads YAML that may be hostile: plain data alone, from regular files of a bounded size, in bounded time."""
+"""Reads YAML that may be hostile: only plain data, from regular files of a bounded size, in bounded time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dropflow.errors import PolicyError, escaped, quoted
 from dropflow.policy.bounds import DEPTH, ENTRIES
 
 BYTES = 32_768
-"""Size of a policy file; the longest that is shipped has 2,000."""
+"""Largest size of a policy file; the longest shipped one has 2,000 bytes."""
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a file; raises `PolicyError` naming it, and quoting nothing but a key or a number of a line."""
+    """Parse a file; raises `PolicyError` that names it, and quotes at most one key or value of it."""
     said = escaped(path)
     try:
         text = _bytes(path).decode("utf-8")
     except UnicodeDecodeError:
-        raise PolicyError(f"{said}: no text in UTF-8; a policy is a YAML file") from None
+        raise PolicyError(f"{said}: not UTF-8 text; a policy is a YAML file") from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"{said}: cannot be read: {_reason(error)}") from None
     return parse_yaml(text, said)
@@ -40,18 +40,18 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f"line {mark.line + 1}: "
-        problem = escaped(getattr(error, "problem", None) or "a character that no text has")
+        problem = escaped(getattr(error, "problem", None) or "a character that YAML does not allow")
         raise PolicyError(
             f"{where}: not plain YAML: {line}{problem}; a policy holds only mappings, lists, numbers and text"
         ) from None
 
 
 def _bytes(path: Path) -> bytes:
-    """Content of a regular file; a pipe or a device is not even opened for reading."""
+    """Content of a regular file; nothing is read from a pipe or a device."""
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         found = file.read(BYTES + 1)
     if len(found) > BYTES:
         raise ValueError(f"it has more than {BYTES:,} bytes; a policy is shorter")
@@ -63,9 +63,9 @@ def _reason(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping says twice, where plain YAML would quietly take the last, and what would grow.
+    """Refuses keys that appear twice in a mapping, of which PyYAML would silently take the last, and huge content.
 
-    An alias counts as all that it stands for, so that a few lines cannot stand for millions of entries.
+    An alias counts with all the entries it stands for, so that a few lines cannot expand to millions of entries.
     """
 
     def __init__(self, text: str) -> None:
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        """As PyYAML does it, with depth and size in bounds."""
+        """Compose a node as PyYAML does, within the limits on depth and size."""
         self._depth += 1
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # types-pyyaml leaves it out
         if self._depth > DEPTH:
@@ -90,23 +90,23 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, ScalarNode):
             return 1
         if any(id(part) not in self._sizes for part in parts):
-            raise ComposerError(None, None, "an alias that stands for what it is in", node.start_mark)
+            raise ComposerError(None, None, "an alias inside the mapping or list that it stands for", node.start_mark)
         size = 1 + sum(self._sizes[id(part)] for part in parts)
         if size > ENTRIES:
             raise ComposerError(None, None, f"more than {ENTRIES:,} entries", node.start_mark)
         return size
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML does it, after the check."""
+        """Construct a mapping as PyYAML does, after checking its keys."""
         seen: set[Any] = set()
         for key, _ in node.value if isinstance(node, MappingNode) else ():
             if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             said = self.construct_object(key)
             if not isinstance(said, Hashable):
-                raise ConstructorError(None, None, "a key that is no text or number", key.start_mark)
+                raise ConstructorError(None, None, "a key that is not text or a number", key.start_mark)
             if said in seen:
-                raise ConstructorError(None, None, f"the key {quoted(said)} is there twice", key.start_mark)
+                raise ConstructorError(None, None, f"the key {quoted(said)} appears twice", key.start_mark)
             seen.add(said)
         return super().construct_mapping(node, deep)
 
@@ -116,7 +116,7 @@ _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[^:]+:.*)")
 
 
 def _scalar(construct: Callable[[Any, Any], Any], kind: str) -> Callable[[_Loader, Node], Any]:
-    """A constructor that says so where a scalar is tagged, or looks, as what it is not."""
+    """A constructor that raises a clear error for a scalar that is not of the kind its tag or form suggests."""
 
     def checked(loader: _Loader, node: Node) -> Any:
         if kind == "number" and _OTHER_BASE.fullmatch(str(node.value)):
@@ -125,7 +125,7 @@ def _scalar(construct: Callable[[Any, Any], Any], kind: str) -> Callable[[_Loade
         try:
             return construct(loader, node)
         except (ValueError, LookupError, ArithmeticError):
-            raise ConstructorError(None, None, f"{quoted(node.value)} is no {kind}", node.start_mark) from None
+            raise ConstructorError(None, None, f"{quoted(node.value)} is not {kind}", node.start_mark) from None
 
     return checked
 
@@ -135,9 +135,9 @@ _Loader.yaml_constructors = {
     None: _SAFE[None],
     **{
         f"tag:yaml.org,2002:{tag}": _scalar(_SAFE[f"tag:yaml.org,2002:{tag}"], kind)
-        for tag, kind in {"null": "null", "bool": "truth value", "int": "number", "float": "number"}.items()
+        for tag, kind in {"null": "null", "bool": "true or false", "int": "a number", "float": "a number"}.items()
     },
     **{f"tag:yaml.org,2002:{tag}": _SAFE[f"tag:yaml.org,2002:{tag}"] for tag in ("str", "seq", "map")},
-    # a date is text here: no option is one
+    # dates stay text, as no option is a date
     "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str,
 }

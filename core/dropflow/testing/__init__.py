@@ -1,4 +1,4 @@
-"""For people who write stages and adapters: the conformance kit, and the masked oracle that a pruned run must equal."""
+"""Tools for authors of stages and adapters: the conformance kit, and the masked oracle that a pruned run must match."""
 
 from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.testing.case import BrokenGuarantee

@@ -1,4 +1,4 @@
-"""A stage among others, and on models that lack what it does not say it needs."""
+"""Checks a stage together with other stages, and on models that lack facts it does not list in `needs`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dropflow.testing.guarantees import check_batch_invariance, check_prefill
 from dropflow.testing.probes import EveryThird, Ranked, use
 
 SEEN = ("cls", "grid", "final_norm", "rotary")
-"""Facts that stages find in their payloads; for all others the engine refuses a policy by itself."""
+"""Facts that stages read from their payloads; the engine itself refuses policies that need other missing facts."""
 
 
 def check_beside(case: Case) -> float:
-    """The second and third guarantee for the case's stages between an encode stage and a prune stage.
+    """Check guarantees 2 and 3 for the case's stages between an `encode` stage and a `prune` stage.
 
-    Nothing is checked where the policy is refused, as of a stage that needs whole images. Returns the largest relative
+    Nothing is checked if the policy is refused, as for a stage that needs whole images. Returns the largest relative
     error.
     """
     stages = {"kit-encode": use(EveryThird), **case.policy["stages"], "kit-prune": use(Ranked)}
@@ -40,13 +40,13 @@ def check_beside(case: Case) -> float:
         raise
     except Exception as error:
         raise mixed.broken(
-            REFUSAL, f"neither runs nor is refused: {error!r}; look at what it takes for granted of its payload"
+            REFUSAL, f"neither runs nor is refused: {error!r}; check what the stage assumes about its payload"
         ) from error
 
 
 @torch.no_grad()
 def check_needs(case: Case) -> None:
-    """A stage runs without what it does not list in `needs`, or its policy is refused when it is attached.
+    """Check that a stage runs without the facts it does not list in `needs`, or is refused when it is attached.
 
     Raises `BrokenGuarantee` naming the fact.
     """
@@ -61,7 +61,7 @@ def check_needs(case: Case) -> None:
                 raise case.broken(
                     REFUSAL,
                     f"on a model without the fact '{fact}', which the stage does not list in `needs`, it fails only "
-                    f"while the model runs: {error!r}; list the fact, or do without it",
+                    f"while the model runs: {error!r}; list the fact, or make the stage work without it",
                 ) from error
 
 
@@ -69,14 +69,14 @@ def _fails(case: Case, flow: Flow, lacking: Sequence[str]) -> Exception | None:
     try:
         with _without(flow, lacking):
             case.model(**case.inputs)
-    except Exception as error:  # noqa: BLE001  # whatever the stage raises is told
+    except Exception as error:  # noqa: BLE001  # whatever the stage raises is reported
         return error
     return None
 
 
 @contextmanager
 def _without(flow: Flow, facts: Sequence[str]) -> Iterator[None]:
-    """Stages of the flow see payloads as of a model that lacks these facts."""
+    """Show the flow's stages payloads without these facts."""
     hooks = flow.plan.hooks
     encode, prune = hooks.encode, hooks.prune
 

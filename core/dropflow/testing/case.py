@@ -1,4 +1,4 @@
-"""One cell of the conformance kit: a policy on a tiny model, and how its outcome is told."""
+"""One case of the conformance kit: a policy on a tiny model, and helpers to check and report it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BATCH = "3 (batch invariance)"
 ISOLATION = "4 (isolation)"
 REFUSAL = "5 (loud refusal)"
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
-"""Largest relative errors of what a guarantee compares, and of gradients."""
+"""Largest allowed relative errors, of the values that a guarantee compares and of gradients."""
 
 
 class BrokenGuarantee(AssertionError):
-    """A guarantee does not hold; the message names it, the layer or fact, and by how much."""
+    """Raised when a guarantee does not hold; the message names it, the layer or fact, and the size of the error."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ class Case:
 
     @cached_property
     def model(self) -> Any:
-        """The model, the same for all checks of this case."""
+        """The model, shared by all checks of this case."""
         return self.tiny.model(self.attention)
 
     @cached_property
     def drawn(self) -> tuple[dict[str, Any], list[list[Picture]]]:
-        """Inputs of the batch, and the pictures of each sample."""
+        """The inputs of the batch and the pictures of each sample."""
         return self.tiny.prompt(self.samples, side=self.side)
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """A fresh mapping of the batch's inputs."""
+        """A new mapping of the batch's inputs."""
         return dict(self.drawn[0])
 
     @property
     def real(self) -> Tensor:
-        """Tokens that are no padding, (batch, tokens) boolean."""
+        """Tokens that are not padding, boolean (batch, tokens)."""
         mask: Tensor = self.drawn[0]["attention_mask"]
         return mask.bool()
 
@@ -74,20 +74,20 @@ class Case:
         return self.tiny.collate([row], [self.drawn[1][sample]], self.side)
 
     def padded_left(self) -> Case:
-        """The same with padding on the left, as generation needs it."""
+        """The same case with left padding, as generation requires."""
         return replace(self, side="left")
 
     def with_samples(self, samples: Sequence[Sequence[Part]]) -> Case:
-        """The same on another batch."""
+        """The same case on another batch."""
         return replace(self, samples=samples)
 
     def broken(self, guarantee: str, what: str) -> BrokenGuarantee:
-        """The error for a guarantee of this case."""
+        """The error to raise for a broken guarantee of this case."""
         return BrokenGuarantee(f"{self.name}: guarantee {guarantee} is broken: {what}")
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected magnitude; infinite where values are not finite."""
+    """Largest difference divided by the largest expected magnitude; infinite if any value is not finite."""
     if not bool(torch.isfinite(value).all()):
         return float("inf")
     return float((value - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-30))
@@ -95,7 +95,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
-    """Collects the hidden states that each decoder layer really gets."""
+    """Collects the hidden states that each decoder layer actually receives."""
     seen: list[Tensor] = []
     layers = case.adapter(case.model).text._modules["layers"]
     handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
@@ -108,7 +108,7 @@ def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def text_embeddings(case: Case) -> Iterator[list[Tensor]]:
-    """Collects the embeddings (batch, tokens, dim) that the text decoder gets."""
+    """Collects the embeddings (batch, tokens, dim) that the text decoder receives."""
     seen: list[Tensor] = []
     handle = case.adapter(case.model).text.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"].detach()), with_kwargs=True

@@ -1,4 +1,4 @@
-"""What stages leave in the caches while decoding: the same for a sample alone, and the same in an equal generation."""
+"""Checks that cache contents while decoding are the same for a sample alone, and the same when repeated."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dropflow.testing.case import BATCH, BUDGET, ISOLATION, Case
 from dropflow.testing.probes import HeldEntries
 
 WATCH = "watched-by-the-kit"
-"""Name of the stage by which the kit looks at what the others do."""
+"""Name of the stage with which the kit observes the others."""
 MOST = 24
-"""Most tokens that are generated so that a stage is asked twice while decoding."""
+"""Maximum number of tokens generated to have a stage asked twice while decoding."""
 Held = list[list[list[int]]]
-"""Logical tokens that a sample's cache holds, by step and layer."""
+"""The logical tokens that a sample's cache holds, by step and layer."""
 
 
 @torch.no_grad()
 def check_decoding(case: Case) -> None:
-    """Stages that decide about caches leave a sample the same entries alone as in the batch, and again the same.
+    """Check that `decode_cache` stages keep the same entries of a sample alone, in the batch, and when repeated.
 
     Nothing is checked for policies without such stages, nor for samples without images, which run dense.
     """
@@ -41,8 +41,8 @@ def check_decoding(case: Case) -> None:
             if difference or not torch.equal(tokens[sample], again[sample]):
                 raise left.broken(
                     ISOLATION,
-                    f"a second, equal generation leaves sample {sample} {difference or 'other tokens'}; a stage holds "
-                    "state between calls: look at what `decode_cache` reads, and keep notes in `CacheKeep.memory`",
+                    f"a second, equal generation gives sample {sample} {difference or 'other tokens'}; a stage keeps "
+                    "state between calls: check what `decode_cache` reads, and keep such data in `CacheKeep.memory`",
                 )
             if not left.drawn[1][sample]:
                 continue
@@ -51,15 +51,15 @@ def check_decoding(case: Case) -> None:
             if difference or not torch.equal(alone[0, int(own.sum()) :], tokens[sample, len(own) :]):
                 raise left.broken(
                     BATCH,
-                    f"while decoding, sample {sample} has {difference or 'other tokens'} alone than in the batch; look "
-                    "at what `decode_cache` computes over the batch, padding included",
+                    f"while decoding, sample {sample} has {difference or 'other tokens'} alone than in the batch; "
+                    "check what `decode_cache` computes over the batch, including padding",
                 )
 
 
 def _generate(
     left: Case, flow: Flow, inputs: Mapping[str, Any], budget: Mapping[str, Any]
 ) -> tuple[Tensor, Sequence[Held]]:
-    """Generated ids, and what the caches of each sample held, by logical tokens counted without padding."""
+    """Generated ids, and which tokens each sample's caches held, numbered without padding."""
     watch: Any = dict(flow.plan.stages)[WATCH]
     watch.layers = []
     tokens: Tensor = left.model.generate(**inputs, **budget)
@@ -72,7 +72,7 @@ def _generate(
 
 
 def _difference(first: Held, second: Held) -> str:
-    """Where two runs hold different tokens, in words; "" if they hold the same."""
+    """A description of where two runs hold different tokens; "" if they hold the same."""
     for step, (one, other) in enumerate(zip(first, second, strict=True)):
         for layer, (held, found) in enumerate(zip(one, other, strict=True)):
             if held != found:

@@ -1,4 +1,4 @@
-"""What an adapter says of a prompt, against what the prompt was made of."""
+"""Compares what an adapter states about a prompt with how the prompt was built."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOKENS, OWNER, GRID, VISION_LAYERS = "token ids", "image owner", "grid", "vision
 
 @dataclass(frozen=True)
 class Truth:
-    """What a prompt was made of."""
+    """How a prompt was built."""
 
     owner: Tensor
-    """(batch, tokens): number of the image whose patch a token is; -1 for all other tokens."""
+    """Number (batch, tokens) of the image of which a token is a patch; -1 for all other tokens."""
     grids: Sequence[tuple[int, int] | None]
-    """Of every image, those of pictures before those of videos, as features are encoded."""
+    """Grid of every image, those of still images before those of videos, in the order of encoding."""
 
 
 def truth(case: Case) -> Truth:
@@ -49,9 +49,9 @@ def _layouts(pictures: Sequence[Picture], token: int) -> list[ImageLayout]:
 
 @torch.no_grad()
 def check_facts(case: Case) -> None:
-    """Which tokens are visual, which image each belongs to, and the grid of each image are as the prompt was made.
+    """Check that the adapter states the visual tokens, their images and the grids as the prompt was built.
 
-    Raises `BrokenGuarantee` naming the fact and the part of the adapter that states it.
+    Raises `BrokenGuarantee`, naming the fact and the part of the adapter that states it.
     """
     expected, witness = truth(case), None
     try:
@@ -72,9 +72,9 @@ def check_facts(case: Case) -> None:
 
 @torch.no_grad()
 def check_vision(case: Case) -> None:
-    """The encoder that the adapter states is the one whose rows reach the LLM: stages can drop some of them inside.
+    """Check that the rows of the encoder that the adapter states reach the LLM, so that stages can drop rows inside.
 
-    Raises `BrokenGuarantee` naming the part of the adapter that states it; nothing is checked where it states none.
+    Raises `BrokenGuarantee`, naming the part of the adapter that states it; nothing is checked if it states none.
     """
     vision, widths = case.adapter(case.model).vision, []
     if vision is None:
@@ -87,15 +87,15 @@ def check_vision(case: Case) -> None:
         case.model(**case.inputs)
         if len(set(widths)) > 1:
             what = (
-                f"layer {vision.feature_layer - 1} of the encoder gives rows of {widths[0]} numbers, the projector "
-                f"gets rows of {widths[-1]}, such as of several layers joined"
+                f"layer {vision.feature_layer - 1} of the encoder returns rows of {widths[0]} numbers, but the "
+                f"projector receives rows of {widths[-1]}, for example of several layers joined"
             )
-            raise _wrong(case, VISION_LAYERS, what, "`vision`, which is to be None then,")
+            raise _wrong(case, VISION_LAYERS, what, "`vision`, which must then be None,")
         with case.attach(INSIDE):
             case.model(**case.inputs)
     except (PolicyError, DecisionError, RuntimeError) as error:
         what = f"rows cannot be dropped inside the encoder: {error}"
-        raise _wrong(case, VISION_LAYERS, what, "`vision`, which is to be None then,") from error
+        raise _wrong(case, VISION_LAYERS, what, "`vision`, which must then be None,") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -123,7 +123,7 @@ def _check_owner(case: Case, got: Tensor, expected: Tensor) -> None:
         if names.setdefault(true, own) != own or list(names.values()).count(own) > 1:
             what = (
                 f"token {token} of sample {sample} is a patch of image {true}, but the adapter gives it to an image "
-                f"with other patches; it tells {len(set(got[got >= 0].tolist()))} images apart, the prompt has "
+                f"with other patches; it states {len(set(got[got >= 0].tolist()))} images, the prompt has "
                 f"{len(set(expected[expected >= 0].tolist()))}"
             )
             raise _wrong(case, OWNER, what, "`layouts` or `tokens_per_image`")

@@ -1,4 +1,4 @@
-"""What a policy forecasts of every image, against what a run did with it."""
+"""Compares what a policy forecasts for every image with what a run did."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dropflow.testing.facts import truth
 
 
 def check_forecast(case: Case, flow: Flow) -> None:
-    """The visual tokens per layer that `explain` prints are those of the flow's last run, or are left to the data.
+    """Check that the visual tokens per layer that `explain` prints match the flow's last run, unless left to the data.
 
-    Nothing is checked where a stage that decides has no `forecast` of its own.
-    Raises `BrokenGuarantee`: rules across stages are checked by forecasts, so that a wrong one lets through what is to
-    be refused.
+    Nothing is checked if a stage that decides does not define `forecast`. Raises `BrokenGuarantee`, since rules that
+    span stages rely on forecasts, and a wrong one lets through a policy that should be refused.
     """
     plan, live, owner = flow.plan, flow.live(), truth(case).owner
     deciding = {stage for hook in ("encode", "inject", "prune", "exit") for _, stage in plan.hooks.implementers(hook)}
@@ -29,7 +28,7 @@ def check_forecast(case: Case, flow: Flow) -> None:
                 sample = int(own.any(1).nonzero()[0])
                 raise case.broken(
                     REFUSAL,
-                    f"forecast are {told} visual tokens of image {image} (sample {sample}, {size} patches) in layer "
-                    f"{layer}, a run has {count}; look at `forecast` of {names or 'the stages'}, and give `None` or "
-                    "'data' where the data decides",
+                    f"{told} visual tokens are forecast for image {image} (sample {sample}, {size} patches) in layer "
+                    f"{layer}, but a run has {count}; check `forecast` of {names or 'the stages'}, and return `None` "
+                    "or 'data' where the data decides",
                 )

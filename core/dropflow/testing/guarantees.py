@@ -1,6 +1,6 @@
-"""The engine's five guarantees, each a check that raises `BrokenGuarantee` saying what broke, where, by how much.
+"""The engine's five guarantees, each with a check that raises `BrokenGuarantee` with what broke, where and by how much.
 
-Every check returns the largest relative error it saw (0 where it compares bits).
+Every check returns the largest relative error it found (0 where it compares bits).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dropflow.testing.training import check_training, labelled
 
 @torch.no_grad()
 def check_no_op(case: Case) -> float:
-    """Guarantee 1: keeping everything gives bit-identical logits, loss and tokens; so does a prompt without images."""
+    """Guarantee 1: keeping everything, or having no images, gives bit-identical logits, loss and tokens."""
     text = case.with_samples([(4,), (7,)])
     runs: list[list[Tensor]] = []
     for attached in (False, True):
@@ -56,13 +56,13 @@ def check_no_op(case: Case) -> float:
         if not torch.equal(plain, flowing):
             by = relative_error(flowing.float(), plain.float())
             raise case.broken(
-                NO_OP, f"{what} differ from the plain model's by {by:.1e} (relative), expected bits equal"
+                NO_OP, f"{what} differ from the plain model's by {by:.1e} (relative), expected equal bits"
             )
     return 0.0
 
 
 def check_drop_is_mask(case: Case) -> float:
-    """Guarantee 2: prefill, decoding, loss and gradients equal those of a full run with dropped tokens masked out."""
+    """Guarantee 2: prefill, decoding, loss and gradients equal those of a full-length run that masks dropped tokens."""
     worst = max(check_prefill(case), check_training(case))
     _check_decoding(case)
     return worst
@@ -70,7 +70,7 @@ def check_drop_is_mask(case: Case) -> float:
 
 @torch.no_grad()
 def check_prefill(case: Case) -> float:
-    """The part of the second guarantee that is about one forward of a prompt."""
+    """The part of guarantee 2 that concerns one forward of a prompt."""
     real = case.real
     watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": RanksByNumbers}}}
     with case.attach(watched) as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
@@ -78,7 +78,7 @@ def check_prefill(case: Case) -> float:
         live, merges = flow.live(), flow.merges()
         watch: Any = dict(flow.plan.stages)[WATCH]
     for stage, boundary in watch.faults:
-        raise case.broken(MASK, f"stages.{stage} ranks visual tokens by NaN at boundary {boundary}; give numbers")
+        raise case.broken(MASK, f"stages.{stage} ranks visual tokens by NaN at boundary {boundary}; return numbers")
     replaced = embeds[0] if encodes else None
     with MaskedOracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
         expected = case.model(**case.inputs, use_cache=False).logits
@@ -102,7 +102,7 @@ def check_prefill(case: Case) -> float:
 
 
 def _held(case: Case, tokens: int) -> Tensor:
-    """Tokens of the prompt that each layer's cache holds after the prefill, (layers, batch, tokens) boolean."""
+    """Which tokens of the prompt each layer's cache holds after the prefill, boolean (layers, batch, tokens)."""
     cache = DynamicCache()
     with case.attach():
         case.model(**case.inputs, **{CACHE_ARGUMENT: cache})
@@ -125,37 +125,37 @@ def _check_decoding(case: Case) -> None:
         if flow.plan.uniform:
             _check_static_decoding(left, tokens)
     if evicts_while_decoding(flow):
-        return  # the kit notes it on the cell
+        return  # the kit records this in the cell
     held = _held(left, live.shape[2]) if evicting else None
     replaced = embeds[0] if encodes else None
     with MaskedOracle(model, live, left.adapter, embeds=replaced, held=held, merges=merges):
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
-        raise left.broken(MASK, f"from decode step {step} on, other tokens are generated than by the masked run")
+        raise left.broken(MASK, f"from decode step {step} on, the generated tokens differ from the masked run's")
 
 
 def _check_static_decoding(left: Case, tokens: Tensor) -> None:
-    """A policy by which all layers hold the same tokens generates with a static cache what it generates without.
+    """Check that a policy under which all layers hold the same tokens generates the same with a static cache.
 
-    Nothing is checked where the static cache has windows, which is refused.
+    Nothing is checked if the static cache has sliding windows, which are refused.
     """
     try:
         static = left.model.generate(**left.inputs, **BUDGET, cache_implementation="static", disable_compile=True)
     except UnsupportedModel:
         return
     if not torch.equal(static, tokens):
-        raise left.broken(MASK, "with a static cache other tokens are generated than with a dynamic one")
+        raise left.broken(MASK, "the tokens generated with a static cache differ from those with a dynamic one")
 
 
 def evicts_while_decoding(flow: Flow) -> bool:
-    """Whether entries go at decode steps, by what was generated, so that no one mask describes a run."""
+    """Whether decode steps evict entries depending on generated tokens, so that no single mask describes a run."""
     return any(stage.decode_every for _, stage in flow.plan.hooks.implementers("decode_cache"))
 
 
 @torch.no_grad()
 def check_batch_invariance(case: Case) -> float:
-    """Guarantee 3: every sample alone gives the keeps and logits it gives in the ragged batch; beams give its keeps."""
+    """Guarantee 3: a sample has the same keeps and logits alone and in a ragged batch; beams have the same keeps."""
     worst = 0.0
     with case.attach() as flow:
         together = case.model(**case.inputs).logits
@@ -169,8 +169,8 @@ def check_batch_invariance(case: Case) -> float:
                 layer = int((flow.live()[:, 0] != live[:, sample, own]).any(1).nonzero()[0])
                 raise case.broken(
                     BATCH,
-                    f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on; look at what "
-                    "the stage computes over the batch, padding included",
+                    f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on; check what "
+                    "the stage computes over the batch, including padding",
                 )
             if not error < TOLERANCE:
                 raise case.broken(
@@ -184,19 +184,22 @@ def check_batch_invariance(case: Case) -> float:
 
 
 def _check_repeated(case: Case, live: Tensor, live_again: Tensor, logits: Tensor, again: Tensor) -> None:
-    """Two equal calls do the same, bit for bit."""
+    """Check that two equal calls give the same result, bit for bit."""
     if torch.equal(live, live_again) and torch.equal(logits, again):
         return
     layer, sample = next(iter((live != live_again).any(2).nonzero().tolist()), (0, 0))
     raise case.broken(
         ISOLATION,
         f"a second, equal call keeps other tokens of sample {sample} from layer {layer} on, or gives other logits; a "
-        "stage holds state between calls or draws at random: look at what its hooks read but their payload",
+        "stage keeps state between calls or draws at random: check what its hooks read besides their payload",
     )
 
 
 def _check_beams(left: Case) -> None:
-    """Nothing is checked where a family cannot search by beams, or is refused as it repeats images in its own way."""
+    """Check that every beam keeps the tokens of its sample.
+
+    Nothing is checked for a family without beam search, or whose own way of repeating images is refused.
+    """
 
     def generate(beams: int) -> None:
         left.model.generate(**left.inputs, do_sample=False, num_beams=beams, max_new_tokens=1)
@@ -215,11 +218,11 @@ def _check_beams(left: Case) -> None:
             live.append(flow.live())
     if not torch.equal(live[1], live[0].repeat_interleave(2, 1)):
         row = int((live[1] != live[0].repeat_interleave(2, 1)).any(2).any(0).nonzero()[0])
-        raise left.broken(BATCH, f"beam {row % 2} of sample {row // 2} keeps other tokens than the sample by itself")
+        raise left.broken(BATCH, f"beam {row % 2} of sample {row // 2} keeps other tokens than the sample alone")
 
 
 def fingerprint(model: Any) -> list[Any]:
-    """All that attaching could leave on a model: hooks, modules, instance attributes, parameters."""
+    """Everything that attaching could leave on a model: hooks, modules, instance attributes, parameters."""
     state: list[Any] = [list(model.state_dict())]
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
@@ -231,7 +234,7 @@ def fingerprint(model: Any) -> list[Any]:
 
 @torch.no_grad()
 def check_isolation(case: Case) -> float:
-    """Guarantee 4: nothing is left behind by a detached flow or by a forward that was aborted."""
+    """Guarantee 4: a detached flow or an aborted forward leaves nothing behind."""
     model = case.model
     plain, before = model(**case.inputs).logits, fingerprint(model)
     with case.attach():
@@ -250,7 +253,7 @@ def check_isolation(case: Case) -> float:
 
 @contextmanager
 def _failing(case: Case) -> Iterator[None]:
-    """The fourth decoder layer raises."""
+    """Make the fourth decoder layer raise."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("aborted")
@@ -274,7 +277,7 @@ def _expected(error: Exception) -> Iterator[None]:
 
 @torch.no_grad()
 def check_refusals(case: Case) -> float:
-    """Guarantee 5: what cannot be right raises before any decoder layer runs, and the model works afterwards."""
+    """Guarantee 5: a call that cannot be correct raises before any decoder layer runs, and the model still works."""
     model, text = case.model, case.adapter(case.model).text
     without = {k: v for k, v in case.inputs.items() if k in ("input_ids", "attention_mask")}
     asks: tuple[tuple[str, dict[str, Any], type[DropflowError]], ...] = (

@@ -1,4 +1,4 @@
-"""The conformance kit: every guarantee for a stage on every family, or for an adapter under every kind of policy."""
+"""The conformance kit: checks a stage on every family, or an adapter under every kind of policy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, WINDOW
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
-"""A video, an image beside a video, and a sample without either."""
+"""Samples with a video, with an image and a video, and with neither."""
 UNCOMPARED = "generated tokens not compared: what it evicts while decoding depends on them"
-"""Note on a stage whose decode steps no single mask describes."""
+"""Detail of a cell whose decode steps cannot be described by a single mask."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Cell:
     adapter: str
     """Name of the family."""
     outcome: Literal["run", "refused", "failed"]
-    """Whether all guarantees held, the family refused the stage, or something broke."""
+    """Whether all guarantees held, the family refused the stage, or a guarantee broke."""
     detail: str = ""
-    """Why it was refused, what broke, or what of a run could not be compared."""
+    """Why the stage was refused, what broke, or what could not be compared."""
     error: float = 0.0
     """Largest relative error against the masked run."""
 
@@ -44,16 +44,16 @@ class Cell:
 def run_cell(
     stage: str, entry: Mapping[str, Any], adapter: str, family: type[Backbone], tiny: Tiny, *, mixed: bool = True
 ) -> Cell:
-    """All guarantees for a policy of one stage (`entry`, with its options) on one family.
+    """Check all guarantees for a policy of one stage (`entry`, with its options) on one family.
 
-    Where `mixed`, also between an encode stage and a prune stage, and without what the stage does not say it needs.
+    With `mixed`, also between an `encode` stage and a `prune` stage, and without facts the stage does not list.
     """
     name = f"{stage} x {adapter}"
     case = Case(name, family, tiny, {"name": "conformance", "stages": {"stage": entry}})
     try:
         load_policy(case.policy)
     except PolicyError as fault:
-        return Cell(stage, adapter, "failed", f"{name}: options of the stage, see its `example`: {fault}")
+        return Cell(stage, adapter, "failed", f"{name}: options of the stage: {fault}; see its `example`")
     try:
         with case.attach() as flow:
             note = UNCOMPARED if evicts_while_decoding(flow) else ""
@@ -70,7 +70,7 @@ def run_cell(
 
 
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """Name of a stage, and a policy entry for it: with `options`, or else with the stage's `example`."""
+    """Name of a stage and a policy entry for it, with `options` or else with the stage's `example`."""
     kind: type[Stage[Any]] = registry.load(registry.STAGES, stage) if isinstance(stage, str) else stage
     name = stage if isinstance(stage, str) else stage.__name__
     return name, {"use": stage, **(kind.example if options is None else options)}
@@ -83,10 +83,10 @@ def assert_stage_conforms(
 ) -> list[Cell]:
     """Check the five guarantees for a stage on every family (`models`, by default `tiny_models()`).
 
-    The stage runs by itself, and between an encode stage and a prune stage. What it forecasts is compared with what it
-    does, and what it lists in `needs` with what it cannot do without.
+    The stage runs alone, and between an `encode` stage and a `prune` stage. Its forecast is compared with what it does,
+    and its `needs` with the facts it cannot do without.
     `options` are those of the stage, by default its `example`. Families that lack a fact the stage needs refuse it;
-    the cells returned say so. Raises `BrokenGuarantee` with all that broke, or when every family refused.
+    the returned cells say so. Raises `BrokenGuarantee` listing every failure, or if every family refused the stage.
     """
     name, entry = stage_entry(stage, options)
     families = tiny_models() if models is None else models
@@ -95,7 +95,7 @@ def assert_stage_conforms(
     if failed:
         raise BrokenGuarantee("\n".join(failed))
     if all(cell.outcome == "refused" for cell in cells):
-        raise BrokenGuarantee(f"{name}: every family refused it, so nothing was proven: {cells[0].detail}")
+        raise BrokenGuarantee(f"{name}: every family refused it, so nothing was checked: {cells[0].detail}")
     return cells
 
 
@@ -106,11 +106,11 @@ def assert_backbone_conforms(
     attention: str = "sdpa",
     side: str = "left",
 ) -> float:
-    """Check the facts an adapter states and the five guarantees under it; returns the largest relative error.
+    """Check the facts an adapter states and the five guarantees with it; return the largest relative error.
 
-    `tiny` is the family in miniature, by default that of `tiny_models()` under the adapter's name. Images and, where
-    the family has them, videos are shown; tokens enter late, are ranked, dropped from the features, protected, and
-    leave early.
+    `tiny` is the family in miniature, by default that of `tiny_models()` under the adapter's name. Prompts contain
+    images and, if the family has them, videos; tokens enter late, are ranked, dropped from the features, protected, and
+    exit early.
     Raises `BrokenGuarantee` for the first fact or guarantee that does not hold.
     """
     family: type[Backbone] = registry.load(registry.ADAPTERS, adapter) if isinstance(adapter, str) else adapter

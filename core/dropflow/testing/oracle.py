@@ -1,6 +1,6 @@
-"""The masked oracle: the same drops as masks on a full-length run, with nothing removed and no cache.
+"""The masked oracle: a full-length run in which drops are masks, with nothing removed and no cache.
 
-It shares no code with the engine: ordinary hooks on the layers hide dropped keys, and what they see of the engine is
+It shares no code with the engine: ordinary hooks on the layers hide dropped keys, and all they know of the engine is
 one boolean per layer and token.
 """
 
@@ -19,15 +19,15 @@ from dropflow.backbone.backbone import Backbone, backbone_for
 
 
 class MaskedOracle:
-    """While open, every forward of `model` masks what `live` says is dropped; calls must not use a cache.
+    """While open, every forward of `model` masks the tokens that are not in `live`; calls must not use a cache.
 
     `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens after the prompt
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
     dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
-    tokens of the prompt the tokens after it still see, where a stage evicts cache entries. `merges` (boundary ->
-    (batch, tokens)) says into which token's state each one's is averaged before a layer. `log_weights` (layers,
-    batch, tokens) are added to the attention scores of each layer's keys, for stages that give soft weights.
+    tokens of the prompt later tokens can still see, for stages that evict cache entries. `merges` (boundary -> (batch,
+    tokens)) gives the token into which each token's state is averaged before a layer. `log_weights` (layers, batch,
+    tokens) are added to the attention scores of each layer's keys, for stages that return soft weights.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MaskedOracle:
 
     @staticmethod
     def _merged(hidden: Tensor, into: Tensor) -> Tensor:
-        """Every token that others name holds the mean of theirs and its own state."""
+        """Hidden states in which every merge target holds the mean of its own state and those merged into it."""
         into = into.repeat_interleave(hidden.shape[0] // into.shape[0], 0)
         rows = list(hidden.unbind(0))
         for sample, own in enumerate(into.tolist()):
@@ -106,7 +106,7 @@ class MaskedOracle:
         return args, kwargs | {"inputs_embeds": torch.cat((prompt, whole[:, prompt.shape[1] :]), 1)}
 
     def _of(self, number: int, hidden: Tensor, lives: Tensor | None = None) -> Bool[Tensor, "batch tokens"]:
-        """A layer's row of `lives` for this forward: expanded over beams, all true after the prompt."""
+        """A layer's row of `lives` for this forward, expanded over beams and true after the prompt."""
         live = (self._live if lives is None else lives)[number].to(hidden.device)
         live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
         return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)

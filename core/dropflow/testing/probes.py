@@ -1,4 +1,4 @@
-"""Stages of the conformance kit: together they use every way in which tokens can come and go."""
+"""Stages of the conformance kit, which together use every way in which tokens can enter and leave."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Enter(Stage[Any]):
 
 
 class Leave(Stage[Any]):
-    """Vision is gone from the last layer on."""
+    """Visual tokens exit before the last layer."""
 
     @hookimpl
     def exit(self, call: WindowCall) -> int:
@@ -36,13 +36,13 @@ class Leave(Stage[Any]):
 
 
 class Ranked(Stage[Any]):
-    """Of every image, the patches that the prompt's last token attends to most stay: a half, then a third of that."""
+    """Keeps the patches of each image that the prompt's last token attends to most: half, then a third of those."""
 
     shares: tuple[float, ...] = (0.5, 0.17)
 
     @property
     def prune_at(self) -> tuple[int, ...]:
-        """Two boundaries in the middle."""
+        """Two middle boundaries."""
         depth = self.context.scale.target.layers
         return (depth // 3, depth * 2 // 3)
 
@@ -63,12 +63,12 @@ class KeepAll(Ranked):
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
-        """Every row stays."""
+        """Keep every row."""
         return Encode(keep=tuple(torch.ones_like(places, dtype=torch.bool) for places in call.places))
 
 
 class EveryThird(Stage[Any]):
-    """Of every image, each third row of the features goes before the decoder sees it; the first row is protected."""
+    """Drops every third row of each image's features before the decoder, and protects the first row."""
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
@@ -79,7 +79,7 @@ class EveryThird(Stage[Any]):
 
 
 class Inside(EveryThird):
-    """The same before the vision encoder's second layer."""
+    """Drops and protects the same rows before the vision encoder's second layer."""
 
     @property
     def encode_at(self) -> tuple[int | None, ...]:
@@ -88,7 +88,7 @@ class Inside(EveryThird):
 
 
 class Witness(Stage[Any]):
-    """Notes what the engine tells stages about the images, and decides nothing."""
+    """Records what the engine tells stages about the images, and decides nothing."""
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
@@ -104,33 +104,33 @@ class Witness(Stage[Any]):
 
     @hookimpl
     def encode(self, call: EncodeCall) -> None:
-        """Note grid and rows of each image."""
+        """Record the grid and the number of rows of each image."""
         self.grids += call.grids
         self.sizes += [len(places) for places in call.places]
 
     @hookimpl
     def prune(self, call: PruneCall) -> None:
-        """Note whose patch each token is."""
+        """Record the image to which each token's patch belongs."""
         self.images, self.index = call.image_id, call.index
 
 
 class RanksByNumbers(Stage[Any]):
-    """Notes which stages have ranked a patch by NaN, and decides nothing."""
+    """Records which stages have ranked a patch by NaN, and decides nothing."""
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
         self.faults: list[tuple[str, int]] = []
-        """Name of each such stage, and the boundary."""
+        """Name of each such stage and the boundary."""
         self._live: Tensor | None = None
-        """Tokens that were live after the boundary before."""
+        """Tokens that were live after the previous boundary."""
 
     @hookimpl
     def observe(self, event: BoundaryEvent) -> None:
-        """Look at all scores of one boundary."""
+        """Check all scores at one boundary."""
         before = self._live
         if before is None or event.boundary <= event.window.entry:
             before = event.prompt.present
-        patches = ((event.prompt.scored >= 0) & before).gather(1, event.index)  # padding slots show what is not live
+        patches = ((event.prompt.scored >= 0) & before).gather(1, event.index)  # padding slots may name dropped tokens
         self._live = event.live
         for name, scores in event.scores.items():
             if bool((scores.isnan() & patches).any()):
@@ -138,16 +138,16 @@ class RanksByNumbers(Stage[Any]):
 
 
 class HeldEntries(Stage[Any]):
-    """Notes what the caches hold after every call, and decides nothing."""
+    """Records what the caches hold after every call, and decides nothing."""
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
         self.layers: list[tuple[CacheView, ...]] = []
-        """Views of all layers, call by call."""
+        """Views of all layers' caches, one tuple per call."""
 
     @hookimpl
     def observe_cache(self, event: CacheEvent) -> None:
-        """Take the views of one call."""
+        """Record the views of one call."""
         self.layers.append(event.layers)
 
 
@@ -164,8 +164,8 @@ def use(stage: type[Stage[Any]]) -> dict[str, Any]:
 WINDOW = policy(enter=use(Enter), rank=use(Ranked), leave=use(Leave))
 """Late entry, two prunings, early exit."""
 RAGGED = policy(encode=use(EveryThird), rank=use(Ranked))
-"""Rows dropped from the features and in the decoder: samples of a batch hold different numbers of tokens."""
+"""Rows dropped from the features and in the decoder, so that samples of a batch hold different numbers of tokens."""
 INSIDE = policy(inside=use(Inside), rank=use(Ranked))
-"""The same with rows dropped inside the vision encoder, where the adapter says where its layers are."""
+"""The same with rows dropped inside the vision encoder, for adapters that state where its layers are."""
 EVERYTHING = policy(keep=use(KeepAll))
-"""Armed everywhere, and nothing is dropped."""
+"""A stage that acts everywhere but drops nothing."""

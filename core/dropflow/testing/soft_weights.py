@@ -1,4 +1,4 @@
-"""Follows the soft weights that stages give while a model trains, so that a masked run can be given the same."""
+"""Records the soft weights that stages return during training, so that a masked run can use the same."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dropflow.lifecycle.payloads import Keep, PruneCall
 
 
 class GivenWeights:
-    """While open, notes the weights of every answer to `prune` under `flow`, with their graphs.
+    """While open, records the weights in every `prune` answer under `flow`, with their graphs.
 
-    Each is given to the masked run as a leaf (`log_weights`); `backward` then sends what arrived there on through the
-    stages' own graphs, so that the masked run's gradients include those of the selection.
+    The masked run receives each of them as a leaf (`log_weights`); `backward` then passes the gradients of these leaves
+    on through the stages' own graphs, so that the masked run's gradients include those of the selection.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -43,7 +43,7 @@ class GivenWeights:
         return answer
 
     def log_weights(self, layers: int, batch: int, tokens: int) -> Float[Tensor, "layers batch tokens"] | None:
-        """Logarithm of the weights before every layer, by logical token; `None` where no stage gave any."""
+        """Logarithm of the weights before every layer, by logical token; `None` if no stage returned any."""
         if not self._given:
             return None
         whole = self._given[0][3].new_zeros(layers, batch, tokens)
@@ -56,7 +56,7 @@ class GivenWeights:
         return whole
 
     def backward(self) -> None:
-        """Send the gradients that have arrived at the weights on to what the stages computed them from."""
+        """Pass the gradients of the weights on through the graphs in which the stages computed them."""
         reached = [(given, leaf.grad) for _, _, given, leaf in self._given if leaf.grad is not None]
         if reached:
             torch.autograd.backward([given for given, _ in reached], [gradient for _, gradient in reached])

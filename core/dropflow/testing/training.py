@@ -1,4 +1,4 @@
-"""The part of the second guarantee that is about training: loss and gradients are those of the masked run."""
+"""The part of guarantee 2 that concerns training: loss and gradients equal those of the masked run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_training(case: Case) -> float:
         raise case.broken(MASK, f"the loss differs from the masked run's by {worst:.1e}, allowed {TOLERANCE:.0e}")
     for name, gradient in expected.items():
         if encodes and "layers" not in name:
-            continue  # replaced embeddings cut the masked run off from what made them
+            continue  # replaced embeddings disconnect the masked run from the modules that computed them
         scale = float(gradient.abs().max())
         error = float((got[name] - gradient).abs().max()) / scale if scale > 1e-6 else 0.0
         if not error < GRADIENT_TOLERANCE:

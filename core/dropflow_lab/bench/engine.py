@@ -1,4 +1,4 @@
-"""The engine benchmark: what an attached policy costs when it drops nothing, and what it saves when it drops much."""
+"""The engine benchmark: the cost of a policy that drops nothing, and the savings of one that drops most tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REDUCED: dict[str, Any] = {
 
 RAGGED: dict[str, Any] = {
     "name": "bench-ragged",
-    "description": "drops so few tokens that they save no time, from samples of different lengths",
+    "description": "drops too few tokens to save time, from samples of different lengths",
     "stages": {"pyramid": {"use": "hidrop/concave-pyramid", "keep": {5: 0.97, 8: 0.9}}},
 }
 
@@ -43,50 +43,50 @@ _REDUCED_PREFILLS = 4  # calls per sample, so that it takes about as long as one
 
 @dataclass(frozen=True)
 class Overhead:
-    """Time of a variant that drops nothing, over time without a policy."""
+    """Time of a variant that drops nothing, as a ratio to the time without a policy."""
 
     prefill_ratio: Spread
     decode_ratio: Spread
-    """Of one decode step over a cache that holds the whole prompt."""
+    """Ratio for one decode step over a cache that holds the whole prompt."""
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What `REDUCED` saves of a prefill, vision tower and LM head included on both sides."""
+    """What `REDUCED` saves in a prefill; vision tower and LM head are included on both sides."""
 
     prefill_speedup: Spread
     flops_ratio: float
     """FLOPs without the policy over FLOPs with it, ranking included."""
     efficiency: Spread
-    """Speed-up over FLOPs ratio: 1 where every dropped FLOP saves its time."""
+    """Speed-up divided by the FLOPs ratio: 1 if time falls in proportion to FLOPs."""
     kv_entries: tuple[int, ...]
-    """Entries that each layer's cache really holds after the prefill."""
+    """Entries that each layer's cache actually holds after the prefill."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """One decode step of two samples of different lengths, after a few of their tokens were dropped twice."""
+    """One decode step of two samples of different lengths, after two boundaries each dropped a few of their tokens."""
 
     decode_ratio: Spread
-    """Time under `RAGGED`, over time without a policy on the same padded batch."""
+    """Time under `RAGGED`, as a ratio to the time without a policy on the same padded batch."""
     tiny_decode_ratio: Spread
-    """The same on `SHAPES["tiny"]`, where nearly all is overhead."""
+    """The same on `SHAPES["tiny"]`, where nearly all of the time is overhead."""
 
 
 @dataclass(frozen=True)
 class EngineBench:
-    """All ratios, each a median with quartiles over rounds."""
+    """Results of the engine benchmark; times are medians with quartiles over rounds."""
 
     noop: Overhead
-    """Under a stage that is asked before every layer and keeps everything."""
+    """Under a stage that is called before every layer and keeps everything."""
     empty: Overhead
     """Under a policy without stages."""
     control: Overhead
-    """A second model without a policy: how far from 1 chance alone goes on this machine."""
+    """A second model without a policy: how far a ratio strays from 1 by chance on this machine."""
     reduced: Reduction
     ragged: Ragged
     attach_ms: Spread
-    """Milliseconds to attach `REDUCED`, read from its mapping, after the first time."""
+    """Milliseconds to attach `REDUCED` from its mapping, the first time left out."""
     rounds: int
     subject: SubjectShape
     machine: Machine
@@ -99,9 +99,9 @@ class EngineBench:
 def bench_engine(
     shape: SubjectShape | None = None, *, rounds: int = 15, decode_steps: int = 8, threads: int = 1
 ) -> EngineBench:
-    """Measure in this process, every variant in turn, on shared random weights; takes some seconds per round.
+    """Measure all variants in turn in this process, on shared random weights; takes some seconds per round.
 
-    Torch's number of threads is set for the time of the measurement.
+    Torch's number of threads is set for the duration of the measurement.
     """
     shape = shape or SubjectShape()
     with torch_threads(threads), torch.no_grad(), _variants(shape) as models:
@@ -139,13 +139,13 @@ def _variants(shape: SubjectShape) -> Iterator[dict[str, Any]]:
 
 
 def _decode(model: Any, cache: Any) -> Callable[[], Any]:
-    """One decode step, which leaves the cache a token longer."""
+    """Return a callable that runs one decode step, which adds a token to the cache."""
     token = torch.tensor([[2]])
     return lambda: model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache})
 
 
 def _ragged(shape: SubjectShape, rounds: int, decode_steps: int) -> Spread:
-    """Time of a decode step of a ragged batch under `RAGGED` over that without a policy."""
+    """Return the time of a decode step of a ragged batch under `RAGGED`, as a ratio to that without a policy."""
     shape = replace(shape, batch=2)
     inputs, plain = build_prompt(shape), build_model(shape)
     inputs["attention_mask"][1, : shape.text_tokens // 4] = 0
@@ -158,7 +158,7 @@ def _ragged(shape: SubjectShape, rounds: int, decode_steps: int) -> Spread:
 
 
 def _padded_decode(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """One decode step of a padded batch, which leaves the cache a token longer."""
+    """Return a callable that runs one decode step of a padded batch, which adds a token to the cache."""
     cache, seen = prefill_of(model, inputs)(), count(inputs["input_ids"].shape[1] + 1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4096), value=1)
     token = torch.full((len(mask), 1), 2)
@@ -168,7 +168,7 @@ def _padded_decode(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _attaching(model: Any, rounds: int) -> Spread:
-    """Milliseconds of attaching; detaching is not counted."""
+    """Return the milliseconds to attach; detaching is not counted."""
     samples = []
     for number in range(rounds + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Prefill and training step of LLaVA-1.5-7B's shape, with random weights, by each attention at hand; made for a GPU."""
+"""The GPU benchmark: prefill and training step of a random LLaVA-1.5-7B, with each available attention."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 @dataclass(frozen=True)
 class GpuRow:
-    """What one attention implementation gives, without a policy over with HiDrop-64."""
+    """Results of one attention implementation, without a policy and with HiDrop-64."""
 
     attention: str
     prefill_speedup: Spread
-    """Of one prompt (a batch of one), vision tower included on both sides."""
+    """Speed-up of the prefill of one prompt (a batch of one), vision tower included on both sides."""
     dense_prefill_seconds: Spread
     policy_prefill_seconds: Spread
     train: TrainBench
@@ -36,9 +36,9 @@ class GpuRow:
 def bench_gpu(
     shape: SubjectShape, *, rounds: int = 7, threads: int = 1, checkpointing: bool = False
 ) -> Iterator[GpuRow]:
-    """Yield a row for SDPA, and one for FlashAttention where it is installed and the device is a GPU.
+    """Yield a row for SDPA, and one for FlashAttention if it is installed and the device is a GPU.
 
-    `shape.batch` is that of the training step. Raises `InputError` where there is no such device.
+    `shape.batch` is the batch size of the training step. Raises `InputError` if there is no such device.
     """
     for attention in _attentions(shape.device):
         own = replace(shape, attention=attention)
@@ -59,7 +59,7 @@ def bench_gpu(
 
 
 def device_name(device: str) -> str:
-    """Name of the GPU, or the kind of another device."""
+    """Return the name of the GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 

@@ -1,4 +1,4 @@
-"""The model the engine is measured on: random weights in the shape of LLaVA, so wide that work outweighs overhead."""
+"""The model for engine benchmarks: LLaVA with random weights, wide enough that computation outweighs overhead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IMAGE_TOKEN = 1
 
 @dataclass(frozen=True)
 class SubjectShape:
-    """Sizes of the model and of its one prompt; the vision tower is kept negligible."""
+    """Sizes of the model and of its prompt; by default the vision tower is negligible."""
 
     layers: int = 16
     hidden: int = 512
@@ -28,10 +28,10 @@ class SubjectShape:
     text_tokens: int = 64
     vocabulary: int = 1024
     vision_hidden: int = 64
-    """Width of the vision tower; its heads are 64 wide, too."""
+    """Width of the vision tower; its heads are 64 wide."""
     vision_layers: int = 1
     vision_intermediate: int = 0
-    """Width of the vision tower's MLP; 0 is twice its width."""
+    """Width of the vision tower's MLP; 0 means twice the width of the tower."""
     batch: int = 1
     device: str = "cpu"
     dtype: str = "float32"
@@ -40,7 +40,7 @@ class SubjectShape:
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of the one image."""
+        """Visual tokens of the image."""
         return self.image_side**2
 
 
@@ -58,11 +58,11 @@ SHAPES = {
     ),
     "tiny": SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32),
 }
-"""Shapes by name: of the CPU benchmarks, of LLaVA-1.5-7B with its CLIP tower, and one to see that things run."""
+"""Shapes by name: the CPU benchmarks, LLaVA-1.5-7B with its CLIP tower, and a tiny one for smoke tests."""
 
 
 def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
-    """Return the model, always with the same weights on one kind of device."""
+    """Return the model, with the same weights every time on the same kind of device."""
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -95,12 +95,12 @@ def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
 
 
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Return a second model on the same weights, so that a policy can be attached to one and not to the other."""
+    """Return a second model that shares the weights, so that a policy can be attached to only one of them."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def build_prompt(shape: SubjectShape) -> dict[str, Any]:
-    """Return the inputs of one prefill, for every sample: text, one image, text."""
+    """Return the inputs of one prefill; every sample is text, one image, text."""
     before = shape.text_tokens // 2
     generator = torch.Generator().manual_seed(0)
     tokens = shape.text_tokens + shape.visual_tokens
@@ -113,7 +113,7 @@ def build_prompt(shape: SubjectShape) -> dict[str, Any]:
 
 
 def build_batch(shape: SubjectShape) -> dict[str, Any]:
-    """Return the inputs of one training step: the same, with the last quarter of the text as the answer."""
+    """Return the inputs of one training step: a prompt whose last quarter of text is labelled as the answer."""
     inputs = build_prompt(shape)
     labels = torch.full_like(inputs["input_ids"], -100)
     answer = max(1, shape.text_tokens // 4)
@@ -122,5 +122,5 @@ def build_batch(shape: SubjectShape) -> dict[str, Any]:
 
 
 def prefill_of(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
-    """Return one prefill as `generate` runs it, to be called: a fresh cache, logits of the last token only."""
+    """Return a callable that runs one prefill as `generate` does: a fresh cache, logits of the last token only."""
     return lambda: getattr(model(**inputs, use_cache=True, logits_to_keep=1), CACHE_ARGUMENT)

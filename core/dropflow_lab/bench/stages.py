@@ -1,4 +1,4 @@
-"""The stage benchmark: what every shipped stage's selection costs, beside what its policy saves of the prefill."""
+"""The stage benchmark: the cost of every shipped stage's selection, and what its policy saves of the prefill."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dropflow_lab.measure.selection_cost import metered
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 SHAPE = SubjectShape(layers=32, vision_hidden=128, vision_layers=4)
-"""576 visual and 64 text tokens on 32 layers of width 512; half of the text lies after the image and asks."""
+"""576 visual and 64 text tokens on 32 layers of width 512; half of the text follows the image as the question."""
 
 _FOUR_KEEPS = {3: 288, 7: 144, 11: 72, 15: 36}
 _FILTER = {"use": "mustdrop/dual-attention", "keep": _FOUR_KEEPS}
 MEASURED = "measured"
-"""Name, in every policy of the benchmark, of the stage that is measured."""
+"""Name of the measured stage in every policy of the benchmark."""
 POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "keep-all": {MEASURED: {"use": "control/keep-all"}},
     "random at four layers": {MEASURED: {"use": "control/random", "keep": _FOUR_KEEPS}},
@@ -70,20 +70,20 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "SparseVLM+ at 192": {MEASURED: {"use": "sparsevlm/gravity-corrected", "keep": {3: 300, 7: 200, 16: 118}}},
     "withdrawal at 16": {MEASURED: {"use": "vtw/withdrawal", "at": 16}},
 }
-"""Stages by what they are run as; numbers are for 32 layers and 576 visual tokens, and scale to other shapes."""
+"""Stages of each measured policy; numbers are for 32 layers and 576 visual tokens, and scale to other shapes."""
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage under one policy; shares are of the time of a prefill without a policy, in the same round."""
+    """One stage under one policy; shares are fractions of the prefill time without a policy in the same round."""
 
     stage: str
     policy: str
-    """What was run, a key of `POLICIES`."""
+    """The measured policy, a key of `POLICIES`."""
     selection_share_of_dense_prefill: Spread
-    """Seconds of this stage's selection (see `SelectionMeter`)."""
+    """Time of this stage's selection (see `SelectionMeter`)."""
     saving_share_of_dense_prefill: Spread
-    """Seconds by which the prefill under the whole policy is shorter, selection already paid; below 0 it is longer."""
+    """Time that the whole policy saves in the prefill, net of selection; negative if the prefill takes longer."""
     largest_tensor: int
     """Elements of the largest tensor that this stage's selection allocates."""
 
@@ -95,7 +95,7 @@ class StageBench:
     rows: tuple[StageRow, ...]
     dense_prefill_seconds: Spread
     square_map: int
-    """Elements of one map of all tokens by all tokens, which no selection may allocate."""
+    """Elements of a full attention map, all tokens by all tokens, which no selection may allocate."""
     rounds: int
     subject: SubjectShape
     machine: Machine
@@ -106,9 +106,9 @@ class StageBench:
 
 
 def bench_stages(shape: SubjectShape | None = None, *, rounds: int = 7, threads: int = 1) -> StageBench:
-    """Measure in this process, every policy in turn, on shared random weights; takes most of a minute per round.
+    """Measure all policies in turn in this process, on shared random weights; takes most of a minute per round.
 
-    Torch's number of threads is set for the time of the measurement.
+    Torch's number of threads is set for the duration of the measurement.
     """
     shape = shape or SHAPE
     with torch_threads(threads), torch.no_grad(), ExitStack() as attached:
@@ -121,7 +121,7 @@ def bench_stages(shape: SubjectShape | None = None, *, rounds: int = 7, threads:
             meters[name].watch(prefill_of(model, inputs))
             runs[name] = partial(meters[name].measure, prefill_of(model, inputs))
         seconds = interleaved(runs, rounds)
-        selection = {name: meter.seconds[1:] for name, meter in meters.items()}  # less the round of warm-up
+        selection = {name: meter.seconds[1:] for name, meter in meters.items()}  # without the warm-up round
         rows = (_row(name, seconds, selection[name], meters[name].largest_tensor) for name in POLICIES)
         return StageBench(
             rows=tuple(rows),

@@ -1,4 +1,4 @@
-"""The training benchmark: forward, backward and optimiser of one step, dense and through HiDrop-64."""
+"""The training benchmark: forward, backward and optimiser step, dense and through HiDrop-64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dropflow_lab.measure.memory import peak_bytes
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 POLICY, OVERRIDES = "hidrop-64", ("rescale=true",)
-"""HiDrop at 64 tokens, in proportion to the depth and the tokens of the model."""
+"""HiDrop at 64 tokens, scaled to the model's depth and number of visual tokens."""
 SHAPE = replace(SHAPES["bench"], batch=4)
 
 _REPEATS = {"policy": 3}  # steps per sample, so that it takes about as long as one dense step
@@ -24,22 +24,22 @@ _REPEATS = {"policy": 3}  # steps per sample, so that it takes about as long as 
 
 @dataclass(frozen=True)
 class TrainBench:
-    """One training step without a policy over one with it."""
+    """One training step without a policy, compared with one through it."""
 
     step_speedup: Spread
-    """Time of a dense step over time of a step through the policy."""
+    """Time of a dense step divided by that of a step through the policy."""
     flops_ratio: float
     """FLOPs of forward and backward, dense over policy, ranking included (the optimiser's are not counted)."""
     peak_memory_ratio: float
     """Bytes held at the peak of a step, dense over policy: weights, optimiser state, gradients and activations."""
     efficiency: Spread
-    """Speed-up over FLOPs ratio: 1 where every dropped FLOP saves its time."""
+    """Speed-up divided by the FLOPs ratio: 1 if time falls in proportion to FLOPs."""
     dense_step_seconds: Spread
     policy_step_seconds: Spread
     dense_peak_bytes: int
     policy_peak_bytes: int
     state_bytes: int
-    """Weights and optimiser state, the same for both and part of both peaks."""
+    """Bytes of weights and optimiser state, the same for both and included in both peaks."""
     visual_tokens: tuple[int, ...]
     """Visual tokens of one image before each layer, as measured in a step through the policy."""
     rounds: int
@@ -54,10 +54,10 @@ class TrainBench:
 def bench_train(
     shape: SubjectShape | None = None, *, rounds: int = 7, threads: int = 1, checkpointing: bool = False
 ) -> TrainBench:
-    """Measure in this process, both steps in turn, on the same weights, by AdamW with a frozen vision tower.
+    """Measure both steps in turn in this process, on shared weights, with AdamW and a frozen vision tower.
 
-    `checkpointing` recomputes activations in the backward pass. Torch's number of threads is set for the time of the
-    measurement.
+    `checkpointing` recomputes activations in the backward pass. Torch's number of threads is set for the duration of
+    the measurement.
     """
     shape = shape or SHAPE
     with torch_threads(threads):
@@ -71,7 +71,7 @@ def bench_train(
         optimizer = torch.optim.AdamW([w for w in dense.parameters() if w.requires_grad], lr=1e-6)
         with dropflow.attach(model, POLICY, overrides=OVERRIDES) as flow:
             steps = {"dense": _step(dense, batch, optimizer), "policy": _step(model, batch, optimizer)}
-            steps["policy"]()  # the optimiser makes its state at its first step
+            steps["policy"]()  # the optimiser creates its state in its first step
             visual = tuple(round(layer.visual_tokens) for layer in flow.report().layers)
             state = _state_bytes(dense, optimizer)
             peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
@@ -109,6 +109,6 @@ def _step(model: Any, batch: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 def _state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the weights and of what the optimiser keeps of each."""
+    """Return the bytes of the weights and of their optimiser state."""
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *kept))

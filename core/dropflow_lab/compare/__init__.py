@@ -1,1 +1,1 @@
-"""Policies under the same rules: what they answer, what they keep, what they cost, and what they save."""
+"""Comparison of policies under the same rules: answers, tokens kept, cost and savings."""

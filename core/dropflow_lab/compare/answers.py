@@ -1,4 +1,4 @@
-"""What a model answers under a policy, and with how many visual tokens."""
+"""A model's answers under a policy, and the number of visual tokens they took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dropflow_lab.inputs.prompts import build_inputs, generate
 
 @dataclass(frozen=True)
 class Answers:
-    """One run over all questions."""
+    """The answers of one run over all questions."""
 
     said: tuple[str, ...]
     """Greedy answers, in the order of the questions."""
@@ -33,7 +33,7 @@ class Answers:
 def ask(
     model: Any, processor: Any, policy: Policy | None, samples: Sequence[Sample], *, batch: int, max_new_tokens: int
 ) -> Answers:
-    """Ask all questions under a policy (`None`: the model as it is), greedily, in batches padded on the left."""
+    """Answer all questions greedily under a policy (`None`: without one), in batches padded on the left."""
     name = "dense" if policy is None else policy.name
     said: list[str] = []
     average = over_answer = entry = 0.0

@@ -1,4 +1,4 @@
-"""What the numbers of a row look like in a table, on a terminal and in Markdown."""
+"""Formats the numbers of a row for tables, on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dropflow_lab.measure.timing import Spread
 
 NONE = "-"
 _ANSWER = 0.05
-"""Visual tokens of the average from which on that over the whole answer is shown beside that of the prefill."""
+"""Smallest difference in visual tokens at which the average over the answer is shown next to that of the prefill."""
 
 
 def average(row: Row, digits: int = 1) -> str:
@@ -28,17 +28,17 @@ def share(value: Share | None) -> str:
 
 
 def control(row: Row) -> str:
-    """What random pruning at equal average tokens answers."""
+    """Accuracy (or agreement) of random pruning at equal average tokens."""
     return NONE if row.control is None else share(row.control.accuracy or row.control.agreement)
 
 
 def gain(row: Row) -> str:
-    """What a policy is above random pruning, or why that is not known."""
+    """Gain of a policy over random pruning, or why it is not known."""
     return row.no_control or NONE if row.control is None else signed(row.control.gain)
 
 
 def signed(value: Gain) -> str:
-    """A difference with its interval, and what follows."""
+    """A difference with its interval and its verdict."""
     return f"{value.value:+z.1%} ({value.low:+z.1%} .. {value.high:+z.1%}) {value.verdict}"
 
 
@@ -57,7 +57,7 @@ def parts(cost: Cost) -> list[str]:
 
 
 def apart(row: Row, kinds: Sequence[str]) -> list[str]:
-    """Accuracy of the kinds of questions that are shown apart."""
+    """Accuracy of the kinds of questions that are shown separately."""
     return [f"{row.kinds[kind].value:.1%}" if kind in row.kinds else NONE for kind in kinds]
 
 

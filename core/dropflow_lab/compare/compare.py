@@ -1,4 +1,4 @@
-"""Measures the rows of a comparison on the same questions, one finished file per measurement."""
+"""Measures the rows of a comparison on the same questions, and stores each finished measurement in a file."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from dropflow_lab.inputs.images import cell_of, downsample
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for all policies."""
+    """Settings that are the same for all policies."""
 
     batch: int = 32
-    """Questions answered at once; tokens and answers do not depend on it."""
+    """Questions per batch; tokens and answers do not depend on it."""
     max_new_tokens: int = 16
-    """Longest answer."""
+    """Maximum length of an answer, in tokens."""
     control_seeds: int = 1
-    """Seeds of random pruning at equal average tokens, beside every policy; 0 leaves the control out."""
+    """Seeds of each policy's control, random pruning at equal average tokens; 0 leaves the control out."""
     timed: int = 4
-    """First questions on which cost is measured; 0 leaves cost out."""
+    """Number of questions, from the first on, on which cost is measured; 0 leaves cost out."""
     rounds: int = 3
     """Rounds of paired timing; 0 counts work and times nothing."""
     downsample: tuple[int, ...] = ()
-    """Visual tokens whose worth of pixels a picture keeps, each a row of the model without a policy."""
+    """Numbers of visual tokens to downsample pictures to, each a row of the model without a policy."""
     apart: tuple[str, ...] = ()
-    """Kinds of questions that are shown apart, and count neither in accuracy nor in gain."""
+    """Kinds of questions that are shown separately and left out of accuracy and gain."""
 
 
 def compare(
     entries: Sequence[Entry], models: Models, samples: Sequence[Sample], finished: Finished, rules: Rules | None = None
 ) -> Iterator[Row]:
-    """Yield the rows in order, each as soon as it is measured; what is finished is read and not run again.
+    """Yield the rows in order, each as soon as it is measured; finished measurements are read, not repeated.
 
-    Rows of pictures that were made smaller follow the row of their model without a policy.
+    Rows of downsampled pictures follow the row of their model without a policy.
     """
     rules = rules or Rules()
     measuring = {name: Comparing(*loaded, samples, finished, rules) for name, loaded in models.items()}
@@ -65,7 +65,7 @@ def compare(
 
 
 class Comparing:
-    """Policies of one model on the same questions; finished measurements are read and not run again."""
+    """Measures policies of one model on the same questions; finished measurements are read, not repeated."""
 
     def __init__(self, model: Any, processor: Any, samples: Sequence[Sample], finished: Finished, rules: Rules) -> None:
         self._model, self._processor, self._samples = model, processor, samples
@@ -73,7 +73,7 @@ class Comparing:
         self._weights = digest_of_weights(model)
 
     def member(self, policy: Policy | None, *, with_cost: bool = True) -> Member:
-        """Measure one policy (`None`: the model as it is), its controls, and its cost."""
+        """Measure one policy (`None`: the model without one), its controls and its cost."""
         dense, answers = self._answers(None), self._answers(policy)
         cost = self._cost(policy) if with_cost else None
         if policy is None:
@@ -85,12 +85,12 @@ class Comparing:
         return Member(answers, dense, controls, "" if controls else "not asked for", cost)
 
     def downsampled(self, tokens: int) -> Member:
-        """Ask without a policy about pictures that keep so many tokens' worth of pixels."""
+        """Measure the model without a policy on pictures downsampled to `tokens` visual tokens."""
         answers = self._answers(None, smaller(self._samples, tokens, self._cell()), f"downsample-{tokens}")
         return Member(answers, self._answers(None))
 
     def _share_of(self, average: float) -> int | float | None:
-        """Tokens of each image that come to this average: a count, or a share where images differ; `None` for all."""
+        """Tokens per image that give this average: a count, or a share if images differ in size; `None` for all."""
         whole = self._answers(None).entry_visual_tokens
         each = backbone_for(self._model).tokens_per_image
         if each is None or whole != round(whole):
@@ -99,7 +99,7 @@ class Comparing:
         return count if count < each else None
 
     def _answers(self, policy: Policy | None, asked: Sequence[Sample] = (), name: str = "") -> Answers:
-        """Answers to `asked` (the questions of the comparison, if empty), under the name of the policy or another."""
+        """Answers to `asked` (if empty, all questions of the comparison), stored under `name` or the policy's name."""
         rules, samples = self._rules, asked or self._samples
         facts = self._facts(samples) | _about(policy) | {"max_new_tokens": rules.max_new_tokens}
         file = f"answers-{name or (DENSE if policy is None else policy.name)}"
@@ -117,7 +117,9 @@ class Comparing:
     def _cell(self) -> int:
         cell = cell_of(self._model.config)
         if cell is None:
-            raise InputError("downsample: this model's config names no patch size, so pixels per token are not known")
+            raise InputError(
+                "downsample: the model's config names no patch size, so pixels per token are unknown; leave it out"
+            )
         return cell
 
     def _cost(self, policy: Policy | None) -> Cost | None:
@@ -138,7 +140,7 @@ class Comparing:
 
 
 def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
-    """Return the samples with pictures of at most `tokens` cells (see `images.downsample`), made when opened."""
+    """Return the samples with pictures of at most `tokens` cells (see `images.downsample`), downsampled when opened."""
 
     def shrunk(picture: Picture) -> Picture:
         return Picture(f"{picture.name}@{tokens}", lambda: downsample(picture.open(), tokens, cell))
@@ -147,7 +149,7 @@ def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
 
 
 def _random(keep: int | float, seed: int) -> Policy:
-    """Random pruning before the LLM; policies of about the same average share it."""
+    """Random pruning before the LLM, shared by policies with about the same average."""
     stage = {"use": "control/random", "encode": keep, "seed": seed}
     return dropflow.load_policy({"name": f"random-{float(f'{keep:.3g}'):g}-seed-{seed}", "stages": {"random": stage}})
 
@@ -157,7 +159,7 @@ def _about(policy: Policy | None) -> dict[str, Any]:
 
 
 def _digest_of(samples: Sequence[Sample]) -> str:
-    """Digest of questions, answers and the names of pictures; a picture that changes under its name is not noticed."""
+    """Digest of questions, answers and picture names; a picture replaced under the same name is not noticed."""
     digest = hashlib.sha256()
     for sample in samples:
         names = [picture.name for picture in sample.pictures]
@@ -166,7 +168,7 @@ def _digest_of(samples: Sequence[Sample]) -> str:
 
 
 def read_answers(found: Any, questions: int) -> Answers:
-    """Return what was written of answers to so many `questions`; raises `ValueError` where it is no such thing."""
+    """Parse stored answers to `questions` questions; raises `ValueError` if the data does not fit."""
     answers = TypeAdapter(Answers).validate_python(found)
     if len(answers.said) != questions:
         raise ValueError(f"{len(answers.said)} answers to {questions} questions")

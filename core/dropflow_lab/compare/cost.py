@@ -1,4 +1,4 @@
-"""What a policy costs and saves: FLOPs twice, KV bytes, peak memory, and time split by its parts."""
+"""What a policy costs and saves: FLOPs by formula and by counter, KV bytes, peak memory, and time by part."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from dropflow_lab.measure.stopwatch import Split, Stopwatch, features_of, wrappe
 from dropflow_lab.measure.timing import Spread, no_garbage_collection, ratio
 
 NEW_TOKENS = 8
-"""Tokens generated in every timed call, so that all policies decode equally long."""
+"""Tokens generated in every timed call, so that all policies decode the same number of tokens."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs (multiply-adds), bytes, as means over the questions that were measured, each alone in its batch."""
+    """FLOPs (multiply-adds) and bytes, as means over the measured questions, each run in a batch of one."""
 
     flops_formula: float
     """Decoder layers of the prefill by closed formula, ranking left out (`dropflow.flops.layer`)."""
     flops_counted: float
-    """The same, counted as the decoder ran, less the selection inside of it."""
+    """The same, counted while the decoder runs, without the selection inside it."""
     flops_selection: float
-    """Selection of the prefill, counted: ranking, merging."""
+    """Selection (ranking and merging) in the prefill, counted."""
     flops_vision: float
-    """Vision tower and projector, counted, selection left out."""
+    """Vision tower and projector, counted, without selection."""
     kv_bytes: float
-    """Keys and values that the cache really holds after the prefill."""
+    """Keys and values that the cache actually holds after the prefill."""
     kv_bytes_end: float
     """The same after an answer of `NEW_TOKENS` tokens, where stages may have evicted entries at decode steps."""
     peak_bytes: float
-    """The most bytes allocated at once during the prefill, beyond the model's own."""
+    """Peak bytes allocated during the prefill, beyond the model itself."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the time of one round went, as shares of its total time without a policy; no part is negative."""
+    """Time of one round by part, as shares of the round's total time without a policy; no part is negative."""
 
     vision: float
     """Vision tower and projector."""
     selection: float
-    """What the stages compute in the prefill."""
+    """The stages' computation in the prefill."""
     prefill: float
     """The rest of the time to the first token."""
     decode: float
-    """All further decode steps."""
+    """All decode steps after the first token."""
     total: float
     """The sum of the four."""
 
@@ -68,18 +68,18 @@ class Times:
     """Ratios to the model without a policy in the same round."""
 
     total: Spread
-    """Time to the first token and of all decode steps of one generate."""
+    """Time of one `generate`: to the first token, and of all decode steps."""
     prefill: Spread
-    """Time to the first token, from the call on, vision and selection included, over that without a policy."""
+    """Time from the call to the first token, vision and selection included."""
     decode: Spread
-    """Time of the decode steps over that of the model without a policy."""
+    """Time of the decode steps."""
     parts: Parts
-    """Of the round whose total is the median (the lower one of two), so that they add up to a total."""
+    """Parts of the round with the median total (the lower of two), so that they add up to a total."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work and time of one policy, beside those without one."""
+    """Work and time of one policy, and the work without one."""
 
     work: Work
     dense: Work
@@ -98,11 +98,11 @@ def measure_cost(
     rounds: int,
     dense: Work | None = None,
 ) -> Cost:
-    """Measure a policy (`None`: the model as it is) on some questions, one at a time.
+    """Measure a policy (`None`: the model without one) on some questions, one at a time.
 
-    Every timed call of the policy stands next to one of the model without it, in alternating order, over `rounds`
-    rounds (0: nothing is timed). Work is counted in calls of their own, since counters slow what they watch. `dense` is
-    the work without a policy on the same questions, where it is known already.
+    Every timed call under the policy is paired with one without it, in alternating order, over `rounds` rounds (0:
+    nothing is timed). Work is counted in separate calls, since counting slows them down. `dense` is the work without a
+    policy on the same questions, if it is already known.
     """
     backbone = backbone_for(model)
     name = "dense" if policy is None else policy.name
@@ -177,7 +177,7 @@ def _formula(flow: Flow | None, backbone: Backbone, prompt: Any) -> float:
 
 @dataclass
 class _Counts:
-    """FLOPs (a multiply-add is two) of one prefill."""
+    """FLOPs of one prefill, a multiply-add counted as two."""
 
     decoder: int = 0
     vision: int = 0
@@ -185,7 +185,7 @@ class _Counts:
 
 
 def _counted(backbone: Backbone, meter: SelectionMeter | None, run: Callable[[], object]) -> _Counts:
-    """Count the decoder's and the vision encoder's forward; selection inside of them counts apart."""
+    """Count the forwards of decoder and vision encoder, and the selection inside them separately."""
     counts = _Counts()
 
     def selected() -> int:

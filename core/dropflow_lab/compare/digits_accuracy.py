@@ -1,4 +1,4 @@
-"""Accuracy of a model on the digits questions, through the stock path: processor, generate, decode."""
+"""Accuracy of a model on the digits questions, through the standard path: processor, generate, decode."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from dropflow_lab.measure.intervals import wilson
 LONGEST_ANSWER = 12
 """Tokens of the longest answer to a digits question, with some to spare."""
 TEST_QUESTIONS, TEST_SEED = 2000, 2026
-"""What a checkpoint that was trained from nothing is tested on: these questions of the test split, and no others."""
+"""Number and seed of the questions, all of the test split, that test a checkpoint trained from scratch."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers among asked questions."""
+    """Number of right answers among the questions asked."""
 
     right: int
     asked: int
 
     @property
     def share(self) -> float:
-        """Share of right answers, 0..1; 0 where nothing was asked."""
+        """Share of right answers, 0..1; 0 if nothing was asked."""
         return self.right / self.asked if self.asked else 0.0
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % Wilson interval of the share; (0, 1) where nothing was asked."""
+        """Return the 95 % Wilson interval of the share; (0, 1) if nothing was asked."""
         return wilson(self.share, self.asked)
 
 
@@ -48,7 +48,7 @@ class Accuracy:
     overall: Score
     kinds: dict[str, Score]
     answers: tuple[str, ...]
-    """What the model said, in the order of the questions."""
+    """The model's answers, in the order of the questions."""
 
     def to_json(self) -> str:
         """Return shares, intervals and counts as a JSON object."""
@@ -85,7 +85,7 @@ def evaluate(
 ) -> Accuracy:
     """Ask `count` questions and compare the greedy answers with the right ones, word for word.
 
-    The model is used as it is, in its own mode, dtype and device, with whatever is attached to it.
+    The model is used unchanged: its mode, dtype and device, and whatever policy is attached to it.
     """
     asked: dict[str, int] = dict.fromkeys(KINDS, 0)
     right: dict[str, int] = dict.fromkeys(KINDS, 0)

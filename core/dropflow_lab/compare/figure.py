@@ -1,4 +1,4 @@
-"""Accuracy against visual tokens, with the Pareto front, as a figure."""
+"""Draws accuracy against visual tokens, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dropflow_lab.compare.rows import Row
 from dropflow_lab.errors import InputError
 from dropflow_lab.files import replacing
 
-_METHOD, _CONTROL = "#0072B2", "#E69F00"  # Okabe and Ito's palette, told apart by colour-blind people
+_METHOD, _CONTROL = "#0072B2", "#E69F00"  # Okabe and Ito's palette, safe for colour-blind readers
 _FEW = 20
-"""Rows of a panel up to which all of them are named."""
+"""Largest number of rows in a panel for which all are labelled."""
 
 
 def require_matplotlib() -> None:
-    """Raise `InputError` where figures cannot be drawn."""
+    """Raise `InputError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -25,9 +25,9 @@ def require_matplotlib() -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of the points (cost, value) that no other point beats: cheaper or equal and better or equal.
+    """Return the indices of the points (cost, value) that no other point dominates, in order of cost.
 
-    Of equal points the first is on the front. Places come in order of cost.
+    A point dominates another if it costs no more and is worth no less; of equal points, the first is on the front.
     """
     order = sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1], place))
     front: list[int] = []
@@ -38,10 +38,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(rows: Sequence[Row], folder: Path, name: str = "compare") -> list[Path]:
-    """Draw every policy with its interval, its control below it, and the front; return the PNG and the SVG.
+    """Draw every policy with its interval, its control and the Pareto front; return the paths of the PNG and the SVG.
 
-    One panel per model. Accuracy where answers are known, agreement with the model without a policy where not. All
-    policies are named where they are few, else those on the front. Raises `InputError` without matplotlib.
+    There is one panel per model. It shows accuracy if answers are known, otherwise agreement with the model without a
+    policy. All policies are labelled if they are few, otherwise those on the front. Raises `InputError` without
+    matplotlib.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Which rows a comparison has, by the names of policies and models; refusals and repeats are found beforehand."""
+"""Resolves names of policies and models to the rows of a comparison; finds refusals and duplicates beforehand."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dropflow_lab.compare.same_plan import meaning
 DENSE = "dense"
 """Name of the row without a policy."""
 SEED = "{seed}"
-"""Stands for 0, 1, ... in a row that is the mean of several seeds."""
+"""Placeholder for the seeds 0, 1, ... in a row that is a mean over seeds."""
 
 Models = Mapping[str, tuple[Any, Any]]
-"""Model and processor by name or folder; "" is the one that rows share."""
+"""Model and processor by name or folder; "" is the shared model."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One row, or one seed of a row, by the names it was asked for."""
+    """One row, or one seed of a row, by its requested names."""
 
     policy: str
     """Name or path; `DENSE` for none; empty for the one that the model records."""
     model: str = ""
-    """Checkpoint name or folder; empty for the one that rows share."""
+    """Checkpoint name or folder; empty for the shared model."""
 
     @classmethod
     def parse(cls, text: str) -> Subject:
@@ -39,7 +39,7 @@ class Subject:
         return cls(policy.strip(), model.strip())
 
     def members(self, seeds: int) -> list[Subject]:
-        """Return one subject per seed where a name has the placeholder `SEED`, else this one."""
+        """Return one subject per seed if a name contains the placeholder `SEED`, else just this one."""
         if SEED not in self.policy + self.model:
             return [self]
         return [
@@ -53,12 +53,12 @@ class Entry:
 
     title: Title
     members: tuple[tuple[str, Policy | None], ...]
-    """Model and policy of each seed; just one in a row that is no mean."""
+    """Model and policy of each seed; a single pair unless the row is a mean over seeds."""
 
 
 @dataclass
 class Lineup:
-    """The rows to be measured, and what was left out."""
+    """The rows to be measured, and the policies that were refused."""
 
     entries: list[Entry] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
@@ -66,9 +66,9 @@ class Lineup:
 
 
 def subjects_of(texts: Iterable[str], models: Sequence[str] = ()) -> list[Subject]:
-    """Return the row without a policy and those of `texts`, of the shared model or once for each of `models`.
+    """Return the row without a policy and those of `texts`, for the shared model or for each of `models`.
 
-    A text that names a model of its own is there once.
+    A text that names its own model gives one row.
     """
     named = [Subject.parse(text) for text in texts]
     shared = [subject for subject in named if not subject.model]
@@ -91,10 +91,10 @@ def line_up(
     published: bool = True,
     persistent: bool = False,
 ) -> Lineup:
-    """Load the policies and try each on its model; of those that are the same on a model, the first stands for all.
+    """Load the policies and try each on its model; policies that are equivalent on a model share one row.
 
     `persistent` adds a row with persistent positions for every policy that publishes compact ones; without `published`
-    it takes the place of the published one.
+    it replaces the published row.
     """
     found = Lineup()
     first: dict[Any, int] = {}
@@ -119,7 +119,7 @@ def _policy(subject: Subject, models: Models, overrides: Sequence[str]) -> Polic
 def _variants(
     subject: Subject, members: Sequence[tuple[str, Policy | None]], published: bool, persistent: bool
 ) -> list[Entry]:
-    """One entry as published, and one with persistent positions, as asked for and where they differ."""
+    """Return an entry as published and one with persistent positions, if requested and if they differ."""
     policy = members[0][1]
     name = DENSE if policy is None else policy.name if len(members) == 1 else subject.policy
     title = Title(name, subject.model)
@@ -132,7 +132,7 @@ def _variants(
 
 
 def _scaled(model: Any, policy: Policy | None) -> bool:
-    """Attach for a moment, since a backbone may refuse a policy; say whether it was tuned for another shape."""
+    """Return whether the policy was tuned for another shape; attaches it briefly, since a backbone may refuse it."""
     if policy is None:
         return False
     with dropflow.attach(model, policy) as flow:
@@ -141,7 +141,7 @@ def _scaled(model: Any, policy: Policy | None) -> bool:
 
 
 def _add(entries: list[Entry], first: dict[Any, int], entry: Entry, models: Models) -> None:
-    """Append an entry, or note it with the one that is the same."""
+    """Append an entry, or add its name to an equivalent one."""
     (model, policy), *others = entry.members
     if policy is not None and not others:
         key = model, meaning(policy, backbone_for(models[model][0]).shape)

@@ -1,4 +1,4 @@
-"""A comparison in Markdown: which policies are above random pruning on each model, and the numbers behind it."""
+"""A comparison in Markdown: which policies are above random pruning on each model, and all numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERDICTS = ("above", "level", "below")
 
 
 def page(rows: Sequence[Row], refused: Mapping[str, str], asked: str, apart: Sequence[str]) -> str:
-    """Return the whole comparison; `asked` says which questions, `apart` which kinds have columns of their own."""
+    """Return the whole comparison; `asked` describes the questions, `apart` names the kinds with separate columns."""
     models = list(dict.fromkeys(row.title.model for row in rows))
     by_model = {model: [row for row in rows if row.title.model == model] for model in models}
     blocks = [asked]
@@ -84,7 +84,7 @@ def _line(row: Row, apart: Sequence[str]) -> list[str]:
 
 
 def _costs(row: Row) -> list[str]:
-    """FLOPs and KV bytes as shares of those without a policy, and times over its times."""
+    """FLOPs and KV bytes as shares of those without a policy, and times as ratios to those without it."""
     if row.cost is None:
         return [cells.NONE] * 5
     work, dense, times = row.cost.work, row.cost.dense, row.cost.times

@@ -1,4 +1,4 @@
-"""One row per policy: how it answers, beside the model without a policy and beside random pruning, and its cost."""
+"""One row per policy: its answers compared with no policy and with random pruning, and its cost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Title:
     model: str = ""
     """Name or folder of the model; empty where all rows share one."""
     rescaled: bool = False
-    """Whether it was tuned for another shape, so that its numbers apply in proportion to this model."""
+    """Whether the policy was tuned for another shape, so that its numbers are scaled to this model."""
     persistent: bool = False
-    """Whether positions are persistent in place of the compact ones that the policy publishes."""
+    """Whether positions are persistent instead of the compact ones that the policy was published with."""
     also: tuple[str, ...] = ()
-    """Other policies that are the same on this model, and were not measured again."""
+    """Other policies that are equivalent on this model and were not measured again."""
 
     def __str__(self) -> str:
         """The policies, the model, and in brackets what is not as published."""
@@ -37,15 +37,15 @@ class Title:
 
 @dataclass(frozen=True)
 class Member:
-    """What was measured of one policy on one model: a row, or one seed of a row."""
+    """Measurements of one policy on one model: a row, or one seed of a row."""
 
     answers: Answers
     dense: Answers
-    """Of the same model without a policy."""
+    """Answers of the same model without a policy."""
     controls: tuple[Answers, ...] = ()
-    """Random pruning at equal average tokens, one for each seed of the draw."""
+    """Answers under random pruning at equal average tokens, one for each seed of the draw."""
     no_control: str = ""
-    """Why there are none."""
+    """Why there are no controls."""
     cost: Cost | None = None
 
 
@@ -58,7 +58,7 @@ class Control:
     """`None` where no question has a known answer."""
     agreement: Share
     gain: Gain
-    """What the policy is above it, question by question: in accuracy, or in agreement where no answers are known."""
+    """Gain of the policy over it, question by question: in accuracy, or in agreement if no answers are known."""
     seeds: int
 
 
@@ -74,21 +74,21 @@ class Row:
     entry_visual_tokens: float
     """Visual tokens handed to the LLM, averaged over all questions."""
     accuracy: Share | None
-    """Right answers, all kinds but those shown apart; `None` where no question has a known answer."""
+    """Right answers over all kinds that are not shown separately; `None` if no question has a known answer."""
     agreement: Share
-    """Answers that are, word for word, those of the same model without a policy."""
+    """Answers that are word for word those of the same model without a policy."""
     kinds: dict[str, Share]
-    """Accuracy by kind of question, where the data tells kinds apart."""
+    """Accuracy by kind of question, if the data distinguishes kinds."""
     control: Control | None
     no_control: str
-    """Why there is no control, where a policy has none."""
+    """Why a policy has no control."""
     cost: Cost | None
-    """`None` where only answers were wanted; of the first seed where there are several."""
+    """Cost of the first seed; `None` if only answers were measured."""
     by_seed: tuple[float, ...] = ()
-    """Accuracy of each seed, where the row is a mean over seeds."""
+    """Accuracy of each seed, if the row is a mean over seeds."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data, what the row is about first."""
+        """Return plain data, the fields of the title first."""
         data = asdict(self)
         title: dict[str, Any] = data.pop("title")
         if self.control is not None:
@@ -97,7 +97,7 @@ class Row:
 
 
 def make_row(title: Title, samples: Sequence[Sample], members: Sequence[Member], apart: Collection[str] = ()) -> Row:
-    """Join what was measured on the same questions; kinds shown `apart` count neither in accuracy nor in gain."""
+    """Combine measurements on the same questions into a row; the kinds in `apart` are left out of accuracy and gain."""
     right = [_right(samples, member.answers) for member in members]
     known = [place for place, sample in enumerate(samples) if sample.answer is not None]
     main = [place for place in known if samples[place].kind not in apart]
@@ -151,7 +151,7 @@ def _same(answers: Answers, dense: Answers) -> list[float]:
 
 
 def _means(values: Sequence[Sequence[float]]) -> list[float]:
-    """Question by question."""
+    """Mean of each question."""
     return [fmean(one) for one in zip(*values, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Tells policies that are the same on one backbone: the same stages, whose numbers come to the same there."""
+"""Recognises equivalent policies: the same stages, with numbers that resolve to the same values on a backbone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dropflow import BackboneShape, Depth, Policy, Scale, Tokens
 
 
 def meaning(policy: Policy, shape: BackboneShape) -> Hashable:
-    """Return what `policy` is on a backbone of `shape`, without its name; equal for policies that do the same.
+    """Return a key for what `policy` does on a backbone of `shape`; equivalent policies have equal keys.
 
-    Layers and tokens count as what they come to on the backbone, every other option as it stands.
+    Layers and tokens are compared as resolved for the backbone, every other option as written; the name does not
+    matter.
     """
     tuned = policy.tuned_for
     scale = Scale(shape, BackboneShape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
@@ -25,7 +26,7 @@ def meaning(policy: Policy, shape: BackboneShape) -> Hashable:
 
 
 def _number(hint: Any, value: Any, scale: Scale) -> Any:
-    """Replace the depths and tokens in the value of an option by the boundaries and budgets that they mean."""
+    """Resolve the depths and tokens in an option's value to boundaries and budgets."""
     if isinstance(value, int | float) and hint in (Depth, Tokens):
         return scale.boundary(value, "") if hint == Depth else scale.tokens(value, "")
     inner = get_args(hint)

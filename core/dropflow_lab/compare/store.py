@@ -1,4 +1,4 @@
-"""Finished measurements on disk, one JSON file each, so that work that was killed goes on where it stopped."""
+"""Finished measurements on disk, one JSON file each, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _INSTRUMENTS = ("dropflow_lab.compare.answers", "dropflow_lab.compare.cost", "dr
 
 @dataclass(frozen=True)
 class Finished:
-    """A folder of finished measurements; a file's name follows from what was measured and on what."""
+    """A folder of finished measurements; file names are derived from what was measured and on what."""
 
     folder: Path
 
     def read(self, name: str, facts: Mapping[str, Any], parse: Callable[[Any], Any] = lambda found: found) -> Any:
-        """Return what was measured under these facts, as `parse` makes it of plain data, or `None` where nothing was.
+        """Return the measurement under these facts, converted from plain data by `parse`, or `None` if there is none.
 
-        Says so on stderr where the file is damaged, or `parse` raises `ValueError`; that is nothing, too.
+        A file that is damaged, or that `parse` rejects with `ValueError`, is reported on stderr and counts as none.
         """
         path = self._path(name, facts)
         if not path.is_file():
@@ -39,11 +39,11 @@ class Finished:
         try:
             return parse(json.loads(path.read_text(encoding="utf-8"))["measured"])
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            print(f"{path}: damaged, so that it is measured again: {shortened(str(error))}", file=sys.stderr)
+            print(f"{path}: damaged, measuring again: {shortened(str(error))}", file=sys.stderr)
             return None
 
     def write(self, name: str, facts: Mapping[str, Any], measured: Any) -> None:
-        """Write in one step, so that a run that is killed leaves no half of a file."""
+        """Write atomically, so that a killed run leaves no partial file."""
         write_text(self._path(name, facts), json.dumps({"measured": measured, "facts": facts}, indent=2))
 
     def _path(self, name: str, facts: Mapping[str, Any]) -> Path:
@@ -52,7 +52,7 @@ class Finished:
 
 
 def digest_of_weights(model: Any) -> str:
-    """Return a digest of every weight and its name."""
+    """Return a digest of all weights and their names."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
@@ -61,7 +61,7 @@ def digest_of_weights(model: Any) -> str:
 
 
 def digest_of_code(policy: Policy | None) -> str:
-    """Return a digest of the source of the engine, of what measures, and of the packages of the policy's stages."""
+    """Return a digest of the source code of the engine, the instruments, and the packages of the policy's stages."""
     used = [] if policy is None else [use.stage.__module__.partition(".")[0] for use in policy.stages.values()]
     digest = hashlib.sha256(version(_ENGINE).encode())
     for package in sorted({_ENGINE, *_INSTRUMENTS, *used}):

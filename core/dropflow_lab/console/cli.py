@@ -41,7 +41,7 @@ def main(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Fewer visual tokens through multimodal LLMs: run, explain, check and measure token-flow policies."""
+    """Reduce visual tokens in multimodal LLMs: run, explain, check and measure token-flow policies."""
     if show_version:
         typer.echo(f"dropflow {version('dropflow')}")
         raise typer.Exit

@@ -10,15 +10,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-# typer took click's classes over under private names in 0.29; the base of BadParameter is UsageError before and after
+# typer 0.29 moved click's classes to private names; the base of BadParameter is UsageError before and after
 _UsageError: Any = typer.BadParameter.__base__
 
 _LONGEST_LINE = 1_000
-"""Characters of one fault."""
+"""Most characters printed of one fault."""
 
 
 class OneLineErrors(TyperGroup):
-    """The root command; prints one line per fault and exits with 2 where the input is to blame."""
+    """The root command; prints one line per fault and exits with 2 on bad input."""
 
     def main(
         self,

@@ -1,1 +1,1 @@
-"""What a policy will cost, what is installed, and one question side by side."""
+"""Forecasts of a policy's cost, lists of what is installed, and one question answered without and with a policy."""

@@ -1,4 +1,4 @@
-"""What is installed: stages, policies and adapters, each with a line about it or the reason it cannot be used."""
+"""Lists the installed stages, policies and adapters, each with a summary or the reason it cannot be used."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _stage(name: str) -> Row:
 
 
 def _tokens(name: str, stage: type[Stage[Any]]) -> str:
-    """What decides how many visual tokens a stage leaves, by its example on a model of LLaVA-1.5-7B's shape."""
+    """Return what decides how many visual tokens a stage leaves, judged by its example on LLaVA-1.5-7B's shape."""
     example = {"name": "example", "stages": {"only": {"use": name, **stage.example}}}
     forecast = resolve(load_policy(example), BackboneShape(32, 576)).forecasts["only"]
     if forecast.entry is not None or forecast.exit is not None:
@@ -65,7 +65,7 @@ def _tokens(name: str, stage: type[Stage[Any]]) -> str:
 
 
 def stages_in_markdown() -> str:
-    """Every registered stage as a table in Markdown; `docs/methods.md` holds it."""
+    """Return every registered stage as a Markdown table, as in `docs/methods.md`."""
     head = ("stage", "what it does", "hooks", "needs", "tokens left", "training-free", "knobs", "paper")
     return table(head, [_cells(row) for row in stages() if "error" not in row])
 

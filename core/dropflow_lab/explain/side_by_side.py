@@ -1,4 +1,4 @@
-"""One question asked twice: without and with a policy, of one model or of two."""
+"""One question answered twice, without and with a policy, by one model or by two."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UNIT = "multiply-adds of the decoder's prefill, text included"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers, and what the policy left to do."""
+    """Both answers, and the report of the run with the policy."""
 
     question: str
     visual_tokens: int
     """Visual tokens of the prompt, before anything is dropped."""
     answer_dense: str
-    """Without a policy."""
+    """Answer without a policy."""
     answer: str
     report: dropflow.Report
-    """Of the run with the policy."""
+    """Report of the run with the policy."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, with the unit of all FLOPs."""
@@ -49,7 +49,7 @@ def compare(
 ) -> Comparison:
     """Ask one question about all `images` without and with `policy`, decoding greedily.
 
-    `plain` answers without the policy in place of `model`: the model that `model` was finetuned from, of equal shape.
+    `plain` answers without the policy instead of `model`: the model that `model` was finetuned from, of the same shape.
     """
     inputs = build_inputs(processor, [(images, question)]).to(model.device, model.dtype)
     with dropflow.questions([question]), dropflow.attach(model, policy) as flow:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a Trainer are whole, and taking back their weights."""
+"""Finds the whole checkpoints of a Trainer, and restores their weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 def last_whole_checkpoint(run: Path, processes: int = 1) -> tuple[Path | None, dict[Path, str]]:
     """Return the last checkpoint in a Trainer's folder that can be resumed, and the fault of each later one.
 
-    Whole is one with weights, the states of optimizer, schedule and, for each of the `processes`, random numbers, and
-    with the Trainer's own state, which it writes last. What a kill leaves half written is not. `None` where there is
-    no checkpoint; raises `InputError` where there are some, none of them is whole, and one has lost a file after it
-    was finished.
+    A whole checkpoint has the weights, the states of optimizer, schedule and (for each of the `processes`) random
+    number generators, and the Trainer's own state, which is written last; one that a killed run left half written is
+    not whole. Returns `None` if no checkpoint was finished. Raises `InputError` if none is whole, but one lost a file
+    after it was finished.
     """
     faults: dict[Path, str] = {}
     for checkpoint in checkpoints(run):
@@ -39,28 +39,33 @@ def last_whole_checkpoint(run: Path, processes: int = 1) -> tuple[Path | None, d
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, the last one first, whether they are whole or not."""
+    """Return the checkpoint folders of a run, whole or not, the last one first."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run.glob("checkpoint-*") if path.is_dir()}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
-    """Put the weights of a checkpoint into `model`, in place, in the model's own dtypes.
+    """Load the weights of a checkpoint into `model`, in place, in the model's own dtypes.
 
-    `from_pretrained` reads them. The Trainer's `resume_from_checkpoint` does not: it looks for the model's names in the
-    file, while `save_pretrained` writes those that the architecture had in older versions of transformers, and a weight
-    whose name is not found only makes it warn. Raises `InputError` for a weight that is missing, unexpected, or of
-    another shape.
+    They are read by `from_pretrained`. The Trainer's `resume_from_checkpoint` is not enough: it looks for the model's
+    current names in the file, while `save_pretrained` writes the architecture's names in older versions of
+    transformers, and it only warns about weights that it does not find. Raises `InputError` for a weight that is
+    missing, unexpected, or of another shape.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"{checkpoint}: expected a model of transformers to load weights into, got a {type(model)}")
     double = any(weight.dtype == torch.float64 for weight in model.state_dict().values())
-    options = {"dtype": torch.float64 if double else torch.float32, "local_files_only": True}  # no dtype loses digits
+    options = {
+        "dtype": torch.float64 if double else torch.float32,
+        "local_files_only": True,
+    }  # no dtype loses precision
     try:
         saved, told = type(model).from_pretrained(checkpoint, output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: its weights cannot be loaded: {shortened(str(error))}") from None
+        raise InputError(
+            f"{checkpoint}: its weights cannot be loaded: {shortened(str(error))}; name another checkpoint"
+        ) from None
     faults = [f"{word.replace('_', ' ')} {sorted(map(str, names))[:3]}" for word, names in told.items() if names]
     try:
         if not faults:
@@ -68,27 +73,27 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
     except RuntimeError as error:  # of another architecture
         faults = [shortened(str(error))]
     if faults:
-        raise InputError(f"{checkpoint}: not the weights of this model: {'; '.join(faults)}")
+        raise InputError(f"{checkpoint}: not the weights of this model: {', '.join(faults)}; name a checkpoint of it")
 
 
 class RestoredWeights(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
-    """Takes the weights of a checkpoint back when training begins, after whatever the Trainer has loaded itself.
+    """Restores the weights of a checkpoint when training begins, after whatever the Trainer has loaded.
 
-    To be given to a Trainer that resumes from the same checkpoint; see `load_weights`.
+    Pass it as a callback to a Trainer that resumes from the same checkpoint; see `load_weights`.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
         self._checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
-        """Load them."""
+        """Load the weights."""
         load_weights(model, self._checkpoint)
 
 
 def _fault(checkpoint: Path, processes: int) -> str | None:
-    """What keeps a checkpoint from being resumed."""
+    """Return what keeps a checkpoint from being resumed."""
     if not _is_json(checkpoint / _STATE):
-        return f"no whole {_STATE}, so that it was not finished"
+        return f"no whole {_STATE}, so it was never finished"
     weights = [path for pattern in _WEIGHTS for path in checkpoint.glob(pattern)]
     if not weights:
         return "no weights"

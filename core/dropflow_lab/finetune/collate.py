@@ -1,4 +1,4 @@
-"""Batches of dialogues as a model's training inputs: the chat template's text, with labels on the answers."""
+"""Collates dialogues into training inputs: text from the chat template, with labels on the answers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from dropflow_lab.digits.data.dialogues import Dialogue
 
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not trained on."""
 _EVERYWHERE, _PADDING = -1, -2
 
 
 @dataclass
 class _Row:
-    """One sample: what all rounds share, up to the end of the picture, and then one round after the other."""
+    """One sample: the part that all rounds share, up to the end of the picture, followed by the rounds."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
-    """Which round a token belongs to; `_EVERYWHERE` for what all of them share."""
+    """Which round a token belongs to; `_EVERYWHERE` for the shared part."""
 
     def add(self, ids: Sequence[int], labels: Sequence[int], number: int, start: int) -> None:
         self.ids += ids
@@ -38,17 +38,19 @@ class _Row:
 
 
 class Collator:
-    """Packs the rounds of each sample after one picture, as if each were a prompt by itself, and pads on the right.
+    """Packs the rounds of each sample after one picture, as if each were a separate prompt, and pads on the right.
 
     Position ids restart after the picture for every round, and the mask hides the other rounds, so that no answer can
-    be copied from an earlier one. Labels are on the answers and on the end that the chat template gives them: the token
-    before every labelled span is the last instruction token of its round, which is what stages that rank by the
-    instruction look for. The mask is for models whose layers all attend to the whole prompt.
+    be copied from an earlier one. Labels are on the answers and on the end tokens that the chat template adds to them:
+    the token before every labelled span is the last instruction token of its round, which is the one used by stages
+    that rank by the instruction. The mask is for models whose layers all attend to the whole prompt.
     """
 
     def __init__(self, processor: Any) -> None:
         if getattr(processor, "chat_template", None) is None:
-            raise InputError("this model's processor has no chat template, which says how questions and answers stand")
+            raise InputError(
+                "the model's processor has no chat template to arrange questions and answers; add one to its folder"
+            )
         self._processor = processor
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class Collator:
         }
 
     def _row(self, dialogue: Dialogue, whole: list[int]) -> _Row:
-        """Lay out a sample of which `whole` is the first round, with as many tokens as the picture takes."""
+        """Lay out a sample; `whole` holds its first round, with as many tokens as the picture takes."""
         row, shared = _Row(), [0]
         for number, (question, answer) in enumerate(dialogue.rounds):
             messages = _messages(question, answer)
@@ -90,8 +92,8 @@ class Collator:
             follows = number > 0 or whole[before:] == tail
             if not follows or answered[: len(shared)] != shared or answered[: len(asked)] != asked:
                 raise InputError(
-                    "this model's chat template does not let an answer be found: expected the picture before the "
-                    "question, and the answer where the prompt ends; train by a script of your own with dropflow.attach"
+                    "the answer cannot be located in this model's chat template: expected the picture before the "
+                    "question, and the answer at the end of the prompt; train with your own script and dropflow.attach"
                 )
             row.add(tail, [IGNORED] * start + tail[start:], number, before)
         return row
@@ -100,7 +102,7 @@ class Collator:
         return str(self._processor.apply_chat_template(list(messages), add_generation_prompt=prompt))
 
     def _tokens(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[int]:
-        """Tokens of the text, in which one placeholder stands for the picture."""
+        """Return the tokens of the text, in which one placeholder stands for the picture."""
         text = self._text(messages, prompt=prompt)
         return list(self._processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -122,7 +124,7 @@ def _padded(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "batch tokens"]
 
 
 def _mask(rounds: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 tokens tokens"]:
-    """0 where a token is seen, very low elsewhere; padding does not see itself, but what all rounds share."""
+    """Return the mask: 0 for visible tokens, very low elsewhere; padding sees the shared part, but not itself."""
     asks, seen = rounds[:, :, None], rounds[:, None, :]
     causal = torch.ones(rounds.shape[1], rounds.shape[1], dtype=torch.bool).tril()
     visible = causal & ((seen == _EVERYWHERE) | ((asks == seen) & (asks != _PADDING)))

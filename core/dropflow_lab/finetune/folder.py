@@ -1,4 +1,4 @@
-"""The questions of a data folder as training samples: what is asked about one picture goes after it together."""
+"""The questions of a data folder as training samples: those about the same picture follow it together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from dropflow_lab.inputs.data import Picture, Sample
 
 
 class FolderDialogues(Dataset[Dialogue]):
-    """One item for every `rounds` questions about a picture, in the order of the samples; the last may have fewer.
+    """Dialogues of up to `rounds` questions about the same picture, in the order of the samples.
 
-    Pictures are opened when an item is asked for. Raises `InputError` for samples without an answer, or with several
-    pictures.
+    Pictures are opened on access. Raises `InputError` for samples without an answer, or with several pictures.
     """
 
     def __init__(self, samples: Sequence[Sample], rounds: int) -> None:

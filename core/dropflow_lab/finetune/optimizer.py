@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimiser with one schedule, as the Trainer takes them."""
+"""Muon and AdamW as one optimiser with one schedule, as the Trainer expects."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class MuonAdamW(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Return the schedule of the dense checkpoint: linear warm-up, the peak for half of the steps, linear to zero."""
+    """Return the schedule of the dense checkpoint: linear warm-up, the peak for half of the steps, linear decay."""
     return LambdaLR(optimizer, lambda done: learning_rate(done, steps, 1.0, warmup=_WARMUP))

@@ -16,9 +16,9 @@ class Settings:
     rate: float = 3e-3
     """Peak learning rate: reached after 20 steps, held for half of the run, then linear down to zero."""
     seed: int = 0
-    """Of the order of the samples."""
+    """Random seed of the order of the samples."""
     save_every: int = 50
-    """Steps between two resumable checkpoints."""
+    """Steps between resumable checkpoints."""
     log_every: int = 10
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` computes under autocast; weights, gradients and optimiser states are float32 either way."""

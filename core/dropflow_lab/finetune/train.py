@@ -44,22 +44,22 @@ def finetune(
 ) -> Path:
     """Train projector and language model through `policy` and write the model to `out`, which is returned.
 
-    The vision tower stays as it is, as in HiDrop. `out/run` holds resumable checkpoints, each a model folder that
-    records the policy; `resume` continues from the last whole one, and ends with the weights the run would have had,
-    bit for bit. A run that was killed before its first checkpoint begins again. The finished model is stored in bf16
-    where the computation was, with the log beside it. Under torchrun every process takes its share of the steps, and
-    the first one writes. `facts` are what a resumed run must share beside policy and settings, such as what the data
-    were made from.
+    The vision tower stays frozen, as in HiDrop. `out/run` holds resumable checkpoints, each a model folder that records
+    the policy; `resume` continues from the last whole one, and ends with the same weights as an uninterrupted run, bit
+    for bit. A run that was killed before its first checkpoint starts again. The finished model is stored in bf16 if it
+    was trained in bf16, together with the log. Under torchrun every process takes its share of each step, and the first
+    one writes. `facts` are what a resumed run must share besides policy and settings, such as the source of the data.
 
-    Raises `InputError` if `out` holds a run and `resume` is not set, none and it is, or one with other settings;
-    `PolicyError` for a policy that does not fit the model; `OSError` where a file cannot be written.
+    Raises `InputError` if `out` holds a run and `resume` is not set, if it holds none and `resume` is set, or if the
+    run has other settings; `PolicyError` for a policy that does not fit the model; `OSError` where a file cannot be
+    written.
     """
     run = out / "run"
     own = asdict(settings) | {"policy": policy.to_dict(), "samples": len(data), "processes": _processes()}  # type: ignore[arg-type]  # Dataset has no length
     fixed = {name: value for name, value in own.items() if name not in _FREE} | dict(facts or {})
     last = _start(run, fixed, resume)
     model.get_encoder(modality="image").requires_grad_(False)
-    optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse to be trained
+    optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse for training
     use_cache = vars(model.config).get("use_cache")
     fast = use_fast_attention(model) if settings.attention == "matmul" else nullcontext()
     with dropflow.attach(model, policy) as flow, fast:
@@ -72,7 +72,7 @@ def finetune(
             optimizers=(optimizer, make_schedule(optimizer, settings.steps)),
             callbacks=[RestoredWeights(last)] if last else [],
         )
-        if trainer.is_world_process_zero():  # the others have looked at the folder before they met here
+        if trainer.is_world_process_zero():  # the others have read the folder before they meet here
             write_text(run / _FACTS, json.dumps(fixed, indent=2) + "\n")
         with naming_what_cannot_be_written(run), _weights_loaded_elsewhere():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -87,7 +87,7 @@ def finetune(
 
 
 def _start(run: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:
-    """Check that a run may begin or go on in this folder, and return the checkpoint that it goes on from."""
+    """Check that a run may start or continue in this folder, and return the checkpoint to continue from."""
     known = run / _FACTS
     if not resume:
         if known.exists() or checkpoints(run):
@@ -99,14 +99,14 @@ def _start(run: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:
     last, faults = last_whole_checkpoint(run, _processes()) if resume else (None, {})
     if environ.get("RANK", "0") == "0":
         for checkpoint, fault in faults.items():
-            print(f"{checkpoint}: passed over; it has {fault}", file=sys.stderr)
+            print(f"{checkpoint}: skipped; it has {fault}", file=sys.stderr)
         if resume:
             print(f"continuing from {last or 'the beginning: no checkpoint was finished'}", file=sys.stderr)
     return last
 
 
 def _check_facts(known: Path, facts: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the run was begun under the same facts, as far as it says so."""
+    """Raise `InputError` unless the run was started under the same facts, as far as it recorded them."""
     if not known.exists():
         return  # a run of an older version
     try:
@@ -118,7 +118,7 @@ def _check_facts(known: Path, facts: Mapping[str, Any]) -> None:
     differing = [name for name in sorted(saved.keys() | facts.keys()) if saved.get(name) != facts.get(name)]
     if differing:
         told = ", ".join(f"{name} (then: {saved.get(name)}, now: {facts.get(name)})" for name in differing)
-        raise InputError(f"{known}: --resume continues a run as it was begun, but now differ: {told}")
+        raise InputError(f"{known}: --resume keeps a run's settings, but these differ: {told}; use the saved ones")
 
 
 def _processes() -> int:
@@ -127,7 +127,7 @@ def _processes() -> int:
 
 @contextmanager
 def _weights_loaded_elsewhere() -> Iterator[None]:
-    """Keep the Trainer from warning that it found no weights under its names, which `RestoredWeights` sees to."""
+    """Silence the Trainer's warning about weights it does not find by name; `RestoredWeights` loads them."""
     log, before = logging.getLogger("transformers.trainer"), "keys in the checkpoint model loaded"
 
     def told(record: logging.LogRecord) -> bool:

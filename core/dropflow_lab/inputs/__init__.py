@@ -1,1 +1,1 @@
-"""What is measured on: questions, pictures, models and prompts."""
+"""Inputs of measurements: questions, pictures, models and prompts."""

@@ -25,12 +25,12 @@ _SHOWN_FAULTS = 10
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is read or drawn when it is opened, and not before."""
+    """A picture that is read or drawn only when it is opened."""
 
     name: str
     """Where it comes from; equal names mean the same picture."""
     open: Callable[[], Image]
-    """Returns it as RGB."""
+    """Returns the picture as RGB."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Sample:
     pictures: tuple[Picture, ...]
     question: str
     answer: str | None = None
-    """The right answer, where it is known."""
+    """The right answer, if it is known."""
     kind: str | None = None
-    """Kind of question, where the data tells kinds apart."""
+    """Kind of question, if the data distinguishes kinds."""
     where: str = ""
     """File and line that it comes from."""
 
@@ -51,12 +51,12 @@ class Sample:
         return [picture.open() for picture in self.pictures]
 
     def is_answered_by(self, given: str) -> bool:
-        """Whether `given` is the right answer; case, spacing and a full stop at the end do not count."""
+        """Whether `given` is the right answer; ignoring case, spacing and a full stop at the end."""
         return self.answer is not None and _plain(given) == _plain(self.answer)
 
 
 class _Line(BaseModel):
-    """One line of a data file; what else it holds is ignored."""
+    """One line of a data file; other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     image: str | None = None
@@ -75,11 +75,11 @@ def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
     """Return up to `count` samples of `source`, in order: a folder, or `digits` for the embedded test questions.
 
     A folder has one `data.jsonl` (or one other `.jsonl` file). Each line is an object with `question`, with `image` (a
-    file name) or `images` (several), and, where known, `answer` and `kind`. File names are relative to the folder or
-    to its `images/`, and stay in it; links are followed wherever they lead. `seed` chooses digits questions. Pictures
-    are opened later, sample by sample.
+    file name) or `images` (several), and, where known, `answer` and `kind`. File names are relative to the folder or to
+    its `images/` and must not lead out of it; links are followed wherever they lead. `seed` selects the digits
+    questions. Pictures are opened later, sample by sample.
 
-    Raises `InputError` with file and line number for each of the first faulty lines.
+    Raises `InputError` naming file and line of each of the first faulty lines.
     """
     if str(source) == DIGITS:
         return list(_digits(count, seed))
@@ -128,7 +128,7 @@ def _sample(folder: Path, text: str) -> Sample:
         raise ValueError(
             "; ".join(_fault(fault["loc"], fault["msg"]) for fault in error.errors()[:_SHOWN_FAULTS])
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a depth of 10,000
+    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or a depth of 10,000
         raise ValueError(f"expected a JSON object: {shortened(str(error))}") from None
     if not line.names:
         raise ValueError("image: missing; name a file, or several in `images`")

@@ -1,4 +1,4 @@
-"""Reads image files, and makes pictures smaller: the control of fewer tokens by fewer pixels."""
+"""Reads image files, and downsamples pictures: the control that saves tokens by saving pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dropflow_lab.errors import InputError, shortened
 def read_image(path: Path) -> Image.Image:
     """Return the picture in `path` as RGB.
 
-    Raises `InputError` where there is none that can be read, or one with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises `InputError` if it is missing, cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if not is_file(path):
         raise InputError(f"{shortened(str(path))}: no such image file")
@@ -27,13 +27,13 @@ def read_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: larger than PIL.Image.MAX_IMAGE_PIXELS allows: {error}") from None
-    except Exception as error:  # decoders raise anything on bytes that nobody meant
-        raise InputError(f"{path}: not an image that can be read: {shortened(str(error))}") from error
+        raise InputError(f"{path}: larger than PIL.Image.MAX_IMAGE_PIXELS allows: {error}; make it smaller") from None
+    except Exception as error:  # decoders raise all kinds of errors on malformed bytes
+        raise InputError(f"{path}: not a readable image: {shortened(str(error))}; save it as PNG or JPEG") from error
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file; a name that the system does not take, such as a long one, is none."""
+    """Whether `path` is a regular file; false for a name that the system rejects, such as one that is too long."""
     try:
         return path.is_file()
     except OSError as error:
@@ -43,21 +43,21 @@ def is_file(path: Path) -> bool:
 
 
 def downsample(image: Image.Image, tokens: int, cell: int) -> Image.Image:
-    """The picture made so small that it has at most `tokens` cells of `cell` x `cell` pixels, near its aspect ratio.
+    """Return the picture downsampled to at most `tokens` cells of `cell` x `cell` pixels, near its aspect ratio.
 
-    `cell` is the side of the square that becomes one visual token: the patch size, times the merge size where a family
-    merges patches (14 x 2 for Qwen2-VL). What "as many tokens by fewer pixels" means depends on the backbone:
+    `cell` is the side of the square that becomes one visual token: the patch size, times the merge size if a family
+    merges patches (14 x 2 for Qwen2-VL). What this controls for depends on the backbone:
 
     - Where a picture keeps its resolution (Qwen2-VL and the like), each cell becomes one token, so that the smaller
-      picture really costs `tokens`. Its processor must not enlarge it again: `tokens` times `cell` squared must be at
+      picture actually costs `tokens`. Its processor must not enlarge it again: `tokens` times `cell` squared must be at
       least its smallest number of pixels.
     - Where the encoder has one resolution (CLIP or SigLIP in LLaVA-1.5), the processor enlarges the picture again. The
       model then sees only what `tokens` cells can hold, but computes on as many tokens as before: this controls for
-      what is lost, not for what is saved. `control/pool` saves tokens there.
-    - Where a picture is cut into tiles (LLaVA-NeXT, InternVL), the same holds for every tile; fewer tokens come in
-      steps of whole tiles.
+      lost detail, not for saved computation. `control/pool` saves tokens there.
+    - Where a picture is cut into tiles (LLaVA-NeXT, InternVL), the same holds for every tile; the number of tokens
+      changes in steps of whole tiles.
 
-    A picture that has no more cells already is returned as it is. Raises `ValueError` below one token or pixel.
+    A picture that already fits is returned unchanged. Raises `ValueError` below one token or pixel.
     """
     if tokens < 1 or cell < 1:
         raise ValueError(f"downsample: expected tokens and cell of at least 1, got {tokens} and {cell}")
@@ -69,9 +69,9 @@ def downsample(image: Image.Image, tokens: int, cell: int) -> Image.Image:
 
 
 def grid_within(size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of at most `tokens` cells for a picture of `size` (width, height), near its aspect ratio.
+    """Return rows and columns of at most `tokens` cells for a picture of `size` (width, height), near its aspect ratio.
 
-    Of the whole numbers next to the ideal ones, those that make the most cells; among equals, the truest to the ratio.
+    Of the integers next to the ideal values, those with the most cells; among equals, those closest to the ratio.
     """
     width, height = size
     ideal = math.sqrt(tokens * height / width), math.sqrt(tokens * width / height)
@@ -83,9 +83,9 @@ def grid_within(size: tuple[int, int], tokens: int) -> tuple[int, int]:
 
 
 def cell_of(config: Any) -> int | None:
-    """Side in pixels of the square that becomes one visual token, by a model's config; `None` where it does not tell.
+    """Return the side in pixels of the square that becomes one visual token; `None` if the config does not say.
 
-    The encoder's patch size, times the side of the square of patches that a family merges into one.
+    It is the encoder's patch size, times the side of the square of patches that a family merges into one.
     """
     vision = getattr(config, "vision_config", None)
     patch = getattr(vision, "patch_size", None)

@@ -15,11 +15,11 @@ from dropflow_lab.errors import InputError, shortened
 
 
 def load_model(folder: Path | None = None) -> tuple[Any, Any]:
-    """Return model and processor of `folder`, or the embedded demo model; on the GPU where there is one.
+    """Return model and processor of `folder`, or the embedded demo model; on the GPU if there is one.
 
-    Where no such folder is there, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`. Weights
-    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` where the folder is
-    missing, transformers cannot load it, or weights of the model are missing in it.
+    If there is no such folder, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`. Weights
+    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` if the folder is missing,
+    transformers cannot load it, or it lacks weights of the model.
     """
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
@@ -28,7 +28,7 @@ def load_model(folder: Path | None = None) -> tuple[Any, Any]:
 
 
 def _shipped(folder: Path) -> str | None:
-    """Name of the shipped checkpoint that `folder` stands for, if it does."""
+    """Return the shipped checkpoint that `folder` names, or `None`."""
     from dropflow_lab.digits.checkpoints.model import checkpoint_names
 
     return str(folder) if not folder.is_dir() and str(folder) in checkpoint_names() else None
@@ -40,7 +40,7 @@ def _embedded(name: str | None) -> tuple[Any, Any]:
     try:
         return load(name or "dense")
     except (OSError, LookupError) as error:
-        raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}") from None
+        raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}; reinstall dropflow") from None
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
@@ -52,7 +52,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
             folder, dtype="auto", output_loading_info=True, **options
         )
         processor = AutoProcessor.from_pretrained(folder, **options)
-    except Exception as error:  # a broken file makes transformers raise anything
+    except Exception as error:  # transformers raises all kinds of errors on a broken file
         raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from error
     missing = sorted(map(str, told["missing_keys"]))
     if missing:

@@ -1,4 +1,4 @@
-"""Turns questions about pictures into a model's inputs, and these into its answers."""
+"""Builds a model's inputs from questions about pictures, and generates its answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from dropflow_lab.inputs.data import Sample
 
 _PLACEHOLDERS = ("image_token", "video_token")
-"""Attributes of a processor that name the text which stands for pictures."""
+"""Attributes of a processor that hold its placeholder for pictures."""
 Question = tuple[Sequence["Image"], str]
-"""Pictures, and what is asked about all of them."""
+"""Pictures, and a question about all of them."""
 
 
 def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Return the model's inputs for a batch of questions, padded on the left, as generation needs it.
 
-    The processor's chat template says how pictures and question stand; without one, the pictures come first. A
-    tokenizer without a padding token pads with its end token. Raises `InputError` for a question that holds the
-    placeholder of a picture.
+    The processor's chat template arranges pictures and question; without one, the pictures come first. A
+    tokenizer without a padding token pads with its end token. Raises `InputError` for a question that contains the
+    placeholder for a picture.
     """
     for _, question in questions:
         check_text(processor, question)
@@ -47,7 +47,7 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
 
 
 def check_questions(processor: Any, samples: Iterable[Sample]) -> None:
-    """Raise `InputError` naming file and line for questions and answers that hold the placeholder of a picture."""
+    """Raise `InputError` naming file and line for questions and answers that contain the placeholder for a picture."""
     for sample in samples:
         for text in (sample.question, sample.answer or ""):
             try:
@@ -57,7 +57,7 @@ def check_questions(processor: Any, samples: Iterable[Sample]) -> None:
 
 
 def check_text(processor: Any, text: str) -> None:
-    """Raise `InputError` for a text in which the processor would put a picture that nobody gave."""
+    """Raise `InputError` for a text that contains the processor's placeholder for a picture."""
     for attribute in _PLACEHOLDERS:
         token = getattr(processor, attribute, None)
         if isinstance(token, str) and token and token in text:

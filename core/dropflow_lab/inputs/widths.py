@@ -11,7 +11,7 @@ from dropflow_lab.errors import InputError, shortened
 def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
     """Return widths and number of decoder layers of the text part of `folder/config.json`.
 
-    Raises `InputError` where there is no such file or transformers cannot read it.
+    Raises `InputError` if there is no such file or transformers cannot read it.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: expected a model folder with a config.json, found none")
@@ -20,5 +20,5 @@ def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
     try:
         text = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         return DecoderWidths.of(text), text.num_hidden_layers
-    except Exception as error:  # a broken file makes transformers raise anything
+    except Exception as error:  # transformers raises all kinds of errors on a broken file
         raise InputError(f"{folder / 'config.json'}: cannot be read: {shortened(str(error))}") from error

@@ -1,1 +1,1 @@
-"""How time, memory, FLOPs and intervals are measured."""
+"""Measurement of time, memory and FLOPs, and confidence intervals."""

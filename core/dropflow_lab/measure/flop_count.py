@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 def count_flops(run: Callable[[], object]) -> int:
     """Return the FLOPs of one call (a multiply-add is two); attention counts the full rectangle, not the causal half.
 
-    The counter slows what it counts: never time a call under it.
+    Counting slows a call down: never time one while counting.
     """
     with FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _cpu_sdpa_flops}) as counter:
         run()

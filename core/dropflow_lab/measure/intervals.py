@@ -12,7 +12,7 @@ _Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Share:
-    """A share of questions with its 95 % interval, which has a width even where all answers are right."""
+    """A share of questions with its 95 % interval, which is wider than 0 even if all answers are right."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Gain:
-    """What one share is above another on the same questions, with the 95 % interval of the paired difference."""
+    """Difference between two shares of the same questions, with its paired 95 % interval."""
 
     value: float
     low: float
@@ -42,7 +42,7 @@ class Gain:
     def of(cls, own: Sequence[float], other: Sequence[float]) -> Gain:
         """Return the mean of `own` less that of `other`, question by question, each value from 0 to 1.
 
-        The interval is Newcombe's square-and-add for paired proportions: the Wilson bounds of both shares, joined by
+        The interval is Newcombe's square-and-add for paired proportions: the Wilson bounds of both shares, combined by
         their correlation, with his continuity correction (Statistics in Medicine 17, 1998, pages 2635-2650, method 10).
         Where values are means over seeds, the correlation is at most what it would be for right and wrong answers.
         """
@@ -59,12 +59,12 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """`above` or `below` where the interval leaves out 0, else `level`."""
+        """`above` or `below` if the interval excludes 0, else `level`."""
         return "above" if self.low > 0 else "below" if self.high < 0 else "level"
 
 
 def wilson(share: float, asked: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share (Wilson, JASA 22, 1927); (0, 1) where nothing was asked."""
+    """Return the 95 % score interval of a share (Wilson, JASA 22, 1927); (0, 1) if nothing was asked."""
     if not asked:
         return 0.0, 1.0
     square = _Z * _Z / asked

@@ -1,4 +1,4 @@
-"""What a measurement was taken on."""
+"""The machine that a measurement was taken on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import transformers
 
 @dataclass(frozen=True)
 class Machine:
-    """The processor and the versions that decide about speed."""
+    """The processor and the versions that affect speed."""
 
     cpu: str
     threads: int
-    """Threads torch works with."""
+    """CPU threads that torch uses."""
     python: str
     torch: str
     transformers: str
@@ -32,7 +32,7 @@ def this_machine() -> Machine:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch work with so many CPU threads inside the block."""
+    """Let torch use `threads` CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

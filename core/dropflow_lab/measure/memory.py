@@ -1,4 +1,4 @@
-"""Peak memory of a call, in bytes allocated beyond what was there before it."""
+"""Peak memory of a call, in bytes allocated beyond those alive before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return the largest number of bytes of tensors alive at once during one call, less those alive before it.
 
     On a GPU this is the caching allocator's own maximum; on a CPU the running sum of every allocation and release that
-    torch's profiler sees. The profiler slows what it watches: never time a call under it.
+    torch's profiler sees. Profiling slows a call down: never time one while profiling.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Meters what selection costs: seconds and FLOPs inside hooks and taps, and the largest tensor it allocates."""
+"""Measures the cost of selection: seconds and FLOPs inside hooks and taps, and the largest tensor allocated."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dropflow_lab.measure.flop_count import count_flops
 
 
 class SelectionMeter:
-    """Counts the selection of one stage of an attached plan, or of all its stages.
+    """Measures the selection of one stage of an attached plan, or of all its stages.
 
-    Selection is all that runs inside the stage's hook answers, the attention rows it asks for included (the norm, q, k
+    Selection is everything that runs inside the stage's hooks, including the attention rows it requests (the norm, q, k
     and RoPE that a probe computes, and the softmax over rows), and what a tap of an earlier layer adds to that layer:
-    opening it, keeping q and k, closing it. Moving the survivors and fitting masks is the engine's work, and no part of
-    it. Measures CPU time on the wall clock: work that a GPU has only been given would be missed.
+    opening it, keeping q and k, closing it. Moving the survivors and fitting masks is the engine's work and not part of
+    it. Times are wall-clock times on the CPU: work still queued on a GPU would be missed.
     """
 
     def __init__(self, plan: Plan, stage: str | None = None) -> None:
-        """Put the meter around the hooks of `plan`; `stage` is its name in the policy, all stages without one."""
+        """Wrap the hooks of `plan`; `stage` is the name of a stage in the policy, `None` for all stages."""
         self.seconds: list[float] = []
         """One entry per call of `measure`."""
         self.elapsed = 0.0
-        """Seconds of selection so far in the call of `measure` that runs, or in the last one."""
+        """Seconds of selection so far in the current call of `measure`, or in the last one."""
         self.flops = 0
         """FLOPs (a multiply-add is two) of selection in all calls of `watch`."""
         self.largest_tensor = 0
@@ -44,14 +44,14 @@ class SelectionMeter:
                 setattr(plan.hooks, hook, self._around(getattr(plan.hooks, hook)))
 
     def measure(self, run: Callable[[], object]) -> None:
-        """Run once and note the seconds of selection."""
+        """Run once and record the seconds of selection."""
         self.elapsed = 0.0
         with watched(self._timed) if self._taps else nullcontext():
             run()
         self.seconds.append(self.elapsed)
 
     def watch(self, run: Callable[[], object]) -> None:
-        """Run once and note the FLOPs and the largest tensor of selection; slow, so never to be timed."""
+        """Run once and record the FLOPs and the largest tensor of selection; slow, so never time it."""
         self._watches = True
         try:
             run()
@@ -79,7 +79,7 @@ class SelectionMeter:
 
     @contextmanager
     def _timed(self, name: str = "") -> Iterator[None]:  # noqa: ARG002  # taps are the only spans there are
-        """Time a stretch, and one that lies within another only once."""
+        """Time a block; a nested block is counted only once."""
         if self._runs:
             yield
             return
@@ -99,7 +99,7 @@ def metered(model: Any, policy: Any, stage: str | None = None) -> Iterator[Selec
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Elements of the largest tensor that no operation merely looked at anew."""
+    """Records the elements of the largest tensor that an operation returned, views excepted."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -115,5 +115,5 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
 
 def _at_once(answer: Any) -> Any:
-    """Answers of `inject` and `exit` come from a generator, which would run outside the clock."""
+    """Consume the generators that `inject` and `exit` return, which would otherwise run untimed."""
     return iter(list(answer)) if isinstance(answer, Iterator) else answer

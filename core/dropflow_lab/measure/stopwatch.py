@@ -17,17 +17,17 @@ from dropflow_lab.measure.selection_cost import SelectionMeter
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds of one `generate`, from its call to its last token; what runs between decode steps is left out."""
+    """Seconds of one `generate`, from its call to its last token; the time between decode steps is left out."""
 
     vision: float
-    """Vision tower and projector, selection inside of them apart."""
+    """Vision tower and projector, without the selection inside them."""
     selection: float
-    """Of the prefill: all that runs inside the stages' hooks (see `SelectionMeter`)."""
+    """Everything that runs inside the stages' hooks in the prefill (see `SelectionMeter`)."""
     prefill: float
     """The rest of the time to the first token: decoder layers, the engine's own work, LM head, and what `generate` does
     before the first forward."""
     decode: float
-    """All further forwards, with what stages decide in them."""
+    """All later forwards, including the stages' decisions in them."""
 
     @property
     def first_token(self) -> float:
@@ -41,20 +41,20 @@ class Split:
 
 
 class Stopwatch:
-    """Times one `generate` of a model, which may encode images before its first forward or inside of it.
+    """Times one `generate` of a model, which may encode images before or inside its first forward.
 
-    On a GPU it waits for the device at every reading of the clock.
+    On a GPU it synchronises at every reading of the clock.
     """
 
     def __init__(self, backbone: Backbone, meter: SelectionMeter | None = None) -> None:
-        """`meter` is the one around all stages of the attached policy, if there is one."""
+        """`meter` measures all stages of the attached policy, if there is one."""
         self._backbone, self._meter = backbone, meter
         self._forwards: list[float] = []
         self._vision = self._selection = self._started = 0.0
         self._encoding = False
 
     def split(self, run: Callable[[], object]) -> Split:
-        """Call `run`, which generates once, and return where its time went."""
+        """Call `run`, which generates once, and return its time by part."""
         self._forwards.clear()
         self._vision = self._selection = 0.0
 
@@ -69,14 +69,14 @@ class Stopwatch:
                 self._meter.measure(from_the_call)
         first, *others = self._forwards
         selection = min(self._selection, first)
-        vision = min(self._vision, first - selection)  # what runs at the same time as the rest counts once
+        vision = min(self._vision, first - selection)  # overlapping time counts once
         return Split(vision, selection, first - selection - vision, sum(others))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         model, core = self._backbone.model, self._backbone.core
         handles = [
-            model.register_forward_pre_hook(self._before, prepend=True),  # what the engine does first counts, too
+            model.register_forward_pre_hook(self._before, prepend=True),  # includes what the engine does first
             model.register_forward_hook(self._after),
         ]
         try:
@@ -87,7 +87,7 @@ class Stopwatch:
                 handle.remove()
 
     def _before(self, model: Any, args: Any) -> None:  # noqa: ARG002  # the signature of a forward hook
-        if self._forwards:  # the time to the first token runs since the call
+        if self._forwards:  # the time to the first token begins at the call
             self._started = self._now()
 
     def _after(self, model: Any, args: Any, output: Any) -> None:  # noqa: ARG002
@@ -97,7 +97,7 @@ class Stopwatch:
 
     def _timed(self, features: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._encoding:  # a model may encode videos by its method for images
+            if self._encoding:  # a model may encode videos with its method for images
                 return features(*args, **kwargs)
             start, selected, self._encoding = self._now(), self._selected, True
             try:
@@ -120,7 +120,7 @@ class Stopwatch:
 
 
 def features_of(core: Any) -> list[tuple[Any, str]]:
-    """Return the methods by which a core encodes images and videos, as owner and name."""
+    """Return the methods that encode images and videos in a core, as pairs of owner and name."""
     return [(core, name) for name in (f"get_{one}_features" for one in MODALITIES) if hasattr(core, name)]
 
 
@@ -128,11 +128,11 @@ def features_of(core: Any) -> list[tuple[Any, str]]:
 def wrapped(
     methods: Sequence[tuple[Any, str]], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Put something around methods of modules inside the block, and leave them as they were."""
+    """Wrap methods of modules inside the block, and restore them afterwards."""
     own = [(owner, name, owner.__dict__.get(name)) for owner, name in methods]
     for owner, name, _ in own:
         original = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(wrap(original)))  # models look at the signatures
+        setattr(owner, name, functools.wraps(original)(wrap(original)))  # models inspect the signatures
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Times several things in turn, in one process, so that a slow moment of the machine hits all of them."""
+"""Times several callables in turn, in one process, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
-        """Summarise two samples or more."""
+        """Summarise two or more samples."""
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high)
 
@@ -36,7 +36,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls (or of one).
 
-    Every other round goes backwards, so that no run always follows the same one. One round of warm-up is thrown away.
+    Every other round runs in reverse, so that no run always follows the same one. A warm-up round is discarded.
     Garbage is collected before each sample and never during one.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -66,7 +66,7 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def _finish_queued() -> None:
-    """Wait for the work that a GPU has only been given."""
+    """Wait for the work that is still queued on a GPU."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.synchronize()
 
@@ -77,7 +77,7 @@ def no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is alive now need not be looked at before every sample
+    gc.freeze()  # what is alive now need not be scanned before every sample
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The layer profiler: measures, sweeps, and a rule that makes a policy of them."""
+"""The layer profiler: measures, sweeps, and a rule that derives a policy from them."""
 
 from dropflow_lab.profile.profile import SCHEMA, Profile, Settings, profile
 from dropflow_lab.profile.rule import Choice, Knobs

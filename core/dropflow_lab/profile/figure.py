@@ -1,4 +1,4 @@
-"""Draws a profile: similarities, ILVAS, and what is still answered, over one axis of boundaries."""
+"""Draws a profile: similarities, ILVAS and answer quality, over a shared axis of boundaries."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; each line has a marker of its own, too
+# Okabe and Ito's colours, which colour-blind people can tell apart; each line also has its own marker
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
 
 
 def draw(profile: Profile, paths: Iterable[Path]) -> None:
-    """Write the figure to each of `paths`, in the format its ending names."""
+    """Write the figure to each of `paths`, in the format of its suffix."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "dropflow", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
@@ -86,7 +86,7 @@ def _line(
 
 
 def _boundaries(axes: Axes, profile: Profile, *, labelled: bool) -> None:
-    """Mark what the rule chose; words stand above the first panel only."""
+    """Mark what the rule chose; only the first panel has labels."""
     choice = profile.choice
     marks = [
         (choice.entry, "enter"),

@@ -31,7 +31,7 @@ class LayerCurves:
     intra: dict[str, Curve]
     """Modality -> cosine between boundary i and i + 1, for i = 0..L-2."""
     cross: Curve
-    """Cosine of instruction states after two pictures that are not theirs, at boundaries 0..L-1."""
+    """Cosine between the instruction states after two unrelated pictures, at boundaries 0..L-1."""
     ilvas: dict[int, Curve]
     """Distance n -> ILVAS(l, l+n), for l = 0..L-1-n."""
 
@@ -48,13 +48,15 @@ class LayerMeter:
     _values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
 
     def measure(self, batch: Sequence[Sample]) -> None:
-        """Run the samples as they are: intra-modal similarity and ILVAS."""
+        """Measure intra-modal similarity and ILVAS on the samples as given."""
         watch = _Pairs()
         self._prefill([(sample.images(), sample.question) for sample in batch], watch.see)
         for (name, layer), value in watch.intra.items():
             self._add(name, layer, value)
         if watch.visual is None:
-            raise InputError(f"the prompt of {batch[0].question!r} holds no visual tokens; expected pictures in it")
+            raise InputError(
+                f"expected visual tokens in the prompt of {batch[0].question!r}, got none; give samples with pictures"
+            )
         self._add("tokens", 0, torch.tensor(watch.image_sizes, dtype=torch.float))
         for distance in self.distances:
             for layer in range(len(watch.attention) - distance):
@@ -62,7 +64,7 @@ class LayerMeter:
                 self._add(f"ilvas {distance}", layer, ilvas(*pair, watch.visual, self.top))
 
     def measure_across(self, batch: Sequence[Sample], others: Sequence[Sample | None], reference: Sample) -> None:
-        """Ask questions about pictures of `others`, and about those of `reference`: cross-modal similarity.
+        """Measure cross-modal similarity: questions after the pictures of `others`, and after those of `reference`.
 
         A question that belongs to the reference's pictures, or has no other sample, is left out.
         """
@@ -105,7 +107,7 @@ class LayerMeter:
 
 @dataclass
 class _Pairs:
-    """Compares each boundary with the one before, and keeps the asking token's attention of every layer."""
+    """Compares each boundary with the one before, and keeps the last prompt token's attention in every layer."""
 
     intra: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
@@ -129,16 +131,13 @@ def _instructions(call: PruneCall) -> list[Tensor]:
 
 
 def _compared(one: Tensor, two: Tensor) -> Tensor:
-    """Both prompts end alike; where a different number of pictures changes what stands in between, the ends count."""
+    """Compare the shared end of two prompts; a different number of pictures may change what comes before it."""
     shared = min(len(one), len(two))
     return cross_modal_similarity(one[len(one) - shared :], two[len(two) - shared :])
 
 
 def other_pictures(samples: Sequence[Sample]) -> list[int | None]:
-    """For each sample, which next one has pictures that are neither its own nor the first sample's.
-
-    `None` where there is no such sample.
-    """
+    """Return for each sample the next one whose pictures are neither its own nor the first sample's, or `None`."""
     names = [_names(sample) for sample in samples]
     return [
         next(

@@ -16,8 +16,8 @@ def intra_modal_similarity(
 ) -> Float[Tensor, "B"]:
     """Return how little one layer changes the tokens of a modality: mean over `tokens` of cos(x_t^l, x_t^(l+1)).
 
-    `before` and `after` are the hidden states at two boundaries in a row. One value per sample, -1..1; NaN for a sample
-    that has none of these tokens. (HiDrop: intra-modal similarity, for system, visual and instruction tokens.)
+    `before` and `after` are the hidden states at two consecutive boundaries. One value per sample, -1..1; NaN for a
+    sample that has none of these tokens. (HiDrop: intra-modal similarity, for system, visual and instruction tokens.)
     """
     cosine = cosine_similarity(before.float(), after.float(), dim=-1)
     return (cosine * tokens).sum(1) / tokens.sum(1)
@@ -28,9 +28,9 @@ def cross_modal_similarity(
 ) -> Float[Tensor, ""]:
     """Return how little the instruction depends on the picture: mean over its tokens of cos(y_t, z_t).
 
-    `y` are the states at one boundary of the instruction's tokens after a picture that does not belong to it, `z`
-    those of the same tokens after a reference picture. 1: nothing of the picture has reached the text. (HiDrop:
-    cross-modal similarity.)
+    `y` are the states of the instruction tokens at one boundary after an unrelated picture, `z` those of the same
+    tokens after a reference picture. 1 means that nothing of the picture has reached the text. (HiDrop: cross-modal
+    similarity.)
     """
     return cosine_similarity(mismatched.float(), reference.float(), dim=-1).mean()
 
@@ -40,11 +40,11 @@ def ilvas(
 ) -> Float[Tensor, "B"]:
     """Return the inter-layer visual attention similarity, ILVAS(l, l+n, K).
 
-    `here` and `later` hold the attention that each token gets from the asking token in layers l and l+n, head by head.
-    With a_i^l the H numbers of visual token i, and V the K visual tokens of the highest mean over heads in layer l:
+    `here` and `later` hold the attention that each token receives from the query token in layers l and l+n, per head.
+    With a_i^l the H numbers of visual token i, and V the K visual tokens with the highest mean over heads in layer l:
     (1/K) sum over i in V of cos(a_i^l, a_i^(l+n)). `top` is K as a share of a sample's visual tokens (0..1, rounded
     half up, at least 1). One value per sample, 0..1; NaN for a sample without visual tokens. (HiDrop: ILVAS.
-    The paper does not state K or the asking token; here it is the one that pruning ranks by, the last of the prompt.)
+    The paper does not state K or the query token; here it is the last token of the prompt, as in pruning.)
     """
     counts = visual.sum(1)
     wanted = (top * counts + 0.5).floor().clamp(min=1)

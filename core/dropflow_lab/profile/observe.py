@@ -1,4 +1,4 @@
-"""Watches one prefill through a stage that is asked at every boundary and drops nothing."""
+"""Watches one prefill through a stage that is called at every boundary and drops nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dropflow.policy.policy import policy_from_dict
 
 
 class WatchOptions(StageOptions):
-    """Who is told of each boundary."""
+    """The function to call at each boundary."""
 
     see: Callable[[PruneCall], None]
 
 
 class Watch(Stage[WatchOptions]):
-    """Tells somebody of the live tokens before every layer in which vision takes part."""
+    """Calls a function with the live tokens before every layer in which vision is live."""
 
     Options = WatchOptions
     summary = "watches every boundary"
@@ -35,7 +35,7 @@ class Watch(Stage[WatchOptions]):
 
     @hookimpl
     def prune(self, call: PruneCall) -> None:
-        """Drop nothing."""
+        """Call the function and drop nothing."""
         self.options.see(call)
 
 
@@ -49,7 +49,7 @@ def watching(model: Any, see: Callable[[PruneCall], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Groups:
-    """Which tokens (or slots) of a prompt are of which modality; newline tokens of a picture are of none."""
+    """The tokens (or slots) of a prompt by modality; newline tokens of a picture belong to none."""
 
     system: Bool[Tensor, "B T"]
     """Text before the first visual token."""
@@ -59,7 +59,7 @@ class Groups:
 
     @classmethod
     def of(cls, call: PruneCall) -> Groups:
-        """Tell the modalities of the slots of a call apart."""
+        """Group the slots of a call by modality."""
         visual = call.image_id >= 0
         seen = visual.long().cumsum(1)
         return cls(call.text & (seen == 0), visual, call.text & (seen == seen[:, -1:]) & (seen > 0))

@@ -1,4 +1,4 @@
-"""Profiles a model's layers: measures, sweeps, and what the rule chooses by them."""
+"""Profiles a model's layers: measures, sweeps, and the rule's choice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEMA = "dropflow-profile/1"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure."""
+    """Settings of the measurement."""
 
     top: float = 0.1
     """K of ILVAS, as a share of a sample's visual tokens."""
@@ -33,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything measured, and the choice made of it."""
+    """Everything measured, and the choice based on it."""
 
     layers: int
     visual_tokens: int
@@ -45,9 +45,9 @@ class Profile:
     curves: LayerCurves
     dense: Quality
     exits: tuple[Quality, ...]
-    """Vision gone from boundary x on, for x = 0..L-1."""
+    """Quality without vision from boundary x on, for x = 0..L-1."""
     entries: tuple[Quality, ...]
-    """Vision entering at boundary e as the projector made it, for e = 0..L-1."""
+    """Quality with the projector's output entering at boundary e, for e = 0..L-1."""
     choice: Choice
 
     def to_json(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ class Profile:
 def profile(model: Any, processor: Any, samples: Sequence[Sample], settings: Settings, knobs: Knobs) -> Profile:
     """Measure every layer of `model` on `samples`, sweep exit and entry, and choose boundaries by the rule.
 
-    All runs go through the engine: the model's own attention, and no map of all tokens by all tokens. A progress bar is
-    shown on stderr. Raises `InputError` where a knob is out of range (before anything runs), where the samples bring no
-    visual tokens, or where the budget cannot be met.
+    All runs go through the engine: the model's own attention, and no full attention map. A progress bar is shown on
+    stderr. Raises `InputError` if a knob is out of range (before anything runs), if the samples have no visual tokens,
+    or if the budget cannot be met.
     """
     shape = backbone_for(model).shape
     knobs.check(shape.layers)
@@ -93,7 +93,7 @@ def distances(layers: int) -> tuple[int, ...]:
 
 
 def mean_ilvas(curves: LayerCurves) -> list[float]:
-    """Return ILVAS at boundaries 0.., mean over the distances, as far as all of them reach."""
+    """Return ILVAS at boundaries 0.., averaged over the distances, as far as all of them are defined."""
     return [sum(value or 0.0 for value in at) / len(at) for at in zip(*curves.ilvas.values(), strict=False)]
 
 

@@ -19,23 +19,23 @@ FULL_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Knobs:
-    """What a person says about the policy to be made."""
+    """User settings for the policy to be made."""
 
     fewer: float = 0.75
     """Share of the visual tokens to save, on average over all layers: above 0, below 1."""
     average_tokens: float | None = None
-    """The same as visual tokens per layer; goes before `fewer`."""
+    """The same as visual tokens per layer; takes precedence over `fewer`."""
     exit_loss: float = 0.02
     """Accuracy (or agreement) that an exit may cost, 0..1."""
     prunes: int = 4
-    """Most boundaries to prune at."""
+    """Maximum number of boundaries to prune at."""
     entry: int | None = None
-    """Entry boundary, in place of the rule's."""
+    """Entry boundary, instead of the rule's."""
     exit: int | None = None
-    """Exit boundary, in place of the rule's."""
+    """Exit boundary, instead of the rule's."""
 
     def average(self, visual_tokens: int) -> float:
-        """Visual tokens per layer to aim at."""
+        """Return the target number of visual tokens per layer."""
         return (1 - self.fewer) * visual_tokens if self.average_tokens is None else self.average_tokens
 
     def check(self, layers: int) -> None:
@@ -52,16 +52,16 @@ class Choice:
     entry: int
     exit: int
     keep: dict[int, int]
-    """Boundary -> visual tokens that stay, of an image of `visual_tokens`."""
+    """Boundary -> visual tokens kept, of an image of `visual_tokens`."""
     average_visual_tokens: float
     """Per layer, over all layers, by this schedule."""
 
 
 def choose_exit(dense: float, scores: Sequence[float], loss: float) -> int:
-    """Return the first boundary from which every exit costs at most `loss`.
+    """Return the first boundary from which on every exit costs at most `loss`.
 
-    `scores[x]` is the quality when no vision is live from boundary x on, `dense` that of the model as it is (HiDrop's
-    "deep-to-shallow masking"). L, the number of scores, means that not even the last layer is free.
+    `scores[x]` is the quality when no vision is live from boundary x on, `dense` that without a policy (HiDrop's
+    "deep-to-shallow masking"). The result is L, the number of scores, if even an exit before the last layer costs more.
     """
     exit_at = len(scores)
     while exit_at > 0 and scores[exit_at - 1] >= dense - loss - 1e-9:
@@ -73,7 +73,7 @@ def choose_entry(visual: Sequence[float], exit_at: int) -> int:
     """Return the lowest local minimum of the visual curve in the first half of the depth; 0 where there is none.
 
     `visual[i]` is the intra-modal similarity of visual tokens across layer i, for i = 0..L-2. HiDrop reads such a
-    minimum as the onset of fusion. The answer lies before `exit_at`.
+    minimum as the onset of fusion. The result is below `exit_at`.
     """
     half = (len(visual) + 1) // 2
     found = [i for i in _local_minima(visual) if i <= half and i < exit_at]
@@ -83,10 +83,10 @@ def choose_entry(visual: Sequence[float], exit_at: int) -> int:
 def choose_prunes(ilvas: Sequence[float], window: Window, most: int, latest_first: int) -> list[int]:
     """Return at most `most` boundaries inside the window: the highest local maxima of ILVAS, in order.
 
-    `ilvas[l]` is the mean over all distances n of ILVAS(l, l+n). The first boundary lies after the entry and not
-    after `latest_first`, so that the budget is not spent before it. Where no maximum lies there, the boundary of
-    the highest value there is added (if possible two layers or more from each maximum); maxima beside it, or else the
-    lowest one beyond `most`, give way.
+    `ilvas[l]` is the mean over all distances n of ILVAS(l, l+n). The first boundary lies after the entry and no later
+    than `latest_first`, so that the budget is not spent before it. If no maximum lies there, the boundary with the
+    highest value there is added, if possible at least two layers from each maximum; it replaces adjacent maxima, or
+    else the lowest one beyond `most`.
     """
     inside = range(window.entry + 1, min(window.exit, len(ilvas)))
     if not inside:
@@ -105,10 +105,10 @@ def choose_prunes(ilvas: Sequence[float], window: Window, most: int, latest_firs
 def choose_keeps(
     average: float, layers: int, visual_tokens: int, window: Window, prunes: Sequence[int]
 ) -> dict[int, int]:
-    """Return keeps that shrink by one factor at every boundary and meet the average; a concave pyramid.
+    """Return keeps that shrink by the same factor at every boundary and meet the average: a concave pyramid.
 
     keep_j = N * ratio^j, rounded, at least 1, with the ratio solved by bisection; the first is then solved exactly
-    (`dropflow.schedule.first_keep`). No keeps where the window alone needs no more than the average. Raises
+    (`dropflow.schedule.first_keep`). There are no keeps if the window alone needs no more than the average. Raises
     `ValueError` giving the averages that can be reached.
     """
     if visual_tokens * (window.exit - window.entry) <= average * layers:
@@ -133,7 +133,7 @@ def average_of(layers: int, visual_tokens: int, window: Window, keeps: Mapping[i
 
 
 def latest_first_prune(average: float, layers: int, visual_tokens: int, entry: int) -> int:
-    """Return the last boundary for the first pruning: up to it, full layers take `FULL_SHARE` of the budget at most."""
+    """Return the latest first pruning boundary for which full layers take at most `FULL_SHARE` of the budget."""
     return entry + max(1, math.floor(FULL_SHARE * average * layers / visual_tokens))
 
 
@@ -147,7 +147,7 @@ def choose(
 ) -> Choice:
     """Apply the whole rule to the curves, as the functions above take them.
 
-    Raises `InputError` where the average cannot be met by these boundaries, saying what can.
+    Raises `InputError` naming the reachable averages if these boundaries cannot meet the target.
     """
     layers = len(exits)
     average = knobs.average(visual_tokens)

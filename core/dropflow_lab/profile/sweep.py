@@ -1,4 +1,4 @@
-"""What a model still answers when vision leaves early or enters late, compared with itself and with right answers."""
+"""Quality of answers when vision exits early or enters late, compared with no policy and with the right answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Quality:
     """How well a model answers."""
 
     accuracy: float | None
-    """Share of right answers; `None` where the data gives none."""
+    """Share of right answers; `None` if the data has none."""
     agreement: float
     """Share of answers that are, token by token, those of the model without a policy."""
     kl: float
@@ -28,7 +28,7 @@ class Quality:
 
     @property
     def score(self) -> float:
-        """What a rule goes by: accuracy where it is known, agreement where not."""
+        """What the rule uses: accuracy if it is known, otherwise agreement."""
         return self.agreement if self.accuracy is None else self.accuracy
 
 
@@ -37,14 +37,14 @@ class Answers:
     """Greedy answers of a batch."""
 
     tokens: Int[Tensor, "batch steps"]
-    """Generated ids, what follows an end token included."""
+    """Generated ids, including what follows an end token."""
     logits: Float[Tensor, "batch steps vocabulary"]
     texts: list[str]
 
 
 @dataclass
 class Tally:
-    """Sums up one policy's answers, batch after batch."""
+    """Accumulates one policy's answers, batch after batch."""
 
     right: list[bool] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
@@ -92,7 +92,7 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 def shared_positions(
     dense: Int[Tensor, "batch steps"], given: Int[Tensor, "batch steps"], ends: Sequence[int]
 ) -> Bool[Tensor, "batch steps"]:
-    """Positions at which both models have read the same: up to the first that differs, or the end token."""
+    """Return the positions at which both models have read the same: up to the first that differs, or the end token."""
     before = (dense == given) & ~torch.isin(dense, torch.tensor(ends, dtype=dense.dtype, device=dense.device))
     reached = torch.nn.functional.pad(before, (1, 0), value=True)[:, :-1]
     return reached.cumprod(1).bool()
@@ -101,7 +101,7 @@ def shared_positions(
 def same_answers(
     dense: Int[Tensor, "batch steps"], given: Int[Tensor, "batch more"], ends: Sequence[int]
 ) -> Bool[Tensor, "batch"]:
-    """Whether two answers are the same tokens up to and with the end token; an answer cut off ends where it is cut."""
+    """Return whether two answers agree up to and including the end token; a truncated answer ends where it is cut."""
     steps = min(dense.shape[1], given.shape[1])
     one, two = dense[:, :steps], given[:, :steps]
     return ((one == two) | ~shared_positions(one, two, ends)).all(1)

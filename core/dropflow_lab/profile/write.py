@@ -38,13 +38,13 @@ def policy_of(profile: Profile, name: str = "profiled") -> dict[str, Any]:
 
 
 def policy_yaml(profile: Profile, name: str = "profiled") -> str:
-    """Return the chosen policy as the text of a policy file, with where each number comes from."""
+    """Return the chosen policy as the text of a policy file, with the origin of each number."""
     loss = f"costs at most {profile.knobs.exit_loss:.1%} without training"
     head = (
-        f"# Chosen by `dropflow profile` from {profile.samples} questions; profile.json beside it holds all numbers.\n"
+        f"# Chosen by `dropflow profile` from {profile.samples} questions; profile.json next to it holds all numbers.\n"
         "# dropflow run --policy policy.yaml ...        override: --set stages.exit.at=N\n"
         "# inject: the onset of fusion; train the model through the policy, or leave this stage out\n"
-        "# pyramid: where late layers look at what this one looks at; keeps from the budget\n"
+        "# pyramid: where later layers attend to the same tokens as this one; keeps from the budget\n"
         f"# exit: the first boundary from which an exit {loss}\n"
     )
     return head + yaml.safe_dump(policy_of(profile, name), sort_keys=False, default_flow_style=None)

@@ -1,4 +1,4 @@
-"""Traces: who was kept, merged, protected or dropped, where and by which stage; a page to look at, and replay."""
+"""Traces: which tokens were kept, merged, protected or dropped, where and by which stage; a page, and replay."""
 
 from dropflow_lab.trace.asked import fingerprint, record, record_inputs
 from dropflow_lab.trace.edit import drop_patches, keep_patches

@@ -1,4 +1,4 @@
-"""Asks the question that is traced, under every policy, with a recorder after its stages."""
+"""Runs the traced question under every policy, with a recorder after its stages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record(
 ) -> Trace:
     """Ask one question about all `pictures` under each of `policies`, decoding greedily, and trace every run.
 
-    Errors as `record_inputs`.
+    Raises as `record_inputs` does.
     """
     inputs = build_inputs(processor, [(pictures, question)]).to(model.device, model.dtype)
     with dropflow.questions([question]):
@@ -42,7 +42,7 @@ def record(
 def record_inputs(
     model: Any, processor: Any, inputs: Any, policies: Sequence[Policy], max_new_tokens: int = 32
 ) -> Trace:
-    """The same for ready inputs of one sample: `input_ids` and what goes with them; `processor` only decodes tokens.
+    """Trace ready inputs of one sample: `input_ids` and what goes with them; `processor` only decodes tokens.
 
     Raises `InputError` for inputs that cannot be traced, and what `dropflow.attach` raises.
     """

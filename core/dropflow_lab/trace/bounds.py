@@ -1,4 +1,4 @@
-"""Which numbers of a trace file stand for nothing: what reads a trace later relies on them."""
+"""Checks that the numbers of a trace file refer to things that exist, which readers of a trace rely on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from dropflow_lab.trace.schema import Merge, Trace, TracedBoundary, TracedRun
 
 _LARGEST_GRID = 4
-"""Places of a grid per patch that is a token; a backbone may leave some of them out."""
+"""Most cells of a grid per patch that is a token; a backbone may leave cells out."""
 
 
 def prompt_faults(trace: Trace) -> list[str]:
-    """Tokens outside of the prompt, or of two images, and grids that do not hold the patches."""
+    """Return faults of the prompt: tokens outside it or in two images, and grids that do not fit the patches."""
     faults, taken = [], set[int]()
     for n, image in enumerate(trace.prompt.images):
         where, own = f"prompt.images.{n}", [*image.index, *image.extra]
@@ -30,7 +30,7 @@ def prompt_faults(trace: Trace) -> list[str]:
 
 
 def bounds_faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
-    """Lists that are too short or too long, and boundaries, patches, layers and tokens that are not there."""
+    """Return faults of a run: lists of the wrong length, and boundaries, patches, layers and tokens out of range."""
     return list(_run_faults(trace, run, path))
 
 

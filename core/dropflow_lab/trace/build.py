@@ -1,4 +1,4 @@
-"""Turns what observers were told into plain data."""
+"""Converts the events of observers to plain data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def traced_images(prompt: Prompt, encoded: Sequence[EncodeEvent]) -> list[TracedImage]:
-    """The images of a prompt of one sample, by number."""
+    """Return the images of a prompt of one sample, by number."""
     image, patches = prompt.image_id[0], prompt.scored[0]
     layouts = [layout for event in sorted(encoded, key=lambda event: event.modality) for layout in event.layouts]
     count = int(image.max()) + 1
@@ -56,7 +56,7 @@ def traced_run(
     tokens: Sequence[tuple[int, str]],
     answer: str,
 ) -> TracedRun:
-    """One run; `tokens` are the generated ones, each with its text."""
+    """Return one run; `tokens` are the generated ones, each with its text."""
     first, data = recorder.boundaries[0], original_of(policy) or policy.to_dict()
     layers = _layers(recorder.boundaries, [layer.flops for layer in report.layers])
     return TracedRun(
@@ -120,7 +120,7 @@ def _encoded(step: EncodeStep, image: int) -> EncodedImage:
 
 
 def _merges(shares: Tensor, before: Sequence[int], places: Sequence[int]) -> list[Merge]:
-    """Rows that are not simply the row of their own patch; `shares` is (new rows, old rows and prefix rows)."""
+    """Return the rows that are not just those of their own patch; `shares` is (new rows, old rows and prefix rows)."""
     found = []
     for place, row in zip(places, shares.detach().to("cpu", torch.float32), strict=True):
         used = row.nonzero()[:, 0].tolist()
@@ -153,7 +153,7 @@ def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoun
 
 
 def _clusters(merged_into: Tensor, image: TracedImage) -> list[Merge]:
-    """States of one image that others were merged into; `merged_into` are logical indices, one per token."""
+    """Return the states of one image that others were merged into; `merged_into` are logical indices, one per token."""
     patch = {token: number for number, token in enumerate(image.index)}
     members: dict[int, list[int]] = {}
     for number, into in enumerate(merged_into[image.index].tolist()):
@@ -167,7 +167,7 @@ def _patches(tokens: Tensor, images: Iterable[TracedImage]) -> list[list[int]]:
 
 
 def _layers(events: Sequence[BoundaryEvent], flops: Sequence[float]) -> list[TracedLayer]:
-    """Tokens before each layer, counted in the live sets that observers were told."""
+    """Count the tokens before each layer, by the live sets of the events."""
     layers = []
     for number, work in enumerate(flops):
         event = [event for event in events if event.boundary <= number][-1]
@@ -177,7 +177,7 @@ def _layers(events: Sequence[BoundaryEvent], flops: Sequence[float]) -> list[Tra
 
 
 def _evicted(event: CacheEvent) -> list[TracedEviction]:
-    """What went; layers that lost the same entries together, unless the stage noted something of each."""
+    """Return the evictions; layers that lost the same entries share one, unless the stage recorded notes."""
     found: dict[tuple[Any, ...], list[int]] = {}
     notes: dict[tuple[Any, ...], Scores] = {}
     for eviction in event.evictions:
@@ -197,10 +197,10 @@ def _evicted(event: CacheEvent) -> list[TracedEviction]:
 
 
 def exactly(values: Tensor) -> list[float]:
-    """Numbers with as many digits as single precision has, by which they come back bit by bit."""
+    """Return numbers with enough digits to restore float32 values bit for bit."""
     return [float(f"{value:.9g}") for value in values.detach().float().tolist()]
 
 
 def rounded(values: Tensor) -> Scores:
-    """Numbers with six significant digits; `None` for those that are not finite."""
+    """Return numbers with six significant digits, `None` for those that are not finite."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.detach().float().tolist()]

@@ -1,4 +1,4 @@
-"""What if a patch had stayed, or gone: edited copies of a trace, to be replayed."""
+"""Edited copies of a trace for replay: what if a patch had been kept, or dropped?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dropflow_lab.trace.follow import follow, follow_on, moves
 from dropflow_lab.trace.schema import EncodedImage, Trace, TracedRun
 
 EDIT = "edit"
-"""Name of the stage that drops a patch where no stage of the policy pruned."""
+"""Name of the stage that drops a patch at a boundary where no stage of the policy pruned."""
 
 
 def read_patches(text: str, option: str) -> tuple[int, list[int], int | None]:
@@ -27,10 +27,10 @@ def read_patches(text: str, option: str) -> tuple[int, list[int], int | None]:
 
 
 def keep_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int = 0) -> Trace:
-    """A copy in which `patches` of one image stay as long as vision does, in the caches, too.
+    """Return a copy in which `patches` of one image are kept as long as vision is live, in the caches as well.
 
-    Patches are counted row by row from 0. Of one that the vision encoder merged, the token stays that it is part of;
-    one that was merged inside the LLM stays on its own. Raises `InputError` for a patch that is not there.
+    Patches are counted row by row from 0. If the vision encoder merged a patch, the merged token is kept; a patch
+    merged inside the LLM is kept as its own token. Raises `InputError` for a patch that does not exist.
     """
     _check_there(trace, patches, image)
     traced = trace.runs[run]
@@ -55,9 +55,9 @@ def keep_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
 
 
 def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int = 0, at: int | None = None) -> Trace:
-    """A copy in which `patches` of one image are gone from boundary `at` on, by default as soon as vision enters.
+    """Return a copy in which `patches` of one image are dropped at boundary `at`, by default where vision enters.
 
-    Of a merged patch, the token goes that it is part of. Raises `InputError` for a patch that is not there or is
+    If a patch was merged, the merged token is dropped. Raises `InputError` for a patch that does not exist or is
     protected, and for a boundary outside the traced window.
     """
     _check_there(trace, patches, image)
@@ -74,7 +74,7 @@ def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
     shielded = set(trace.protected(traced)[image])
     for patch in patches:
         if standing[patch] in shielded:
-            raise InputError(f"patch {patch}: an encode stage protects it, so that it cannot be dropped")
+            raise InputError(f"patch {patch}: an encode stage protects it; drop another one")
     places = {standing[patch] for patch in patches}
     data = traced.model_dump()
     if at not in [boundary.boundary for boundary in traced.boundaries]:
@@ -83,13 +83,13 @@ def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
         if boundary["boundary"] >= at:
             boundary["kept"][image] = [p for p in boundary["kept"][image] if p not in places]
             _leave_merges(boundary, image, places)
-            if boundary.get("merged"):  # what would have been merged into a token that is gone goes, too
+            if boundary.get("merged"):  # what would be merged into a dropped token is dropped, too
                 boundary["merged"][image] = [m for m in boundary["merged"][image] if m["into"] not in places]
     return _with_run(trace, run, data)
 
 
 def _kept_by_encoder(steps: Sequence[dict[str, Any]], patches: int, patch: int, image: int) -> int:
-    """See to it that a row of the patch reaches the LLM, in the steps themselves; returns the place of that row."""
+    """Edit the steps so that a row of the patch reaches the LLM; return the place of that row."""
     place, before = patch, set(range(patches))
     for step in steps:
         own, shift = step["images"][image], step["shift"]
@@ -98,7 +98,9 @@ def _kept_by_encoder(steps: Sequence[dict[str, Any]], patches: int, patch: int, 
             if to is None:
                 free = {p - shift for p in before if p >= shift}.difference(own["kept"])
                 if not free:
-                    raise InputError(f"patch {patch}: the rows of stage {step['stage']!r} leave no place for it")
+                    raise InputError(
+                        f"patch {patch}: the rows of stage {step['stage']!r} leave no place for it; keep fewer patches"
+                    )
                 to = min(free, key=lambda other: abs(other - place + shift))
                 _add_row(own, place - shift, to)
             place = to + shift
@@ -107,7 +109,7 @@ def _kept_by_encoder(steps: Sequence[dict[str, Any]], patches: int, patch: int, 
 
 
 def _add_row(own: dict[str, Any], row: int, place: int) -> None:
-    """Let one more row of an image stay as it was, in a place that is free."""
+    """Keep one more row of an image, unchanged, in a free place."""
     position = bisect.bisect(own["kept"], place)
     own["kept"].insert(position, place)
     if own["sizes"] is not None:
@@ -117,7 +119,7 @@ def _add_row(own: dict[str, Any], row: int, place: int) -> None:
 
 
 def _leave_merges(boundary: dict[str, Any], image: int, places: set[int]) -> None:
-    """Take tokens out of the merges of a boundary, those apart that others are merged into."""
+    """Remove tokens from the merges of a boundary, except those that others are merged into."""
     if boundary.get("merged"):
         merges = boundary["merged"][image]
         left = [m | {"of": [p for p in m["of"] if p == m["into"] or p not in places]} for m in merges]
@@ -125,7 +127,7 @@ def _leave_merges(boundary: dict[str, Any], image: int, places: set[int]) -> Non
 
 
 def _new(trace: Trace, run: TracedRun, at: int) -> dict[str, Any]:
-    """A boundary that drops nothing yet."""
+    """Return a new boundary that drops nothing yet."""
     earlier = [boundary.kept for boundary in run.boundaries if boundary.boundary < at]
     kept = earlier[-1] if earlier else trace.entering(run)
     dropped: list[list[int]] = [[] for _ in kept]

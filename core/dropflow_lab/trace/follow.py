@@ -19,20 +19,20 @@ class Followed:
     places: list[list[int]]
     """Before each encode step, and after the last: per patch, the place of the row that stands for it.
 
-    A row stands for a patch that has its largest share in it, the first such row if there are several.
+    That is the row in which the patch has its largest share, the first one if there are several.
     """
     weights: list[float]
     """Share of each patch in its row after the last step, over all steps."""
     others: dict[int, int]
-    """Patch -> in how many more rows it has a share."""
+    """Patch -> number of other rows in which it has a share."""
 
     @property
     def entering(self) -> list[int]:
-        """Places at entry to the LLM."""
+        """Return the places at entry to the LLM."""
         return self.places[-1]
 
     def heads(self) -> dict[int, int]:
-        """Place of a merged row -> the one patch that makes up at least half of it, where there is one."""
+        """Map the place of each merged row to the one patch that makes up at least half of it, if there is one."""
         groups: dict[int, list[int]] = {}
         for patch, place in enumerate(self.entering):
             if place != GONE:
@@ -69,9 +69,9 @@ def follow(trace: Trace, run: TracedRun, image: int) -> Followed:
 
 
 def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
-    """Place -> place, for the tokens of one image whose state is in another one's place from this boundary on.
+    """Map the places of one image whose states move to another place at this boundary to their new places.
 
-    Those in `kept` have moved there: their own place holds another state.
+    If such a place is in `kept`, it holds another state from here on.
     """
     kept = set(boundary.kept[image])
     merges = boundary.merged[image] if boundary.merged else []
@@ -80,14 +80,13 @@ def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
 
 
 def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> list[int]:
-    """Places of the tokens that stand for patches after one boundary of the LLM; dropped ones stay as they were."""
+    """Return the places of the tokens that stand for patches after one boundary of the LLM, dropped ones as before."""
     into = merged_away(boundary, image)
     return [into.get(place, place) for place in places]
 
 
 def moves(image: EncodedImage) -> dict[int, tuple[int, float]]:
-    """Place of a row before a step -> that of the row which stands for it after, and its share; dropped ones are
-    missing."""
+    """Map the place of a row before a step to that of its row after it, and its share; dropped rows are missing."""
     replaced = {merge.into for merge in image.merged or ()}
     found = {place: (place, 1.0) for place in image.kept if place not in replaced}
     for merge in image.merged or ():

@@ -1,4 +1,4 @@
-"""The trace as one static HTML page: data in compact form, put into the page in `web`, which draws it."""
+"""Builds the static HTML page of a trace: data in compact form, inserted into the page in `web`, which draws it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SCRIPTS = ("fates.js", "drawing.js", "panels.js")
-_OUTSIDE_LAYERS: dict[Any, str] = {None: "the encoder's output", "features": "what the projector gets"}
+_OUTSIDE_LAYERS: dict[Any, str] = {None: "the encoder's output", "features": "the projector's input"}
 
 
 def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:
     """Return the page: all runs of `trace` side by side, over one picture per image of its prompt (or none).
 
-    The page is self-contained and asks no network. Texts of the trace are only ever shown as text.
+    The page is self-contained and makes no network requests. Strings of the trace are never parsed as HTML.
     """
     shown = pictures or [None] * len(trace.prompt.images)
     data = {
@@ -54,7 +54,7 @@ def _template() -> str:
 
 
 def _strip(patches: int) -> tuple[int, int]:
-    """Rows and columns to show patches in whose grid is not known."""
+    """Return the rows and columns in which to show patches without a known grid."""
     columns = max(1, min(patches, 32))
     return -(-patches // columns), columns
 
@@ -93,7 +93,7 @@ def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
 
 
 def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
-    """What happened at each boundary; `gone` counts the tokens that were dropped, were merged, and became means."""
+    """Return the events of each boundary; `gone` counts tokens dropped, tokens merged, and the tokens they became."""
     sizes = [len(image.index) for image in trace.prompt.images]
     found, before = [], sum(map(len, trace.entering(run)))
     for boundary in run.boundaries:
@@ -119,7 +119,7 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
 
 
 def _lost(run: TracedRun, own: Followed) -> dict[int, str]:
-    """Where in the encoder each patch was dropped that does not reach the LLM."""
+    """Map each patch that does not reach the LLM to where in the encoder it was dropped."""
     lost = {}
     for step, before, after in zip(run.encode, own.places[:-1], own.places[1:], strict=True):
         for patch, place in enumerate(after):
@@ -129,7 +129,7 @@ def _lost(run: TracedRun, own: Followed) -> dict[int, str]:
 
 
 def _place(step: TracedEncode) -> str:
-    """Where on the vision side a stage worked."""
+    """Return where on the vision side a stage ran."""
     if isinstance(step.boundary, float):
         return f"the middle of vision layer {int(step.boundary)}"
     return _OUTSIDE_LAYERS.get(step.boundary, f"vision boundary {step.boundary}")
@@ -159,7 +159,7 @@ def _scores(run: TracedRun, followed: Sequence[Followed]) -> list[dict[str, Any]
 
 
 def _of_cells(scores: Scores, places: Sequence[int], shift: int = 0) -> Scores:
-    """The score of each patch's row, with three significant digits; null where there is none."""
+    """Return the score of each patch's row, with three significant digits; null where there is none."""
     found: Scores = []
     for place in places:
         score = scores[place - shift] if shift <= place < len(scores) + shift else None
@@ -177,7 +177,7 @@ def _evicted(eviction: TracedEviction, where: dict[int, tuple[int, int]], images
 
 
 def _bits(chosen: Sequence[int], count: int) -> str:
-    """Patches as bits, lowest first, in base64."""
+    """Return patches as bits, lowest first, in base64."""
     packed = bytearray(-(-count // 8))
     for patch in chosen:
         packed[patch // 8] |= 1 << patch % 8

@@ -1,4 +1,4 @@
-"""The pictures a page shows: what the model saw, crop and all, small enough to be embedded."""
+"""The pictures that a page shows: what the model saw, resized and cropped, small enough to be embedded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BUDGET = 90_000
 
 
 def seen_pictures(processor: Any, pictures: Sequence[Image], question: str, images: int) -> list[Image | None]:
-    """One picture per image of the prompt, of which there are `images`.
+    """Return one picture, or `None`, for each of the `images` images of the prompt.
 
-    Made from the processor's `pixel_values` where these have one entry per image, so that resizing and cropping show;
-    the given pictures otherwise, if there are as many; or else none.
+    They are made from the processor's `pixel_values` if these have one entry per image, so that resizing and cropping
+    are visible; otherwise they are the given pictures, if there are as many.
     """
     made = _from_pixels(processor, build_inputs(processor, [(pictures, question)]).get("pixel_values"), images)
     if made is not None:
@@ -33,7 +33,7 @@ def seen_pictures(processor: Any, pictures: Sequence[Image], question: str, imag
 
 
 def data_uris(pictures: Sequence[Image | None]) -> list[str | None]:
-    """Each picture as a data URI, all of them within `BUDGET`."""
+    """Return each picture as a data URI; all of them together fit `BUDGET`."""
     each = BUDGET // max(len(pictures), 1)
     return [None if picture is None else _data_uri(picture, each) for picture in pictures]
 

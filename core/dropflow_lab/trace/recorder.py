@@ -12,7 +12,7 @@ NAME = "(trace)"
 
 
 class Recorder(Stage[StageOptions]):
-    """Keeps the events of the calls it sees, for as long as it is attached."""
+    """Records the events of all calls while it is attached."""
 
     def __init__(self, options: StageOptions, context: StageContext) -> None:
         super().__init__(options, context)
@@ -25,21 +25,21 @@ class Recorder(Stage[StageOptions]):
 
     @hookimpl
     def observe_encode(self, event: EncodeEvent) -> None:
-        """Keep what became of the images."""
+        """Record what was decided about the images."""
         self.encoded.append(event)
 
     @hookimpl
     def observe(self, event: BoundaryEvent) -> None:
-        """Keep what was applied at a boundary."""
+        """Record what was applied at a boundary."""
         self.boundaries.append(event)
 
     @hookimpl
     def observe_cache(self, event: CacheEvent) -> None:
-        """Keep what went out of the caches, and how much they hold."""
+        """Record what was evicted from the caches, and how much they hold."""
         self.caches.append(replace(event, layers=()))
         self.held.append([int(view.valid[0].sum()) for view in event.layers])
 
 
 def watched(policy: Policy) -> Policy:
-    """The policy with a `Recorder` after its stages, which changes nothing."""
+    """Return the policy with a `Recorder` after its stages, which changes nothing."""
     return replace(policy, stages={**policy.stages, NAME: StageUse("trace/recorder", Recorder, StageOptions())})

@@ -1,4 +1,4 @@
-"""Forces the keeps of a trace, whatever the scores say: every stage of the traced policy becomes one that remembers."""
+"""Forces the keeps of a trace, regardless of scores: every stage becomes one that repeats its decisions."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Part:
     gone: dict[int, list[set[int]]] = field(default_factory=dict)
     """Per such boundary and image, the patches that it drops."""
     first: set[int] = field(default_factory=set)
-    """Boundaries at which it is the first to prune, and sees to it that `kept` is obeyed."""
+    """Boundaries at which it is the first to prune, and enforces `kept`."""
     evictions: dict[int, list[TracedEviction]] = field(default_factory=dict)
-    """By step."""
+    """Evictions by step."""
 
 
 class ReplayOptions(StageOptions):
@@ -56,12 +56,12 @@ class ReplayOptions(StageOptions):
 
     trace: Trace = Field(exclude=True, description="the trace")
     run: int = Field(0, ge=0, description="which of its runs to replay")
-    stage: str = Field(description="the stage of that run whose part this one plays")
+    stage: str = Field(description="the stage of that run that this one replays")
     part: InstanceOf[Part] = Field(exclude=True, description="what that stage decided")
 
 
 def replay_policy(trace: Trace, run: int = 0) -> Policy:
-    """A policy that repeats one run of `trace`: the same stages by name, each forcing what it decided then.
+    """Return a policy that repeats one run of `trace`: the same stages by name, each repeating its decisions.
 
     Attach it with `dropflow.attach` to the same model and give it the same prompt, or one with its images in the same
     places. Raises `PolicyError` when attached to a model of another depth, or for a run that cannot be repeated.
@@ -79,7 +79,7 @@ def replay_policy(trace: Trace, run: int = 0) -> Policy:
 
 
 def original_of(policy: Policy) -> dict[str, Any] | None:
-    """The policy that was traced, if this one replays a trace."""
+    """Return the policy that was traced, if this one replays a trace."""
     for use in policy.stages.values():
         if isinstance(use.options, ReplayOptions):
             return use.options.trace.runs[use.options.run].policy
@@ -87,7 +87,7 @@ def original_of(policy: Policy) -> dict[str, Any] | None:
 
 
 def _parts(run: TracedRun, sizes: Sequence[int]) -> dict[str, Part]:
-    """What each stage decided, in policy order, those an edit has added last; `sizes` are patches per image."""
+    """Return what each stage decided, in policy order, stages added by an edit last; `sizes` are patches per image."""
     parts: dict[str, Part] = {name: Part() for name in run.policy.get("stages", {})}
     for step in run.encode:
         parts.setdefault(step.stage, Part()).encodes[step.boundary] = step
@@ -107,7 +107,7 @@ def _parts(run: TracedRun, sizes: Sequence[int]) -> dict[str, Part]:
 
 
 def _obey(boundary: TracedBoundary, parts: dict[str, Part], sizes: Sequence[int]) -> None:
-    """Let the first stage of a boundary also drop what no stage does, and yet is not among `kept`."""
+    """Make the first stage of a boundary also drop what no stage drops and `kept` does not contain."""
     at, first = boundary.boundary, boundary.by[0].stage
     parts[first].first.add(at)
     by_others: list[set[int]] = [set() for _ in sizes]
@@ -122,7 +122,7 @@ class Replay(Stage[ReplayOptions]):
     """Repeats what one stage of a trace decided: rows, merges, protection, window, keeps and evictions."""
 
     Options = ReplayOptions
-    summary = "forces the keeps of a trace, whatever the scores say"
+    summary = "forces the keeps of a trace, regardless of scores"
 
     def __init__(self, options: ReplayOptions, context: StageContext) -> None:
         super().__init__(options, context)
@@ -137,8 +137,8 @@ class Replay(Stage[ReplayOptions]):
         self._encodes, self._evictions = options.part.encodes, options.part.evictions
         if any(image.merged is None for step in self._encodes.values() for image in step.images):
             raise PolicyError(
-                f"stages.{name}: put new rows in the place of old ones and did not say from which (`Encode.shares`), "
-                "so that they cannot be made again; such a run can be looked at, but not replayed"
+                f"stages.{name}: replaced rows without saying which rows the new ones are made of (`Encode.shares`), "
+                "so that they cannot be rebuilt; such a run can be viewed, but not replayed"
             )
 
     @property
@@ -148,7 +148,7 @@ class Replay(Stage[ReplayOptions]):
 
     @property
     def decode_every(self) -> int:
-        """Every token where the traced stage evicted while decoding."""
+        """1, every token, if the traced stage evicted while decoding; else 0."""
         return int(any(self._evictions))
 
     def forecast(self) -> Forecast:
@@ -161,19 +161,19 @@ class Replay(Stage[ReplayOptions]):
         )
 
     @hookimpl
-    def inject(self, call: WindowCall) -> int | None:  # noqa: ARG002  # the trace says it
-        """Boundary at which the traced stage let vision in."""
+    def inject(self, call: WindowCall) -> int | None:  # noqa: ARG002  # decided by the trace
+        """Return the boundary at which the traced stage let vision enter."""
         return self.forecast().entry
 
     @hookimpl
-    def exit(self, call: WindowCall) -> Exit | None:  # noqa: ARG002  # the trace says it
-        """Boundary at which the traced stage let vision go."""
+    def exit(self, call: WindowCall) -> Exit | None:  # noqa: ARG002  # decided by the trace
+        """Return the boundary at which the traced stage let vision exit."""
         at = self.forecast().exit
         return None if at is None else Exit(at, keep_answer_sources=self._run.keep_asking)
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
-        """Make the same rows again."""
+        """Rebuild the traced rows."""
         step = self._encodes[call.boundary]
         if len(step.images) != len(call.features):
             raise self._misfit(f"{len(step.images)} images, but this call encodes {len(call.features)}")
@@ -201,7 +201,7 @@ class Replay(Stage[ReplayOptions]):
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:
-        """Drop what the traced stage dropped; the first stage of a boundary sees to it that its `kept` is obeyed."""
+        """Drop what the traced stage dropped; the first stage of a boundary enforces its `kept`."""
         part, at = self.options.part, call.boundary
         if at in part.first:
             self._check_layout(call)
@@ -211,7 +211,7 @@ class Replay(Stage[ReplayOptions]):
         return Keep(~torch.isin(call.index, dropped), merge_into=merged)
 
     def _merged(self, boundary: TracedBoundary, index: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch slots"] | None:
-        """The slot that each slot's state was merged into; `None` where none was."""
+        """Return the slot that each slot's state was merged into; `None` if none was."""
         if not any(boundary.merged):
             return None
         into = torch.arange(int(index.max()) + 1, device=index.device)
@@ -237,7 +237,7 @@ class Replay(Stage[ReplayOptions]):
         return CacheKeep(keeps) if keeps else None
 
     def _check_layout(self, call: PruneCall) -> None:
-        """Live patches stand where the trace has patches of the same image, and text, which is all live, where not."""
+        """Check that live patches are where the trace has patches of the same image, and text is where it has none."""
         if len(call.image_sizes) != len(self._images):
             raise self._misfit(f"{len(self._images)} images, but this prompt has {len(call.image_sizes)}")
         length = 1 + max((i for image in self._images for i in image.index), default=0)
@@ -251,7 +251,7 @@ class Replay(Stage[ReplayOptions]):
     def _misfit(self, what: str) -> DecisionError:
         return DecisionError(
             f"stages.{self.options.stage}: the trace does not fit this prompt: it has {what}; replay it with the "
-            "prompt and the pictures it was made with"
+            "prompt and the pictures it was made from"
         )
 
 

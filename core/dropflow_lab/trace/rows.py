@@ -1,4 +1,4 @@
-"""Rows of the vision encoder, made again from what a trace says of them."""
+"""Rebuilds rows of the vision encoder from a trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def made_again(
     held: Sequence[int],
     image: EncodedImage,
 ) -> Float[Tensor, "kept dim"]:
-    """Rows of one image after a step that put new ones in; `held` is the patch that each of `features` stands for.
+    """Return the rows of one image after a step that made new ones; `held` is the patch of each of `features`.
 
     Equal shares are taken as the plain mean of the members, others as a sum in float32.
     """
@@ -42,13 +42,13 @@ def made_again(
 def shares(
     prefix: Float[Tensor, "prefix dim"], held: Sequence[int], image: EncodedImage
 ) -> Float[Tensor, "kept rows+prefix"]:
-    """By which each of these rows is a sum of those before, and of the prefix rows: the same for unit vectors."""
+    """Return the weights of old rows and prefix rows in each new row, by rebuilding from unit vectors."""
     unit = torch.eye(len(held) + len(prefix), device=prefix.device)
     return made_again(unit[: len(held)], unit[len(held) :], held, image)
 
 
 def _alike(kept: Sequence[int], merged: dict[int, Merge]) -> dict[tuple[int, bool], list[int]]:
-    """Numbers of the new rows by how many members they have, and by whether they are plain means."""
+    """Group the numbers of the new rows by their count of members and by whether they are plain means."""
     groups: dict[tuple[int, bool], list[int]] = {}
     for n, place in enumerate(kept):
         merge = merged.get(place)

@@ -1,4 +1,4 @@
-"""What a trace file says: one prompt, and what each policy did to its visual tokens. The models are its JSON Schema."""
+"""The format of trace files, as pydantic models: one prompt, and what each policy did to its visual tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dropflow_lab.files import write_text
 from dropflow_lab.trace.bounds import bounds_faults, prompt_faults
 
 LONGEST = 2**24
-"""No prompt has more tokens, so that no number of a token or patch is larger."""
+"""Most tokens of a prompt, and so the largest number of a token or patch."""
 _SHOWN_FAULTS = 10
 
 Count = Annotated[int, Field(ge=0, le=LONGEST)]
 Numbers = list[Count]
 Scores = list[float | None]
-"""One number per patch; null where the stage ranked none, or gave no finite number."""
+"""One number per patch; null where the stage gave none, or none that is finite."""
 
 
 class _Part(BaseModel):
@@ -38,7 +38,7 @@ class TracedImage(_Part):
 
     index: Numbers = Field(description="logical index, in the prompt, of each patch, row by row of the grid")
     extra: Numbers = Field(
-        default=[], description="logical indices of its tokens that are no patches, such as newlines"
+        default=[], description="logical indices of its tokens that are not patches, such as newlines"
     )
     grid: tuple[Count, Count] | None = Field(
         description="rows and columns of patches; null where the backbone cannot tell"
@@ -66,7 +66,7 @@ class Merge(_Part):
 
     @model_serializer(mode="wrap")
     def _short(self, as_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is empty: a stage that reorders rows makes a merge of each, in every layer."""
+        """Leave out empty fields: a stage that reorders rows makes a merge of each, in every layer."""
         return {name: value for name, value in as_dict(self).items() if value not in (None, [])}
 
 
@@ -75,7 +75,7 @@ class EncodedImage(_Part):
 
     kept: Numbers = Field(description="patches whose rows are present after the step, ascending")
     merged: list[Merge] | None = Field(
-        default=[], description="rows that stand for other patches than their own; null where the stage does not tell"
+        default=[], description="rows that stand for other patches than their own; null where the stage does not say"
     )
     sizes: list[float] | None = Field(
         default=None, description="patches that each row of `kept` is the mean of; null where no row is new"
@@ -94,25 +94,25 @@ class TracedEncode(_Part):
     )
     shift: Count = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     proportional: bool = Field(
-        default=False, description="attention of later layers of the encoder counts each row as often as its size says"
+        default=False, description="whether attention in later layers of the encoder weights each row by its size"
     )
     images: list[EncodedImage]
 
 
 class Pruning(_Part):
-    """What one stage had to say at one boundary of the LLM."""
+    """What one stage decided at one boundary of the LLM."""
 
     stage: str = Field(description="its name in the policy")
     dropped: list[Numbers] = Field(
-        description="per image: live patches whose tokens it took out, merged ones included, protected ones left out"
+        description="per image: live patches whose tokens it removed, including merged ones, excluding protected ones"
     )
     scores: list[Scores] | None = Field(default=None, description="per image: what it ranked each patch by")
 
 
 class TracedBoundary(_Part):
-    """What was left after one boundary of the LLM at which stages pruned. A replay obeys `kept`."""
+    """What was left after one boundary of the LLM at which stages pruned. A replay enforces `kept`."""
 
-    boundary: Count = Field(description="layer before which it lies")
+    boundary: Count = Field(description="the layer that it precedes")
     kept: list[Numbers] = Field(description="per image: patches that are live from here on")
     by: list[Pruning] = Field(min_length=1, description="the stages that pruned, in policy order")
     merged: list[list[Merge]] = Field(default=[], description="per image: states that became the mean of several")
@@ -120,12 +120,14 @@ class TracedBoundary(_Part):
 
 
 class TracedEviction(_Part):
-    """Entries that one stage took out of the caches of some layers in one call."""
+    """Entries that one stage evicted from the caches of some layers in one call."""
 
     stage: str = Field(description="its name in the policy")
     layers: Numbers
-    tokens: Numbers = Field(description="logical indices of the visual tokens whose keys and values went")
-    notes: Scores | None = Field(default=None, description="what the stage noted of each of them, such as attention")
+    tokens: Numbers = Field(description="logical indices of the visual tokens whose keys and values were evicted")
+    notes: Scores | None = Field(
+        default=None, description="what the stage recorded for each of them, such as attention"
+    )
 
 
 class TracedCall(_Part):
@@ -150,14 +152,14 @@ class TracedRun(_Part):
     """What one policy did."""
 
     name: str = Field(description="name of the policy")
-    policy: dict[str, Any] = Field(description="the policy, as its YAML file would say it")
+    policy: dict[str, Any] = Field(description="the policy, as in its YAML file")
     positions: Literal["persistent", "compact"] = "persistent"
     entry: Count = Field(description="boundary from which vision is live")
     exit: Count = Field(description="boundary from which no vision is live; the number of layers for none")
     entered_by: list[str] = Field(default=[], description="stages that set `entry`")
     exited_by: list[str] = Field(default=[], description="stages that set `exit`")
     keep_asking: bool = Field(
-        default=False, description="visual tokens that an answer is predicted from outlive the exit"
+        default=False, description="whether visual tokens that an answer is predicted from are kept after the exit"
     )
     encode: list[TracedEncode] = []
     boundaries: list[TracedBoundary] = []
@@ -186,7 +188,7 @@ class Trace(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Every number stands for what is there; patches never come back, and protected ones never go."""
+        """Check that numbers are in range, dropped patches never come back, and protected ones are never dropped."""
         faults = prompt_faults(self) or [
             fault
             for n, run in enumerate(self.runs)
@@ -198,7 +200,7 @@ class Trace(_Part):
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Read a trace file; raises `InputError` naming what is wrong in it."""
+        """Read a trace file; raises `InputError` naming its faults."""
         if not path.is_file():
             raise InputError(f"{path}: no such trace file")
         try:
@@ -207,7 +209,7 @@ class Trace(_Part):
             raise InputError("\n".join(f"{path}: {line}" for line in _lines(error))) from None
 
     def save(self, path: Path) -> None:
-        """Write the trace file, making its folder."""
+        """Write the trace file, creating its folder."""
         write_text(path, self.model_dump_json() + "\n")
 
     def entering(self, run: TracedRun) -> list[list[int]]:
@@ -229,7 +231,7 @@ class Trace(_Part):
 
 
 def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
-    """What contradicts itself in a run whose numbers are within bounds."""
+    """Return the contradictions in a run whose numbers are within bounds."""
     faults = []
     before, since, protected = trace.entering(run), "the vision encoder", trace.protected(run)
     for n, boundary in enumerate(run.boundaries):
@@ -237,14 +239,16 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
         for i, merges in enumerate(boundary.merged):
             absent = {p for merge in merges for p in (merge.into, *merge.of)}.difference(*before[i : i + 1])
             if absent:
-                faults.append(f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone after {since} already")
+                faults.append(
+                    f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone after {since}; leave it out"
+                )
         for i, kept in enumerate(boundary.kept):
             gone = sorted(set(kept) - set(before[i]))
             lost = sorted(set(protected[i]) - set(kept))
             if gone:
-                faults.append(f"{where}.{i}: patch {gone[0]} was gone after {since} already; keep it there, too")
+                faults.append(f"{where}.{i}: patch {gone[0]} was gone after {since}; keep it there, too")
             if lost:
-                faults.append(f"{where}.{i}: patch {lost[0]} is protected and cannot be dropped")
+                faults.append(f"{where}.{i}: patch {lost[0]} is protected; keep it")
         if faults:
             break
         before, since = [list(kept) for kept in boundary.kept], f"boundary {boundary.boundary}"

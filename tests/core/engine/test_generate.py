@@ -1,4 +1,4 @@
-"""The ways `generate` and callers run a model: each gives what the masked run gives."""
+"""Every way in which `generate` and callers run a model gives the same result as the masked run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True}]
 
 
 def generate(model: Any, inputs: dict[str, Any], mode: dict[str, Any]) -> torch.Tensor:
-    """Tokens in one mode, with the same dice every time."""
+    """Generated tokens in one mode, with the same random seed every time."""
     torch.manual_seed(0)
     tokens: torch.Tensor = model.generate(**inputs, **(BUDGET | mode))
     return tokens

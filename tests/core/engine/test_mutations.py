@@ -1,4 +1,4 @@
-"""Seven bugs that are easily made, planted one by one: the checks of this suite catch each."""
+"""Seven plausible bugs, injected one at a time: the checks of this suite catch each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observers see the encoder, the boundaries and the caches, and where there are none no event is made."""
+"""Observers see the encoder, the boundaries and the caches; without observers, no event is created."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_policy_without_encode_stages_tells_of_the_images_too(llava: Any) -> N
 @torch.no_grad()
 def test_without_observers_no_event_is_made_and_nothing_is_told(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("made although nobody watches")
+        raise AssertionError("an event was created without observers")
 
     for name in (
         "decoder.prompt_run.BoundaryEvent",

@@ -28,7 +28,7 @@ MODELS = {
 
 @contextmanager
 def layer_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the hidden states that each decoder layer really gets."""
+    """Collects the hidden states that each decoder layer actually receives."""
     seen: list[torch.Tensor] = []
     layers = model.get_decoder()._modules["layers"]
     handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]

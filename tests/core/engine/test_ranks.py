@@ -26,7 +26,7 @@ STEPS = 4
 
 
 def by_hand(model: Any, rank: int = 0, ranks: int = 1) -> list[float]:
-    """Four steps of SGD over batches of four; each rank takes its part, losses count over the global batch."""
+    """Four steps of SGD over batches of four; each rank takes its share, and losses are over the global batch."""
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.05)
     losses = []
     for step in range(STEPS):
@@ -83,9 +83,9 @@ def trained(folder: Path) -> list[float]:
 
 
 def work(folder: Path) -> None:
-    """What each of the two processes does; the first one writes down the losses."""
+    """The work of each of the two processes; the first one records the losses."""
     warnings.simplefilter("ignore")
-    AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests of the parent have left
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by earlier tests of the parent process
     losses: dict[str, Any] = {"trainer": trained(folder)}
     losses["replicated"] = replicated()
     losses["sharded by layer"] = sharded(list)

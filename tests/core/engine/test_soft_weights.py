@@ -1,4 +1,4 @@
-"""Soft weights of a stage: what they do to attention, to the loss and to gradients, and when they do nothing."""
+"""How a stage's soft weights affect attention, the loss and gradients, and when they have no effect."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_every_kind_of_wait_is_counted() -> None:
 
 @torch.no_grad()
 def waits(model: Any, inputs: dict[str, Any]) -> tuple[HostSyncs, HostSyncs]:
-    """Those of a prefill, and of the decode step after it."""
+    """Waits of a prefill and of the following decode step."""
     with HostSyncs() as prefill:
         cache = model(**inputs, use_cache=True)[CACHE_ARGUMENT]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
@@ -51,7 +51,7 @@ def waits(model: Any, inputs: dict[str, Any]) -> tuple[HostSyncs, HostSyncs]:
 
 
 def counted(model: Any, which: Any, inputs: dict[str, Any]) -> tuple[int, int]:
-    """How many waits a policy adds to those of the plain model, in a prefill and in the decode step after it."""
+    """Number of waits that a policy adds to those of the plain model, in a prefill and in the next decode step."""
     plain = waits(model, inputs)
     with dropflow.attach(model, which):
         flowing = waits(model, inputs)

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` trains through a policy: its losses are those of a plain loop over the masked run."""
+"""`transformers.Trainer` trains under a policy with the same losses as a plain loop over the masked run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _newer_names() -> Any:
 
 
 def masked_losses(side: str = "right") -> list[float]:
-    """A loop by hand, in which nothing is removed and everything dropped is masked."""
+    """A hand-written training loop in which dropped tokens are masked instead of removed."""
     model = freeze_tower(tiny_llava()).train()
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.05)
     losses = []

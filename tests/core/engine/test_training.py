@@ -1,4 +1,4 @@
-"""Loss and gradients through a policy equal those of the masked run."""
+"""Loss and gradients under a policy equal those of the masked run."""
 
 from __future__ import annotations
 

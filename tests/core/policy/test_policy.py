@@ -52,7 +52,7 @@ def test_a_key_said_twice_is_refused(tmp_path: Path) -> None:
         ("stages: {p: {use: hidrop/concave-pyramid, keep: {10: 5, 10: 7}}}", "10"),
     ):
         path.write_text(text)
-        with pytest.raises(PolicyError, match=f"the key {key} is there twice"):
+        with pytest.raises(PolicyError, match=f"the key {key} appears twice"):
             dropflow.load_policy(path)
     path.write_text("base: &base {use: hidrop/early-exit, at: 3}\nstages: {e: {<<: *base, at: 4}}\n")
     with pytest.raises(PolicyError, match=r"^base: unknown option"):  # merge keys pass

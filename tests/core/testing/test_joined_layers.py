@@ -1,4 +1,4 @@
-"""A vision encoder of which several layers' features are joined cannot lose rows inside: ViP-LLaVA."""
+"""Rows cannot be dropped inside a vision encoder if features of several layers are joined, as in ViP-LLaVA."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Plain(Backbone):
 
 
 class OneLayer(Plain):
-    """Takes the features for those of one layer."""
+    """Wrongly states that the features come from one layer."""
 
     @property
     def vision(self) -> VisionEncoder:
@@ -66,9 +66,7 @@ def test_stages_inside_such_an_encoder_are_refused_by_name(stage: str) -> None:
 
 def test_the_kit_finds_an_adapter_that_takes_them_for_one_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert assert_backbone_conforms(Plain, TINY) < 1e-5
-    wide = (
-        r"OneLayer \(images\): the fact 'vision_layers' is wrong: layer 1 of the encoder gives rows of 16 numbers, the"
-    )
+    wide = r"OneLayer \(images\): the fact 'vision_layers' is wrong: layer 1 of the encoder returns rows of 16 numbers,"
     with pytest.raises(BrokenGuarantee, match=wide):
         assert_backbone_conforms(OneLayer, TINY)
 
@@ -80,6 +78,6 @@ def test_the_kit_finds_an_adapter_that_takes_them_for_one_layers(monkeypatch: py
     inside = r"the fact 'vision_layers' is wrong: rows cannot be dropped inside the encoder: .*; see `vision`"
     with pytest.raises(BrokenGuarantee, match=inside):
         assert_backbone_conforms(Unprojected, TINY)
-    monkeypatch.setattr(refusals, "_joined_layers", lambda _: "")  # as of a model whose config calls it otherwise
+    monkeypatch.setattr(refusals, "_joined_layers", lambda _: "")  # as for a model whose config names it differently
     with pytest.raises(BrokenGuarantee, match=inside):
         assert_backbone_conforms(Unprojected, TINY)

@@ -1,4 +1,4 @@
-"""The conformance kit catches each guarantee being broken, and says which, where and by how much."""
+"""The conformance kit detects each broken guarantee, and says which one, where and by how much."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class SeesBeams(Stage[Any]):
 
 
 def test_a_stage_that_treats_beams_otherwise_breaks_the_third() -> None:
-    message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample by itself"
+    message = r"SeesBeams x llava: guarantee 3 .*: beam 0 of sample 0 keeps other tokens than the sample alone"
     with pytest.raises(BrokenGuarantee, match=message):
         assert_stage_conforms(SeesBeams, models={"llava": FAMILIES["llava"]})
 
 
 class RanksByNothing(Stage[Any]):
-    """Divides by the attention of nobody."""
+    """Divides by an attention of zero."""
 
     prune_at = (2,)
 
@@ -138,7 +138,7 @@ def test_eviction_that_the_masked_run_does_not_know_of_is_noticed(monkeypatch: p
     from dropflow.testing import guarantees
 
     monkeypatch.setattr(guarantees, "_held", lambda *_: None)
-    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step 1 on, other tokens are generated"):
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step 1 on, the generated tokens differ"):
         assert_stage_conforms(EvictAfterPrefill, models={"llava": FAMILIES["llava"]})
 
 

@@ -1,4 +1,4 @@
-"""The kit names what a stage of somebody else does wrong: the guarantee, the sample, the layer, and where to look."""
+"""The kit names what a faulty stage does wrong: the guarantee, the sample, the layer, and where to look."""
 
 from __future__ import annotations
 
@@ -123,11 +123,11 @@ FACTS = r"x llava: guarantee 5 .*: on a model without the fact '{}', which the s
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (EvictsByNeighbours, DECODING + r"of layer 2 after step 1 alone than in the batch; look at what `dec"),
+        (EvictsByNeighbours, DECODING + r"of layer 2 after step 1 alone than in the batch; check what `dec"),
         (LeaksBetweenSamples, DECODING + r"of layer 2 after step \d alone"),
-        (CountsItsCalls, r"guarantee 4 .*: a second, equal generation leaves sample \d other entries .* layer 2 after"),
+        (CountsItsCalls, r"guarantee 4 .*: a second, equal generation gives sample \d other entries .* layer 2 after"),
         (RemembersPrompts, r"guarantee 4 .*: a second, equal call keeps other tokens of sample 0 from layer 2 on"),
-        (Promises, r"guarantee 5 .*: forecast are 5 visual tokens of image 0 \(sample 0, 16 patches\) in layer 2, a"),
+        (Promises, r"guarantee 5 .*: 5 visual tokens are forecast for image 0 \(sample 0, 16 patches\) in layer 2,"),
         (NeedsANorm, FACTS.format("final_norm")),
         (NeedsRotary, FACTS.format("rotary")),
         (NeedsAGrid, FACTS.format("grid")),

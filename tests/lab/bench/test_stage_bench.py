@@ -107,7 +107,7 @@ def test_a_metered_model_answers_as_under_the_policy_itself() -> None:
     model, inputs = build_model(TOY), build_prompt(TOY)
     name = "filter with budgets, then the cache"
     which = {
-        "name": name,
+        "name": "bench",
         "tuned_for": {"layers": 32, "visual_tokens": 576},
         "rescale": True,
         "stages": POLICIES[name],

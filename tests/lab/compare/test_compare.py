@@ -214,7 +214,7 @@ def test_a_folder_of_questions_by_the_command(cli: Any, refused: Any, model_fold
     assert "half" in shown.stdout
     assert "…" not in shown.stdout
     assert "--policies: nope: " in refused("compare", model_folder, "--policies", "nope", *options)
-    assert "names or paths with commas" in refused("compare", model_folder, "--policies", "", *options)
+    assert "comma-separated names or paths" in refused("compare", model_folder, "--policies", "", *options)
     assert "--downsample" in refused("compare", model_folder, "--downsample", "few", *options)
     assert "--models" in refused("compare", model_folder, "--models", "dense,hidrop", *options)
     document = tmp_path / "results.md"

@@ -50,7 +50,7 @@ def test_a_damaged_file_is_measured_again_and_said_so(tmp_path: Path, capsys: An
     path.write_bytes(content.encode(errors="surrogateescape"))
     assert finished.read("a", {}) is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path}: damaged, so that it is measured again: ")
+    assert line.startswith(f"{path}: damaged, measuring again: ")
 
 
 def test_a_file_of_another_shape_is_measured_again(tmp_path: Path, capsys: Any) -> None:
@@ -59,7 +59,7 @@ def test_a_file_of_another_shape_is_measured_again(tmp_path: Path, capsys: Any) 
     for measured, parse in ((cost, TypeAdapter(Cost).validate_python), (["a"], partial(read_answers, questions=1))):
         finished.write("a", {}, measured)
         assert finished.read("a", {}, parse) is None
-    answers = Answers(("yes", "no"), 3.0, 4.0)
+    answers = Answers(("yes", "no"), 3.0, 2.5, 4.0)
     finished.write("a", {}, asdict(answers))
     assert finished.read("a", {}, partial(read_answers, questions=2)) == answers
     assert finished.read("a", {}, partial(read_answers, questions=3)) is None

@@ -12,6 +12,7 @@ from PIL import Image
 from dropflow_lab.console.commands.digits import Split
 from dropflow_lab.digits.checkpoints.model import checkpoint_path
 from dropflow_lab.digits.data.glyphs import SPLITS
+from dropflow_lab.digits.training.recipe import PLAIN, Recipe
 
 
 def test_the_splits_are_those_of_the_task() -> None:
@@ -31,10 +32,10 @@ def test_train_passes_its_options_on(cli, monkeypatch, tmp_path) -> None:
     result = cli("digits", "train", "--out", tmp_path, "--no-resume", "--seed", 3, "--threads", 2, "--json")
     assert json.loads(result.stdout) == {"out": str(tmp_path)}
     assert "step 1" in result.stderr
-    cli("digits", "train", "--out", tmp_path)
+    cli("digits", "train", "--out", tmp_path, "--plain")
     assert calls == [
-        (tmp_path, {"seed": 3, "threads": 2, "resume": False}),
-        (tmp_path, {"seed": 0, "threads": 1, "resume": True}),
+        (tmp_path, {"seed": 3, "threads": 2, "resume": False, "recipe": Recipe()}),
+        (tmp_path, {"seed": 0, "threads": 1, "resume": True, "recipe": PLAIN}),
     ]
 
 

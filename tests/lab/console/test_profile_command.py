@@ -87,7 +87,7 @@ def test_a_budget_that_cannot_be_met_leaves_no_files(refused, model_folder, fold
 def test_bad_arguments(refused, model_folder, folder, tmp_path) -> None:
     known = ("profile", model_folder, "--data", folder)
     assert "--entry: expected a boundary from 0 to 3" in refused(*known, "--out", tmp_path / "out", "--entry", 4)
-    assert "data.jsonl is no folder that can be written to" in refused(*known, "--out", folder / "data.jsonl")
+    assert "data.jsonl is not a writable folder" in refused(*known, "--out", folder / "data.jsonl")
     assert "data.jsonl:1: image: no file" in refused("profile", "--data", _broken(tmp_path), "--out", tmp_path / "out")
 
 

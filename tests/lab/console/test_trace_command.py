@@ -72,12 +72,12 @@ def test_bad_input_is_one_line(traced, refused, tmp_path) -> None:
     folder, model, _ = traced
     replay = ("trace", *model, "--replay", folder / "one.json")
     Image.new("RGB", (96, 96)).save(tmp_path / "other.png")
-    assert "made of other pictures" in refused("trace", tmp_path / "other.png", *replay[1:])
+    assert "made from other pictures" in refused("trace", tmp_path / "other.png", *replay[1:])
     assert "expected a name that ends in .html" in refused("trace", "-o", tmp_path / "page.txt")
     for command in (("trace", "-o", tmp_path / "other.png" / "x.html"), ("profile", "--out", tmp_path / "other.png")):
-        assert "other.png is no folder that can be written to" in refused(*command)
+        assert "other.png is not a writable folder" in refused(*command)
     assert "--replay FILE" in refused("trace", "--keep", "3")
-    assert "--policy, --set: not with --replay" in refused(*replay, "--policy", "hidrop-64")
+    assert "--policy, --set: cannot be combined with --replay" in refused(*replay, "--policy", "hidrop-64")
     assert "expected patches such as 17,18" in refused(*replay, "--keep", "first")
     assert "patches 0 to 143" in refused(*replay, "--keep", "144")
     assert "no such trace file" in refused("trace", "--replay", tmp_path / "none.json")

@@ -74,8 +74,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained, model_folder, cl
     assert result.exit_code == 0, result.stderr
     told = [line for line in result.stderr.splitlines() if "checkpoint-" in line]
     assert told == [
-        f"{run / 'checkpoint-5'}: passed over; it has no whole trainer_state.json, so that it was not finished",
-        f"{run / 'checkpoint-4'}: passed over; it has no optimizer.pt",
+        f"{run / 'checkpoint-5'}: skipped; it has no whole trainer_state.json, so it was never finished",
+        f"{run / 'checkpoint-4'}: skipped; it has no optimizer.pt",
         f"continuing from {run / 'checkpoint-2'}",
     ]
     whole, resumed = ((folder / "model" / "model.safetensors").read_bytes() for folder in (trained, tmp_path))
@@ -86,9 +86,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained, model_folder, cl
 def test_a_run_is_resumed_as_it_was_begun(trained, model_folder, refused) -> None:
     arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", trained / "model", "--resume")
     line = refused("train", *arguments, *SMALL, "--batch", 3, "--set", "stages.exit.at=4", "--save-every", 1)
-    assert (
-        "settings.json: --resume continues a run as it was begun, but now differ: batch (then: 2, now: 3), po" in line
-    )
+    assert "settings.json: --resume keeps a run's settings, but these differ: batch (then: 2, now: 3), po" in line
     assert "'at': 4" in line
     assert "save_every" not in line
 

@@ -54,7 +54,7 @@ def test_the_last_whole_one_is_taken_and_later_ones_are_told(tmp_path) -> None:
         first,
         {
             last: "no optimizer.pt",
-            tmp_path / "checkpoint-4": "no whole trainer_state.json, so that it was not finished",
+            tmp_path / "checkpoint-4": "no whole trainer_state.json, so it was never finished",
         },
     )
 

@@ -126,7 +126,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(processor) -> None:
     processor.chat_template = "{{ ' read' if not add_generation_prompt else '' }}" + saved
     data = Dialogues(1, rounds=2)
     try:
-        with pytest.raises(InputError, match="does not let an answer be found"):
+        with pytest.raises(InputError, match="the answer cannot be located"):
             Collator(processor)([data[0]])
     finally:
         processor.chat_template = saved

@@ -101,7 +101,7 @@ def test_two_pictures_alone_have_no_cross_modal_similarity(loaded) -> None:
 
 
 def test_a_prompt_without_visual_tokens_is_refused(loaded) -> None:
-    with pytest.raises(InputError, match="holds no visual tokens"):
+    with pytest.raises(InputError, match="expected visual tokens in the prompt"):
         LayerMeter(*loaded, 0.1, (1,)).measure([Sample((), "is there a 7 ?")])
 
 

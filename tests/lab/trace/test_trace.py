@@ -170,7 +170,7 @@ def test_faults_in_a_file_are_named(tmp_path: Any) -> None:
     assert "runs.0.entry" in complaint(lambda data: data["runs"][0].pop("entry"))
     *_, trace = tiny_trace(POLICIES["clusters inside the LLM"])
     gone = next(p for p in range(16) if p not in trace.runs[0].boundaries[0].kept[0])
-    assert f"{run}.boundaries.1.merged.0: patch {gone} was gone after boundary 2 already" in complaint(
+    assert f"{run}.boundaries.1.merged.0: patch {gone} was gone after boundary 2" in complaint(
         lambda data: data["runs"][0]["boundaries"][1]["merged"][0][0]["of"].append(gone)
     )
     assert "a share for each" in complaint(

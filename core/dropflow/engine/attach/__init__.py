@@ -1,1 +1,1 @@
-"""Attaching: the model's hooks, the call, and what is refused."""
+"""Attaching policies: the model's hooks, the state of a call, and refusals."""

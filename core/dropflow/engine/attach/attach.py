@@ -25,19 +25,19 @@ from dropflow.policy.recorded import Recording, recorded_policy
 
 
 class _Attachment:
-    """Who may use one core, and what is attached to it; weak, since what is attached holds its model."""
+    """The turns on one core and what is attached to it, held weakly because the hooks hold the model."""
 
     def __init__(self) -> None:
         self.turns = Turns()
         self._hooks: weakref.ref[ModelHooks] | None = None
         self.recording: Recording | None = None
-        """The policy in the model's config; held here, as hooks of an interrupted attach may be gone by now."""
+        """The policy in the model's config; kept here because the hooks of an interrupted attach may be gone."""
         self.serials: frozenset[int] = frozenset()
-        """`Plan.serial` of every policy that is attached."""
+        """`Plan.serial` of every attached policy."""
 
     @property
     def hooks(self) -> ModelHooks | None:
-        """Hooks that are on the model, or that an interrupted attach or detach has left there."""
+        """Hooks on the model, including those left by an interrupted attach or detach."""
         return None if self._hooks is None else self._hooks()
 
     @hooks.setter
@@ -46,7 +46,7 @@ class _Attachment:
 
 
 _attachments: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
-"""By core, and by the model around it."""
+"""Attachments by core and by the model around it."""
 
 
 def attach(
@@ -57,15 +57,15 @@ def attach(
     adapter: str | type[Backbone] | None = None,
     allow_downloads: bool = False,
 ) -> Flow:
-    """Let `policy` govern every forward of `model` until the flow is detached or its `with` block ends.
+    """Apply `policy` to every forward of `model` until the flow is detached or its `with` block ends.
 
-    `policy` is a name, a path, a mapping or a `Policy`; without one, the policy recorded in the model's config counts.
-    `overrides` are `path=value`. `adapter` names a backbone adapter where the model's `model_type` does not. Nothing of
-    the model is changed but a few removable hooks, and `config.dropflow`, which holds the policy while it is attached:
-    a model saved meanwhile, such as by a trainer, records it (see `Flow.record`).
+    `policy` is a name, a path, a mapping or a `Policy`; without one, the policy recorded in the model's config is used.
+    `overrides` are `path=value` strings. `adapter` selects a backbone adapter where the model's `model_type` does not.
+    The only changes to the model are a few removable hooks and `config.dropflow`, which holds the policy while it is
+    attached: a model saved in the meantime, for example by a trainer, records it (see `Flow.record`).
 
-    A recorded policy is somebody else's word: options in it that name a model to load take local folders alone,
-    unless `allow_downloads`. A policy that you pass may name what it likes.
+    A recorded policy comes from whoever saved the model, so options in it that name a model to load accept only local
+    folders, unless `allow_downloads` is set. A policy that you pass is not restricted.
 
     Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
     (or has a flow attached already).
@@ -86,13 +86,15 @@ def attach_set(
     default: str,
     adapter: str | type[Backbone] | None = None,
 ) -> FlowSet:
-    """Attach several named policies to one model, of which each call chooses one by `FlowSet.using`.
+    """Attach several named policies to one model; each call chooses one of them with `FlowSet.using`.
 
-    `None` stands for the model as it is. `default` names the one that counts where a caller chooses none; it is the one
-    that the model's config records. Everything else is as for `attach`.
+    `None` runs the model without a policy. `default` names the policy that is used where a caller chooses none; it is
+    also the one that the model's config records. Everything else is as for `attach`.
     """
     if default not in policies:
-        raise PolicyError(f"attach_set: the default {default!r} is not among the policies {', '.join(policies)}")
+        raise PolicyError(
+            f"attach_set: the default {default!r} is not among the policies; name one of {', '.join(policies)}"
+        )
     found = backbone_for(model, adapter)
     plans = {
         name: None if source is None else resolve(load_policy(source), found.shape) for name, source in policies.items()
@@ -103,16 +105,16 @@ def attach_set(
 
 
 def detach(model: Any) -> None:
-    """Take off the model whatever is attached to it, also where its handle is lost; harmless where nothing is.
+    """Detach every policy from the model, even if the flow object is lost; does nothing if none is attached.
 
-    Waits for a forward that another thread runs now. Raises `UnsupportedCall` inside a forward of the model itself.
+    Waits for a forward that is running in another thread. Raises `UnsupportedCall` inside a forward of the same model.
     """
     if _attachment_of(model) is not None:
         _detach(unwrapped(model))
 
 
 def flow_of(model: Any) -> Flow | FlowSet | None:
-    """What is attached to the model: a flow, a set of them, or `None`."""
+    """The flow or flow set that is attached to the model; `None` if there is none."""
     attachment = _attachment_of(model)
     hooks = None if attachment is None else attachment.hooks
     return hooks.handle if hooks is not None and hooks.flows else None
@@ -133,7 +135,7 @@ def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) 
     attachment = _attachments.setdefault(core, _Attachment())
     _attachments[backbone.model] = attachment
     if attachment.turns.mine() is not None:
-        raise UnsupportedCall("attach: called inside of a forward of this model; call it before or afterwards")
+        raise UnsupportedCall("attach: called inside a forward of this model; call it before or afterwards")
     shards = refusals.head_shards(backbone)
     for plan in plans.values():
         if plan is not None:
@@ -145,8 +147,8 @@ def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) 
         present = attachment.hooks
         if present is not None and present.flows:
             names = ", ".join(repr(flow.policy.name) for flow in present.flows.values() if flow is not None)
-            raise UnsupportedModel(f"attach: the policy {names} is attached to this model already; detach it first")
-        _clean(attachment)  # what an interrupted attach or detach has left
+            raise UnsupportedModel(f"attach: the policy {names} is already attached to this model; detach it first")
+        _clean(attachment)  # left by an interrupted attach or detach
         refusals.check_unshared(backbone)
         hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards)
         attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
@@ -172,7 +174,7 @@ def _flow(plan: Plan | None, hooks: ModelHooks, recording: Recording | None) -> 
 def _detach(core: Any) -> None:
     attachment = _attachments[core]
     if attachment.turns.mine() is not None:
-        raise UnsupportedCall("detach: called inside of a forward of this model; call it when the forward has ended")
+        raise UnsupportedCall("detach: called inside a forward of this model; call it when the forward has ended")
     turn = attachment.turns.take(sys._getframe())
     try:
         _clean(attachment)
@@ -181,7 +183,7 @@ def _detach(core: Any) -> None:
 
 
 def _clean(attachment: _Attachment) -> None:
-    """Leave nothing on the model; may be interrupted and done again."""
+    """Remove everything from the model; safe to interrupt and repeat."""
     hooks, recording = attachment.hooks, attachment.recording
     if hooks is not None:
         hooks.remove()

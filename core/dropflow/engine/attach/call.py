@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Call:
-    """All that belongs to one call: made when it begins, gone when it ends, however it ends."""
+    """The state of one call: created when the call begins, discarded when it ends, however it ends."""
 
     owner: Any
-    """The module whose hooks opened this call and will close it, or the method that encodes images by itself."""
+    """The module whose hooks opened this call and will close it, or a features method that was called directly."""
     flow: Flow | None
-    """The policy that counts; `None` where the model runs dense."""
+    """The policy that applies; `None` where the model runs dense."""
     site: Site | None
     labels: Tensor | None = None
     logits_to_keep: int = 0
@@ -33,20 +33,20 @@ class Call:
     visual: VisualTokens | None = None
     """Visual tokens, if this call brings images."""
     flags: dict[str, RowFlags] = field(default_factory=dict)
-    """Modality -> flags of the rows of its features."""
+    """Modality -> flags of its feature rows."""
     loss: Mapping[str, Any] | None = None
-    """Arguments of the loss, if it is computed after the model on live positions."""
+    """Arguments of the loss, if it is computed after the model's forward, on live positions only."""
     live_rows: Tensor | None = None
-    """Row of the head's input that each position (batch, tokens) reads, where it runs on live positions only."""
+    """Row of the LM head's input that each position (batch, tokens) reads, where it runs on live positions only."""
     core_runs: bool = False
-    """True between the first hook of the core and its last."""
+    """True between the first and the last hook of the core."""
     outer: Any = None
-    """What `serving` held before this call, such as that of a call whose stage runs this model."""
+    """The value of `serving` before this call, for example that of an outer call whose stage runs this model."""
     encoding: bool = False
-    """True while a features method runs, which may call another one."""
+    """True while a features method runs; it may call another one."""
     vision: VisionRun | None = None
-    """The pass through the vision encoder that runs now."""
+    """The current pass through the vision encoder."""
     forward: Forward | None = None
-    """What is noted of the pass through the text decoder when it has ended."""
+    """What is recorded of the pass through the text decoder once it has ended."""
     decoder: DecoderRun | None = None
-    """The pass through the text decoder that runs now."""
+    """The current pass through the text decoder."""

@@ -1,4 +1,4 @@
-"""What attaching returns: a flow for one policy, or a set of flows of which each call chooses one."""
+"""What attaching returns: a flow for one policy, or a set of flows from which each call chooses one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dropflow.policy.recorded import Recording
 
 
 class Flow:
-    """A policy attached to a model; a context manager that detaches at its end."""
+    """A policy attached to a model; as a context manager, it detaches when the block ends."""
 
     def __init__(self, plan: Plan, hooks: ModelHooks, recording: Recording | None, detach: Callable[[], None]) -> None:
-        """Made by `dropflow.attach`; `detach` takes it off the model."""
+        """Created by `dropflow.attach`; calling `detach` removes the policy from the model."""
         self._plan, self._hooks, self._recording, self._detach = plan, hooks, recording, detach
         self._records = Records(plan, hooks.backbone)
 
@@ -42,7 +42,7 @@ class Flow:
 
     @property
     def attached(self) -> bool:
-        """Whether the policy still governs the model, or is one that its calls may choose."""
+        """Whether the policy still applies to the model, or is one that its calls may choose."""
         return any(flow is self for flow in self._hooks.flows.values())
 
     def __repr__(self) -> str:
@@ -54,41 +54,42 @@ class Flow:
     def report(self) -> Report:
         """Tokens per layer, FLOPs and KV bytes of the last prompt that brought images, and of its answer so far.
 
-        A prompt is all that was fed before decoding, in one forward or, as in chunked prefill, in several: those of one
-        `generate`, or else those of several tokens or with images that follow each other on one cache. What comes after
-        it on that cache is the answer. Raises `UnsupportedCall` when there was no such prompt, or when the policy has
-        no stages (nothing is watched then).
+        A prompt is everything fed before decoding, in one forward or, as in chunked prefill, in several. Inside
+        `generate`, the forwards of one prefill form a prompt; elsewhere, consecutive forwards on one cache that bring
+        images or several tokens. Whatever follows on that cache is the answer. Raises `UnsupportedCall` if there was no
+        such prompt, or if the policy has no stages, because then nothing is recorded.
         """
         return summed_up(self._last())
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
-        """Which tokens of the last prompt that brought images were live before each layer; all else as `report`."""
+        """Which tokens of the last prompt with images were live before each layer; otherwise as `report`."""
         return self._last().live()
 
     def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
-        """Boundary -> logical index of the token that each one's state was merged into there; its own for most.
+        """For each boundary, the logical index of the token that each token was merged into, its own if it was not.
 
-        Boundaries where nothing was merged are left out. Of the last prompt that brought images; all else as `report`.
+        Boundaries without merges are left out. Describes the last prompt that brought images; otherwise as `report`.
         """
         return self._last().merges()
 
     def noted(self, forward: Forward) -> None:
-        """Take what happened in a forward; the engine calls it."""
+        """Record a forward; called by the engine."""
         self._records.add(forward)
 
     def _last(self) -> PromptRecord:
         if self._plan.idle:
-            raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is watched")
+            raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is recorded")
         if self._records.last is None:
-            raise UnsupportedCall("report: no prompt with images has been run since this policy was attached")
+            raise UnsupportedCall("report: no prompt with images has run since this policy was attached; run one first")
         return self._records.last
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
-        """State which tokens are visual, for prompts given as `inputs_embeds` with image features merged in already.
+        """State which tokens are visual, for prompts given as `inputs_embeds` that already contain image features.
 
-        It holds for this thread's calls of as many tokens, of any beam or returned sequence; those that continue a
-        cache with another number of tokens, as decoding does, bring text. Other calls raise `UnsupportedCall`.
+        Applies to this thread's calls with the same number of tokens, for every beam and returned sequence. Calls that
+        continue a cache with another number of tokens, as in decoding, are taken as text; others raise
+        `UnsupportedCall`.
         """
         if tokens.dtype != torch.bool or tokens.dim() != 2:
             raise UnsupportedCall(
@@ -98,19 +99,19 @@ class Flow:
             yield
 
     def record(self) -> None:
-        """Leave the policy in the model's config for good, so that models saved after `detach` record it, too.
+        """Keep the policy in the model's config after `detach`, so that models saved later also record it.
 
-        Raises `PolicyError` for a policy that `attach` could not read back, such as one whose stages are no entry
-        points of an installed package, and `UnsupportedCall` for one of a set that is not its default.
+        Raises `PolicyError` for a policy that `attach` could not read back, such as one whose stages are not entry
+        points of an installed package, and `UnsupportedCall` for a policy of a set other than its default.
         """
         if self._recording is None:
-            raise UnsupportedCall("record: a model's config holds one policy, which is the default of the set")
+            raise UnsupportedCall("record: a model's config holds one policy, the default of the set; record that one")
         self._recording.keep(self.policy)
 
     def detach(self) -> None:
-        """Take every hook off the model, after the forward that runs now, if one does; harmless when done before.
+        """Remove every hook from the model once any running forward has ended; does nothing if already detached.
 
-        Of a set, all policies are detached together.
+        All policies of a set are detached together.
         """
         self._detach()
 
@@ -129,13 +130,13 @@ class Flow:
 
 
 class FlowSet(Mapping[str, Flow | None]):
-    """Named policies attached to one model, of which each call chooses one; `None` stands for the model as it is.
+    """Named policies attached to one model, of which each call chooses one; `None` runs the model without a policy.
 
-    Maps names to flows. A context manager that detaches all of them at its end.
+    Maps names to flows. As a context manager, it detaches all of them when the block ends.
     """
 
     def __init__(self, flows: Mapping[str, Flow | None], hooks: ModelHooks, detach: Callable[[], None]) -> None:
-        """Made by `dropflow.attach_set`."""
+        """Created by `dropflow.attach_set`."""
         self._flows, self._hooks, self._detach = dict(flows), hooks, detach
 
     def __getitem__(self, name: str) -> Flow | None:
@@ -149,7 +150,7 @@ class FlowSet(Mapping[str, Flow | None]):
 
     @property
     def attached(self) -> bool:
-        """Whether the model's calls still choose among these."""
+        """Whether the model's calls still choose among these policies."""
         return bool(self._hooks.flows) and self._hooks.flows.keys() == self._flows.keys()
 
     def __repr__(self) -> str:
@@ -160,10 +161,10 @@ class FlowSet(Mapping[str, Flow | None]):
 
     @contextmanager
     def using(self, name: str) -> Iterator[Flow | None]:
-        """Let the policy of this name count for the calls of this thread inside the block; gives its flow.
+        """Use the policy of this name for this thread's calls inside the block; yields its flow.
 
-        Every call of one `generate` must run under the same. Raises `UnsupportedCall` for a name that is not in the
-        set.
+        Every call of one `generate` must run under the same policy. Raises `UnsupportedCall` for a name that is not in
+        the set.
         """
         if name not in self._flows:
             raise UnsupportedCall(f"using: no policy {name!r} in this set; {nearest(name, self._flows)}")
@@ -171,7 +172,7 @@ class FlowSet(Mapping[str, Flow | None]):
             yield self._flows[name]
 
     def detach(self) -> None:
-        """Take every hook off the model, after the forward that runs now, if one does; harmless when done before."""
+        """Remove every hook from the model once any running forward has ended; does nothing if already detached."""
         self._detach()
 
     def __enter__(self) -> FlowSet:

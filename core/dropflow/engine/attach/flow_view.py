@@ -1,4 +1,4 @@
-"""How flows and sets of flows are shown: in a line, and as a table in a notebook."""
+"""How flows and sets of flows are displayed: as one line, and as a table in a notebook."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _options(use: StageUse) -> str:
 
 
 def _policies(flows: FlowSet) -> list[tuple[str, str]]:
-    """Each name in the set with the policy that it stands for."""
+    """Each name in the set and its policy."""
     return [(name, "no policy" if flow is None else flow.policy.name) for name, flow in flows.items()]
 
 
 def _where(flow: Flow | FlowSet, backbone: Backbone) -> str:
-    """Of which model it is, and whether it is on it."""
+    """The model of a flow or set, and whether it is still attached to it."""
     family = backbone.model.config.model_type
     return f"{'attached to' if flow.attached else 'detached from'} {family} of {backbone.shape.layers} layers"

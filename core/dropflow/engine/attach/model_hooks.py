@@ -48,35 +48,35 @@ if TYPE_CHECKING:
 
 
 class ModelHooks:
-    """Hooks on model, core and text decoder, and what stands over their attributes; gone after `remove`.
+    """Hooks on the model, core and text decoder, and replacements of their attributes, all undone by `remove`.
 
-    They are inert until `flows` are set, and again from the moment they are taken away. So wherever attaching or
-    detaching is interrupted, what is left on the model changes nothing, and the next one cleans it up.
+    They are inert until `flows` is set, and again as soon as it is cleared. So wherever attaching or detaching is
+    interrupted, whatever remains on the model has no effect, and the next attach or detach cleans it up.
     """
 
     def __init__(self, backbone: Backbone, turns: Turns, shards: HeadShards | None) -> None:
         self.backbone, self._turns, self._shards = backbone, turns, shards
         self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
-        """What lies over the model's objects while it is attached, and for a moment of a call."""
+        """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
         self.flows: Mapping[str, Flow | None] = {}
-        """The policies that may count, by name; `None` for dense. Empty while nothing is attached."""
+        """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
         self._sites: Mapping[str, Site] = {}
         self.default = ""
-        """Name of the one that counts where a caller states none."""
+        """Name of the policy that is used where a caller states none."""
         self.handle: Flow | FlowSet | None = None
-        """What attaching returned: alive as long as the hooks are, whoever else holds it."""
+        """What attaching returned; kept alive as long as the hooks, even if the caller drops it."""
         self.chosen: Stated[str] = Stated("dropflow_chosen")
         self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
-        """Visual tokens that a caller states for the calls of a thread."""
+        """Visual tokens that a caller states for its thread's calls."""
         self._prefill: Stated[object | None] = Stated("dropflow_prefill")
-        """Stands for the prefill of `generate` that a thread is in."""
+        """Identifies the `generate` prefill that a thread is in."""
 
-    # Attaching and detaching; the caller has a turn
+    # Attaching and detaching; the caller holds a turn
 
     def install(self, flows: Mapping[str, Flow | None], default: str) -> None:
-        """Put everything on the model, and let the flows count from now on."""
+        """Install the hooks and replacements on the model, then activate the flows."""
         self.remove()
         if all(flow is None or flow.plan.idle for flow in flows.values()):  # nothing can change anything
             self.default, self.flows = default, dict(flows)
@@ -97,9 +97,9 @@ class ModelHooks:
             projector: Any = encoder.projector
             if projector is not None and any("features" in plan.encode_at for plan in plans):
                 self._handles.append(projector.register_forward_pre_hook(self._before_projector))
-                # code that was compiled with this module inside goes on without the hook, but not with another forward
+                # compiled code that inlined this module ignores a new hook, but is recompiled for another forward
                 self._standing.lay(projector.__dict__, "forward", self._projecting(projector.forward))
-        if hasattr(model, "_prefill"):  # of transformers' `generate`, which may feed a prompt in chunks
+        if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
         for modality in MODALITIES:
             name = f"get_{modality}_features"
@@ -113,7 +113,7 @@ class ModelHooks:
         self.default, self.flows = default, dict(flows)
 
     def remove(self) -> None:
-        """Take everything off the model; harmless when done before, and may be interrupted and done again."""
+        """Remove everything from the model; does nothing if already removed, and is safe to interrupt and repeat."""
         self.flows = {}
         self._passing.lift_all()
         self._standing.lift_all()
@@ -124,9 +124,9 @@ class ModelHooks:
     # Turns and calls
 
     def _open(self, owner: object, frame: FrameType) -> Call | None:
-        """Begin a call, after those of other threads; `None` where nothing is attached any more.
+        """Begin a call once other threads' calls have ended; `None` if nothing is attached any more.
 
-        What an interrupted call has left on the model's objects is put back first.
+        First restores anything that an interrupted call has left replaced in the model's objects.
         """
         if self._turns.mine() is not None:
             refuse_own_model(type(owner).__name__)
@@ -140,16 +140,16 @@ class ModelHooks:
         turn.call = call = Call(owner, self.flows[name], site)
         if site is not None:
             call.outer = serving.get()
-            serving.set(_while(turn))  # from here on: some cores build the masks themselves, before the text decoder
+            serving.set(_while(turn))  # set this early because some cores build the masks before the text decoder runs
         return call
 
     def _mine(self) -> Call | None:
-        """This thread's call."""
+        """The call of this thread; `None` outside a call."""
         turn = self._turns.mine()
         return None if turn is None else turn.call
 
     def _close(self, owner: object) -> None:
-        """End the call that `owner` has opened, if it has."""
+        """End the call that `owner` opened, if it opened one."""
         turn = self._turns.mine()
         if turn is not None and turn.call is not None and turn.call.owner is owner:
             serving.set(turn.call.outer)
@@ -176,7 +176,7 @@ class ModelHooks:
             if call is not None and (call.decoder is not None or (call.vision is not None and call.vision.asking)):
                 refuse_own_model(name)
             if call is not None and (call.encoding or call.site is None):
-                return original(*args, **kwargs)  # a model may encode videos by its method for images
+                return original(*args, **kwargs)  # a model may encode videos with its method for images
             if call is None and inside_of(core):  # its forward has begun before the policy was attached
                 return original(*args, **kwargs)
             alone = call is None
@@ -213,7 +213,7 @@ class ModelHooks:
         return self._projected(args[0]), *args[1:]
 
     def _projecting(self, forward: Any) -> Any:
-        """The projector's forward, on the rows that stages leave of what it is given."""
+        """The projector's forward, applied only to the rows that the stages keep of its input."""
 
         @wraps(forward)
         def project(rows: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +238,7 @@ class ModelHooks:
         return prefill
 
     def _begun(self, call: Call, kwargs: dict[str, Any], cache: Any) -> Forward:
-        """What is to be noted of a call of the text decoder before it runs."""
+        """What must be recorded of a call of the text decoder before it runs."""
         given: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if given is None:  # the model refuses it
             return Forward(0, None)
@@ -292,7 +292,7 @@ class ModelHooks:
             output["logits"] = logits
             return type(output)(**{**output, "loss": loss})
         finally:
-            if output is not None:  # a call that has raised is over by itself, and may be another than the one opened
+            if output is not None:  # a call that raised has already ended, and the open call may be another one
                 self._close(model)
 
     # Hooks of the core: which tokens are visual
@@ -329,7 +329,7 @@ class ModelHooks:
         return output
 
     def _check_dense(self, call: Call | None, kwargs: dict[str, Any]) -> None:
-        """Where no policy counts, nothing that was made under one may be used."""
+        """Refuse caches and features made under a policy in a call without one."""
         if call is not None:
             refusals.check_dense(kwargs)
 
@@ -357,7 +357,7 @@ class ModelHooks:
         return None
 
     def _stated(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Visual tokens that the caller states, where they are those of this call."""
+        """Visual tokens that the caller states, if they describe this call."""
         visual = self.visual.of(self, None)
         if visual is None:
             return None
@@ -378,12 +378,12 @@ class ModelHooks:
             refuse_own_model(type(text).__name__)
         if call is None or call.site is None:
             return args, kwargs
-        stand_in(self._standing, text, self._decoder_run)  # should somebody have replaced the list
+        stand_in(self._standing, text, self._decoder_run)  # in case the list was replaced after attaching
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
         call.forward = forward = self._begun(call, kwargs, cache)
         if call.visual is None and not is_flow_cache(cache):
-            return args, kwargs  # nothing to restrict, nothing to fit: the model runs as it is
+            return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
         if embeds is None:
             embeds = text.get_input_embeddings()(kwargs["input_ids"])
@@ -398,7 +398,7 @@ class ModelHooks:
         batch, tokens = embeds.shape[:2]
         valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
         starts = None
-        if call.attention_mask is None and cache is None:  # only then transformers takes rows for packed ones
+        if call.attention_mask is None and cache is None:  # only in this case does transformers treat rows as packed
             starts = document_starts(kwargs.get("position_ids"))
             refusals.check_packed(site.implementation, starts)
         instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts)
@@ -411,7 +411,7 @@ class ModelHooks:
         return args, kwargs
 
     def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:
-        """Begin a call of the decoder by itself, which says less than one of the core."""
+        """Begin a direct call of the decoder, which carries less information than a call of the core."""
         call = self._open(text, calling_frame())
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
@@ -457,13 +457,13 @@ class ModelHooks:
     def _check_owner(self, module: Any, own: Any) -> None:
         if module is not own:
             raise UnsupportedModel(
-                f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes some); "
+                f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes copies); "
                 "attach a policy to each copy, or use DistributedDataParallel"
             )
         if torch.compiler.is_exporting():
             raise UnsupportedCall(
-                "torch.export: a policy decides anew at every call what flows, which no exported graph can hold; "
-                "export the model after detaching"
+                "torch.export: a policy decides at every call which tokens to drop, which an exported graph cannot "
+                "express; export the model after detaching"
             )
 
     def __reduce__(self) -> NoReturn:
@@ -475,10 +475,10 @@ class ModelHooks:
 
 
 def _called(hook: Callable[..., Any], count: int, *given: Any) -> Any:
-    """Call a hook with all it needs.
+    """Call a hook unless it was removed while torch was about to call it.
 
-    torch takes note of a module's hooks before it looks up which of them get keyword arguments. One that another thread
-    takes away in between gets none, and has nothing to do any more.
+    torch collects a module's hooks before it looks up which of them take keyword arguments. A hook that another thread
+    removes in between is called without them, and then has nothing left to do.
     """
     return hook(*given) if len(given) == count else None
 

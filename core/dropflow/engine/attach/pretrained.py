@@ -1,4 +1,4 @@
-"""Loading a model together with the policy that its checkpoint records."""
+"""Loads a model together with the policy that its checkpoint records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dropflow.policy.recorded import recorded_policy
 logger = logging.getLogger("dropflow")
 
 _OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments that say where files are, and so hold for the config, too."""
+"""Arguments that say where files are, and therefore also apply to the config."""
 
 
 def from_pretrained(
@@ -30,16 +30,16 @@ def from_pretrained(
     model_class: Any = AutoModelForImageTextToText,
     **kwargs: Any,
 ) -> Any:
-    """Load a model by transformers, and attach the policy that its checkpoint records, or `policy` where one is given.
+    """Load a model with transformers and attach `policy` or, if none is given, the policy its checkpoint records.
 
-    `transformers` itself, its pipelines and its server know nothing of Dropflow: by them, a checkpoint that records a
-    policy runs dense. This returns the model in eval mode with the policy attached, for all of them to use;
-    `dropflow.flow_of(model)` is its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`;
-    `overrides`, `adapter` and `allow_downloads` (of models that a recorded policy names) those of `attach`. One line in
-    the log `dropflow` says which policy counts.
+    `transformers` itself, its pipelines and its server know nothing of Dropflow: they run a checkpoint that records a
+    policy dense. This function returns the model in eval mode with the policy attached, ready for any of them;
+    `dropflow.flow_of(model)` returns its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`;
+    `overrides`, `adapter` and `allow_downloads` (of models that a recorded policy names) are those of `attach`. A line
+    in the `dropflow` log says which policy is attached.
 
-    Raises `PolicyError` before weights are loaded where no policy is given and none is recorded, and what `attach`
-    raises.
+    Raises `PolicyError` before any weights are loaded if no policy is given and none is recorded, and otherwise
+    whatever `attach` raises.
     """
     if policy is None:
         if kwargs.get("config") is None:

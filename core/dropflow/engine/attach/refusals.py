@@ -1,4 +1,4 @@
-"""What cannot be served correctly is refused here, before anything runs, with what to do instead."""
+"""Refuses what cannot be served correctly, before anything runs, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ TENSOR_STYLES = frozenset(
         "all_reduce",
     }
 )
-"""Styles of tensor-parallel plans by which every rank sees every token, and some heads."""
+"""Tensor-parallel plan styles under which every rank sees all tokens and some of the heads."""
 
 
 def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> None:
-    """Refuse a policy whose stages need facts the backbone cannot give, or name layers that it lacks."""
+    """Refuse a policy whose stages need facts that the backbone cannot state, or name layers that it does not have."""
     check_compiled({"core": backbone.core, "text decoder": backbone.text})
     for layer in {type(layer): layer for layer in backbone.text._modules["layers"]}.values():
         found = annotated_parameters(layer)
@@ -64,7 +64,10 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
     depth = plan.shape.layers
     for name, stage in plan.stages:
         wrong = [layer for layer in (*stage.prune_at, *stage.taps, *stage.decode_taps) if not 0 <= layer < depth]
-        faults += [f"stages.{name}: names layer {layer}, but the model has layers 0 to {depth - 1}" for layer in wrong]
+        faults += [
+            f"stages.{name}: names layer {layer}, expected 0 to {depth - 1}; name a layer that exists"
+            for layer in wrong
+        ]
     faults += _vision_faults(backbone, plan)
     faults += [
         f"stages.{name}: trains its selection, for which gradients would have to cross the ranks of `tp_plan`; use "
@@ -82,15 +85,18 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
 
 
 def head_shards(backbone: Backbone) -> HeadShards | None:
-    """The ranks that share the heads of a tensor-parallel model; `None` for a model that is whole.
+    """The ranks that share the heads of a tensor-parallel model; `None` for a model that is not sharded.
 
-    Raises `UnsupportedModel` for a plan by which a rank does not see every token, or heads cannot be told.
+    Raises `UnsupportedModel` for a plan under which a rank does not see every token, or heads are not divided evenly.
     """
     model: Any = backbone.model
     size, mesh = getattr(model, "_tp_size", None) or 1, getattr(model, "_device_mesh", None)
     names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
     if mesh is not None and "pp" in names and mesh["pp"].size() > 1:
-        raise UnsupportedModel("distributed_config: layers are spread over ranks (pp_size), which no policy can cross")
+        raise UnsupportedModel(
+            "distributed_config: layers are spread over ranks (pp_size), which no policy can cross; use `tp_plan` or "
+            "FSDP2"
+        )
     if size <= 1 or mesh is None:
         return None
     unknown = sorted({style for style in (model.tp_plan or {}).values() if style not in TENSOR_STYLES})
@@ -102,19 +108,24 @@ def head_shards(backbone: Backbone) -> HeadShards | None:
     widths = backbone.decoder_widths
     if widths.heads % size or widths.kv_heads % size:
         raise UnsupportedModel(
-            f"tp_plan: {widths.heads} heads and {widths.kv_heads} KV heads do not divide evenly among {size} ranks"
+            f"tp_plan: {widths.heads} heads and {widths.kv_heads} KV heads do not divide evenly among {size} ranks; "
+            "use a number of ranks that divides both"
         )
     return HeadShards((mesh["tp"] if "tp" in names else mesh).get_group(), size)
 
 
 def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
-    """Stages that work where the vision encoder has no layer, or after the layer whose output the LLM gets."""
+    """Errors for stages at encoder layers that do not exist, or after the layer whose output goes to the LLM."""
     boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
     taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
     vision = backbone.vision
     if vision is None:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
-        return [f"stages.{name}: works inside the vision encoder, which this adapter cannot reach" for name in names]
+        return [
+            f"stages.{name}: works inside the vision encoder, which this adapter cannot reach; leave the stage out or "
+            "extend the adapter"
+            for name in names
+        ]
     joined = _joined_layers(backbone.model.config)
     if joined:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
@@ -148,13 +159,13 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     ]
     beyond = [(name, layer) for name, layer in taps if not -vision.depth <= layer < vision.depth]
     return faults + [
-        f"stages.{name}: reads vision layer {layer}{more}, but the encoder has layers 0 to {vision.depth - 1}"
+        f"stages.{name}: reads vision layer {layer}{more}, expected 0 to {vision.depth - 1}; name a layer that exists"
         for name, layer, more in _first_of_each(beyond)
     ]
 
 
 def _joined_layers(config: Any) -> str:
-    """How a config selects features of more than one layer of the vision encoder; "" where it does not."""
+    """The config entry that selects features of several layers of the vision encoder; "" if there is none."""
     for name in ("vision_feature_layer", "vision_feature_layers"):
         selected = getattr(config, name, None)
         if isinstance(selected, list | tuple) and len(selected) > 1:
@@ -163,7 +174,7 @@ def _joined_layers(config: Any) -> str:
 
 
 def check_unshared(backbone: Backbone) -> None:
-    """Refuse a model, with nothing attached, some of whose layers are those of an attached one."""
+    """Refuse a model that shares layers with another model to which a policy is attached."""
     owners = {"text decoder": backbone.text}
     if backbone.vision is not None:
         owners["vision encoder"] = backbone.vision.owner
@@ -176,7 +187,7 @@ def check_unshared(backbone: Backbone) -> None:
 
 
 def _first_of_each(found: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, str]]:
-    """Of each stage the first place, and a word about how many there are more."""
+    """The first place of each stage, with a note on how many more there are."""
     places: dict[str, list[Any]] = {}
     for name, place in found:
         places.setdefault(name, []).append(place)
@@ -188,7 +199,7 @@ def _inside_layer(boundary: EncodeBoundary) -> bool:
 
 
 def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings_images: bool) -> None:
-    """Refuse a call with images whose cache, attention or outputs cannot be right under a policy."""
+    """Refuse a call with images whose cache, attention or outputs cannot be correct under a policy."""
     if not brings_images:
         return
     config: Any = backbone.text.config
@@ -200,7 +211,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
     _check_gradients(backbone, plan)
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModel(
-            f"text decoder: {config.num_kv_shared_layers} layers share the keys of others, so that layers cannot hold "
+            f"text decoder: {config.num_kv_shared_layers} layers share keys with other layers, so layers cannot hold "
             "different tokens; no policy can be attached to this model"
         )
     unknown = backbone.modalities_in(arguments) - backbone.visual_ids.keys()
@@ -212,7 +223,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
     encoded = (arguments.get("mm_encoder_outputs") or {}).values()
     if plan.encode_at and any(value is not None and not isinstance(value, FlowFeatures) for value in encoded):
         raise UnsupportedCall(
-            "mm_encoder_outputs: encoded without the policy, whose `encode` stages would be left out; pass the pixels, "
+            "mm_encoder_outputs: encoded without the policy, so its `encode` stages would be skipped; pass the pixels, "
             "or encode them while the policy is attached"
         )
     if plan.reads_questions:
@@ -221,9 +232,9 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
     _check_cache(plan, arguments)
     check_positions(plan, arguments.get("position_ids"))
     for name, instead in (
-        ("output_hidden_states", "layers hold different tokens; watch them with an `observe` stage"),
+        ("output_hidden_states", "layers hold different tokens; use an `observe` stage"),
         ("output_attentions", "it needs eager attention and full maps; use `attention_rows` in a stage"),
-        ("output_router_logits", "router logits of dropped tokens do not exist"),
+        ("output_router_logits", "router logits of dropped tokens do not exist; leave it out"),
     ):
         asked = arguments.get(name)
         if asked if asked is not None else getattr(config, name, False):
@@ -231,7 +242,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
 
 
 def _check_cache(plan: Plan, arguments: dict[str, Any]) -> None:
-    """Refuse a cache that cannot hold what the policy leaves; a policy that drops nothing leaves it as it is."""
+    """Refuse a cache that cannot hold the tokens the policy keeps; a policy that drops nothing accepts any cache."""
     name, cache = cache_in(arguments)
     others = [arguments[name] for name in CACHES if arguments.get(name) is not None]
     if name is None and others:
@@ -241,7 +252,7 @@ def _check_cache(plan: Plan, arguments: dict[str, Any]) -> None:
 
 
 def check_dense(arguments: dict[str, Any]) -> None:
-    """Refuse what was made under a policy where none counts."""
+    """Refuse caches and features made under a policy in a call that runs without one."""
     if is_flow_cache(cache_in(arguments)[1]):
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under a policy, and this call runs without one; continue under "
@@ -256,19 +267,19 @@ def check_dense(arguments: dict[str, Any]) -> None:
 
 
 def check_packed(implementation: str, starts: Tensor | None) -> None:
-    """Refuse packed rows where the attention reads their documents from positions with gaps."""
+    """Refuse packed rows if the attention finds document boundaries by position ids, which get gaps under a policy."""
     if starts is not None and "flash" in implementation:
         raise UnsupportedCall(
-            f"position_ids: start anew inside of rows, which {implementation!r} reads off the positions that are left, "
-            "so that documents would run together; load the model with 'sdpa' or 'eager', or pad the batch"
+            f"position_ids: restart within a row, and {implementation!r} finds document boundaries by the remaining "
+            "positions, so documents would run together; load the model with 'sdpa' or 'eager', or pad the batch"
         )
 
 
 def refuse_direct_call(decoder: str) -> None:
-    """Refuse a call of the decoder by itself with embeddings of which nobody says what is visual."""
+    """Refuse a direct call of the decoder with embeddings if the caller does not state which are visual."""
     raise UnsupportedCall(
-        f"{decoder}: called directly with `inputs_embeds`, among which no policy can tell visual tokens; say which "
-        "they are by `with flow.visual(mask):` (all false for text), or call the whole model"
+        f"{decoder}: called directly with `inputs_embeds`, in which no policy can identify visual tokens; state them "
+        "by `with flow.visual(mask):` (all false for text), or call the whole model"
     )
 
 
@@ -278,8 +289,8 @@ def _check_gradients(backbone: Backbone, plan: Plan) -> None:
     names = [name for stages in plan.prune_at.values() for name, stage in stages if stage.differentiable]
     if names and torch.is_grad_enabled() and backbone.text.training and "flash" in implementation:
         raise UnsupportedCall(
-            f"stages.{names[0]}: its selection trains through additive masks, which {implementation!r} does not take; "
-            "load the model with 'sdpa' or 'eager', or set a hard selection in this stage"
+            f"stages.{names[0]}: its selection is trained through additive masks, which {implementation!r} does not "
+            "accept; load the model with 'sdpa' or 'eager', or set a hard selection in this stage"
         )
 
 
@@ -302,16 +313,16 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
         raise MissingImage(
             "pixel_values: missing, but the prompt has image placeholders; pass the processor's `pixel_values` along, "
             "or leave the placeholders out. (In assisted generation the draft model gets no images from transformers, "
-            "so that no policy can be attached to it)"
+            "so no policy can be attached to it)"
         )
 
 
 def stated_tokens(
     visual: Bool[Tensor, "batch tokens"], shape: tuple[int, int], *, continues: bool
 ) -> Bool[Tensor, "batch tokens"] | None:
-    """What a caller stated of a prompt, for a call of this (batch, tokens); `None` where it is a later step of it.
+    """The visual tokens a caller stated, repeated to this call's (batch, tokens); `None` in later steps of the prompt.
 
-    `generate` repeats every sample for beams and returned sequences. Refuses what is stated for no part of the call.
+    `generate` repeats every sample for beams and returned sequences. Refuses a mask that does not fit the call.
     """
     batch, tokens = shape
     if visual.shape[1] == tokens and batch % visual.shape[0] == 0:
@@ -325,7 +336,7 @@ def stated_tokens(
 
 
 def check_encoded(plan: Plan, flags: Mapping[str, RowFlags] | None) -> None:
-    """Refuse image features that the policy's `encode` stages have not seen."""
+    """Refuse image features that did not pass through the policy's `encode` stages."""
     if flags is None and plan.encode_at:
         name = next(iter(plan.encode_at.values()))[0][0]
         raise UnsupportedCall(

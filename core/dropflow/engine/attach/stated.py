@@ -1,4 +1,4 @@
-"""What callers state for the calls of their thread: which tokens are visual, and which policy of a set counts."""
+"""What callers state for their thread's calls: which tokens are visual, and which policy of a set to use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class Stated(Generic[T]):
-    """A value for each of several owners, for this thread, inside a block; blocks may be nested.
+    """A value per owner that applies to one thread inside a block; blocks may be nested.
 
-    It counts as long as its block exists, so that one whose end an interrupt has cut short states nothing any more.
+    The value applies only as long as its block object exists, so a block whose exit was interrupted no longer applies.
     """
 
     def __init__(self, name: str) -> None:
@@ -22,18 +22,18 @@ class Stated(Generic[T]):
 
     @contextmanager
     def let(self, owner: object, value: T) -> Iterator[None]:
-        """State `value` for `owner`; what was stated before counts again afterwards."""
+        """State `value` for `owner`; the value stated before applies again afterwards."""
         block = _Block(owner, value)
         around = (each for each in self._blocks.get() if each() is not None)
         token = self._blocks.set((*around, weakref.ref(block)))
         try:
             yield
         finally:
-            with suppress(ValueError):  # ended in another thread, as by the collector: it states nothing there
+            with suppress(ValueError):  # ended in another thread, for example by the garbage collector
                 self._blocks.reset(token)
 
     def of(self, owner: object, default: T) -> T:
-        """What this thread states for `owner`."""
+        """The value that this thread states for `owner`."""
         for each in reversed(self._blocks.get()):
             block = each()
             if block is not None and block.owner is owner:
@@ -42,7 +42,7 @@ class Stated(Generic[T]):
 
 
 class _Block(Generic[T]):
-    """A block that states something; its frame alone holds it."""
+    """A block that states a value; only the block's frame holds a reference to it."""
 
     def __init__(self, owner: object, value: T) -> None:
         self.owner, self.value = owner, value

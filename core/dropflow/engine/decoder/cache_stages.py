@@ -1,4 +1,4 @@
-"""The caches of one pass through the decoder, q and k of its tapped layers, and the stages that decide about caches."""
+"""The caches of one pass through the decoder, q and k of its tapped layers, and the stages that act on caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dropflow.lifecycle.stage import Stage
 
 
 class CacheStages:
-    """What a run holds of its caches."""
+    """The caches and tapped layers of one run, and the stages that act on them."""
 
     def __init__(self, site: Site, step: int, tokens: int, cache: Any = None) -> None:
         self._site, self._step, self._tokens = site, step, tokens
@@ -41,7 +41,7 @@ class CacheStages:
         keys = keys_of(self.cache.layers[number])
         if keys is None:
             raise DecisionError(
-                f"layer {number}: its quantized cache of earlier turns cannot be ranked by; use a DynamicCache"
+                f"layer {number}: its quantized cache of earlier turns cannot be used for ranking; use a DynamicCache"
             )
         return keys
 
@@ -53,7 +53,7 @@ class CacheStages:
         kwargs: dict[str, Any],
         live: LiveSet | None = None,
     ) -> Any:
-        """Run a layer on the tokens `live` of the call, `None` for all, and keep its q and k."""
+        """Run a layer on the call's tokens in `live` (`None` for all of them), and keep its q and k."""
         rotary = kwargs.get("position_embeddings")
 
         def keep(seen: QueryKey) -> None:
@@ -62,17 +62,17 @@ class CacheStages:
         return tapped(self._site.implementation, keep, lambda: uncompiled(layer)(*args, **kwargs))
 
     def seen(self, layer: int) -> TappedLayer:
-        """A tapped layer as it ran."""
+        """A tapped layer with the q and k it ran with."""
         if layer not in self._tapped:
             raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
         return self._tapped[layer]
 
     def rows(self, layer: int, rows: Tensor) -> Tensor:
-        """Attention rows of a tapped layer as it ran; `rows` number the tokens of the call."""
+        """Attention rows of a tapped layer as it ran; `rows` are token numbers in the call."""
         return self.seen(layer).of_tokens(rows)
 
     def finish(self) -> None:
-        """Ask the cache stages, now that every layer has written its entries, and tell those who watch."""
+        """Ask the cache stages once every layer has written its entries, and notify observers."""
         hooks = self._site.plan.hooks
         told: list[Eviction] | None = [] if hooks.watched("observe_cache") else None
         if (self.stages or told is not None) and is_flow_cache(self.cache):

@@ -1,4 +1,4 @@
-"""A call of text alone, such as a decode step, on a cache from which tokens are missing."""
+"""A text-only call, such as a decode step, on a cache from which tokens are missing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dropflow.engine.tokens.cache import FlowLayer, UniformLayer, note_padding
 
 
 class ContinuedRun:
-    """Every token of the call is live; only masks and positions are fitted to what each layer's cache holds."""
+    """A run in which every token is live; only masks and positions are adjusted to what each layer's cache holds."""
 
     record: CallRecord | None = None
     whole = True
 
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
-        """`cache` knows its tokens; `real` (batch, tokens) is false for padding of this call."""
+        """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
         self._held = cache.layers
         self._caches = CacheStages(site, _generated(self._held[0]), embeds.shape[1], cache)
@@ -29,7 +29,7 @@ class ContinuedRun:
         self._arguments = ContinuedArguments(site, embeds)
 
     def leaves(self, number: int) -> bool:
-        """A layer whose cache holds every token needs nothing."""
+        """Whether the layer runs unchanged, because its cache holds every token."""
         return number not in self._taps and self._arguments.fit(self._held[number])
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,5 +47,5 @@ class ContinuedRun:
 
 
 def _generated(layer: FlowLayer | UniformLayer) -> int:
-    """Tokens appended since the last prompt was noted, this call's one included."""
+    """Number of tokens appended since the last prompt was recorded, including this call's."""
     return int(layer.length - layer.prompt + 1) if layer.index is not None else 0

@@ -1,4 +1,4 @@
-"""Asks the cache stages, checks their decisions, and lets entries go."""
+"""Asks the cache stages, checks their decisions, and evicts entries."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def decide_cache(
     attention: RowAttention,
     told: list[Eviction] | None = None,
 ) -> None:
-    """Ask the cache stages one after the other, each seeing what the one before has left.
+    """Ask the cache stages one after the other; each sees what the one before has kept.
 
-    With a list in `told`, what they decided is appended to it.
+    If `told` is a list, their decisions are appended to it.
     """
     names = {id(stage): name for name, stage in plan.stages}
     left: dict[int, LiveSet] = {}
@@ -66,7 +66,7 @@ def decide_cache(
 
 
 def _of_entries(attention: RowAttention, left: Mapping[int, LiveSet]) -> RowAttention:
-    """`attention`, whose keys are the entries as the layers ran, on those that are `left`; 0 for padding."""
+    """`attention`, computed over the entries as the layers ran, reduced to those that are `left`; 0 for padding."""
 
     def rows(layer: int, tokens: Tensor) -> Tensor:
         found = attention(layer, tokens)
@@ -83,9 +83,9 @@ def _of_entries(attention: RowAttention, left: Mapping[int, LiveSet]) -> RowAtte
 def _evict(
     cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]
 ) -> dict[int, LiveSet]:
-    """Let go of what does not stay; layers that held the same and keep the same go on sharing what they hold.
+    """Evict the entries that are not kept; layers that hold the same before and after share one index in both cases.
 
-    A layer that keeps everything is left alone; of the others, what stays is returned. One host synchronisation for all
+    A layer that keeps everything is left alone; what the others keep is returned. One host synchronisation for all
     layers.
     """
     numbers = list(stays)
@@ -118,7 +118,7 @@ def _evict(
 def _check_entries(
     answer: Tensor, dtype: torch.dtype | None, number: int, views: Sequence[CacheView], name: str
 ) -> None:
-    """An answer about a layer's cache has one value per entry."""
+    """Check that an answer about a layer's cache has one value per entry."""
     view = views[number] if 0 <= number < len(views) else None
     if view is None or answer.shape != view.valid.shape or answer.dtype != (dtype or answer.dtype):
         kind = dtype or "numbers"
@@ -130,13 +130,13 @@ def _check_entries(
 
 
 def cache_views(cache: Cache) -> tuple[CacheView, ...]:
-    """What each layer's cache holds."""
+    """Views of what each layer's cache holds."""
     full = _full_indices(cache)
     return tuple(_views(full, [None] * len(full)))
 
 
 def _full_indices(cache: Cache) -> list[KeyIndex]:
-    """What each layer holds, one index for all layers that share theirs."""
+    """The full index of each layer's cache; layers that share an index share the full one."""
     made: dict[tuple[KeyIndex, int], KeyIndex] = {}
     found = []
     for layer in cache.layers:
@@ -152,7 +152,7 @@ def _full_indices(cache: Cache) -> list[KeyIndex]:
 
 
 def _views(full: Sequence[KeyIndex], memories: Sequence[Tensor | None]) -> list[CacheView]:
-    """Views of all layers; those that share an index share what is made of it."""
+    """Views of all layers' caches; layers that share an index share the tensors computed from it."""
     made: dict[KeyIndex, CacheView] = {}
     found = []
     for number, (index, memory) in enumerate(zip(full, memories, strict=True)):

@@ -1,4 +1,4 @@
-"""Asks the stages of a boundary, checks their decisions, and turns them into one boolean over logical tokens."""
+"""Asks the stages at a boundary, checks their decisions, and combines them into one boolean over logical tokens."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BoundaryState:
-    """Where a run stands: before one layer, with these tokens live."""
+    """The state of a run at a boundary, before one layer."""
 
     boundary: int
     window: Window
     live: LiveSet
     live_mask: Bool[Tensor, "batch tokens"]
-    """Live tokens by logical index, padding excluded."""
+    """Live tokens by logical index, excluding padding."""
     hidden: Float[Tensor, "batch slots dim"]
     final_norm: Callable[[Tensor], Tensor] | None
     embeds: Float[Tensor, "batch tokens dim"]
-    """What entered the decoder."""
+    """The decoder's input embeddings."""
     training: bool = False
-    """Whether the model trains, so that stages that ask for gradients get them."""
+    """Whether the model is training, so that stages that ask for gradients get them."""
     weighted: bool = False
-    """Whether soft weights of earlier boundaries are in force."""
+    """Whether soft weights of earlier boundaries apply."""
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What the stages of a boundary decided together."""
+    """The combined decision of the stages at a boundary."""
 
     live_mask: Bool[Tensor, "batch tokens"]
     """Tokens that stay live."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """By stage name, over the slots before the boundary."""
+    """Scores by stage name, over the slots before the boundary."""
     keeps: dict[str, Tensor] = field(default_factory=dict)
-    """What each stage answered, by its name, over the same slots."""
+    """Keep masks by stage name, over the same slots."""
     merge_into: Int[Tensor, "batch slots"] | None = None
-    """Slot that each slot's state goes to; `None` where no stage merges."""
+    """Slot into which each slot's state is merged; `None` where no stage merges."""
     merged_by: str | None = None
     """Name of the stage that merges."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
-    """Logarithm of the soft weights, 0 where there is none; `None` where no stage gave any."""
+    """Logarithm of the soft weights, 0 for tokens without one; `None` if no stage returned weights."""
     faults: tuple[tuple[Bool[Tensor, ""], DecisionError], ...] = ()
-    """Errors that hold where the number beside them, which lies on the device, is true."""
+    """Pairs of a condition on the device and the error to raise if it is true."""
 
 
 def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> Decision:
-    """Ask every stage of a boundary; nothing is read back from the device.
+    """Ask every stage at a boundary, without reading anything back from the device.
 
-    Keeps intersect, soft weights multiply; text and protected tokens stay in any case. One stage may merge.
+    Keep masks are intersected and soft weights multiplied; text and protected tokens always stay. One stage may merge.
     """
     live, boundary = state.live, state.boundary
     call = _payload(prompt, state, attention, tapped)
@@ -90,7 +90,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
         if answer.merge_into is not None:
             if merge_into is not None:
                 raise DecisionError(
-                    f"stages.{name}: a stage before it merges tokens at boundary {boundary} already; let it prune at "
+                    f"stages.{name}: another stage already merges tokens at boundary {boundary}; let this one prune at "
                     "another boundary"
                 )
             merge_into, fault = _checked_merge(answer.merge_into, mask, image, name, boundary)
@@ -109,14 +109,14 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     index = live.index
     dropped = torch.zeros_like(state.live_mask).scatter_(1, index, drop.to(index.device))
     live_mask = prompt.without_widows(state.live_mask & ~dropped)
-    if log_weights is not None:  # padding slots repeat the index of some token, and add 0 to it
+    if log_weights is not None:  # padding slots repeat some token's index, so they must add 0
         log_weights = log_weights.to(index.device)
         log_weights = log_weights.new_zeros(live_mask.shape).scatter_add(1, index, log_weights)
     return Decision(live_mask, scores, keeps, merge_into, merged_by, log_weights, tuple(faults))
 
 
 def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> PruneCall:
-    """What every stage of the boundary is told, on the device of the hidden states."""
+    """The payload for the stages at the boundary, on the device of the hidden states."""
     live, device = state.live, state.hidden.device
     valid = live.take(state.live_mask)
     image = torch.where(valid, live.take(prompt.scored), -1)
@@ -157,7 +157,7 @@ def _checked_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> Bool
 def _checked_merge(
     into: Tensor, mask: Tensor, image: Tensor, name: str, boundary: int
 ) -> tuple[Int[Tensor, "batch slots"], tuple[Tensor, DecisionError]]:
-    """Targets of a merge, with every token that is no patch left to itself, and what is wrong if some fit nothing."""
+    """Merge targets, with every token that is not a patch mapped to itself, and the error if some are invalid."""
     told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
     if into.dtype != torch.long or into.shape != image.shape:
         raise DecisionError(
@@ -168,13 +168,14 @@ def _checked_merge(
     target = into.clamp(0, image.shape[1] - 1)
     fits = (target == into) & (image.gather(1, target) == image) & (mask | ~_moved(target))
     wrong = DecisionError(
-        f"{told} with a token merged into no slot of its own image, or into one that is merged too and does not stay"
+        f"{told} with a token merged into no slot of its own image, or into one that is merged too and dropped; merge "
+        "into patches of the same image that stay"
     )
     return target, (~fits.all(), wrong)
 
 
 def _moved(into: Int[Tensor, "batch slots"]) -> Bool[Tensor, "batch slots"]:
-    """Tokens whose state goes to another slot, and another state to theirs."""
+    """Slots whose state moves to another slot and that receive the state of another one."""
     away = into != torch.arange(into.shape[1], device=into.device)
     return away & (torch.zeros_like(into).scatter_add(1, into, away.long()) > 0)
 
@@ -182,22 +183,22 @@ def _moved(into: Int[Tensor, "batch slots"]) -> Bool[Tensor, "batch slots"]:
 def _move_fault(
     call: PruneCall, into: Tensor, name: str, others_drop: Tensor, *, noted: bool
 ) -> tuple[Tensor, DecisionError]:
-    """A merge may move tokens that stay, unless something was said of the places that they leave and take.
+    """The error if a merge moves kept tokens although something else refers to the slots they leave or take.
 
-    `others_drop` are the slots that other stages drop; `noted` says whether soft weights or carried numbers belong to
-    tokens.
+    `others_drop` are the slots that other stages drop; `noted` says whether tokens have soft weights or carried
+    numbers.
     """
     spoken_of = call.protected | others_drop | noted
     wrong = DecisionError(
-        f"stages.{name}: at boundary {call.boundary} `prune` moves tokens that stay (`merge_into`), but protected "
-        "tokens, soft weights, numbers that `encode` carries and what another stage drops here stay where they were; "
-        "let the other stage act elsewhere, or move no tokens"
+        f"stages.{name}: at boundary {call.boundary} `prune` moves kept tokens (`merge_into`), but protected tokens, "
+        "soft weights, numbers carried from `encode` and another stage's drops at this boundary refer to their old "
+        "slots; let the other stage act elsewhere, or move no tokens"
     )
     return (_moved(into) & spoken_of.any(1, keepdim=True)).any(), wrong
 
 
 def _weights_fault(weights: Tensor, weighted: Tensor, name: str, boundary: int) -> tuple[Tensor, DecisionError]:
-    """Soft weights are one float per slot, positive and finite for the visual tokens that the stage keeps."""
+    """Check that soft weights are one float per slot, positive and finite for the visual tokens the stage keeps."""
     told = f"stages.{name}: at boundary {boundary} `prune` returned weights"
     if not weights.is_floating_point() or weights.shape != weighted.shape:
         raise DecisionError(

@@ -1,4 +1,4 @@
-"""Asks the stages where vision enters and exits."""
+"""Asks the stages at which boundaries visual tokens enter and exit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WindowDecision:
-    """Where vision enters (the deepest of the `inject` answers) and exits (the shallowest of the `exit` answers)."""
+    """The boundaries where vision enters (deepest of the `inject` answers) and exits (shallowest of `exit`)."""
 
     window: Window
     keep_answer_sources: bool
-    """Whether visual tokens that an answer is predicted from outlive the exit."""
+    """Whether visual tokens from which an answer is predicted stay after the exit."""
     by: dict[int, tuple[str, ...]]
-    """The stages that answered so, for these two boundaries."""
+    """For each of the two boundaries, the stages that chose it."""
 
 
 def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecision:

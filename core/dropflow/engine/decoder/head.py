@@ -1,4 +1,4 @@
-"""With labels, the LM head and the loss run on live positions only."""
+"""Runs the LM head and the loss on live positions only when there are labels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dropflow.engine.tokens.live_set import LiveSet
 def live_states(
     hidden: Float[Tensor, "batch slots dim"], live: LiveSet, wanted: Bool[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "1 rows dim"], Int[Tensor, "batch tokens"]]:
-    """States from which all `wanted` positions can be read, each once, and the row that each position reads.
+    """The states needed to read all `wanted` positions, without duplicates, and the row that each position reads.
 
-    Rows are the live tokens of all samples in order. A position reads the last live token at or before it; -1 where
-    there is none or nobody wants it.
+    Rows are the live tokens of all samples in order. A position reads the last live token at or before it; its row is
+    -1 if there is none or the position is not wanted.
     """
     slot = live.slot.to(hidden.device)
     used = torch.zeros(live.index.shape, dtype=torch.bool, device=hidden.device)
@@ -50,7 +50,7 @@ def loss_of(
 
 
 def shifted(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """The label that each position predicts: its successor's, -100 (ignored) for the last one."""
+    """The label that each position predicts: that of the next position, and -100 (ignored) for the last one."""
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 

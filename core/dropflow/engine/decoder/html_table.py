@@ -7,7 +7,7 @@ from html import escape
 
 
 def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:
-    """A table with its title above it and notes below; every text is escaped."""
+    """A table with a title above and notes below; all text is escaped."""
     lines = [_row("th", head), *(_row("td", row) for row in rows)]
     below = "".join(f"<div>{escape(note)}</div>" for note in notes)
     return f"<div>{escape(title)}</div><table>{''.join(lines)}</table>{below}"

@@ -1,4 +1,4 @@
-"""What each layer's cache held after every forward since a prompt, counted only when it changes."""
+"""What each layer's cache held after every forward since a prompt, counted only when the cache indices change."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from dropflow.engine.tokens.holdings import Holdings
 
 @dataclass(frozen=True)
 class Held:
-    """Tokens that each layer's cache held at one moment; padding is not counted."""
+    """Number of tokens that each layer's cache held at one moment, excluding padding."""
 
     rows: int
-    """Samples of the batch, which the numbers below are summed over."""
+    """Samples in the batch, over which the numbers below are summed."""
     entries: tuple[int, ...]
-    """By layer."""
+    """Entries of each layer."""
     visual: tuple[int, ...]
-    """Those that are visual."""
+    """Visual entries of each layer."""
     dense: int
-    """Of one layer, had nothing been dropped or evicted."""
+    """Entries one layer would hold had nothing been dropped or evicted."""
 
     def after(self, tokens: int) -> Held:
-        """The same with so many text tokens more in every layer."""
+        """The same with `tokens` more text tokens in every layer."""
         more = tokens * self.rows
         return Held(self.rows, tuple(held + more for held in self.entries), self.visual, self.dense + more)
 
 
 class KVHistory:
-    """What the caches held, from a prompt on.
+    """What the caches held from the end of a prompt on.
 
-    A token that is appended adds one entry to every layer. So a forward that evicts nothing is noted by a number; what
-    layers hold is counted, as tensors, when their indices are replaced, and read when somebody asks.
+    An appended token adds one entry to every layer, so a forward that evicts nothing is recorded as a number. What the
+    layers hold is counted, as tensors, only when their indices are replaced, and read from the device on request.
     """
 
     def __init__(self, indices: Sequence[KeyIndex], length: int) -> None:
-        """`indices` are those of the layers after the prompt, of `length` logical tokens."""
+        """`indices` are those of the layers after the prompt, which has `length` logical tokens."""
         self._indices, self._since = tuple(indices), length
         self._counted: list[_Counted] = []
         self._lengths = [length]
         self._starts = [0]
-        """Number of the forward from which each state holds; the last one is not counted yet."""
+        """Number of the forward from which each state applies; the last state is not counted yet."""
 
     @property
     def length(self) -> int:
@@ -52,7 +52,7 @@ class KVHistory:
         return self._lengths[-1]
 
     def note(self, indices: Sequence[KeyIndex], length: int) -> None:
-        """Take what the layers hold after one forward more."""
+        """Record what the layers hold after one more forward."""
         indices = tuple(indices)
         if indices != self._indices:
             self._counted.append(self._count())
@@ -61,7 +61,7 @@ class KVHistory:
         self._lengths.append(length)
 
     def moments(self) -> list[Held]:
-        """After each forward; the first is the prompt."""
+        """What was held after each forward; the first is the prompt."""
         states = [(one.held(), one.length) for one in (*self._counted, self._count())]
         found = []
         for (held, since), (start, end) in zip(states, pairwise([*self._starts, len(self._lengths)]), strict=True):
@@ -74,14 +74,14 @@ class KVHistory:
 
 
 def held_with(indices: Sequence[KeyIndex], length: int) -> Held:
-    """What layers with these indices hold once they have seen `length` logical tokens."""
+    """What layers with these indices hold after `length` logical tokens."""
     (found,) = KVHistory(indices, length).moments()
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class _Counted:
-    """A moment, still on the device."""
+    """The counts of one moment, still on the device."""
 
     length: int
     rows: int

@@ -1,4 +1,4 @@
-"""Fits the arguments of a decoder layer, its mask and positions, to what is live and what the layer's cache holds."""
+"""Adjusts a decoder layer's arguments, its mask and positions, to the live tokens and the layer's cache."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ Held = FlowLayer | UniformLayer | None
 
 
 class Once:
-    """What was made before for the same things; layers of a run that hold the same share it.
+    """Memoises what is computed for a run, so that layers that hold the same tokens share the result.
 
-    A key is a word and the things themselves: tensors, indices and caches are told apart by identity, and the key keeps
-    them alive.
+    A key is a word and the objects a result depends on: tensors, indices and caches are compared by identity, and the
+    key keeps them alive.
     """
 
     def __init__(self) -> None:
         self._made: dict[tuple[Hashable, ...], Any] = {}
 
     def __call__(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
-        """The thing of this key, made the first time it is asked for."""
+        """The result for this key, computed on first use."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
 class ContinuedArguments:
-    """For a call of text alone that continues a cache from which tokens are missing."""
+    """Layer arguments for a text-only call that continues a cache from which tokens are missing."""
 
     def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
         self._site, self._embeds, self._once = site, embeds, Once()
 
     def fit(self, held: FlowLayer | UniformLayer) -> bool:
-        """Whether the model's own arguments are right for a layer as they are."""
+        """Whether the model's own arguments already fit the layer."""
         return held.index is None or (held.index.complete and not self._site.compact)
 
     def arguments(self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ContinuedArguments:
         return kwargs | found if found else kwargs
 
     def _positions(self, index: KeyIndex, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions that are compact; shared by layers whose caches lack the same tokens."""
+        """Compact positions, shared by layers whose caches lack the same tokens."""
         dropped = index.dropped
         if not self._site.compact or dropped is None:
             return {}
@@ -85,36 +85,36 @@ class ContinuedArguments:
 
 @dataclass(frozen=True, eq=False)
 class LayerArguments:
-    """One live set of a call that brings visual tokens; what layers that hold the same need is computed once."""
+    """Layer arguments for one live set of a call with visual tokens, computed once for layers that hold the same."""
 
     site: Site
     embeds: Float[Tensor, "batch tokens dim"]
-    """What entered the decoder."""
+    """The decoder's input embeddings."""
     live: LiveSet
     image_id: Int[Tensor, "batch tokens"]
-    """Image number of each token, as a `KeyIndex` notes it."""
+    """Image number of each token, encoded as in `KeyIndex`."""
     valid: Bool[Tensor, "batch tokens"]
-    """False for padding of the prompt."""
+    """False for padding in the prompt."""
     images: int
-    """Images of the prompt."""
+    """Number of images in the prompt."""
     dropped: Int[Tensor, "batch"] | None = None
-    """Tokens of this call, by sample, that are not live; `None` before any is dropped."""
+    """Number of tokens of this call, by sample, that are not live; `None` before any is dropped."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
-    """Logarithm of the soft weights that stages gave so far; 0 where there is none."""
+    """Logarithm of the soft weights returned so far; 0 for tokens without one."""
     _once: Once = field(default_factory=Once, init=False)
 
     def moved(self, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> LayerArguments:
-        """For another live set, of the tokens `live_mask`."""
+        """The same for another live set, whose tokens are `live_mask`."""
         return replace(self, live=live, dropped=self.valid.sum(1) - live_mask.sum(1))
 
     def weighed(self, log_weights: Float[Tensor, "batch tokens"] | None) -> LayerArguments:
-        """With the soft weights of one more boundary, which multiply those of the ones before."""
+        """The same with the soft weights of one more boundary multiplied in."""
         if log_weights is None or not log_weights.requires_grad:
             return self
         return replace(self, log_weights=log_weights if self.log_weights is None else self.log_weights + log_weights)
 
     def keys(self, held: Held) -> KeyIndex:
-        """What the layer's cache will hold after this call; shared by layers that hold the same."""
+        """Index of what the layer's cache will hold after this call, shared by layers that hold the same."""
         index, length = (None, 0) if held is None else (held.index, held.length)
         past = self._once(("past", index, int(length)), lambda: self._past(held))
         keys: KeyIndex = self._once(
@@ -125,7 +125,7 @@ class LayerArguments:
     def arguments(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held, keys: KeyIndex
     ) -> Arguments:
-        """All arguments of `layer` but hidden states and cache, as the live tokens and `keys` need them."""
+        """All arguments of `layer` except hidden states and cache, adjusted to the live tokens and `keys`."""
         positions = self._positions(held, kwargs)
         mask = kwargs.get("attention_mask")
         width = None if held is None else held.width(len(keys))
@@ -147,7 +147,7 @@ class LayerArguments:
         return args, kwargs | positions
 
     def _positions(self, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Position arguments that compact positions replace; shared by layers whose caches lack the same tokens."""
+        """Position arguments for compact positions, shared by layers whose caches lack the same tokens."""
         if not self.site.compact:
             return {}
         rotary = partial(self.site.backbone.rotary, self.embeds)
@@ -164,8 +164,8 @@ class LayerArguments:
         return held.full_index() if held is not None and held.length else KeyIndex.plain(len(index), 0, index.device)
 
     def _weighted(self, mask: Tensor | None, log_weights: Tensor, keys: KeyIndex, dtype: torch.dtype) -> Tensor:
-        """The layer's mask, made for `keys`, with the soft weights of the live tokens; earlier turns have none."""
-        with torch.enable_grad():  # a stage that ranks without gradients may be the first to ask
+        """The layer's mask for `keys`, with the soft weights of the live tokens; entries of earlier turns have none."""
+        with torch.enable_grad():  # the first caller may be a stage that ranks without gradients
             log_weights = self.live.take(log_weights)
             own = torch.nn.functional.pad(log_weights, (len(keys) - log_weights.shape[1], 0))
             return weighted_mask(causal_mask(self.live, keys) if mask is None else mask, own, dtype)

@@ -1,4 +1,4 @@
-"""Asks the coming layer for attention rows of the live tokens: its norm, q, k and RoPE, nothing after them."""
+"""Computes attention rows of the live tokens in the next layer, running only its norm, projections and RoPE."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
 from dropflow.lifecycle.lazy import lazy
 
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
-"""Whose hooks are part of what a module computes; all others watch, and are not called while ranking."""
+"""Libraries whose hooks are part of what a module computes; other hooks only observe and are skipped in ranking."""
 
 
 class LayerProbe:
-    """Attention rows of one layer before it runs; keys are computed once, queries by row.
+    """Attention rows of one layer before it runs; keys are computed once, queries per row.
 
-    Where the backbone names the layer's projections, only what is read is projected: k of all live tokens, and q of
-    the rows asked for. The layer's cache is read (`past`, keys of earlier turns) and never written.
+    Where the backbone names the layer's projections, only what is read is projected: k of all live tokens and q of the
+    requested rows. The layer's cache is read (`past`, keys of earlier turns) and never written.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LayerProbe:
         sharded: Callable[[QueryKey], QueryKey],
         shadows: Shadows,
     ) -> None:
-        """`sharded` notes on q and k whose heads they are, where ranks share them."""
+        """`sharded` records on q and k which heads they belong to, where ranks share the heads."""
         self.number = number
         self._layer, self._hidden, self._make_arguments = layer, hidden, arguments
         self._implementation, self._projections, self._past = implementation, projections, past
@@ -57,7 +57,7 @@ class LayerProbe:
 
     @lazy
     def _arguments(self) -> Arguments:
-        """Restricted to the live tokens only when a stage asks, since some rank by nothing of this layer."""
+        """The layer's arguments, restricted on first use because some stages read nothing of this layer."""
         return self._make_arguments()
 
     def rows(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
@@ -96,7 +96,7 @@ class LayerProbe:
             self._layer, "a stage asks for gradients through its ranking", with_gradient=torch.is_grad_enabled()
         )
         with _ranking(self._layer, self._shadows), _unread(unread, self._shadows):
-            # `forward`, so that neither a compiled graph nor anybody's hooks take this for the layer's real call
+            # call `forward` directly, so that neither a compiled graph nor a hook treats this as the layer's real call
             return probe(self._implementation, lambda: self._layer.forward(*args, **kwargs))
 
 
@@ -106,7 +106,7 @@ def _some(name: str, value: Any, live: LiveSet) -> Any:
 
 @contextmanager
 def _unread(projections: tuple[Any, ...], shadows: Shadows) -> Iterator[None]:
-    """Let projections whose result nobody reads give zeros without a matrix product."""
+    """Make projections whose results are not read return zeros without a matrix product."""
     with ExitStack() as laid:
         for projection in projections:
             laid.enter_context(shadows.over_forward(projection, _zeros_of_width(projection.out_features)))
@@ -119,10 +119,9 @@ def _zeros_of_width(width: int) -> Callable[..., Tensor]:
 
 @contextmanager
 def _ranking(layer: nn.Module, shadows: Shadows) -> Iterator[None]:
-    """Rank as at inference: no dropout (such as LoRA's) in q and k, no checkpointing, and nobody's hooks but theirs
-    whose business it is to compute.
+    """Rank as in inference: no dropout (such as LoRA's) in q and k, no checkpointing, and only hooks that compute.
 
-    Only dropout is told that nothing trains: quantised modules pack their weights anew when their mode changes.
+    Only dropout is switched to inference mode, because quantised modules repack their weights when their mode changes.
     """
     with ExitStack() as laid:
         if layer.training:
@@ -139,7 +138,7 @@ def _ranking(layer: nn.Module, shadows: Shadows) -> Iterator[None]:
 
 
 def _computes(hook: Any) -> bool:
-    """Whether a hook belongs to a library that computes by hooks, such as FSDP."""
+    """Whether a hook belongs to a library that computes in hooks, such as FSDP."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return (getattr(hook, "__module__", None) or "").startswith(_LIBRARIES)

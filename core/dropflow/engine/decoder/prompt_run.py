@@ -1,4 +1,4 @@
-"""A call that brings visual tokens: what crosses each boundary of the decoder, and what watches it."""
+"""A call with visual tokens: what crosses each boundary of the decoder, and what observers see of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dropflow.operators.merging import mean_into
 
 
 class PromptRun:
-    """State of one forward of the text decoder with visual tokens: the policy acts at its boundaries."""
+    """State of one forward of the text decoder with visual tokens, at whose boundaries the policy acts."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class PromptRun:
         residuals: tuple[tuple[Tensor, Tensor], ...] = (),
         real: Tensor | None = None,
     ) -> None:
-        """`embeds` (batch, tokens, dim) are raw: the states with which injected tokens enter.
+        """`embeds` (batch, tokens, dim) are the raw states with which injected tokens enter.
 
         `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`). `real` is false
-        for tokens of earlier calls that are padding.
+        for padding in earlier calls.
         """
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
@@ -71,7 +71,7 @@ class PromptRun:
 
     @property
     def live(self) -> LiveSet:
-        """Tokens of this call that are live before the coming layer."""
+        """Tokens of this call that are live before the next layer."""
         return self._arguments.live
 
     @property
@@ -85,11 +85,11 @@ class PromptRun:
         return not self._site.plan.uniform or self.prompt.extents["present"] != self.prompt.extents["valid"]
 
     def leaves(self, number: int) -> bool:  # noqa: ARG002
-        """No layer: at each one there may be a boundary, or something to tell."""
+        """Always false: the policy or an observer may act before any layer."""
         return False
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run decoder layer `number` on what is live before it."""
+        """Run decoder layer `number` on the tokens that are live before it."""
         if number == 0:
             self._begin(layer, args, kwargs)
         args, kwargs = self._cross(number, layer, args, kwargs)
@@ -111,7 +111,7 @@ class PromptRun:
         self._caches.finish()
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at what the first layer is given, before anything has run."""
+        """Check the arguments of the first layer before anything has run."""
         plan, known = self._site.plan, self._site.backbone.token_arguments
         if self.drops:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
@@ -122,14 +122,14 @@ class PromptRun:
             convert_cache(cache, plan.shape.layers, uniform=plan.uniform, written_by=plan.identity, real=self._real)
 
     def _with_residual(self, number: int, hidden: Tensor) -> Tensor:
-        """After layer `number`: live visual tokens receive what the model itself would add to all of them."""
+        """Add to live visual tokens what the model itself adds to all visual tokens after layer `number`."""
         where, rows = self._residuals[number]
         where = where.to(hidden.device)[:, :, None]
         added = hidden.new_zeros(*where.shape[:2], hidden.shape[2]).masked_scatter(where, rows.to(hidden))
         return hidden + (added if self.live.everything else self.live.take(added))
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Apply what the policy says at the boundary before layer `number` to the hidden states."""
+        """Apply the policy's decisions at the boundary before layer `number` to the hidden states."""
         prompt, window, plan = self.prompt, self.window, self._site.plan
         inside = window.entry <= number < window.exit
         stages = plan.prune_at.get(number, ()) if inside else ()
@@ -198,10 +198,10 @@ class PromptRun:
         return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 
     def _tapped(self, layer: int) -> TappedLayer:
-        """A tapped layer that has run on all tokens that are live now."""
+        """A tapped layer that ran on all tokens that are live now."""
         if layer < self.window.entry:
             raise DecisionError(
-                f"layer {layer}: vision has entered since, at boundary {self.window.entry}; read a layer from there on"
+                f"layer {layer}: ran before vision entered at boundary {self.window.entry}; read a layer from there on"
             )
         return self._caches.seen(layer)
 
@@ -213,9 +213,9 @@ class PromptRun:
         extent: Extent | None = None,
         decision: Decision | None = None,
     ) -> Tensor:
-        """Make `live_mask` the live set and bring the hidden states along; with `raw`, tokens may enter.
+        """Make `live_mask` the live set and move the hidden states to it; with `raw`, tokens may enter.
 
-        One host synchronisation where the `extent` of the mask is not known. Raises what the decision is blamed for.
+        One host synchronisation where the `extent` of the mask is not known. Raises the decision's faults.
         """
         if extent is None:
             faults = () if decision is None else decision.faults
@@ -226,12 +226,12 @@ class PromptRun:
                 if wrong:
                     raise error
             extent = Extent.of(counts)
-        if extent.total == self._count:  # one is part of the other, so that they are the same
-            return hidden  # padding, too, stays where it is until a token really goes
+        if extent.total == self._count:  # one set contains the other, so equal counts mean equal sets
+            return hidden  # padding also stays in place until a token is dropped
         if decision is not None and self._site.plan.uniform:
             raise DecisionError(
-                "a stage forecasts that every token stays, and has dropped some; correct its `forecast`, on which the "
-                "kind of cache depends"
+                "a stage forecasts that every token stays, but has dropped some; correct its `forecast`, which "
+                "determines the kind of cache"
             )
         live = LiveSet.of(live_mask, extent)
         hidden = live.restrict(self.live, hidden, raw)
@@ -242,7 +242,7 @@ class PromptRun:
     def _tell(
         self, number: int, names: tuple[str, ...], shown: LiveSet, decision: Decision, merged: Tensor | None
     ) -> None:
-        """Tell those who watch what was applied; `shown` are the slots that the stages saw."""
+        """Notify observers of what was applied; `shown` are the slots that the stages saw."""
         event = BoundaryEvent(
             boundary=number,
             stages=names,

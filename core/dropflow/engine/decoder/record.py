@@ -1,4 +1,4 @@
-"""What happened in the forwards of a prompt and of its answer, kept as tensors until somebody asks for the report."""
+"""Records the forwards of a prompt and its answer, as tensors until a report is requested."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class CallRecord:
-    """One forward that fed a prompt or a part of it: its tokens, and which were live from each boundary on."""
+    """One forward that fed all or part of a prompt: its tokens, and which were live from each boundary on."""
 
     valid: Bool[Tensor, "batch tokens"]
     """False for padding."""
     prompt: Prompt | None = None
-    """`None` for a call of text alone, in which every token is live."""
+    """`None` for a text-only call, in which every token is live."""
     bytes_per_number: int = 0
-    """Of the states; 0 where nobody has looked."""
+    """Bytes per number in the hidden states; 0 if not recorded."""
     taken_back: int = 0
-    """Tokens at its end that are no longer part of the prompt: drafts, and what `crop` has removed."""
+    """Number of trailing tokens that are no longer part of the prompt: drafts, and tokens removed by `crop`."""
     past: Holdings | None = None
-    """What the caches held before it; `None` for nothing."""
+    """What the caches held before the forward; `None` for nothing."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
-    """Boundary -> logical index of the token in whose place each one's state is from there on."""
+    """Boundary -> logical index of the token at whose place each token's state is from there on."""
 
     def add(self, boundary: int, live: Tensor, merged: Tensor | None = None) -> None:
-        """Note that `live` (batch, tokens) holds from `boundary` on, and who was `merged` into whom there."""
+        """Record that `live` (batch, tokens) applies from `boundary` on, and which tokens were `merged` there."""
         self.segments.append((boundary, live))
         if merged is not None:
             self.merges[boundary] = merged
 
     @property
     def tokens(self) -> int:
-        """How many it has."""
+        """Number of tokens, without those taken back."""
         return self.valid.shape[1] - self.taken_back
 
     @property
     def visual(self) -> Bool[Tensor, "batch tokens"]:
-        """Its visual tokens."""
+        """Visual tokens of the forward."""
         found = torch.zeros_like(self.valid) if self.prompt is None else self.prompt.visual
         return found[:, : self.tokens]
 
     @property
     def text(self) -> Bool[Tensor, "batch tokens"]:
-        """Its text tokens, padding excluded."""
+        """Text tokens of the forward, excluding padding."""
         return self.valid[:, : self.tokens] & ~self.visual
 
     def live(self, layers: int) -> Bool[Tensor, "layers batch tokens"]:
@@ -71,7 +71,7 @@ class CallRecord:
         return torch.stack(before)[..., : self.tokens]
 
     def index_after(self, past: KeyIndex) -> KeyIndex:
-        """What a cache that holds `past` would hold after it, had nothing been dropped."""
+        """Index of a cache that held `past`, after this forward, had nothing been dropped."""
         valid, images = self.valid[:, : self.tokens], 0
         image = torch.full_like(valid, -1, dtype=torch.long)
         if self.prompt is not None:
@@ -81,10 +81,10 @@ class CallRecord:
 
 
 class PromptRecord:
-    """A prompt, fed in one forward or in several, and what has followed on its cache."""
+    """A prompt, fed in one or several forwards, and what has followed on its cache."""
 
     def __init__(self, plan: Plan, widths: DecoderWidths, cache: Any, past: KeyIndex) -> None:
-        """`past` is what the cache held before, had nothing been dropped; `cache` is held weakly, `None` for none."""
+        """`past` is what the cache would have held before without drops; `cache` (or `None`) is referenced weakly."""
         self.plan, self.widths, self._past = plan, widths, past
         self._index: KeyIndex | None = past
         self._cache = None if cache is None else weakref.ref(cache)
@@ -94,33 +94,33 @@ class PromptRecord:
 
     @property
     def cache(self) -> Any:
-        """The cache it was written to; `None` when there was none, or when it is gone."""
+        """The cache the prompt was written to; `None` if there was none or it no longer exists."""
         return None if self._cache is None else self._cache()
 
     @property
     def prompt(self) -> Prompt | None:
-        """The last forward's that brought visual tokens."""
+        """The `Prompt` of the last forward that brought visual tokens."""
         return next((part.prompt for part in reversed(self.parts) if part.prompt is not None), None)
 
     @property
     def before(self) -> int:
-        """Logical tokens of earlier turns."""
+        """Number of logical tokens of earlier turns."""
         return self._past.length
 
     @property
     def length(self) -> int:
-        """Logical tokens seen at the end of the prompt."""
+        """Number of logical tokens seen by the end of the prompt."""
         return self.before + sum(part.tokens for part in self.parts)
 
     @property
     def index(self) -> KeyIndex:
-        """What a cache would hold after the prompt, had nothing been dropped."""
+        """Index of a cache after the prompt, had nothing been dropped."""
         if self._index is None:
             self._index = reduce(lambda index, part: part.index_after(index), self.parts, self._past)
         return self._index
 
     def feed(self, part: CallRecord, before: Sequence[KeyIndex] | None) -> None:
-        """Take one forward more of the prompt, before which the layers' caches had these indices."""
+        """Add one more forward of the prompt; `before` are the indices of the layers' caches before it."""
         length = self.length
         if length and self._cache is not None:
             part.past = Holdings.of(before or self._dense(), length)
@@ -130,7 +130,7 @@ class PromptRecord:
             self.history = KVHistory(self.held(), length + part.valid.shape[1])
 
     def cut(self, length: int) -> None:
-        """Forget tokens at the end of the prompt, of which a cache that was cropped has seen `length`."""
+        """Remove tokens from the end of the prompt after its cache was cropped to `length` logical tokens."""
         surplus = self.length - length
         while surplus > 0 and self.parts:
             last = self.parts[-1]
@@ -142,16 +142,16 @@ class PromptRecord:
         self._index = None
 
     def step(self, tokens: int) -> None:
-        """Take a forward of `tokens` after the prompt."""
+        """Record a forward of `tokens` after the prompt."""
         if self.history is not None:
             self.history.note(self.held(), self._seen(self.history.length + tokens))
 
     def held(self) -> Sequence[KeyIndex]:
-        """What each layer's cache holds."""
+        """Index of what each layer's cache holds."""
         return indices_of(self.cache) or self._dense()
 
     def seen_now(self) -> int:
-        """Logical tokens that the cache has seen, or had seen when it was last used."""
+        """Number of logical tokens the cache has seen, or had seen when it was last used."""
         history, cache = self.history, self.cache
         last = self.length if history is None else history.length
         return last if cache is None else int(cache.get_seq_length())
@@ -161,7 +161,7 @@ class PromptRecord:
         return torch.cat([part.live(self.plan.shape.layers) for part in self.parts], 2)
 
     def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
-        """Boundary -> logical index, in the whole prompt, of the token that each one's state was merged into."""
+        """Boundary -> logical index, in the whole prompt, of the token that each token was merged into."""
         found = {}
         for boundary in sorted({boundary for part in self.parts for boundary in part.merges}):
             start, pieces = 0, []
@@ -176,7 +176,7 @@ class PromptRecord:
         return (self.index,) * self.plan.shape.layers
 
     def _seen(self, otherwise: int) -> int:
-        """Logical tokens that the cache has seen; `otherwise` where it counts on its device."""
+        """Number of logical tokens the cache has seen; `otherwise` if the cache keeps that number on its device."""
         cache = self.cache
         length = None if cache is None else cache.get_seq_length()
         return length if isinstance(length, int) else otherwise

@@ -1,4 +1,4 @@
-"""The prompts that run under a policy, each with the forwards that feed it and those that follow."""
+"""Groups the forwards under a policy into prompts and what follows them."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Forward:
-    """One forward of the text decoder, as far as records need to know it."""
+    """What records need to know of one forward of the text decoder."""
 
     tokens: int
     generating: object | None
-    """The prefill of `generate` that it is part of, one object for all its forwards; `None` outside of one."""
+    """Identifies the `generate` prefill it is part of, one object for all its forwards; `None` outside a prefill."""
     part: CallRecord | None = None
-    """What it adds to a prompt if it is part of one; `None` for a forward that can only follow one."""
+    """What it adds to a prompt if it is part of one; `None` for a forward that can only follow a prompt."""
     drafts: int = 0
-    """Of its last tokens, those that `generate` has put after a prompt to be verified."""
+    """Number of trailing tokens that are drafts, which `generate` appends to a prompt to verify them."""
     seen: int = 0
-    """Logical tokens that its cache had seen before, where it has a part."""
+    """Number of logical tokens its cache had seen before; set only if `part` is."""
     stated: bool = False
     """Whether a mask (batch, tokens) says which of its tokens are padding."""
     real: Bool[Tensor, "batch tokens"] | None = None
-    """False for those seen before that are padding; `None` where nobody says."""
+    """False for padding among the tokens seen before; `None` if unknown."""
     before: Sequence[KeyIndex] | None = None
     """What each layer's cache held before; `None` for a cache that was not written under a policy."""
     cache: Any = None
 
 
 class Records:
-    """The last prompt that brought images, and those on whose cache a forward may go on.
+    """The last prompt that brought images, and prompts whose caches later forwards may continue.
 
-    A prompt may be fed in several forwards. What belongs together is one prefill of `generate`; elsewhere, the forwards
-    of several tokens, or with images, that follow each other on one cache.
+    A prompt may be fed in several forwards. The forwards of one `generate` prefill belong together; elsewhere,
+    consecutive forwards on one cache that bring images or several tokens.
     """
 
     def __init__(self, plan: Plan, backbone: Backbone) -> None:
@@ -53,7 +53,7 @@ class Records:
         self._by_cache: weakref.WeakKeyDictionary[Any, _Fed] = weakref.WeakKeyDictionary()
 
     def add(self, forward: Forward) -> None:
-        """Take a forward that has ended."""
+        """Record a forward that has ended."""
         cache, part, last = forward.cache, forward.part, self.last
         fed = None if cache is None else self._by_cache.get(cache)
         joins = fed is not None and part is not None and fed.joined_by(forward, part)
@@ -86,14 +86,14 @@ class Records:
 
 
 class _Fed:
-    """A prompt, and whether more of it may come."""
+    """A prompt that later forwards may extend."""
 
     def __init__(self, record: PromptRecord, generating: object | None) -> None:
         self.record, self._generating = record, generating
         self.open = True
 
     def joined_by(self, forward: Forward, part: CallRecord) -> bool:
-        """Whether a forward goes on with this prompt; tokens that were cropped meanwhile are forgotten."""
+        """Whether a forward extends this prompt; tokens cropped in the meantime are removed from it."""
         record = self.record
         if not self.open or forward.generating is not self._generating or forward.drafts:
             return False

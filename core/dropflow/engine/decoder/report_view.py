@@ -1,4 +1,4 @@
-"""How a report is shown: in a line, as a table, in a notebook, and as a figure."""
+"""How a report is displayed: as one line, as a table, in a notebook, and as a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dropflow.engine.decoder.report import Report
 
 _HEAD = ("layer", "visual tokens", "KV entries", "KV at the end", "multiply-adds")
-_BEFORE, _AFTER = "#0072B2", "#E69F00"  # Okabe and Ito's palette, told apart by colour-blind people
+_BEFORE, _AFTER = "#0072B2", "#E69F00"  # from Okabe and Ito's palette, safe for colour-blind readers
 
 
 def line(report: Report) -> str:
@@ -28,14 +28,14 @@ def line(report: Report) -> str:
 
 
 def table(report: Report) -> str:
-    """A table by layer, and what it sums up to."""
+    """A table with one row per layer, followed by the totals."""
     widths = [max(len(name), 5) for name in _HEAD]
     rows = ("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in _rows(report))
     return "\n".join([_entry(report), *rows, *_sums(report)])
 
 
 def html(report: Report) -> str:
-    """The same for a notebook."""
+    """The same table for a notebook."""
     head, *rows = _rows(report)
     return html_table(_entry(report), head, rows, _sums(report))
 
@@ -83,7 +83,7 @@ def _entry(report: Report) -> str:
 
 
 def _sums(report: Report) -> list[str]:
-    """Lines after the table."""
+    """The totals after the table, line by line."""
     found = [
         f"multiply-adds {report.flops:.4g} (dense {report.flops_dense:.4g}), "
         f"KV bytes {report.kv_bytes:g} (dense {report.kv_bytes_dense:g})"

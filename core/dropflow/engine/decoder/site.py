@@ -1,4 +1,4 @@
-"""Where a pass through the text decoder takes place: the model, and what one call of it owns."""
+"""The attached model that a pass runs in, and the interface of a pass through its text decoder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """A model under a plan."""
+    """An attached model and its plan."""
 
     plan: Plan
     backbone: Backbone
     shadows: Shadows
-    """For what is laid over the model's objects for a moment."""
+    """Temporary replacements in the model's objects."""
     shards: HeadShards | None = None
     """The ranks that share the heads of a tensor-parallel model."""
 
@@ -39,7 +39,7 @@ class Site:
         return name
 
     def sharded(self, seen: QueryKey) -> QueryKey:
-        """q and k of a decoder layer, with a note of whose heads they are."""
+        """q and k of a decoder layer, marked with the ranks that share their heads."""
         if self.shards is None:
             return seen
         widths = self.backbone.decoder_widths
@@ -47,7 +47,7 @@ class Site:
 
     @property
     def flash(self) -> bool:
-        """Whether the attention implementation takes masks of two dimensions."""
+        """Whether the attention implementation takes two-dimensional masks."""
         return "flash" in self.implementation
 
     @lazy
@@ -57,7 +57,7 @@ class Site:
 
     @lazy
     def cache_stages(self) -> tuple[Stage[Any], ...]:
-        """Stages that decide about caches, in policy order."""
+        """The `decode_cache` stages, in policy order."""
         return tuple(stage for _, stage in self.plan.hooks.implementers("decode_cache"))
 
 
@@ -72,5 +72,5 @@ class DecoderRun(Run, Protocol):
         ...
 
     def finish(self) -> None:
-        """What follows the last layer."""
+        """Do what follows the last layer."""
         ...

@@ -1,4 +1,4 @@
-"""Sums up what was recorded of a prompt and its answer: the one place where a report waits for the device."""
+"""Computes the report from the records of a prompt and its answer; only this module waits for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dropflow.engine.decoder.report import LayerReport, Report
 
 
 def summed_up(record: PromptRecord) -> Report:
-    """The report of a prompt and of what has followed on its cache."""
+    """The report on a prompt and on what has followed on its cache."""
     depth = record.plan.shape.layers
     visual, (work, dense_work) = _visual_tokens(record), _flops(record)
     held, after, end = _kv(record)
@@ -47,7 +47,7 @@ def summed_up(record: PromptRecord) -> Report:
 
 
 def _visual_tokens(record: PromptRecord) -> list[float]:
-    """Of each layer, live in the prompt."""
+    """Live visual tokens of the prompt in each layer."""
     depth = record.plan.shape.layers
     counts = torch.stack([(part.live(depth) & part.visual).sum(2) for part in record.parts]).sum(0)
     return [_mean(row) for row in counts.tolist()]
@@ -69,7 +69,7 @@ def _flops(record: PromptRecord) -> tuple[list[float], float]:
 
 
 def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:
-    """What the caches held after every forward, after the prompt less its drafts, and hold now."""
+    """What the caches held after every forward and after the prompt without drafts, and what they hold now."""
     history, cache = record.history, record.cache
     if history is None:
         none = (0,) * record.plan.shape.layers
@@ -81,7 +81,7 @@ def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:
 
 
 def _attended(record: PromptRecord, visual: Sequence[float], held: Sequence[Held]) -> float:
-    """Visual tokens that a layer attends to, mean over layers and forwards: each with what was held before it."""
+    """Mean number of visual tokens a layer attends to, over layers and forwards, from what was held before each."""
     past = record.parts[0].past
     earlier = 0.0 if past is None else _mean([_mean(row) for row in past.visual.tolist()])
     return _mean([earlier + _mean(visual), *(_mean(one.visual) / one.rows for one in held[:-1])])

@@ -1,4 +1,4 @@
-"""q and k of a decoder layer as it ran, for stages that ask about tokens later, when others may be live."""
+"""q and k of a decoder layer as it ran, for stages that ask about it later, when other tokens may be live."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dropflow.engine.tokens.live_set import LiveSet
 
 @dataclass(frozen=True, eq=False)
 class TappedLayer:
-    """What one layer's attention was given, and the tokens it ran on."""
+    """The inputs of one layer's attention and the tokens it ran on."""
 
     seen: QueryKey
-    """Queries are those of the call; keys are what the layer's cache held before, then those of the call."""
+    """Queries are those of the call; keys are those in the layer's cache before the call, then those of the call."""
     live: LiveSet | None
     """Tokens of the call that were live in the layer; `None` for all."""
 
     def of_tokens(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention rows of tokens of the call, by their number in it.
+        """Attention rows of tokens of the call, given by their number in it.
 
-        A token that was not live in the layer is answered for by the last live one before it.
+        A token that was not live in the layer gets the row of the last live token before it.
         """
         slots = rows if self.live is None else self.live.slot.gather(1, rows.to(self.live.index.device)).clamp(min=0)
         return row_attention(self.seen, slots)
 
     def of_slots(self, slots: Int[Tensor, "batch rows"], now: LiveSet) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention rows of slots of `now`, a part of what was live; keys are the same, then the slots of `now`."""
+        """Attention rows of slots of `now`, a subset of what was live; keys are those of the cache, then of `now`."""
         if self.live is None or now is self.live:
             return row_attention(self.seen, slots)
         source = self._source(self.live, now)
@@ -39,7 +39,7 @@ class TappedLayer:
         return _taken(rows, 3, self._columns(source).to(rows.device))
 
     def on(self, now: LiveSet) -> QueryKey:
-        """q and k of the slots of `now` alone, and of what the cache held."""
+        """q and k of only the slots of `now`, and the keys that the cache held."""
         if self.live is None or now is self.live:
             return self.seen
         seen, source = self.seen, self._source(self.live, now)
@@ -57,7 +57,7 @@ class TappedLayer:
         )
 
     def _columns(self, source: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch keys"]:
-        """Keys of the cache as it was, then those of the slots in `source`."""
+        """Columns of the keys in the cache before the call, then those of the slots in `source`."""
         past = self.seen.key.shape[2] - self.seen.query.shape[2]
         before = torch.arange(past, device=source.device).expand(len(source), -1)
         return torch.cat((before, past + source), 1)
@@ -68,14 +68,14 @@ class TappedLayer:
 
 
 def _rotary(rotary: Any, rows: Int[Tensor, "batch slots"]) -> Any:
-    """cos and sin (batch or 1, tokens, dims) of some tokens; anything else stays what it is."""
+    """cos and sin (batch or 1, tokens, dims) of the tokens in `rows`; anything else is returned unchanged."""
     if not isinstance(rotary, tuple) or any(part.dim() != 3 for part in rotary):
         return rotary
     return tuple(_taken(part.expand(len(rows), -1, -1), 1, rows.to(part.device)) for part in rotary)
 
 
 def _taken(values: Tensor, dim: int, index: Int[Tensor, "batch picked"]) -> Tensor:
-    """Along `dim`, the entries that `index` names for each sample."""
+    """The entries along `dim` that `index` selects for each sample."""
     dim %= values.dim()
     shape = [1] * values.dim()
     shape[0], shape[dim] = index.shape

@@ -1,11 +1,11 @@
-"""Soft weights of live tokens: what a training stage says about a keep, as the layers after its boundary feel it.
+"""Soft weights of live tokens: how a training stage's selection affects the layers after its boundary.
 
-A token of weight w counts, in every softmax of attention, as w tokens like it: log w is added to the scores of its key.
-This is the one relaxation with both ends right, because dropping a token is masking its key: w = 1 is the token that
-stays and w -> 0 the token that is gone. Its derivative at 1, summed over layers, heads and queries q, is
-p_q * (v - out_q) . dL/dout_q, with p_q the attention the token gets and v its value: what the loss gains by its being
-seen. Scaling hidden states instead would do next to nothing, since the norm before every attention and MLP takes
-a factor out again.
+In every attention softmax, a token of weight w counts as w copies of itself: log w is added to the scores of its key.
+This relaxation is exact at both ends, because dropping a token is masking its key: w = 1 is a token that stays and
+w -> 0 a token that is dropped. Its derivative at 1, summed over layers, heads and queries q, is
+p_q * (v - out_q) . dL/dout_q, with p_q the attention the token gets and v its value: the effect on the loss of seeing
+the token. Scaling hidden states instead would have almost no effect, since the norm before every attention and MLP
+cancels a factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 def weighted_mask(
     mask: Tensor, log_weights: Float[Tensor, "batch keys"], dtype: torch.dtype
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """`mask` (batch, heads, queries, keys), boolean or additive, as additive one with `log_weights` on what is seen."""
+    """`mask` (batch, heads, queries, keys), boolean or additive, made additive with `log_weights` on visible keys."""
     hidden = torch.finfo(dtype).min
     seen: Bool[Tensor, "batch heads queries keys"] = mask if mask.dtype == torch.bool else mask > hidden / 2
     added = log_weights[:, None, None, :].to(dtype)
@@ -31,9 +31,9 @@ def weighted_mask(
 
 
 def with_positional_mask(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arguments of a layer with `attention_mask`, and what its forward takes before it, given by position.
+    """Arguments of a layer in which `attention_mask` and all parameters before it are passed by position.
 
-    Reentrant gradient checkpointing passes gradients to positional arguments alone.
+    Reentrant gradient checkpointing passes gradients only to positional arguments.
     """
     parameters = inspect.signature(layer.forward).parameters
     names = list(parameters)

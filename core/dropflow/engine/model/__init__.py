@@ -1,1 +1,1 @@
-"""How the parts of an unmodified model are reached."""
+"""How the engine reaches the parts of an unmodified model."""

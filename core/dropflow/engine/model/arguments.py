@@ -1,4 +1,4 @@
-"""Finds what a call of a module brings: hidden states, and arguments by their names."""
+"""Finds hidden states and named arguments in a module's call."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Arguments of a layer with other hidden states."""
+    """Arguments of a layer with its hidden states replaced."""
     if "hidden_states" in kwargs:
         return args, kwargs | {"hidden_states": hidden}
     return (hidden, *args[1:]), kwargs
 
 
 def named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Positional arguments by their names, so that hooks find them."""
+    """The arguments with positional ones passed by name, so that hooks find them."""
     if not args:
         return args, kwargs
     names = parameters_of(module)[: len(args)]
@@ -39,7 +39,7 @@ def parameters_of(module: Any) -> tuple[str, ...]:
 
 
 def annotated_parameters(module: Any) -> dict[str, Any] | None:
-    """Parameters of a module's forward with their annotations; `**kwargs` is `kwargs`, whatever it is called.
+    """Parameters of a module's forward with their annotations; `**kwargs` is `kwargs`, whatever its name.
 
     `None` where the forward takes anything, as wrappers do.
     """
@@ -50,7 +50,7 @@ def annotated_parameters(module: Any) -> dict[str, Any] | None:
 
 
 def _inner(module: Any) -> Any:
-    """The module in what torch.compile or activation checkpointing has made of it."""
+    """The module inside a wrapper of torch.compile or activation checkpointing."""
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         module = module._modules.get(name, module)
     return module
@@ -67,7 +67,7 @@ def _parameters(forward: Any) -> tuple[tuple[str, str, Any], ...]:
 def cache_in(arguments: dict[str, Any]) -> tuple[str | None, Any]:
     """Name and value of the KV cache among the arguments of a call, found by its type; `None` where there is none.
 
-    transformers has called it `past_key_values` up to 5.23, and `cache` from 5.24 on.
+    transformers names it `past_key_values` up to 5.23 and `cache` from 5.24 on.
     """
     for name, value in arguments.items():
         if isinstance(value, Cache):
@@ -76,7 +76,7 @@ def cache_in(arguments: dict[str, Any]) -> tuple[str | None, Any]:
 
 
 def cache_after(arguments: dict[str, Any], output: Any) -> Any:
-    """The KV cache that a call has written: given to it, or made by it and part of its output; `None` for none."""
+    """The KV cache that a call has written, passed to it or returned in its output; `None` for none."""
     _, cache = cache_in(arguments)
     if cache is not None:
         return cache

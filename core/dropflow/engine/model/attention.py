@@ -1,4 +1,4 @@
-"""Attention probabilities of a few query rows, from q and k, without ever forming a queries x keys map."""
+"""Attention probabilities of a few query rows from q and k, without computing the full queries x keys map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeadShards:
     size: int
 
     def whole(self, own: Tensor, heads: int, dim: int = 1) -> Tensor:
-        """All `heads` along `dim`, from this rank's `own`; in the order of the ranks, which is that of the heads."""
+        """All `heads` along `dim`, gathered from every rank's `own`, in rank order, which is head order."""
         if own.shape[dim] == heads:
             return own
         parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -30,7 +30,7 @@ class HeadShards:
 
 @dataclass(frozen=True)
 class QueryKey:
-    """What one attention layer computes with: q and k after q/k-norm and RoPE, and the mask it was given."""
+    """The inputs of one attention computation: q and k after q/k-norm and RoPE, and the mask."""
 
     query: Float[Tensor, "batch heads queries dim"]
     key: Float[Tensor, "batch kv_heads keys dim"]
@@ -40,11 +40,11 @@ class QueryKey:
     causal: bool
     softcap: float | None = None
     sliding_window: int | None = None
-    """Only where the kernel enforces the window itself (a two-dimensional mask or none)."""
+    """Set only where the kernel itself enforces the window (with a two-dimensional mask or none)."""
     rotary: Any = None
-    """The `position_embeddings` that a text decoder's layer was given, for its queries; `None` where it got none."""
+    """The `position_embeddings` that a decoder layer received for its queries; `None` if it received none."""
     shards: HeadShards | None = None
-    """Set where this rank holds only some of the `heads` and `kv_heads` of the model."""
+    """Set where this rank holds only some of the model's `heads` and `kv_heads`."""
     heads: int = 0
     kv_heads: int = 0
 
@@ -56,15 +56,15 @@ class QueryKey:
         return replace(self, query=query, key=key, shards=None)
 
     def to(self, device: torch.device) -> QueryKey:
-        """The same with q and k on this device, where the layer may not have run."""
+        """The same with q and k moved to `device`, which may not be the one the layer ran on."""
         return replace(self, query=self.query.to(device), key=self.key.to(device))
 
 
 def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:
-    """Attention probabilities of the query rows `rows`, equal to those rows of the eager model's map.
+    """Attention probabilities of the query rows `rows`, equal to the same rows of the eager model's attention map.
 
     Grouped KV heads are shared without repeating keys. Products and softmax run in float32, so that half precision
-    cannot overflow; the result has q's dtype, and all heads of a tensor-parallel model.
+    cannot overflow; the result has q's dtype and, in a tensor-parallel model, the heads of all ranks.
     """
     _, heads, _, dim = layer.query.shape
     rows = rows.to(layer.query.device)
@@ -74,7 +74,7 @@ def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Ten
 def attend(
     layer: QueryKey, query: Float[Tensor, "batch heads rows dim"], rows: Int[Tensor, "batch rows"]
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """The same for q of the rows given apart; of `layer.query` only the shape is read."""
+    """The same as `row_attention` with q of the rows passed separately; only the shape of `layer.query` is read."""
     batch, heads, count, dim = query.shape
     key, rows = layer.key.to(query.device), rows.to(query.device)
     kv_heads = key.shape[1]
@@ -87,18 +87,18 @@ def attend(
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
     weights = torch.softmax(scores, -1)
-    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as rows of padding do
+    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as in rows of padding
     weights = weights.masked_fill(sees_nothing, 0.0).to(query.dtype)
     return weights if layer.shards is None else layer.shards.whole(weights, layer.heads)
 
 
 def _wide(values: Tensor) -> Tensor:
-    """In float32 at least: products of float16 overflow before they are scaled."""
+    """The values in at least float32, because float16 products overflow before they are scaled."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def row_bias(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Tensor | None:
-    """The rows' part of the mask: (batch, heads or 1, rows, keys), boolean (true: seen) or additive, or `None`."""
+    """The mask for the query rows: (batch, heads or 1, rows, keys), boolean (true: visible) or additive, or `None`."""
     mask = None if layer.mask is None else layer.mask.to(rows.device)
     batch, keys = rows.shape[0], layer.key.shape[2]
     if mask is not None and mask.dim() == 4:

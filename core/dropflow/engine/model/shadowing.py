@@ -1,7 +1,7 @@
-"""The one way in which the engine puts something over what stands in somebody else's object.
+"""Temporarily replaces attributes and submodules of objects that the engine does not own.
 
-Attributes of an instance are entries of its `__dict__`, submodules entries of `_modules`. What stood there, an instance
-attribute of another library's included, comes back; what somebody has put over ours in the meantime stays.
+Instance attributes are entries of an object's `__dict__`, submodules entries of its `_modules`. The previous value,
+even one that another library has set, is restored; a value that replaced ours in the meantime is left in place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _ABSENT = object()
 
 
 class Shadows:
-    """What lies over the objects of one model, the latest last.
+    """The active replacements (shadows) in the objects of one model, the latest last.
 
-    Each is noted before it is laid, so that `lift_all` finds it at whatever line the engine was interrupted.
+    Each is recorded before it is laid, so that `lift_all` finds it wherever the engine was interrupted.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Shadows:
 
     @contextmanager
     def over_forward(self, module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let this thread's calls of `module` go to `forward` inside the block.
+        """Redirect this thread's calls of `module` to `forward` inside the block.
 
-        Those of other threads go on as they are: a plain forward that began before a policy was attached takes no turn.
+        Other threads are not affected: a plain forward that began before a policy was attached takes no turn.
         """
         here, before = threading.get_ident(), module.forward
 
@@ -56,19 +56,19 @@ class Shadows:
         return shadow
 
     def lift_all(self) -> None:
-        """Put back all that lies, the latest first; may be interrupted and called again."""
+        """Undo all replacements, the latest first; safe to interrupt and call again."""
         for shadow in reversed(self._laid.copy()):
             self._lift(shadow)
 
     def _lift(self, shadow: _Shadow) -> None:
-        """Harmless when done before: the block of an interrupted call may end as late as the collector finds it."""
+        """Undo one replacement once: an interrupted call's block may end as late as its garbage collection."""
         shadow.lift()
         with suppress(ValueError):
             self._laid.remove(shadow)
 
 
 class _Shadow:
-    """One value over one entry of a mapping."""
+    """One value that replaces one entry of a mapping."""
 
     def __init__(self, mapping: MutableMapping[str, Any], name: str, value: Any) -> None:
         self._mapping, self._name, self._value = mapping, name, value
@@ -85,5 +85,5 @@ class _Shadow:
             del self._mapping[self._name]
             self._lifted = True
         else:
-            # one statement, which no interrupt divides: a value such as False might stand there by its own right later
+            # one statement, so that no interrupt splits it: later, somebody else may set an equal value, such as False
             self._mapping[self._name], self._lifted = self._before, True

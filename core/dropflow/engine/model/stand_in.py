@@ -1,4 +1,4 @@
-"""A stand-in for a module's list of layers: who iterates it during a call that prunes meets boundaries in between."""
+"""Replaces a module's list of layers, so that a call under a policy passes through the engine before every layer."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class Run(Protocol):
     """A pass through the layers of a module."""
 
     def leaves(self, number: int) -> bool:
-        """Whether a layer runs as it is."""
+        """Whether a layer runs unchanged."""
         ...
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer in the pass's own way."""
+        """Run a layer under the policy."""
         ...
 
 
 class Step:
-    """Stands for one layer: a call goes to the run, everything else to the layer itself.
+    """Proxy for one layer: calls go to the run, everything else to the layer itself.
 
-    It lies outside `layer.__call__`, so outside gradient checkpointing, per-layer `torch.compile` and the hooks of
-    FSDP or offloading, none of which notice it.
+    It wraps `layer.__call__` from the outside, so it does not affect gradient checkpointing, per-layer
+    `torch.compile`, or the hooks of FSDP and offloading.
     """
 
     def __init__(self, number: int, layer: nn.Module, run: Run) -> None:
@@ -40,18 +40,18 @@ class Step:
 
 
 class StandIn(nn.ModuleList):
-    """The list it stands for, sharing all it holds, so that both change together.
+    """Replacement for a list of layers that shares its contents, so that both change together.
 
-    Where `running` gives a run, iteration gives steps instead of layers; at all other times, and to everybody who does
-    not iterate, it is the list. It takes the list's place in the owner's `_modules`: code that was compiled before
-    attaching is guarded by that entry, so it is compiled anew, and is used again after detaching.
+    While `running` returns a run, iteration and indexing yield steps instead of layers; otherwise it behaves exactly
+    like the list. It replaces the list in the owner's `_modules`: code compiled before attaching is guarded by that
+    entry, so it is recompiled, and the old code is used again after detaching.
     """
 
     __slots__ = ("_running",)
     _running: Callable[[], Run | None]
 
     def __init__(self) -> None:
-        raise TypeError("a StandIn is made by `stand_in`")
+        raise TypeError("a StandIn cannot be constructed; call `stand_in`")
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._entries())
@@ -71,7 +71,7 @@ class StandIn(nn.ModuleList):
 
 
 def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], Run | None]) -> None:
-    """Let a `StandIn` take the place of `owner.layers`, until `shadows` are lifted; harmless when one stands there."""
+    """Replace `owner.layers` by a `StandIn` until `shadows` are lifted; does nothing if it already is one."""
     layers: Any = owner._modules["layers"]
     if isinstance(layers, StandIn):
         return

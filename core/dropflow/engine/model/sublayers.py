@@ -1,7 +1,7 @@
-"""A transformer layer in two halves: its attention with the residual, then its feed-forward part with the residual.
+"""Runs a transformer layer in two halves: attention with its residual, then the feed-forward part with its residual.
 
-Both halves are the layer's own forward, run with the other half silenced: a branch that gives zeros leaves the
-residual exactly as it was, so that the halves one after the other are the whole layer, bit for bit.
+Each half is the layer's own forward with the other branch silenced: a branch that returns zeros leaves the residual
+exactly as it was, so the two halves in sequence equal the whole layer, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dropflow.engine.model.tap import uncompiled
 def in_two(
     layer: nn.Module, parts: Sublayers, arguments: Arguments, between: Callable[[Tensor], Tensor], shadows: Shadows
 ) -> Any:
-    """Run `layer` with `between` applied to the hidden states that its attention leaves.
+    """Run `layer` with `between` applied to the hidden states after its attention.
 
-    Activation checkpointing is off for this layer: a second run in the backward pass would not be in halves. (Layers of
-    transformers checkpoint themselves while `training` is set; their children keep their own flag.)
+    Activation checkpointing is off for this layer, because its rerun in the backward pass would not be split. (The
+    layers of transformers checkpoint themselves while `training` is set; their children keep their own flag.)
     """
     args, kwargs = arguments
     gather_shards(
-        layer, "a stage works inside of a layer that trains", with_gradient=_trains(layer, hidden_of(args, kwargs))
+        layer, "a stage works inside a layer that trains", with_gradient=_trains(layer, hidden_of(args, kwargs))
     )
     with shadows.over(layer.__dict__, "training", False):
         with shadows.over_forward(parts.feed_forward, _silent(lambda hidden: _zeros_like(hidden))):
@@ -48,5 +48,5 @@ def _zeros_like(hidden: Tensor) -> Tensor:
 
 
 def _silent(answer: Callable[[Tensor], Any]) -> Callable[..., Any]:
-    """A forward that answers from the hidden states it is given, and computes nothing."""
+    """A forward that returns `answer` of its hidden states and computes nothing."""
     return lambda *args, **kwargs: answer(args[0] if args else kwargs["hidden_states"])

@@ -1,8 +1,8 @@
-"""Sees q and k of one attention layer as it runs, by any attention implementation, without changing the model.
+"""Reads q and k of an attention layer as it runs, with any attention implementation, without changing the model.
 
-Every attention of transformers 5 looks its kernel up in `ALL_ATTENTION_FUNCTIONS`. While a tap is open, the entry in
-use is shadowed by a dispatcher that shows q and k to the tap of the *current thread* and then delegates; other threads
-and other models pass straight through it.
+Every attention layer of transformers 5 looks up its kernel in `ALL_ATTENTION_FUNCTIONS`. While a tap is open, the entry
+in use is shadowed by a dispatcher that passes q and k to the tap of the *current thread* and then delegates to the
+kernel; calls from other threads and of other models pass straight through.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ T = TypeVar("T")
 
 
 class Probed(BaseException):
-    """Ends a layer's forward once its q and k were seen; never leaves `probe`. (No `Exception`, so that no model code
-    that handles errors swallows it.)"""
+    """Ends a layer's forward once its q and k were read; never leaves `probe`.
+
+    Not an `Exception`, so that error handling in model code does not swallow it.
+    """
 
 
 _here: ContextVar[Turn | None] = ContextVar("dropflow_tap", default=None)
-"""The tap of this thread: a turn that keeps what is shown q and k. One that an interrupt left open counts as closed."""
+"""The tap of this thread: a turn whose `call` receives q and k. A tap left open by an interrupt counts as closed."""
 _table = Turns()
-"""Who may edit the table of attention functions, which all models share."""
+"""Turns to edit the table of attention functions, which all models share."""
 
 
 def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
-    """Return `call()`, and show `seen` q and k of every attention that runs in it, in this thread.
+    """Return `call()`, passing q and k of every attention that runs in it, in this thread, to `seen`.
 
     `implementation` is the model's attention implementation (`config._attn_implementation`).
     """
@@ -57,7 +59,7 @@ def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
 
 @contextmanager
 def untapped() -> Iterator[None]:
-    """Show no tap of this thread what runs inside the block, such as another model that a stage asks."""
+    """Hide from this thread's tap what runs inside the block, such as another model that a stage calls."""
     token = _here.set(None)
     try:
         yield
@@ -77,17 +79,17 @@ def probe(implementation: str, layer: Callable[[], Any]) -> QueryKey:
         tapped(implementation, stop, layer)
     except Probed:
         return found[0]
-    raise RuntimeError("the layer ran without looking its attention up in ALL_ATTENTION_FUNCTIONS")
+    raise RuntimeError("the layer ran without looking up its attention in ALL_ATTENTION_FUNCTIONS")
 
 
 def uncompiled(layer: nn.Module) -> Callable[..., Any]:
-    """The layer's call with its hooks but without `layer.compile()`, whose graphs have no attention left to look up."""
+    """The layer's call with its hooks but without `layer.compile()`, whose graphs do not look up attention again."""
     call: Callable[..., Any] = layer._call_impl
     return call
 
 
 def sweep() -> None:
-    """Take away every dispatcher that no open tap needs, such as those that an interrupt has left."""
+    """Remove every dispatcher that no open tap needs, such as those left by an interrupt."""
     turn = _table.take(sys._getframe())
     for implementation, dispatcher in list(_dispatchers.items()):
         dispatcher.taps = [tap for tap in dispatcher.taps if not tap.over]
@@ -98,20 +100,20 @@ def sweep() -> None:
 
 
 def _dispatcher(implementation: str, tap: Turn) -> None:
-    """Let a dispatcher stand in the table, for `tap` among others."""
+    """Put a dispatcher in the table unless there is one, and register `tap` with it."""
     turn = _table.take(sys._getframe())
     standing = ALL_ATTENTION_FUNCTIONS.get(implementation)
     dispatcher = standing if isinstance(standing, _Dispatcher) else _Dispatcher(standing)
     dispatcher.taps.append(tap)
     _dispatchers[implementation] = dispatcher
     if dispatcher is not standing:
-        # the entries of this one table; what other files registered for all is below them
+        # only this table's local entries, which take precedence over those registered globally
         dispatcher.shadows.lay(vars(ALL_ATTENTION_FUNCTIONS)["_local_mapping"], implementation, dispatcher)
     turn.end()
 
 
 class _Dispatcher:
-    """Shows q and k to the current thread's tap, then runs what the model would have run."""
+    """Passes q and k to the current thread's tap, then runs what the model would have run."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
@@ -133,7 +135,7 @@ class _Dispatcher:
 
 
 _dispatchers: dict[str, _Dispatcher] = {}
-"""Attention implementation -> the dispatcher in its place."""
+"""Attention implementation -> the dispatcher that replaces it."""
 
 
 def _query_key(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> QueryKey:

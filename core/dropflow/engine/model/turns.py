@@ -1,8 +1,8 @@
-"""Threads take turns on one model, and no turn outlives the call it was taken for, however that call ended.
+"""Lets threads take turns on one model; no turn outlives the call it was taken for, however that call ended.
 
-A turn ends when its owner says so, or when the frame it was taken for has left its thread's stack. So an exception
-that no hook sees (a keyboard interrupt, a `SystemExit` in a thread of a pool), a thread that is gone, and a fork in the
-middle of somebody's forward all end a turn, without anybody's help.
+A turn ends when its owner ends it, or when the frame it was taken for has left its thread's stack. So an exception
+that no hook sees (a keyboard interrupt, a `SystemExit` in a pool thread), a thread that has died, and a fork in the
+middle of another thread's forward all end a turn automatically.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 from dropflow.errors import UnsupportedCall
 
 PATIENCE = 0.02
-"""Seconds between two looks at a turn that has not been ended, such as one whose thread died."""
+"""Seconds between two checks of a turn that has not been ended, such as one whose thread died."""
 REMEMBERED = 8
-"""Depths of stacks at which the frame of a turn is looked for first: hooks are called from few places."""
+"""Number of recent stack depths at which a turn's frame is looked for first: hooks are called from few places."""
 _CALL = nn.Module._call_impl.__code__
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Turn:
-    """The right of one thread to run a model, for as long as one frame runs."""
+    """One thread's right to run a model for as long as a given frame runs."""
 
     __slots__ = ("_depths", "_ended", "_frame", "_gate", "_next", "_thread", "call")
 
@@ -39,48 +39,48 @@ class Turn:
         self._gate.acquire(blocking=False)
         self._next: dict[str, Turn] = {}
         self.call: Any = None
-        """What the owner of the turn keeps for its time."""
+        """Data that the turn's owner keeps for the duration of the turn."""
 
     @property
     def mine(self) -> bool:
-        """Whether this thread took it, and it is not over."""
+        """Whether this thread holds the turn and it is not over."""
         return self._thread == threading.get_ident() and not self.over
 
     @property
     def over(self) -> bool:
-        """Whether it was ended, or the frame it was taken for is gone."""
+        """Whether the turn was ended, or the frame it was taken for is gone."""
         if not self._ended and not self._runs():
             self._ended = True
-            self._frame = self.call = None  # what an interrupt has left must not keep a model alive
+            self._frame = self.call = None  # a turn left by an interrupt must not keep a model alive
         return self._ended
 
     def end(self) -> None:
-        """Let the next one have its turn; harmless when ended."""
+        """End the turn, so that the next one can begin; does nothing if already ended."""
         self._ended = True
         self._frame = self.call = None
         if self._gate.locked():
             self._gate.release()
 
     def wait(self) -> None:
-        """Return soon after it is over."""
+        """Block until shortly after the turn is over."""
         while not self.over:
             if self._gate.acquire(timeout=PATIENCE):
                 self._gate.release()
 
     def followed_by(self, other: Turn) -> Turn:
-        """The turn that comes next: `other`, unless some thread was faster. One wins, whoever asks (atomic)."""
+        """The turn that comes next: `other`, unless another thread was faster. Atomic, so all callers see the same."""
         return self._next.setdefault("next", other)
 
     def last(self) -> Turn:
-        """The last of the turns that follow."""
+        """The last turn in the chain that begins here."""
         turn = self
         while turn._next:
             turn = turn._next["next"]
         return turn
 
     def _runs(self) -> bool:
-        """Whether the frame is on the stack of its thread, which may go on running meanwhile."""
-        frame = self._frame  # which another thread may take away meanwhile, by ending the turn
+        """Whether the frame is on the stack of its thread, which may keep running during the check."""
+        frame = self._frame  # another thread may clear it at any time by ending the turn
         if frame is None:
             return False
         if self._thread == threading.get_ident():
@@ -89,10 +89,10 @@ class Turn:
 
 
 class Turns:
-    """The turns on one model, each taken when the one before is over.
+    """The turns on one model, each of which begins when the one before is over.
 
-    There is no lock that an interrupt at a wrong line could leave locked: a turn is taken by becoming the follower of
-    the last one, which is one atomic step.
+    There is no lock that an interrupt at the wrong line could leave locked: a turn is taken by becoming the successor
+    of the last one, in one atomic step.
     """
 
     def __init__(self) -> None:
@@ -100,9 +100,9 @@ class Turns:
         self._last = Turn(None, self._depths)
 
     def take(self, frame: FrameType) -> Turn:
-        """Wait until no other turn runs, and have one that lasts until it is ended or `frame` has returned.
+        """Wait until no other turn is active, then return one that lasts until it is ended or `frame` returns.
 
-        The caller must not have one already.
+        The caller must not already hold one.
         """
         own = Turn(frame, self._depths)
         while True:
@@ -114,13 +114,13 @@ class Turns:
                 return own
 
     def mine(self) -> Turn | None:
-        """The turn that this thread has now."""
+        """The turn that this thread currently holds."""
         last = self._last.last()
         return last if last.mine else None
 
 
 def calling_frame() -> FrameType:
-    """The innermost frame that is neither this package's nor Dynamo's: the call in which a hook of ours runs."""
+    """The innermost frame outside this package and Dynamo: the call in which our hook runs."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_between(frame):
         frame = frame.f_back
@@ -128,15 +128,15 @@ def calling_frame() -> FrameType:
 
 
 def refuse_own_model(name: str) -> NoReturn:
-    """Refuse a call of a model, or of a part of it, in the middle of its own forward."""
+    """Refuse a call of a model, or of a part of it, during its own forward."""
     raise UnsupportedCall(
-        f"{name}: called inside of its own forward, such as by a stage's hook; a stage may run other models, attached "
-        "ones too, but not the one it is attached to"
+        f"{name}: called inside its own forward, for example by a stage's hook; a stage may run other models, "
+        "including attached ones, but not the one it is attached to"
     )
 
 
 def inside_of(module: nn.Module) -> bool:
-    """Whether this thread is in a call of a module, which then is further down its stack."""
+    """Whether this thread is inside a call of the module, by looking for it on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
@@ -146,7 +146,7 @@ def inside_of(module: nn.Module) -> bool:
 
 
 def inside_generate() -> bool:
-    """Whether this thread is in a `generate` of transformers."""
+    """Whether this thread is inside a `generate` of transformers."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not str(frame.f_globals.get("__name__", "")).startswith("transformers.generation."):
         frame = frame.f_back
@@ -159,7 +159,7 @@ def _is_between(frame: FrameType) -> bool:
 
 
 def _runs_here(frame: FrameType, depths: list[int]) -> bool:
-    """Whether a frame is on the stack of this thread. `depths` remembers where frames were found, counted from here."""
+    """Whether a frame is on this thread's stack; `depths` holds the depths at which frames were found before."""
     for depth in depths:
         if _at(depth) is frame:
             return True
@@ -175,10 +175,10 @@ def _runs_here(frame: FrameType, depths: list[int]) -> bool:
 
 
 def _at(depth: int) -> FrameType | None:
-    """The frame so many calls down from the caller's. Far faster than a walk, which makes an object of every frame."""
+    """The frame `depth` calls below the caller's; far faster than a walk, which creates an object for every frame."""
     try:
         return sys._getframe(depth + 1)
-    except ValueError:  # the stack is not so deep
+    except ValueError:  # the stack is not that deep
         return None
 
 
@@ -192,4 +192,4 @@ def _runs_there(frame: FrameType, thread: int) -> bool:
             return True
         if last is None or not last.f_code.co_flags & _SUSPENDED:
             return False
-        # no stack ends at a generator: it has yielded while we were looking, and so has lost the frames below it
+        # no stack ends at a generator: it yielded while we were looking, and so lost the frames below it

@@ -1,1 +1,1 @@
-"""Which tokens are live, what each cache layer holds, and what follows for masks and positions."""
+"""Which tokens are live, what each cache layer holds, and the resulting masks and positions."""

@@ -1,4 +1,4 @@
-"""The KV cache under a policy: layers hold their own tokens and report the logical length of the whole."""
+"""The KV cache under a policy: each layer may hold different tokens, but reports the logical length."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 L = TypeVar("L", bound="_Indexed")
 serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
-"""Says whether a model runs under a policy in this thread; an interrupted call leaves one that says no."""
+"""Returns whether a model runs under a policy in this thread; after an interrupted call, it returns false."""
 
 
 class _Indexed:
-    """What a cache layer knows of the logical tokens that its entries hold."""
+    """The part of a cache layer that records which logical tokens its entries hold."""
 
     index: KeyIndex | None
-    """The tokens of the first entries; `None` where every entry is a token in its place."""
+    """The tokens of the first entries; `None` if every entry holds the token at its own position."""
     prompt: int
-    """Logical tokens seen when the last prompt was noted."""
+    """Number of logical tokens seen when the last prompt was recorded."""
     written_by: Any
-    """What wrote it: any value, equal for equal policies on equal backbones."""
+    """Identifies the writer: any value that is equal for equal policies on equal backbones."""
 
     @property
     def length(self) -> int:
-        """Logical tokens seen: those of the index, and one for each entry appended since."""
+        """Number of logical tokens seen: those of the index, plus one for each entry appended since."""
         raise NotImplementedError
 
     def set_index(self, index: KeyIndex) -> None:
-        """State what the entries are, after a call that stored fewer tokens than it saw."""
+        """Record which tokens the entries hold, after a call that stored fewer tokens than it saw."""
         self.index, self.prompt = index, index.length
 
     def width(self, entries: int) -> int:
-        """Entries that attention is given where `entries` are held."""
+        """Number of entries passed to attention when `entries` are held."""
         return entries
 
     def full_index(self) -> KeyIndex:
-        """Index of all entries held now, implicit ones included; the layer must hold some."""
+        """Index of all entries held now, including implicit ones; the layer must hold some."""
         raise NotImplementedError
 
     def _check_served(self) -> None:
@@ -66,7 +66,7 @@ class _Indexed:
 
 
 def _asked_by_generate() -> bool:
-    """Whether `generate` prepares masks for a static cache, before any model runs."""
+    """Whether `generate` is preparing masks for a static cache before any model runs."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
@@ -81,14 +81,14 @@ def _asked_by_generate() -> bool:
 class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers ships no types
     """A cache layer that may hold fewer entries than tokens were seen.
 
-    `get_seq_length` and `get_mask_sizes` answer in logical tokens, so that position ids, masks and `generate`'s
-    slicing come out as without pruning. A sliding window is enforced by the model's own full-length mask, which costs
-    the memory that a sliding cache would save.
+    `get_seq_length` and `get_mask_sizes` count logical tokens, so that position ids, masks and `generate`'s slicing
+    are the same as without pruning. A sliding window is enforced by the model's own full-length mask, so the memory
+    that a sliding cache would save is not saved.
     """
 
     keys: Tensor
     values: Tensor
-    _layer_type = None  # not one that transformers should make by itself
+    _layer_type = None  # transformers must not create this layer by itself
 
     def __init__(self, is_sliding: bool = False, written_by: Any = None) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
 
     @classmethod
     def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> FlowLayer:
-        """Take over an ordinary dynamic layer, with what it holds; raises `UnsupportedModel` for other kinds.
+        """Convert an ordinary dynamic layer and its contents; raises `UnsupportedModel` for other kinds.
 
         `real` (batch, tokens) is false for entries that hold padding.
         """
@@ -129,13 +129,13 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         return held if self.index is None else self.index.length + held - len(self.index)
 
     def remember(self, stage: str, notes: Tensor) -> None:
-        """Keep a stage's number for each entry (batch, entries)."""
+        """Store a stage's number for each entry (batch, entries)."""
         self._notes[stage] = notes
 
     def recall(self, stage: str) -> Tensor | None:
-        """A stage's numbers, one for each entry held now; 0 for entries that came since, `None` before any."""
+        """A stage's numbers, one per entry held now; 0 for entries added since, `None` if none were stored."""
         notes = self._notes.get(stage)
-        # a negative width cuts entries that were taken back
+        # a negative width removes entries that were taken back
         return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
 
     def full_index(self) -> KeyIndex:
@@ -145,7 +145,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         return self.index.upto(self.length)
 
     def evict(self, kept: LiveSet, index: KeyIndex) -> None:
-        """Hold only the entries in the slots of `kept`, a live set over entries; `index` says what they are."""
+        """Keep only the entries in the slots of `kept`, a live set over entries; `index` describes what they hold."""
         order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
@@ -157,9 +157,9 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical length and offset the model builds its mask for.
+        """Logical length and offset for which the model builds its mask.
 
-        Raises `UnsupportedCall` outside an attached model, where entries would be taken for other tokens.
+        Raises `UnsupportedCall` outside an attached model, where entries would be mistaken for other tokens.
         """
         self._check_served()
         return self.length + query_length, 0
@@ -170,7 +170,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         self.index, self.prompt, self._notes = None, 0, {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number: generated or text ones only."""
+        """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
         count = -tokens_to_remove
         if count < 0:
             raise UnsupportedCall(
@@ -184,7 +184,7 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick samples, as beam search does; the index moves with the entries."""
+        """Reorder samples, as in beam search; the index is reordered with the entries."""
         self._pick(beam_idx, lambda: beam_idx, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -206,9 +206,9 @@ class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers s
 
 
 class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """A layer of any other kind, such as a static or a quantized one, in a cache whose layers all hold the same tokens.
+    """Wrapper for another kind of layer, such as static or quantized, in a cache whose layers all hold the same tokens.
 
-    It stores what it is given in the layer's own way, and only reports logical lengths.
+    It leaves storage to the wrapped layer and only reports logical lengths.
     """
 
     _layer_type = None
@@ -220,15 +220,15 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
 
     @classmethod
     def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> UniformLayer:
-        """Take over a layer, with what it holds; raises `UnsupportedModel` for kinds without one entry per token.
+        """Wrap a layer and its contents; raises `UnsupportedModel` for kinds without one entry per token.
 
         `real` as for `FlowLayer.adopt`.
         """
         attention = isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin)
         if not attention or layer.is_sliding:
             raise UnsupportedModel(
-                f"{where}: a cache layer of type {type(layer).__name__} holds no entry for each token, so that dropped "
-                "tokens would be taken for others; use transformers' DynamicCache"
+                f"{where}: a cache layer of type {type(layer).__name__} does not hold one entry per token, so dropped "
+                "tokens would be mistaken for others; use transformers' DynamicCache"
             )
         adopted = cls(layer, written_by)
         seen = int(layer.get_seq_length())
@@ -238,17 +238,17 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
 
     @property
     def _shift(self) -> int:
-        """Logical tokens that no entry holds."""
+        """Number of logical tokens that no entry holds."""
         return 0 if self.index is None else self.index.length - len(self.index)
 
     @property
     def length(self) -> int:
-        """Logical tokens seen; a tensor, without synchronisation, where the layer counts on its device."""
+        """Number of logical tokens seen; a tensor (without synchronisation) if the layer counts on its device."""
         seen: int = self._inner.get_seq_length() + self._shift
         return seen
 
     def width(self, entries: int) -> int:
-        """A static layer gives attention all it has room for."""
+        """Number of entries passed to attention; a static layer passes its full capacity."""
         held: int = self._inner.get_mask_sizes(0)[0]
         return max(held, entries)
 
@@ -261,35 +261,35 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
 
     @property
     def keys(self) -> Any:
-        """The layer's own."""
+        """Keys of the wrapped layer."""
         return self._inner.keys
 
     @property
     def values(self) -> Any:
-        """The layer's own."""
+        """Values of the wrapped layer."""
         return self._inner.values
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the layer has stored anything."""
+        """Whether the wrapped layer has stored anything."""
         return bool(self._inner.is_initialized)
 
     @property
     def is_compileable(self) -> bool:
-        """As the layer says."""
+        """Whether the wrapped layer can be compiled."""
         return bool(self._inner.is_compileable)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while it is copied
+        if name == "_inner":  # while this object is being copied
             raise AttributeError(name)
         return getattr(self._inner, name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The layer's own."""
+        """Initialise the wrapped layer."""
         self._inner.lazy_initialization(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own."""
+        """Store new keys and values in the wrapped layer and return its result."""
         return self._inner.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
@@ -297,22 +297,22 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The layer's own, in logical tokens; raises `UnsupportedCall` as `FlowLayer.get_mask_sizes`."""
+        """The wrapped layer's mask sizes in logical tokens; raises `UnsupportedCall` as `FlowLayer.get_mask_sizes`."""
         self._check_served()
         length, offset = self._inner.get_mask_sizes(query_length)
         return length + self._shift, offset
 
     def get_max_length(self) -> int:
-        """The layer's own."""
+        """Maximum length of the wrapped layer."""
         most: int = self._inner.get_max_length()
         return most
 
     def offload(self) -> None:
-        """The layer's own."""
+        """Offload the wrapped layer."""
         self._inner.offload()
 
     def prefetch(self) -> None:
-        """The layer's own."""
+        """Prefetch the wrapped layer."""
         self._inner.prefetch()
 
     def reset(self) -> None:
@@ -321,7 +321,7 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         self.index, self.prompt = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, in the layer's own way: generated or text ones only."""
+        """Take back the last tokens in the wrapped layer; they must be generated or text tokens."""
         if self.index is not None:
             explicit = -tokens_to_remove - (int(self.length) - self.index.length)
             if explicit > 0:
@@ -329,7 +329,7 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
         self._inner.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick samples, as beam search does."""
+        """Reorder samples, as in beam search."""
         self._inner.reorder_cache(beam_idx)
         if self.index is not None:
             self.index = self.index.rows(beam_idx, lambda: beam_idx)
@@ -350,9 +350,9 @@ class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transfor
 
 
 def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
-    """Raise `UnsupportedModel` for a cache that cannot hold what a policy leaves.
+    """Raise `UnsupportedModel` for a cache that cannot hold the tokens a policy keeps.
 
-    `uniform` says that all layers will hold the same tokens, which any kind of layer with one entry per token can.
+    `uniform` says that all layers will hold the same tokens, which every kind of layer with one entry per token allows.
     """
     if cache is None:
         return
@@ -368,15 +368,17 @@ def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
         )
     _adopted(cache, uniform=uniform, written_by=None)
     if len(cache.layers) > layers:
-        raise UnsupportedModel(f"{CACHE_ARGUMENT}: {len(cache.layers)} layers for a decoder of {layers}")
+        raise UnsupportedModel(
+            f"{CACHE_ARGUMENT}: expected at most {layers} layers, got {len(cache.layers)}; start with a fresh cache"
+        )
 
 
 def convert_cache(
     cache: Cache, layers: int, *, uniform: bool, written_by: Any, real: Bool[Tensor, "batch tokens"] | None = None
 ) -> None:
-    """Give the caller's own cache object a layer that knows its tokens for each decoder layer, in place.
+    """Replace the layers of the caller's cache, in place, by layers that record which tokens they hold.
 
-    `real` is false for tokens seen so far that are padding.
+    `real` is false for padding among the tokens seen so far.
     """
     adopted = _adopted(cache, uniform=uniform, written_by=written_by, real=real)
     replicated = cache.layer_class_to_replicate or DynamicLayer
@@ -407,13 +409,13 @@ def is_flow_cache(cache: Any) -> bool:
 
 
 def indices_of(cache: Any) -> tuple[KeyIndex, ...] | None:
-    """What each layer of a cache that was written under a policy holds; `None` for other caches."""
+    """Index of each layer of a cache written under a policy; `None` for other caches."""
     found = tuple(layer.index for layer in cache.layers) if is_flow_cache(cache) else (None,)
     return None if None in found else found
 
 
 def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
-    """State which of the last tokens appended to a cache are padding: those where `real` is false."""
+    """Record which of the tokens last appended to a cache are padding, those where `real` is false."""
     length, made = int(cache.get_seq_length()), dict[KeyIndex, KeyIndex]()
     for layer in cache.layers:
         if layer.index is not None:
@@ -423,7 +425,7 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
 
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:
-    """Raise `UnsupportedCall` for a cache that another policy has written."""
+    """Raise `UnsupportedCall` for a cache written under another policy."""
     if is_flow_cache(cache) and cache.layers[0].written_by != writer:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
@@ -432,18 +434,18 @@ def check_written_by(cache: Any, writer: Any, policy: str) -> None:
 
 
 def seen_by(cache: Any) -> int:
-    """Logical tokens that a cache has seen; a host synchronisation where a static one has seen any."""
+    """Number of logical tokens a cache has seen; one host synchronisation for a static cache that has seen any."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def entries_of(layer: Any) -> int:
-    """Entries that a cache layer holds."""
+    """Number of entries that a cache layer holds."""
     index = getattr(layer, "index", None)
     return int(layer.get_seq_length()) - (0 if index is None else index.length - len(index))
 
 
 def keys_of(layer: Any) -> Tensor | None:
-    """Keys (batch, kv_heads, entries, dim) that a cache layer holds; `None` where it holds none, or no plain ones."""
+    """Keys (batch, kv_heads, entries, dim) that a cache layer holds; `None` if it holds none or no plain tensors."""
     entries, inner = entries_of(layer), getattr(layer, "_inner", layer)
     if not entries or any("Quantized" in kind.__name__ for kind in type(inner).__mro__):
         return None

@@ -13,18 +13,18 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.lifecycle.lazy import lazy
 
 PADDING = -2
-"""Image number of entries that hold padding of the prompt."""
+"""Image number of entries that hold padding."""
 AHEAD = 256
-"""Tokens to come that a mask's columns are made for."""
+"""Number of future tokens for which mask columns are computed in advance."""
 PROTECTED = 1 << 40
 """Added to the image number of entries that no stage may drop."""
 
 
 class KeyIndex:
-    """The tokens after the first entries of a layer's cache; immutable, and shared by a run of layers.
+    """The tokens that the first entries of a layer's cache hold; immutable, and shared by consecutive layers.
 
     Entries appended later (generated tokens) are implicit: entry `len(self) + j` holds logical token `length + j`, so
-    decoding changes nothing here.
+    decoding does not change the index.
     """
 
     def __init__(
@@ -39,18 +39,18 @@ class KeyIndex:
         self.logical = logical
         """Logical index of the token in each entry."""
         self.valid = valid
-        """False for padding entries; `None` where there are none."""
+        """False for padding entries; `None` if there are none."""
         self.image_id = image
-        """Image number of visual tokens, plus `PROTECTED` if they are; -1 for text, `PADDING` for padding.
+        """Image number of visual tokens, plus `PROTECTED` if they are protected; -1 for text, `PADDING` for padding.
 
-        Images of a later call are numbered on from those of earlier ones.
+        The numbering continues from call to call.
         """
         self.length = length
-        """Logical tokens seen when the explicit entries were written."""
+        """Number of logical tokens seen when the explicit entries were written."""
         self.dropped = dropped
-        """Tokens of each sample, padding excluded, that are missing here; `None` for none."""
+        """Number of tokens of each sample, excluding padding, that are missing here; `None` for none."""
         self.images = images
-        """All image numbers are below this."""
+        """Upper bound (exclusive) of the image numbers."""
         self._last: tuple[Any, KeyIndex] | None = None
         self._ahead: tuple[int, Tensor, Tensor | None] | None = None
 
@@ -73,7 +73,7 @@ class KeyIndex:
     def upto(self, length: int, real: Bool[Tensor, "batch tokens"] | None = None) -> KeyIndex:
         """The same with implicit entries up to `length` logical tokens made explicit.
 
-        `real` is false for those of the last tokens that are padding.
+        `real` is false for padding among the last tokens.
         """
         if length == self.length:
             return self
@@ -84,9 +84,9 @@ class KeyIndex:
         return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped, self.images)
 
     def columns(self, length: int) -> tuple[Int[Tensor, "batch 1 1 entries"], Bool[Tensor, "batch 1 1 entries"] | None]:
-        """Columns of a mask that the entries up to `length` logical tokens have, and false where they are padding.
+        """Mask columns of the entries up to `length` logical tokens, and their validity (false for padding).
 
-        Made for many tokens ahead, so that decoding reads a part of the same tensors step by step.
+        Computed for many tokens in advance, so that each decode step slices the same tensors.
         """
         more = length - self.length
         if self._ahead is None or self._ahead[0] < more:
@@ -105,9 +105,9 @@ class KeyIndex:
         dropped: Int[Tensor, "batch"] | None = None,
         images: int = 0,
     ) -> KeyIndex:
-        """The same with the live tokens of a further call appended (call `upto` first); `dropped` are its others.
+        """The same with the live tokens of another call appended; call `upto` first.
 
-        `image` numbers the call's own `images` from 0.
+        `dropped` counts the call's other tokens, `image` numbers its `images` from 0.
         """
         logical = torch.cat((self.logical, self.length + live.index), 1)
         valid = None
@@ -122,7 +122,7 @@ class KeyIndex:
         return KeyIndex(logical, valid, image, length, _sum(self.dropped, dropped), images)
 
     def rows(self, key: Any, rows: Callable[[], Tensor]) -> KeyIndex:
-        """Samples picked by `rows()`; layers that share this index and ask with the same `key` share the answer."""
+        """The samples selected by `rows()`; layers that share this index and pass the same `key` share the result."""
         if self._last is None or self._last[0] is not key:
             picked = rows().to(self.logical.device)
             valid = None if self.valid is None else self.valid[picked]
@@ -143,16 +143,16 @@ class KeyIndex:
 
     @lazy
     def tokens(self) -> Int[Tensor, "batch"]:
-        """Tokens of each sample that are held, padding excluded."""
+        """Number of tokens held for each sample, excluding padding."""
         return self._count(self.image_id != PADDING)
 
     @lazy
     def visual(self) -> Int[Tensor, "batch"]:
-        """Visual tokens of each sample that are held."""
+        """Number of visual tokens held for each sample."""
         return self._count(self.image_id >= 0)
 
     def without_last(self, count: int) -> KeyIndex:
-        """The same without its last `count` entries, which must be the last `count` logical tokens, all of them text.
+        """The same without the last `count` entries, which must be the last `count` logical tokens and all be text.
 
         Raises `ValueError` otherwise: a dropped or visual token cannot be taken back.
         """
@@ -170,7 +170,7 @@ class KeyIndex:
 
 
 def _text(tokens: Int[Tensor, "batch tokens"], real: Tensor | None) -> Tensor:
-    """Image numbers of text tokens; the last of them are padding where `real` is false."""
+    """Image numbers of text tokens, and of padding among the last ones where `real` is false."""
     image = torch.full_like(tokens, -1)
     if real is None:
         return image

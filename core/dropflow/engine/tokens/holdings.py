@@ -1,4 +1,4 @@
-"""How many tokens the caches of all layers hold, by sample."""
+"""How many tokens each layer's cache holds, by sample."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dropflow.engine.tokens.cache_index import KeyIndex
 
 @dataclass(frozen=True, eq=False)
 class Holdings:
-    """Tokens that each layer's cache holds; padding is not counted."""
+    """Number of tokens that each layer's cache holds, excluding padding."""
 
     entries: Int[Tensor, "layers batch"]
-    """All of them."""
+    """All tokens held."""
     visual: Int[Tensor, "layers batch"]
-    """The visual ones."""
+    """Visual tokens held."""
     dense: Int[Tensor, "batch"]
-    """What a layer would hold if nothing had been dropped or evicted."""
+    """Tokens a layer would hold if nothing had been dropped or evicted."""
 
     @classmethod
     def of(cls, indices: Sequence[KeyIndex], length: int) -> Holdings:
-        """Of caches with these indices that have seen `length` logical tokens; no host synchronisation."""
+        """The holdings of caches with these indices after `length` logical tokens; no host synchronisation."""
         made: dict[KeyIndex, tuple[Tensor, Tensor]] = {}
         device = indices[0].logical.device
         for index in indices:

@@ -1,4 +1,4 @@
-"""What the host must know of tensors on a device, read in as few synchronisations as can be."""
+"""Reads what the host must know of device tensors, in as few synchronisations as possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def read(*values: Tensor) -> list[list[int]]:
-    """Integers or booleans of any shapes, flattened; one host synchronisation for all of them."""
+    """The values of integer or boolean tensors of any shape, flattened; one host synchronisation for all of them."""
     flat = [value.flatten().long() for value in values]
     device = flat[0].device
     whole = torch.cat([value.to(device) for value in flat]).tolist()
@@ -25,17 +25,17 @@ class Extent(NamedTuple):
     """How many tokens of a mask (batch, tokens) are true."""
 
     low: int
-    """In the sample with the fewest."""
+    """Count in the sample with the fewest."""
     high: int
-    """In the sample with the most."""
+    """Count in the sample with the most."""
     total: int
 
     @classmethod
     def of(cls, counts: list[int]) -> Extent:
-        """From the number of each sample."""
+        """From the count of each sample."""
         return cls(min(counts), max(counts), sum(counts))
 
     @classmethod
     def read(cls, mask: Bool[Tensor, "batch tokens"]) -> Extent:
-        """One host synchronisation."""
+        """From a mask on the device; one host synchronisation."""
         return cls.of(read(mask.sum(1))[0])

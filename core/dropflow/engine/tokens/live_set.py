@@ -1,4 +1,4 @@
-"""The live set: which logical tokens are present before a layer, and in which slot each one lies."""
+"""The live set: which logical tokens are present before a layer, and in which slot each of them is."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dropflow.lifecycle.lazy import lazy
 
 @dataclass(frozen=True, eq=False)
 class LiveSet:
-    """Tokens of one call that are live before a run of layers, compacted to the right end of each sample.
+    """The tokens of one call that are live before a sequence of layers, right-aligned in each sample.
 
-    Slots of one sample hold its live tokens in their original order; samples with fewer live tokens than the longest
+    The slots of a sample hold its live tokens in their original order. Samples with fewer live tokens than the longest
     one have padding slots on the left, so that the last token of every sample stays last.
     """
 
     index: Int[Tensor, "batch slots"]
     """Logical index of the token in each slot; padding slots repeat some index."""
     valid: Bool[Tensor, "batch slots"] | None
-    """False in padding slots; `None` where there are none."""
+    """False in padding slots; `None` if there are none."""
     total: int
-    """T, the logical tokens of the call."""
+    """T, the number of logical tokens of the call."""
     everything: bool = False
-    """True when every logical token, padding included, is in its own slot: nothing was dropped yet."""
+    """True if every logical token, including padding, is in its own slot because nothing has been dropped yet."""
 
     @classmethod
     def whole(cls, batch: int, total: int, device: torch.device) -> LiveSet:
@@ -46,7 +46,7 @@ class LiveSet:
 
     @property
     def slots(self) -> int:
-        """M, slots per sample."""
+        """M, the number of slots per sample."""
         return self.index.shape[1]
 
     @lazy
@@ -67,22 +67,22 @@ class LiveSet:
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
     def restricted(self, kept: LiveSet) -> LiveSet:
-        """The same with only the slots that `kept`, a live set over these slots, has."""
+        """The same with only the slots in `kept`, a live set over these slots."""
         valid = None if self.valid is None else kept.take(self.valid)
         if kept.valid is not None:
             valid = kept.valid if valid is None else valid & kept.valid
         return LiveSet(kept.take(self.index), valid, self.total)
 
     def to_tokens(self, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch tokens"]:
-        """Slots named by slots, as tokens named by tokens; tokens without a slot name themselves."""
+        """Translate a map between slots into one between tokens; tokens without a slot map to themselves."""
         own = torch.arange(self.total, device=slots.device).repeat(len(slots), 1)
         return own.scatter_(1, self.index, self.index.gather(1, slots))
 
     def restrict(self, previous: LiveSet, states: Float[Tensor, "batch slots dim"], raw: Tensor | None) -> Tensor:
         """Move states from the slots of `previous` to the slots of this set.
 
-        With `raw` (batch, tokens, dim), tokens that were not live before enter with their row of it, untransformed;
-        without it, this set must be part of `previous`.
+        With `raw` (batch, tokens, dim), tokens that were not live before enter with their untransformed row of it;
+        without `raw`, this set must be a subset of `previous`.
         """
         source = previous.slot.gather(1, self.index).to(states.device)
         if raw is not None:
@@ -94,7 +94,7 @@ class LiveSet:
         return states.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
 
     def expand(self, states: Float[Tensor, "batch slots dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Back to T tokens: each reads the last live token at or before it, zeros where there is none."""
+        """Expand states to T tokens: each reads the last live token at or before it, or zeros if there is none."""
         if self.everything:
             return states
         slot = self.slot.to(states.device)

@@ -15,10 +15,10 @@ def gather_mask(
 ) -> Tensor | None:
     """The mask of a layer that runs `queries` against the entries `keys`, from the model's full-length mask.
 
-    `keys` covers past and present entries. Kinds of masks, as transformers builds them: `None` (causal, nothing
-    padded) stays so where no padding slot needs hiding; (batch, keys) for FlashAttention; (batch, heads, queries,
-    keys) boolean for SDPA or additive for eager. `flash` says which kind replaces a `None` that cannot stay. A layer
-    whose cache gives attention more entries than are held, `width` of them, sees none of the others.
+    `keys` covers past and present entries. transformers builds these kinds of masks: `None` (causal, no padding), which
+    is kept where no padding slot must be hidden; (batch, keys) for FlashAttention; (batch, heads, queries, keys),
+    boolean for SDPA or additive for eager. `flash` decides which kind replaces a `None` that cannot be kept. If a
+    layer's cache passes more entries (`width`) to attention than it holds, the excess is masked out.
     """
     if mask is None:
         return None if keys.valid is None else (keys.valid if flash else causal_mask(queries, keys))
@@ -38,10 +38,10 @@ def gather_mask(
 
 
 def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: int, *, flash: bool) -> Tensor | None:
-    """The mask of a layer that runs all `tokens` of a call of text, after `length` logical tokens were seen.
+    """The mask of a layer that runs all `tokens` of a text-only call after `length` logical tokens were seen.
 
-    `index` are the explicit entries of its cache; all that came after them are held in their places. Kinds of masks as
-    for `gather_mask`.
+    `index` describes the explicit entries of its cache; every later token has an entry in order. The kinds of masks are
+    those of `gather_mask`.
     """
     if mask is None:
         if index.valid is None:
@@ -52,7 +52,7 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
             return seen if flash else seen[:, None, None, :]
         whole = LiveSet.whole(len(index.logical), tokens, index.logical.device)
         return causal_mask(whole, index.upto(length + tokens))
-    columns, valid = index.columns(mask.shape[-1])  # a static cache has room for tokens to come
+    columns, valid = index.columns(mask.shape[-1])  # a static cache has room for future tokens
     columns = columns.to(mask.device)
     valid = None if valid is None else valid.to(mask.device)
     if len(mask) != len(columns):
@@ -67,7 +67,7 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
 
 
 def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Each query sees valid keys that are not later than itself."""
+    """A causal mask: each query sees the valid keys at or before its own position."""
     start = keys.length - queries.total
     seen = (start + queries.index)[:, :, None] >= keys.logical[:, None, :]
     if keys.valid is None:
@@ -76,17 +76,17 @@ def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queri
 
 
 def _seen(mask: Tensor, valid: Tensor) -> Tensor:
-    """The mask with what is not valid hidden."""
+    """The mask with invalid keys hidden."""
     return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, _nothing(mask.dtype))
 
 
 def _nothing(dtype: torch.dtype) -> float | bool:
-    """What a mask of this dtype holds for keys that are not seen."""
+    """The value that hides a key in a mask of this dtype."""
     return False if dtype == torch.bool else torch.finfo(dtype).min
 
 
 def _own_slot(queries: LiveSet, keys: KeyIndex) -> Tensor:
-    """Boolean (batch, 1, queries, keys): lets padding queries see themselves, for a row that sees nothing gives NaN."""
+    """Boolean (batch, 1, queries, keys) that lets padding queries see themselves, since an empty row yields NaN."""
     slots, entries = queries.slots, len(keys)
     own = torch.eye(slots, entries, dtype=torch.bool, device=keys.logical.device).roll(entries - slots, 1)
     if queries.valid is None:

@@ -1,7 +1,8 @@
-"""Compact positions: after every drop the tokens that are left are renumbered without gaps, layer by layer.
+"""Compact positions: after every drop the remaining tokens are renumbered without gaps, layer by layer.
 
-The position of a token in a layer is the one the model gave it, less the tokens of its sample that are missing before
- it there. So a generated token stands at the length of that layer's cache, and cached keys are never rotated again.
+The position of a token in a layer is its original position minus the number of its sample's tokens missing before it
+in that layer. So a generated token's position is the length of that layer's cache, and cached keys are never rotated
+again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.restricting import restrict
 
 IDS, EMBEDDINGS = "position_ids", "position_embeddings"
-"""The arguments of a decoder layer that say where its tokens stand."""
+"""The arguments of a decoder layer that hold its tokens' positions."""
 
 
 def renumbered(
@@ -27,10 +28,10 @@ def renumbered(
     dropped: Int[Tensor, "batch"] | None,
     rotary: Callable[[Tensor], Any],
 ) -> dict[str, Any]:
-    """Position arguments of a layer for the live tokens, counted without the dropped ones.
+    """Position arguments of a layer for the live tokens, with dropped tokens not counted.
 
-    Without `dropped` (tokens missing from the layer's cache) the model's own values are gathered, those of each token's
-    rank among the live ones; otherwise `rotary` makes embeddings for the new position ids (batch, slots).
+    Without `dropped` (tokens missing from the layer's cache), each token gets the model's own values at its rank among
+    the live tokens; otherwise `rotary` computes embeddings for the new position ids (batch, slots).
     """
     own = {name: arguments[name] for name in (IDS, EMBEDDINGS) if name in arguments}
     if not live.everything:
@@ -43,12 +44,12 @@ def renumbered(
 
 
 def ranked(live: LiveSet, valid: Bool[Tensor, "batch tokens"] | None) -> LiveSet:
-    """The slots of `live`, each naming the token that had its rank before any drop; padding slots name any."""
+    """The slots of `live`, each with the token that had its rank before any drop; padding slots name any token."""
     batch, slots = live.index.shape
     place = torch.arange(slots, device=live.index.device).expand(batch, -1)
     if live.valid is not None:
         place = (place - (slots - live.valid.sum(1, keepdim=True))).clamp(min=0)
     if valid is not None:
-        # a stable sort of booleans puts the tokens that are no padding first, in order
+        # a stable sort of booleans puts the tokens that are not padding first, in order
         place = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True).gather(1, place)
     return LiveSet(place, live.valid, live.total)

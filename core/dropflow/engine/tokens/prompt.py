@@ -1,4 +1,4 @@
-"""What is known of a prompt before the decoder runs: which tokens are visual, of which image, and who asks."""
+"""What is known of a prompt before the decoder runs: its visual tokens, their images, and the instruction tokens."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class VisualTokens:
 
     mask: Bool[Tensor, "batch tokens"]
     places: Mapping[str, Int[Tensor, "rows 2"]]
-    """Modality -> sample and token of each of its placeholders, in order; empty where the caller stated the tokens."""
+    """Modality -> sample and token of each of its placeholders, in order; empty if the caller stated the tokens."""
 
     @classmethod
     def found(cls, masks: Mapping[str, Bool[Tensor, "batch tokens"]]) -> VisualTokens | None:
-        """Those of each modality (one host synchronisation for each); `None` where there are none."""
+        """The visual tokens of all modalities (one host synchronisation for each); `None` if there are none."""
         places = {modality: mask.nonzero() for modality, mask in masks.items()}
         if not any(len(rows) for rows in places.values()):
             return None
         return cls(torch.stack(list(masks.values())).any(0), places)
 
     def rows(self, flags: Mapping[str, RowFlags]) -> Mapping[str, RowFlags] | None:
-        """`flags` of the features of each modality; `None` where some modality was encoded without anybody seeing it.
+        """`flags` of the features of each modality; `None` if the engine did not observe the encoding of some modality.
 
-        Raises `UnsupportedModel` where placeholders and features differ in number.
+        Raises `UnsupportedModel` if the numbers of placeholders and features differ.
         """
         if not self.places or not self.places.keys() <= flags.keys():
             return None
@@ -42,7 +42,7 @@ class VisualTokens:
             rows, found = len(flags[modality]), len(places)
             if rows != found:
                 remedy = "correct `modalities` or `visual_ids` of the adapter"
-                if rows and found % rows == 0:  # some families repeat features by code of their own
+                if rows and found % rows == 0:  # some families repeat features in their own code
                     remedy = "generate one sequence per sample, without beams, if samples were repeated; or " + remedy
                 raise UnsupportedModel(
                     f"the prompt has {found} {modality} placeholders by the adapter's token ids, but the model encoded "
@@ -56,40 +56,40 @@ class Prompt:
     """The tokens of one call, by logical index."""
 
     image_id: Int[Tensor, "batch tokens"]
-    """Number of the image a visual token belongs to; -1 for text and padding."""
+    """Number of the image to which a visual token belongs; -1 for text and padding."""
     valid: Bool[Tensor, "batch tokens"]
     """False for padding."""
     present: Bool[Tensor, "batch tokens"]
-    """Valid tokens less the visual ones that an encode stage dropped."""
+    """Valid tokens without the visual ones that an `encode` stage dropped."""
     protected: Bool[Tensor, "batch tokens"]
     """Visual tokens that no stage may drop."""
     instruction_slots: Int[Tensor, "batch rows"]
     """Logical index of the instruction tokens."""
     instruction_valid: Bool[Tensor, "batch rows"]
     image_sizes: tuple[int, ...]
-    """Present patches of each image."""
+    """Number of present patches of each image."""
     patches: Int[Tensor, "images"]
-    """The same on the device."""
+    """`image_sizes` on the device."""
     extents: Mapping[str, Extent]
-    """How many tokens are `valid`, `present` and `text`, and at most `after`: text after the first visual token."""
+    """How many tokens are `valid`, `present` and `text`, and an upper bound `after` for text after the first visual."""
     extra: Bool[Tensor, "batch tokens"] | None = None
-    """Visual tokens that are no patches, such as newlines (see `ImageLayout`); `None` where there are none."""
+    """Visual tokens that are not patches, such as newlines (see `ImageLayout`); `None` if there are none."""
     line: Int[Tensor, "batch tokens"] | None = None
-    """Number of the line each visual token belongs to, 0 for all others; goes with `extra`."""
+    """Number of the line to which each visual token belongs, 0 for other tokens; set if `extra` is."""
     lines: int = 0
-    """All of these numbers are below this."""
+    """Upper bound (exclusive) of the line numbers."""
     carried: Float[Tensor, "batch tokens carries"] | None = None
-    """What stages gave visual tokens to carry (`Plan.carries` says whose is where); `None` where nothing."""
+    """Numbers that stages attached to visual tokens (`Plan.carries` gives each stage's columns); `None` for none."""
     questions: tuple[str, ...] | None = None
-    """What each sample asks, as text, where a stage reads it."""
+    """The question of each sample as text, if a stage reads it."""
 
     @property
     def scored(self) -> Int[Tensor, "batch tokens"]:
-        """Image number of patches; -1 for text, padding and visual tokens that are no patches."""
+        """Image number of patches; -1 for text, padding and visual tokens that are not patches."""
         return self.image_id if self.extra is None else self.image_id.masked_fill(self.extra, -1)
 
     def without_widows(self, live_mask: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-        """`live_mask` less the extra tokens of whose line no patch is left."""
+        """`live_mask` without the extra tokens of lines in which no patch is left."""
         if self.extra is None or self.line is None:
             return live_mask
         alive = live_mask & self.visual & ~self.extra
@@ -99,22 +99,22 @@ class Prompt:
 
     @property
     def answer_sources(self) -> Bool[Tensor, "batch tokens"]:
-        """Visual tokens that an answer is predicted from, as where a caption follows its image at once."""
+        """Visual tokens from which an answer is predicted, as where a caption directly follows its image."""
         counts = torch.zeros_like(self.image_id).scatter_add_(1, self.instruction_slots, self.instruction_valid.long())
         return (counts > 0) & self.visual & self.present
 
     def keeping_answer_sources(self) -> Prompt:
-        """The same, with those tokens protected."""
+        """The same prompt with its answer sources protected."""
         return replace(self, protected=self.protected | self.answer_sources)
 
     @property
     def visual(self) -> Bool[Tensor, "batch tokens"]:
-        """Visual tokens, dropped ones included."""
+        """Visual tokens, including dropped ones."""
         return self.image_id >= 0
 
     @property
     def text(self) -> Bool[Tensor, "batch tokens"]:
-        """Text tokens, padding excluded."""
+        """Text tokens, excluding padding."""
         return self.valid & ~self.visual
 
 
@@ -125,10 +125,10 @@ def make_prompt(
     instruction: tuple[Tensor, Tensor],
     tokens_per_image: int | None,
 ) -> Prompt:
-    """Put together what adapter, encode stages and caller say; one host synchronisation.
+    """Build the prompt from what the adapter, `encode` stages and caller state; one host synchronisation.
 
-    `flags` has one row per placeholder of each modality, images of a later one are numbered on. Without it images are
-    told apart by `tokens_per_image`, or else as runs of adjacent visual tokens.
+    `flags` has one row per placeholder of each modality; image numbers continue from one modality to the next. Without
+    `flags`, images are separated by `tokens_per_image` or, failing that, are runs of adjacent visual tokens.
     """
     tokens = _Placed(visual.mask, valid)
     if flags is None:
@@ -139,7 +139,7 @@ def make_prompt(
 
 
 class _Placed:
-    """Numbers of each token, in the making."""
+    """The per-token numbers of a prompt under construction."""
 
     def __init__(self, visual: Tensor, valid: Tensor) -> None:
         self._visual, self._valid = visual, valid
@@ -151,7 +151,7 @@ class _Placed:
         self._most_images = self._lines = 0
 
     def number_runs(self, tokens_per_image: int | None) -> None:
-        """Images numbered through the batch, so that images of different samples never share a number."""
+        """Number the images across the batch, so that images of different samples never share a number."""
         visual = self._visual
         if tokens_per_image is not None:
             number = (visual.long().cumsum(1) - 1) // tokens_per_image
@@ -164,7 +164,7 @@ class _Placed:
         ((self._most_images,),) = read(images.sum())
 
     def place(self, places: Mapping[str, Tensor], flags: Mapping[str, RowFlags]) -> None:
-        """Put the flags of every row where its placeholder is."""
+        """Scatter each row's flags to its placeholder."""
         lines, width = max(rows.lines for rows in flags.values()), max(rows.carried.shape[1] for rows in flags.values())
         shape, device = self._visual.shape, self._visual.device
         if lines:
@@ -218,7 +218,7 @@ class _Placed:
 
 
 def _number_copies(image_id: Int[Tensor, "batch tokens"], images: int) -> Int[Tensor, "batch tokens"]:
-    """Numbers of the images of visual tokens; where `generate` repeats samples, as for beams, each copy has its own."""
+    """Image numbers of visual tokens; if `generate` repeats samples, as for beams, each copy gets its own numbers."""
     shown = torch.zeros(len(image_id), images + 1, dtype=torch.long, device=image_id.device)
     shown.scatter_(1, image_id + 1, 1)
     copy = (shown.cumsum(0) - 1).gather(1, image_id + 1)
@@ -228,10 +228,10 @@ def _number_copies(image_id: Int[Tensor, "batch tokens"], images: int) -> Int[Te
 def valid_tokens(
     attention_mask: Any, batch: int, tokens: int, device: torch.device, seen: int | None = None
 ) -> Bool[Tensor, "batch tokens"]:
-    """Which of the last `tokens` tokens are no padding, from a (batch, all) or (batch, heads, tokens, all) mask.
+    """Which of the last `tokens` tokens are not padding, from a (batch, all) or (batch, heads, tokens, all) mask.
 
-    Of masks given per kind of layer, any one says it. `seen` tokens came before; a mask of a static cache has columns
-    for tokens that are still to come.
+    If there is one mask per kind of layer, any of them will do. `seen` tokens came before; the mask of a static cache
+    has columns for future tokens.
     """
     if isinstance(attention_mask, Mapping):
         attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
@@ -252,12 +252,12 @@ def instruction_tokens(
     logits_to_keep: int,
     starts: Bool[Tensor, "batch tokens"] | None = None,
 ) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
-    """Logical index of the instruction tokens, and which entries count.
+    """Logical index of the instruction tokens, and which of the entries are valid.
 
-    With labels: the last token before every labelled span, so one per round (HiDrop, section 3.2), none for a sample
-    without labels. Otherwise the last token of the prompt, or of every document where `starts` says that rows are
-    packed; where `generate` has put draft tokens after it (prompt lookup), that is the first position whose logits it
-    asks for.
+    With labels, these are the last token before every labelled span, so one per round (HiDrop, section 3.2) and none
+    for a sample without labels. Otherwise it is the last token of the prompt, or of every document if `starts` says
+    that rows are packed. If `generate` has appended draft tokens (prompt lookup), it is the first position whose logits
+    `generate` asks for.
     """
     if labels is not None:
         labels = labels.to(valid.device)
@@ -273,9 +273,9 @@ def instruction_tokens(
 
 
 def document_starts(position_ids: Any) -> Bool[Tensor, "batch tokens"] | None:
-    """Where position ids (batch, tokens) start anew, as in packed rows; `None` where they never do.
+    """Where position ids (batch, tokens) restart, as in packed rows; `None` if they never do.
 
-    Of multimodal positions (4, batch, tokens) the first ones are those of the text.
+    Of multimodal positions (4, batch, tokens), the first plane holds the text positions.
     """
     if not isinstance(position_ids, Tensor) or not (position_ids.dim() == 2 or len(position_ids) == 4):
         return None
@@ -285,7 +285,7 @@ def document_starts(position_ids: Any) -> Bool[Tensor, "batch tokens"] | None:
 
 
 def _columns(mask: Bool[Tensor, "batch tokens"]) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
-    """Columns where each row is true, in order and filled up on the left; one column at least."""
+    """The columns where each row is true, in order and padded on the left; at least one column."""
     most = max(Extent.read(mask).high, 1)
     index = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, -most:]
     return index, mask.gather(1, index)

@@ -1,4 +1,4 @@
-"""Restricts what a decoder layer is given to the live tokens, each argument by its name."""
+"""Restricts the arguments of a decoder layer, each identified by its name, to the live tokens."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ TOKEN_DIMS: Mapping[str, int] = {
     "input_ids": -1,
     "ple_input_ids": -1,
 }
-"""Argument of a decoder layer -> the dimension of its tensors that counts tokens."""
+"""Argument of a decoder layer -> the token dimension of its tensors."""
 OWN_WAY = frozenset({"attention_mask", "hidden_states"})
-"""Arguments that the engine makes fit in their own ways, as it does with the cache."""
+"""Arguments that the engine adjusts separately, as it does the cache."""
 CACHES = frozenset({"past_key_values", "past_key_value", "cache", "layer_past"})
-"""What decoder layers call the cache, where their annotations do not tell."""
+"""Names of the cache parameter of decoder layers, used if their annotations do not identify it."""
 WITHOUT_TOKENS = frozenset({"use_cache", "output_attentions", "output_router_logits"})
-"""Parameters of decoder layers that hold nothing for single tokens."""
+"""Parameters of decoder layers that hold no per-token values."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""By these, padding-free batches say where documents begin and how long they are."""
+"""Arguments with which padding-free batches state where documents begin and how long they are."""
 
 
 def restrict(name: str, value: Any, live: LiveSet, more: Mapping[str, int]) -> Any:
-    """One argument of a decoder layer for the live tokens; what has no token dimension passes unchanged.
+    """Restrict one argument of a decoder layer to the live tokens; values without a token dimension pass unchanged.
 
-    Tuples and lists are taken apart, a batch dimension of 1 is broadcast. `more` are arguments that the backbone names
-    (`Backbone.token_arguments`).
+    Tuples and lists are restricted element by element; a batch dimension of 1 is broadcast. `more` are arguments that
+    the backbone names (`Backbone.token_arguments`).
     """
     if isinstance(value, tuple | list):
         return type(value)(restrict(name, item, live, more) for item in value)
@@ -53,15 +53,15 @@ def check_arguments(arguments: Mapping[str, Any], live: LiveSet, more: Mapping[s
     for name, value in arguments.items():
         if name in PACKED and value is not None:
             raise UnsupportedCall(
-                f"{name}: a padding-free batch says here where its documents begin, which changes from layer to layer "
-                "under a policy; pad the batch, or pack it by `position_ids` that start anew"
+                f"{name}: states where the documents of a padding-free batch begin, which changes from layer to layer "
+                "under a policy; pad the batch, or pack it with `position_ids` that restart"
             )
         tensors = [] if name in OWN_WAY else list(_tensors(value))
         if tensors and name not in TOKEN_DIMS and name not in more:
             raise UnsupportedCall(
-                f"{name}: the decoder's layers are given tensors of shape {tuple(tensors[0].shape)} under this name, "
-                f"which dropflow does not know (transformers {transformers.__version__}); say in "
-                "`Backbone.token_arguments` which dimension counts tokens"
+                f"{name}: the decoder's layers receive tensors of shape {tuple(tensors[0].shape)} under this name, "
+                f"which dropflow does not know (transformers {transformers.__version__}); state "
+                "its token dimension in `Backbone.token_arguments`"
             )
         dim = more.get(name) or TOKEN_DIMS.get(name, 0)
         for tensor in tensors:
@@ -72,7 +72,7 @@ def check_arguments(arguments: Mapping[str, Any], live: LiveSet, more: Mapping[s
 
 
 def check_parameters(layer: str, parameters: Mapping[str, Any], more: Iterable[str]) -> None:
-    """Raise `UnsupportedModel` for a decoder layer that takes something the engine cannot place.
+    """Raise `UnsupportedModel` for a decoder layer that takes an argument unknown to the engine.
 
     `parameters` are those of its forward, with their annotations.
     """

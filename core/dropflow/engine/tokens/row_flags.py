@@ -1,4 +1,4 @@
-"""What the engine notes of every row of image features, and how it travels with them through transformers."""
+"""The flags that the engine keeps for every row of image features, and how they travel through transformers."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.tokens.host import read
 
 _KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _IMAGES, _LINES, _PLAN, _CARRIED = range(9)
-"""Columns of a packed table; from the last one on, what stages gave the row to carry."""
+"""Columns of a packed table; numbers carried for stages begin at the last one."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowFlags:
-    """Rows of image features in the order of their placeholders."""
+    """Flags of the rows of image features, in the order of their placeholders."""
 
     kept: Bool[Tensor, "rows"]
-    """False for what an encode stage dropped."""
+    """False for rows that an `encode` stage dropped."""
     protected: Bool[Tensor, "rows"]
-    """What no stage may drop."""
+    """Rows that no stage may drop."""
     image: Int[Tensor, "rows"]
-    """Number of the image, from 0."""
+    """Number of the image, starting at 0."""
     line: Int[Tensor, "rows"]
-    """Number of the line inside the image (see `ImageLayout`)."""
+    """Number of the line within the image (see `ImageLayout`)."""
     extra: Bool[Tensor, "rows"]
-    """Rows that are no patches, such as newlines."""
+    """Rows that are not patches, such as newlines."""
     carried: Float[Tensor, "rows carries"]
-    """What stages gave the row to carry (`Plan.carries` says whose is where)."""
+    """Numbers that stages attached to the row (`Plan.carries` gives each stage's columns)."""
     images: int
-    """All image numbers are below this."""
+    """Upper bound (exclusive) of the image numbers."""
     lines: int
-    """All line numbers are below this; 0 where no image has extra rows."""
+    """Upper bound (exclusive) of the line numbers; 0 if no image has extra rows."""
     plan: int
-    """`Plan.serial` of the policy under which the rows were made."""
+    """`Plan.serial` of the policy under which the rows were encoded."""
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -53,7 +53,7 @@ class RowFlags:
         protected: Sequence[Bool[Tensor, "patches"]] | None = None,
         carried: Sequence[Float[Tensor, "patches carries"]] = (),
     ) -> RowFlags:
-        """Flags of the rows of `layouts`, numbered from `first`; patches are kept, and not protected, by default."""
+        """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected."""
         empty = torch.zeros(0, dtype=torch.long, device=device)
         width = carried[0].shape[1] if carried else 0
         none = torch.zeros(0, width, device=device)
@@ -88,20 +88,20 @@ class RowFlags:
         )
 
     def pack(self, whole: RowFlags) -> Int[Tensor, "rows columns"]:
-        """One table of integers, which no mixed precision rounds; `whole` are the flags that these are a part of."""
+        """A table of integers, safe from mixed-precision rounding; `whole` are the flags of which these are a part."""
         shape = len(self), _CARRIED + self.carried.shape[1]
         table = torch.zeros(shape, dtype=torch.long, device=self.image.device)
         table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
         table[:, _IMAGE], table[:, _LINE] = self.image, self.line
-        table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # their bits
+        table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # bit pattern of the floats
         table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
         return table
 
     @classmethod
     def unpack(cls, table: Int[Tensor, "rows columns"], known: RowFlags | None = None) -> RowFlags:
-        """The flags in a packed table, some rows of which may be repeated or missing by now.
+        """The flags in a packed table, whose rows may have been repeated or removed since.
 
-        `known` are the flags it was packed from; without them the numbers that the host must know are read from it.
+        `known` are the flags it was packed from; without them, the numbers that the host needs are read from the table.
         """
         images, lines, plan = (known.images, known.lines, known.plan) if known is not None else (0, 0, 0)
         if known is None and len(table):

@@ -1,10 +1,10 @@
 """The vision side of a call: `encode` stages inside the encoder and on its output, and how their answers travel.
 
-What an `encode` stage drops stays in the features as a row that is not live, so that placeholders, position ids,
-deepstack features and multimodal RoPE stay aligned. The flags of every row (see `row_flags.py`) say so, and which image
-it belongs to. `generate` encodes images before the forward and may expand or slice the features in between; the flags
-ride along as one more entry of `deepstack_features`, which transformers expands and slices with the features, and are
-taken off before the model sees them.
+A row dropped by an `encode` stage stays in the features as a row that is not live, so that placeholders, position ids,
+deepstack features and multimodal RoPE stay aligned. The flags of every row (see `row_flags.py`) record this, and to
+which image the row belongs. `generate` encodes images before the forward and may expand or slice the features in
+between. The flags therefore travel as an extra entry of `deepstack_features`, which transformers expands and slices
+with the features, and are removed before the model sees them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Features")
 attached_plans: set[int] = set()
-"""`Plan.serial` of every policy that is attached to a model now."""
+"""`Plan.serial` of every policy that is currently attached to a model."""
 
 
 @dataclass
 class Features(BaseModelOutputWithPooling):  # type: ignore[misc]  # transformers ships no types
-    """Encoded images as a core takes them."""
+    """Encoded images in the form that a core accepts."""
 
     deepstack_features: Any = None
 
@@ -47,13 +47,13 @@ class Features(BaseModelOutputWithPooling):  # type: ignore[misc]  # transformer
 class FlowFeatures(Features):
     """Encoded images with the packed flags of their rows as the last entry of `deepstack_features`.
 
-    Rows that were dropped hold nothing, so that no model may read them once the policy is detached.
+    Dropped rows hold zeros, so no model may read the features once the policy is detached.
     """
 
     def __getattribute__(self, name: str) -> Any:
         if name == "pooler_output" and _read_by_a_model(sys._getframe(1)) and self.flags().plan not in attached_plans:
             raise UnsupportedCall(
-                "mm_encoder_outputs: these features were encoded under a policy that has been detached since; encode "
+                "mm_encoder_outputs: these features were encoded under a policy that has since been detached; encode "
                 "the images again"
             )
         return super().__getattribute__(name)
@@ -71,10 +71,10 @@ def _read_by_a_model(frame: FrameType) -> bool:
 def encode(
     site: Site, run: VisionRun | None, modality: str, features: Callable[[], Any], arguments: Mapping[str, Any]
 ) -> tuple[Any, list[RowFlags]]:
-    """Call `features()` and ask the encode stages; returns its output, one row per placeholder again, and the flags.
+    """Call `features()` and the `encode` stages; return its output with one row per placeholder, and the flags.
 
-    `run` is the one that the encoder's layers find while `features()` is called; `None` for a policy without encode
-    stages. `arguments` are those of the model's own method; flags come one per entry of the features.
+    `run` is the pass that the encoder's layers take part in while `features()` runs; `None` for a policy without
+    `encode` stages. `arguments` are those of the model's own method. There is one set of flags per entry of features.
     """
     backbone, hooks = site.backbone, site.plan.hooks
     output = features()
@@ -109,7 +109,7 @@ def _tell(site: Site, modality: str, layouts: Sequence[Sequence[ImageLayout]], s
 
 
 def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[RowFlags]:
-    """Flags of features from which no stage has dropped anything."""
+    """Flags of features from which no stage has dropped any rows."""
     found, first = [], 0
     for own, rows in zip(
         _layouts_of(site.backbone, modality, output, arguments), _entries(_features(output)[1]), strict=True
@@ -120,7 +120,7 @@ def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, 
 
 
 def joined(flags: Sequence[RowFlags]) -> RowFlags:
-    """The flags of all entries of features."""
+    """The flags of all entries of the features, joined."""
     return flags[0].joined(flags[1:])
 
 
@@ -134,7 +134,7 @@ def with_flags(output: Any, flags: Sequence[RowFlags]) -> FlowFeatures:
 
 
 def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
-    """A copy with every field that the model's own class of output has."""
+    """A copy of the output with every field of the model's own output class."""
     copy = kind(pooler_output=output.get("pooler_output"), deepstack_features=deepstack)
     for name, value in output.items():
         if name not in ("pooler_output", "deepstack_features"):
@@ -145,11 +145,11 @@ def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
 def take_flags(
     site: Site, encoded: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, RowFlags]]:
-    """Separate the flags, by modality, from `mm_encoder_outputs`; made anew where this engine did not encode.
+    """Separate the flags, by modality, from `mm_encoder_outputs`; create them if the engine did not encode the images.
 
-    `arguments` are those of the core. The caller's objects are left as they are: `generate` without a cache passes them
-    again at every step. Raises `UnsupportedCall` for features that were encoded under another
-    policy, or before this one was detached and attached again.
+    `arguments` are those of the core. The caller's objects are not changed, because `generate` without a cache passes
+    them again at every step. Raises `UnsupportedCall` for features that were encoded under another policy, or before
+    this one was detached and attached again.
     """
     plain, flags = dict(encoded), {}
     for modality, output in encoded.items():
@@ -168,13 +168,13 @@ def take_flags(
 
 
 def _features(output: Any) -> tuple[str, Any]:
-    """The projected features and the field they are in; models without a vision encoder have them in the first."""
+    """The name of the field with the projected features, and the features; the first field if there is no encoder."""
     pooled = output.get("pooler_output")
     return ("pooler_output", pooled) if pooled is not None else ("last_hidden_state", output["last_hidden_state"])
 
 
 def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
-    """Features entry by entry: a list, or a tensor with or without a dimension for entries."""
+    """Features by entry, from a list or from a tensor with or without an entry dimension."""
     entries = [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled)
     return [rows.flatten(0, -2) if rows.dim() > 2 else rows for rows in entries]
 
@@ -182,7 +182,7 @@ def _entries(pooled: Any) -> list[Float[Tensor, "rows dim"]]:
 def _layouts_of(
     backbone: Backbone, modality: str, output: Any, arguments: Mapping[str, Any]
 ) -> list[list[ImageLayout]]:
-    """The images in features from which no stage has dropped anything."""
+    """The layouts of the images in features from which no stage has dropped any rows."""
     pooled = _features(output)[1]
     sizes = [len(rows) for rows in _entries(pooled)]
     return _layouts(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
@@ -191,7 +191,7 @@ def _layouts_of(
 def _layouts(
     backbone: Backbone, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any], stacked: bool
 ) -> list[list[ImageLayout]]:
-    """What the adapter says of the entries, checked."""
+    """The layouts that the adapter states for the entries, checked."""
     layouts = backbone.layouts(modality, sizes, arguments)
     told = [sum(layout.tokens for layout in own) for own in layouts]
     if told != list(sizes):
@@ -202,7 +202,7 @@ def _layouts(
     for layout in (layout for own in layouts for layout in own):
         if layout.grid is not None and layout.grid[0] * layout.grid[1] != layout.patches:
             raise UnsupportedModel(
-                f"{type(backbone).__name__}.layouts: gives the grid {layout.grid} to an image of {layout.patches} "
+                f"{type(backbone).__name__}.layouts: states the grid {layout.grid} for an image of {layout.patches} "
                 "patches; correct the adapter's grid or extra rows"
             )
     return layouts

@@ -1,4 +1,4 @@
-"""The patch rows of one image inside the vision side of a call, and how a stage's decision changes them."""
+"""The patch rows of an image on the vision side of a call, and how a stage's decision changes them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from dropflow.lifecycle.payloads import Encode
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The patch rows of one image that are left at some point of the encoder."""
+    """The patch rows of one image that remain at some point of the encoder."""
 
     places: Int[Tensor, "rows"]
-    """Patch each row stands for, counted inside the image."""
+    """Number, within the image, of the patch that each row represents."""
     protected: Bool[Tensor, "rows"]
     sizes: Float[Tensor, "rows"]
-    """Patches each row is the mean of."""
+    """Number of patches averaged in each row."""
     carried: Float[Tensor, "rows carries"]
-    """What stages gave each row to carry to the LLM, in the columns that `Plan.carries` says."""
+    """Numbers that stages attached to each row for the LLM side, in the columns given by `Plan.carries`."""
     rewritten: int = 0
-    """How often a stage has put new rows, such as merged ones, in the place of old ones."""
+    """How often a stage has replaced rows by new ones, such as merged ones."""
     proportional: bool = False
-    """Whether the encoder's attention counts each row as often as its size says."""
+    """Whether the encoder's attention weights each row by its size."""
 
     @classmethod
     def whole(cls, count: int, like: Tensor, carries: int = 0) -> Rows:
-        """All patches of an image, none protected, on the device of `like`; they carry zeros."""
+        """All patches of an image, unprotected and carrying zeros, on the device of `like`."""
         places, device = torch.arange(count, device=like.device), like.device
         carried = torch.zeros(count, carries, device=device)
         return cls(places, torch.zeros_like(places).bool(), torch.ones(count, device=device), carried)
 
     def to(self, device: torch.device) -> Rows:
-        """The same on this device: an encoder's layers and its projector may lie on several."""
+        """The same on `device`, since an encoder's layers and its projector may be on different devices."""
         places, protected = self.places.to(device), self.protected.to(device)
         return replace(
             self, places=places, protected=protected, sizes=self.sizes.to(device), carried=self.carried.to(device)
         )
 
     def after(self, extra: int) -> Rows:
-        """Rows of a tower whose first `extra` prefix tokens reach the LLM too: they fill the first placeholders."""
+        """The rows after `extra` prefix tokens that also reach the LLM and fill the first placeholders."""
         if not extra:
             return self
         first = Rows.whole(extra, self.places, self.carried.shape[1])
@@ -58,7 +58,7 @@ class Rows:
         )
 
     def taken(self, index: Int[Tensor, "left"]) -> Rows:
-        """Only the rows of these numbers."""
+        """Only the rows with the numbers in `index`."""
         return replace(
             self,
             places=self.places[index],
@@ -69,27 +69,28 @@ class Rows:
 
 
 class Decided:
-    """What one stage's decision leaves of the images of a call."""
+    """The effect of one stage's decision on the images of a call."""
 
     def __init__(self, answer: Encode, where: str, columns: slice) -> None:
-        """`where` names the stage in errors; `columns` are its own, of all that rows carry."""
+        """`where` names the stage in errors; `columns` are the stage's own among the carried numbers."""
         self._answer, self._where, self._columns = answer, where, columns
         self.faults: list[tuple[Bool[Tensor, ""], DecisionError]] = []
-        """Errors that hold where the number beside them, which lies on the device, is true."""
+        """Pairs of a condition on the device and the error to raise if it is true."""
 
     def apply(
         self, features: Sequence[Float[Tensor, "rows dim"]], rows: Sequence[Rows]
     ) -> tuple[list[Float[Tensor, "left dim"]], list[Rows]]:
         """Features and rows of every image after the decision; at most one host synchronisation for all of them.
 
-        Raises `DecisionError` for what does not fit by its shape.
+        Raises `DecisionError` for a decision of the wrong shape or dtype.
         """
         answer = self._answer
         left, features = list(rows), list(features)
         if answer.rows is not None:
             if answer.places is None or answer.keep is not None:
                 raise DecisionError(
-                    f"{self._where}: `encode` returned rows; they go with `places`, and not with `keep`"
+                    f"{self._where}: `encode` returned rows without `places`, or together with `keep`; return `places` "
+                    "with them, and no `keep`"
                 )
             features = list(answer.rows)
             left = [self._rewritten(image, own) for image, own in enumerate(left)]
@@ -116,7 +117,7 @@ class Decided:
         wrong = DecisionError(
             f"{self._where}: `encode` returned {len(features)} rows, places {tuple(places.shape)} and sizes "
             f"{tuple(sizes.shape)} for image {image}; expected one place and one size per row, the places ascending "
-            "and out of the payload's places"
+            "and taken from the payload's places"
         )
         if len(features) != len(places) or len(sizes) != len(places) or (len(places) and not len(rows.places)):
             raise wrong
@@ -132,7 +133,7 @@ class Decided:
         if not carry.is_floating_point() or tuple(carry.shape) != expected:
             raise DecisionError(
                 f"{self._where}: `encode` returned {carry.dtype} {tuple(carry.shape)} to carry for image {image}, "
-                f"expected a float dtype and {expected}, the rows that stay and what the stage's `carries` says"
+                f"expected a float dtype and {expected}: the rows that stay and the stage's `carries`"
             )
         carried = rows.carried.clone()
         carried[:, self._columns] = carry.detach().to(carried)
@@ -148,7 +149,7 @@ class Decided:
 
 
 def raise_faults(faults: Sequence[tuple[Bool[Tensor, ""], DecisionError]]) -> None:
-    """Raise the first error that holds; one host synchronisation where there are any."""
+    """Raise the first error whose condition is true; one host synchronisation if there are any faults."""
     if faults:
         (wrong,) = read(torch.stack([fault for fault, _ in faults]))
         for held, (_, error) in zip(wrong, faults, strict=True):
@@ -157,7 +158,7 @@ def raise_faults(faults: Sequence[tuple[Bool[Tensor, ""], DecisionError]]) -> No
 
 
 def _indices(masks: Sequence[Bool[Tensor, "rows"]]) -> list[Int[Tensor, "left"]]:
-    """Where each mask is true; one host synchronisation for all."""
+    """The indices where each mask is true; one host synchronisation for all masks."""
     if not masks:
         return []
     (counts,) = read(torch.stack([mask.sum() for mask in masks]))

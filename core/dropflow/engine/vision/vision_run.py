@@ -1,4 +1,4 @@
-"""One pass through the vision encoder under a policy: which rows are left, and which placeholder each one fills."""
+"""One pass through the vision encoder under a policy: which rows remain, and which placeholder each of them fills."""
 
 from __future__ import annotations
 
@@ -40,40 +40,40 @@ class VisionRun:
         self._vision: VisionEncoder | None = site.backbone.vision
         self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
         self._extra = 0
-        """Prefix tokens that have become rows: those still present in the encoder's output."""
+        """Number of prefix tokens that are still present in the encoder's output and become rows."""
         self._tapped: dict[int, QueryKey] = {}
         self._seen: list[list[Rows]] = []
-        """Rows that the attention of each layer that has run has seen."""
+        """The rows that the attention of each layer has seen, for the layers that have run."""
         self._features: list[Rows] | None = None
-        """Rows of the features that the projector gets, once their layer has run."""
+        """Rows of the projector's input features, once their layer has run."""
         self._prefix_rows: Tensor | None = None
-        """Prefix rows (images, prefix, dim) beside these features."""
+        """Prefix rows (images, prefix, dim) of these features."""
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
         self._faults: list[tuple[Tensor, DecisionError]] = []
-        """What the decisions are blamed for when the features are finished, if it holds."""
+        """Faults of the decisions, checked when the features are finished."""
         self.asking = False
-        """True while a stage is asked."""
+        """True while a stage runs."""
         self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
-        """What the stages decided, if somebody watches."""
+        """What the stages decided; `None` without observers."""
 
     @property
     def reduces_features(self) -> bool:
-        """Whether some stage works on what the projector gets."""
+        """Whether any stage works on the projector's input."""
         return "features" in self._plan.encode_at
 
     @property
     def inside(self) -> bool:
-        """Whether some stage works inside the encoder, or reads its attention."""
+        """Whether any stage works inside the encoder or reads its attention."""
         return bool(self._taps) or any(boundary is not None for boundary in self._plan.encode_at)
 
     def leaves(self, number: int) -> bool:  # noqa: ARG002
-        """No layer: each must be told which rows are left."""
+        """Always false: every layer needs to know which rows remain."""
         return False
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run vision layer `number` on the rows the stages left."""
+        """Run vision layer `number` on the rows that the stages kept."""
         if self.asking:
             refuse_own_model(type(layer).__name__)
         vision = self._vision
@@ -107,9 +107,9 @@ class VisionRun:
         return in_two(layer, parts, arguments, between, self._site.shadows)
 
     def features(self, rows: Float[Tensor, "images rows dim"]) -> Float[Tensor, "images rows dim"]:
-        """What the projector gets instead of `rows`: the features as the stages at `features` leave them."""
+        """The projector's input instead of `rows`: the features after the stages at `features`."""
         if self._features is None or self._vision is None or self._prefix_rows is None or self.asking:
-            return rows  # the projector is called for something else
+            return rows  # the projector is being called for another purpose
         self._rows, stages = self._features, self._plan.encode_at["features"]
         own = [row[: len(left.places)] for row, left in zip(rows, self._rows, strict=True)]
         decided = self._decide("features", own, stages, self._prefix_rows, self._vision.prefix)
@@ -120,9 +120,9 @@ class VisionRun:
     def finish(
         self, entries: Sequence[Tensor], layouts_of: Callable[[Sequence[int]], list[list[ImageLayout]]]
     ) -> tuple[list[Tensor], list[RowFlags]]:
-        """Ask the output stages; returns features with one row per placeholder, and the flags, entry by entry.
+        """Ask the output stages; return features with one row per placeholder, and the flags, by entry.
 
-        `layouts_of` says which images are inside entries of given sizes.
+        `layouts_of` returns the images in entries of given sizes.
         """
         vision, extra = self._vision, 0
         if self._features is not None:
@@ -154,7 +154,7 @@ class VisionRun:
         features: Sequence[Tensor],
         empty: Tensor,
     ) -> tuple[list[Tensor], list[RowFlags]]:
-        """Entries with a row for every placeholder, zeros where it was dropped (those are never live), and flags."""
+        """Entries with a row for every placeholder (zeros for dropped rows, which are never live), and their flags."""
         full, flags, first = [], [], 0
         for own in layouts:
             last = first + len(own)
@@ -190,7 +190,7 @@ class VisionRun:
         self._rows = [Rows.whole(n, like, carries) for n in sizes]
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
-        """Arguments of a layer with the mask that its rows need, if any."""
+        """Arguments of a layer with the mask that its rows require, if any."""
         mask = self._mask(hidden)
         if mask is None:
             return args, kwargs
@@ -199,9 +199,9 @@ class VisionRun:
         return args, kwargs | {"attention_mask": mask}
 
     def _mask(self, hidden: Tensor) -> Tensor | None:
-        """Hides the padding of images that have fewer rows than others, and lets merged rows weigh what they are.
+        """A mask that hides the padding of images with fewer rows and weights merged rows by their sizes.
 
-        `None` where all images have the same number of rows and no row weighs more than one.
+        `None` if all images have the same number of rows and no row counts more than once.
         """
         assert self._vision is not None
         prefix, implementation = self._vision.prefix, self._vision.owner.config._attn_implementation
@@ -230,7 +230,7 @@ class VisionRun:
         return bias[:, None, None, :].expand_as(wide)
 
     def _decide_inside(self, boundary: int | float, hidden: Tensor) -> Tensor:
-        """Hidden states (images, prefix + rows, dim) as the stages at a boundary of the encoder leave them."""
+        """Hidden states (images, prefix + rows, dim) after the stages at a boundary of the encoder."""
         stages = self._plan.encode_at.get(boundary, ())
         if not stages:
             return hidden
@@ -248,7 +248,7 @@ class VisionRun:
         prefix_rows: Tensor,
         prefix: int,
     ) -> list[Tensor]:
-        """Ask the stages one after the other, each seeing the rows that the one before has left."""
+        """Ask the stages one after the other; each sees the rows that the one before has kept."""
         device = features[0].device if features else prefix_rows.device
         self._rows = [rows.to(device) for rows in self._rows]
         for name, stage in stages:
@@ -279,7 +279,7 @@ class VisionRun:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """A stage is asked, and may run other models: they are not this run."""
+        """Mark that a stage is running, so that models it calls are not taken for this run."""
         self.asking = True
         with untapped():
             yield
@@ -298,15 +298,15 @@ class VisionRun:
         return self._tapped[number]
 
     def _columns(self, layer: int) -> tuple[Tensor, ...]:
-        """Keys of vision layer `layer` that the present rows were when it ran."""
+        """Columns of vision layer `layer` that held the present rows when it ran."""
         vision, number = self._vision, self._absolute(layer)
         assert vision is not None  # a policy with vision taps is refused without one
         found = []
         for now, then in zip(self._rows, self._seen[number], strict=True):
             if now.rewritten != then.rewritten:
                 raise DecisionError(
-                    f"attention of vision layer {layer}: rows were merged since it ran, so that no key stands for "
-                    "them; read a layer after the merging, or ask before it"
+                    f"attention of vision layer {layer}: rows were merged since it ran, so no key represents "
+                    "them; read a layer after the merge, or ask before it"
                 )
             places = then.after(self._extra).places.to(now.places.device)
             found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
@@ -314,12 +314,12 @@ class VisionRun:
 
 
 def _scattered(values: Tensor, rows: Rows, layout: ImageLayout) -> Tensor:
-    """Values of an image's rows (rows, ...) at the patches they stand for (patches, ...), zeros elsewhere."""
+    """Values of an image's rows (rows, ...) at the patches they represent (patches, ...), zeros elsewhere."""
     return values.new_zeros(layout.patches, *values.shape[1:]).index_copy(0, rows.places, values)
 
 
 def _filled(layout: ImageLayout, rows: Rows, whole: Tensor, own: Tensor) -> Tensor:
-    """The rows of one image (layout.tokens, dim): `own` in their places, extra rows as they were, zeros elsewhere."""
+    """The rows of one image (layout.tokens, dim): `own` at their places, extra rows unchanged, zeros elsewhere."""
     if len(own) == layout.tokens:
         return own
     patch = layout.patch_rows(own.device)

@@ -1,4 +1,4 @@
-"""Every family that has an adapter here, in miniature: one file each, named as the adapter; `tiny.py` is their base."""
+"""Tiny models of every family with a built-in adapter: one file each, named like the adapter; `tiny.py` is the base."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from dropflow.testing.families.tiny import Tiny
 
 
 def tiny_models() -> dict[str, tuple[type[Backbone], Tiny]]:
-    """Adapter name -> its class and its family in miniature, for every family of this package; no network is used."""
+    """Adapter name -> its class and its tiny model, for every family of this package, without network access."""
     names = sorted(module.name for module in iter_modules(__path__) if module.name != "tiny")
     return {name: (load(ADAPTERS, name), import_module(f"{__name__}.{name}").tiny()) for name in names}

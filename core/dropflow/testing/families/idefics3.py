@@ -42,7 +42,7 @@ def tiles(number: int, dice: torch.Generator) -> Picture:
 
 
 def by_sample(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tiles by sample (batch, most tiles, 3, height, width), filled up with zeros as the processor does."""
+    """Tiles by sample (batch, most tiles, 3, height, width), padded with zeros as by the processor."""
     if "pixel_values" not in inputs:
         return inputs
     counts = ((inputs["input_ids"] == IMAGE).sum(1) // 9).tolist()

@@ -34,7 +34,7 @@ def small(tower: str, strategy: str) -> dict[str, Any]:
 
 
 def anyres_image(number: int, dice: torch.Generator) -> Picture:
-    """An image on two tiles below or beside each other, half of whose canvas is padding that goes."""
+    """An image on two tiles, stacked or side by side, half of whose canvas is padding that is removed."""
     height, width = ((48, 12), (12, 48))[number % 2]
     rows, columns = height // 6, width // 6
     layouts = [ImageLayout(16, (4, 4)), ImageLayout(rows * (columns + 1), (rows, columns), line_ends=True)]

@@ -11,7 +11,7 @@ from dropflow.testing.families.tiny import END, IMAGE, START, TEXT, VISION, Pict
 
 
 def tiny() -> Tiny:
-    """A Mistral 3 with images of 2 x 4 and 4 x 4 tokens, broken row by row."""
+    """A Mistral 3 with images of 2 x 4 and 4 x 4 tokens and a break after every row."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     def build() -> Any:

@@ -10,7 +10,7 @@ from dropflow.testing.families.tiny import IMAGE, TEXT, VISION, Tiny, square_pic
 
 
 def tiny() -> Tiny:
-    """A PaliGemma whose last two tokens of a prompt are the suffix."""
+    """A PaliGemma in which the last two tokens of a prompt are the suffix."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     def build() -> Any:

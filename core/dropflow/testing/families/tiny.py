@@ -1,4 +1,4 @@
-"""Tiny random models and prompts for them: what a family has to give for the conformance kit to run on it."""
+"""Tiny random models and prompts for them: what a family must provide for the conformance kit to run on it."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ TEXT: Mapping[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-"""Sizes of a tiny text decoder, as most configs call them."""
+"""Sizes of a tiny text decoder, under the names that most configs use."""
 VISION: Mapping[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
-"""Sizes of a tiny vision encoder, as most configs call them."""
+"""Sizes of a tiny vision encoder, under the names that most configs use."""
 Part = int | Literal["I", "V"]
-"""A run of that many text tokens, an image, or a video."""
+"""A part of a prompt: that many text tokens, an image, or a video."""
 SAMPLES: Sequence[Sequence[Part]] = ((3, "I", 5), (1, "I", 2, "I", 9), (4,))
-"""Ragged lengths; one image, two images, and a sample without any."""
+"""Samples of different lengths, with one image, two images, and none."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What one image or video adds to a prompt, and what an adapter must find out about it."""
+    """What one image or video adds to a prompt, and what an adapter must state about it."""
 
     ids: Sequence[int]
-    """Its token ids, with those that enclose or divide it."""
+    """Its token ids, including those that enclose or divide it."""
     arguments: Mapping[str, Tensor]
-    """Arguments of the model; those of all pictures are joined along their first dimension."""
+    """Its arguments of the model; those of all pictures are concatenated along the first dimension."""
     layouts: Sequence[ImageLayout]
-    """The images in it, with the grids they really have (`None` where an adapter cannot know)."""
+    """The images in it, with their true grids (`None` where an adapter cannot know)."""
 
 
 MakePicture = Callable[[int, torch.Generator], Picture]
-"""Makes the picture of a number (0, 1, ...), so that sizes can differ from one to the next."""
+"""Makes the picture with a given number (0, 1, ...), so that pictures can differ in size."""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family in miniature."""
+    """A model family in miniature."""
 
     build: Callable[[], Any]
-    """Makes the model from config classes; its weights are replaced by seeded ones."""
+    """Builds the model from config classes; its weights are then replaced by seeded ones."""
     pictures: Mapping[str, MakePicture]
-    """Modality (`image`, `video`) -> its pictures."""
+    """Modality (`image`, `video`) -> the function that makes its pictures."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda inputs: inputs)
-    """Adds what the processor would, such as token types, to the inputs."""
+    """Adds to the inputs what the processor would add, such as token types."""
 
     def model(self, attention: str = "sdpa", seed: int = 0) -> Any:
-        """The model with weights large enough for attention to be uneven, in evaluation mode."""
+        """The model in eval mode, with weights large enough to make attention uneven."""
         torch.manual_seed(seed)
         model = self.build().eval()
         model.set_attn_implementation(attention)
@@ -77,13 +77,13 @@ class Tiny:
                 if weight.dim() > 1:
                     fan_in = weight.shape[-1] if weight.dim() == 2 else weight[0].numel()
                     weight.normal_(0, 0.3 if "embed_tokens" in name else 1.2 * fan_in**-0.5)
-        model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would write placeholders of its own
+        model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would generate placeholders
         return model
 
     def prompt(
         self, samples: Sequence[Sequence[Part]] = SAMPLES, *, side: str = "left", seed: int = 1
     ) -> tuple[dict[str, Any], list[list[Picture]]]:
-        """Inputs of a padded batch, and the pictures of every sample in order."""
+        """The inputs of a padded batch, and the pictures of every sample in order."""
         dice, number = torch.Generator().manual_seed(seed), 0
         rows: list[list[int]] = []
         shown: list[list[Picture]] = []
@@ -101,7 +101,7 @@ class Tiny:
         return self.collate(rows, shown, side), shown
 
     def collate(self, rows: Sequence[list[int]], shown: Sequence[Sequence[Picture]], side: str) -> dict[str, Any]:
-        """Pad token ids and join the pictures' arguments."""
+        """Pad the token ids and concatenate the pictures' arguments."""
         longest = max(map(len, rows))
         pads = [[PAD] * (longest - len(row)) for row in rows]
         ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])

@@ -1,1 +1,1 @@
-"""The commands of `dropflow`, one module each; what they do lies in plain functions outside this package."""
+"""The commands of `dropflow`, one module each; the work is done by plain functions outside this package."""

@@ -26,7 +26,7 @@ app.command("gpu")(bench_training.gpu)
 _QUICK_ROUNDS = 3
 
 Repeats = Annotated[int, typer.Option(min=2, help="Rounds; every variant is timed once in each.")]
-Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
+Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: a smoke test, too few to report.")]
 
 
 @app.callback()
@@ -41,13 +41,13 @@ def engine(
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time a random model of 16 layers on 576 visual and 64 text tokens, plain and under policies, in turn.
+    """Time a random model of 16 layers on 576 visual and 64 text tokens, without and with policies, in turn.
 
-    `noop`: a stage that is asked before every layer and keeps everything. `empty`: a policy without stages.
-    `control`: no policy either, which shows how far from 1 chance goes on this machine. `reduced`: vision enters at
-    layer 4, 140 tokens from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average). `ragged`: a batch of
-    two lengths from which a few tokens are dropped, also on a tiny model. Efficiency is the speed-up over the FLOPs
-    ratio. All are medians with quartiles over the rounds.
+    `noop`: a stage that is called before every layer and keeps everything. `empty`: a policy without stages.
+    `control`: a second model without a policy, which shows how far a ratio strays from 1 by chance. `reduced`: vision
+    enters at layer 4; 140 tokens are left from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average).
+    `ragged`: a batch of two lengths from which a few tokens are dropped, also on a tiny model. Efficiency is the
+    speed-up divided by the FLOPs ratio. All are medians with quartiles over the rounds.
     """
     from dropflow_lab.bench.engine import bench_engine
 
@@ -63,10 +63,10 @@ def stages(
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time the selection of every shipped stage, beside what its policy saves of the prefill.
+    """Time the selection of every shipped stage, and what its policy saves of the prefill.
 
     On a random model of 32 layers, 576 visual and 64 text tokens, every policy in turn. Both are shares of the time of
-    a prefill without a policy; the saving is what is left when selection is paid. All are medians with quartiles.
+    a prefill without a policy; the saving is net of selection. All are medians with quartiles.
     """
     from dropflow_lab.bench import stages as bench
 
@@ -121,7 +121,7 @@ def _stage_table(measured: StageBench) -> Table:
 
 def _stage_summary(measured: StageBench) -> str:
     return (
-        f"one map of all tokens by all tokens would hold {measured.square_map} elements\n"
+        f"a full attention map, all tokens by all tokens, would hold {measured.square_map} elements\n"
         f"{_circumstances(measured.rounds, measured.machine)}"
     )
 

@@ -47,15 +47,13 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-ShapeName = Annotated[
-    Name, typer.Option(help="bench: 16 layers, d=512; llava-7b: LLaVA-1.5-7B; tiny: to see that it runs.")
-]
-Batch = Annotated[int, typer.Option(min=1, help="Samples of a training step, with one image each.")]
+ShapeName = Annotated[Name, typer.Option(help="bench: 16 layers, d=512; llava-7b: LLaVA-1.5-7B; tiny: a smoke test.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples per training step, with one image each.")]
 Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision of weights and activations.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass.")]
 Rounds = Annotated[int, typer.Option("--repeats", min=2, help="Rounds; both variants are timed once in each.")]
-Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: to see that it runs, not to quote.")]
+Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds: a smoke test, too few to report.")]
 
 
 def train(
@@ -70,11 +68,11 @@ def train(
     checkpointing: Checkpointing = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time one training step (forward, backward, AdamW) of a random model, plain and through HiDrop-64, in turn.
+    """Time one training step (forward, backward, AdamW) of a random model, dense and through HiDrop-64, in turn.
 
-    On 576 visual and 64 text tokens per sample; the policy's numbers are scaled to the model's depth. Times are medians
-    with quartiles over the rounds. Memory is what torch's allocator holds at the peak of a step, with weights,
-    optimiser state and gradients.
+    Each sample has 576 visual and 64 text tokens; the policy's numbers are scaled to the model's depth. Times are
+    medians with quartiles over the rounds. Memory is what torch's allocator holds at the peak of a step, including
+    weights, optimiser state and gradients.
     """
     from dropflow_lab.bench.random_llava import SHAPES
     from dropflow_lab.bench.train import bench_train
@@ -99,10 +97,10 @@ def gpu(
     checkpointing: Checkpointing = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and training step of LLaVA-1.5-7B's shape on a GPU, plain and through HiDrop-64, in turn.
+    """Time prefill and training step of a random LLaVA-1.5-7B on a GPU, dense and through HiDrop-64, in turn.
 
-    Weights are random. By SDPA, and by FlashAttention where it is installed. AdamW in bfloat16 needs 54 GB for weights,
-    gradients and its state, and activations come on top: take a smaller --batch or --checkpointing where that is much.
+    Attention is SDPA and, if it is installed, FlashAttention. AdamW in bfloat16 needs 54 GB for weights, gradients and
+    its state, plus memory for activations: use a smaller --batch or --checkpointing if that is too much.
     """
     from dropflow_lab.bench.gpu import bench_gpu, device_name
     from dropflow_lab.bench.random_llava import SHAPES
@@ -122,7 +120,7 @@ def gpu(
 def _table(measured: TrainBench) -> Table:
     from rich.table import Table
 
-    table = Table("measure", "median", "quartiles", title="a training step without a policy over one with it")
+    table = Table("measure", "median", "quartiles", title="a training step: dense over policy")
     for name, spread in (("step speed-up", measured.step_speedup), ("efficiency", measured.efficiency)):
         table.add_row(name, f"{spread.median:.3f}", f"{spread.low:.3f} .. {spread.high:.3f}")
     table.add_row("FLOPs ratio", f"{measured.flops_ratio:.3f}", "")
@@ -135,8 +133,8 @@ def _circumstances(measured: TrainBench) -> str:
     return (
         f"dense step {_seconds(measured.dense_step_seconds)}, through the policy "
         f"{_seconds(measured.policy_step_seconds)}; peak {measured.dense_peak_bytes / giga:.2f} and "
-        f"{measured.policy_peak_bytes / giga:.2f} GiB, {measured.state_bytes / giga:.2f} of both weights and optimiser "
-        f"state\nvisual tokens per layer: {' '.join(map(str, measured.visual_tokens))}\n"
+        f"{measured.policy_peak_bytes / giga:.2f} GiB, {measured.state_bytes / giga:.2f} of each weights and "
+        f"optimiser state\nvisual tokens per layer: {' '.join(map(str, measured.visual_tokens))}\n"
         f"{measured.rounds} rounds on {machine.threads} thread(s) of {machine.cpu}; torch {machine.torch}, "
         f"transformers {machine.transformers}"
     )

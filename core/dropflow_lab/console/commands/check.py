@@ -19,7 +19,7 @@ def check(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Validate a policy; every fault is reported at once, and the exit code is 2 if there is any.
+    """Validate a policy; all faults are reported at once, with exit code 2.
 
     The rules that span stages (inject before exit, keeps that never grow, ...) are checked for the given shape, or for
     the one the policy is tuned for.

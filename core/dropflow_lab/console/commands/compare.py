@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _ALL = "all"
 _MARK = "comparison"
-"""Lines `<!-- comparison -->` and `<!-- end of comparison -->` hold the comparison in a document."""
+"""Lines `<!-- comparison -->` and `<!-- end of comparison -->` enclose the comparison in a document."""
 
 
 class Positions(StrEnum):
@@ -46,66 +46,60 @@ def compare(
         str,
         typer.Option(
             metavar="A,B,C",
-            help=f"Names or paths, with commas; `{_ALL}`: every installed one. POLICY@MODEL: on a model of its own, by "
-            "name or folder; @MODEL: under the policy that it records; dense@MODEL: without one. A row with {seed} in "
-            "it is a mean over seeds.",
+            help=f"Comma-separated names or paths; `{_ALL}`: every installed policy. POLICY@MODEL: on its own model, "
+            "by name or folder; @MODEL: under the policy it records; dense@MODEL: without a policy. A row "
+            "with {seed} in it is a mean over seeds.",
         ),
     ] = _ALL,
     models: Annotated[
-        str, typer.Option(metavar="A,B", help="Names or folders of several models, each under all policies.")
+        str, typer.Option(metavar="A,B", help="Comma-separated names or folders of models; each runs all policies.")
     ] = "",
     positions: Annotated[
         Positions,
-        typer.Option(help="persistent: in place of the compact positions of policies that publish these; both: twice."),
+        typer.Option(help="persistent: instead of the compact ones that some policies publish; both: a row each."),
     ] = Positions.PUBLISHED,
     data: Data = "digits",
-    questions: Annotated[int, typer.Option(min=1, help="Questions, the same ones for all.")] = 300,
+    questions: Annotated[int, typer.Option(min=1, help="Number of questions, the same for all policies.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the embedded questions.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that take the place of {seed}.")] = 3,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results and for finished measurements.")] = Path(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds (0, 1, ...) to replace {seed} by.")] = 3,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results and finished measurements.")] = Path(
         "dropflow-compare"
     ),
-    rescale: Annotated[
-        bool, typer.Option(help="Apply policies that were tuned for another model in proportion to this one.")
-    ] = True,
+    rescale: Annotated[bool, typer.Option(help="Scale policies that were tuned for another model to this one.")] = True,
     control_seeds: Annotated[
-        int, typer.Option(min=0, help="Seeds of random pruning at equal average tokens, beside every policy.")
+        int, typer.Option(min=0, help="Seeds of each policy's control, random pruning at equal average tokens.")
     ] = 1,
     downsample: Annotated[
         str,
-        typer.Option(
-            metavar="N,M", help="Also ask without a policy about pictures that keep N tokens' worth of pixels."
-        ),
+        typer.Option(metavar="N,M", help="Also run without a policy on pictures downsampled to N visual tokens."),
     ] = "",
     timed: Annotated[int, typer.Option(min=0, help="Questions on which FLOPs, memory and time are measured.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of paired timing.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the weights; the embedded models run in float32 anyway.")
     ] = Precision.STORED,
     apart: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B", help="Kinds of questions that accuracy leaves out and that have columns of their own."
-        ),
+        typer.Option(metavar="A,B", help="Kinds of questions to leave out of accuracy and show in separate columns."),
     ] = None,
     by_kind: Annotated[bool, typer.Option("--by-kind", help="Print the accuracy of every kind of question.")] = False,
     overrides: Overrides = None,
     into: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Renew the comparison in a Markdown file, too.")
+        Path | None, typer.Option(metavar="FILE", help="Also update the comparison in a Markdown file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on the same questions: answers, visual tokens, FLOPs, memory and time.
 
-    Accuracy and agreement with the answers of the model without a policy have 95 % intervals. `gain` is what a policy
-    is above random pruning at its own average tokens, question by question. Of the embedded questions, those that ask
-    for the number of digits (`count`) and for all of them (`read`) are shown apart. A policy whose numbers were scaled
-    to the model is marked as rescaled. Times are ratios to the model without a policy, timed in turn in this process.
-    Every finished measurement is a file in the folder, so that a run that was stopped goes on where it was. Writes
-    compare.json, compare.png and compare.svg.
+    Accuracy, and agreement with the answers of the model without a policy, have 95 % intervals. `gain` is the gain over
+    random pruning at the policy's own average tokens, question by question. Of the embedded questions, those that ask
+    for the number of digits (`count`) and for all of them (`read`) are shown separately. A policy whose numbers were
+    scaled to the model is marked as rescaled. Times are ratios to the model without a policy, timed in turn in this
+    process. Every finished measurement is stored in the folder, so that an interrupted run continues where it stopped.
+    Writes compare.json, compare.png and compare.svg.
     """
     import json
     from contextlib import nullcontext
@@ -126,13 +120,13 @@ def compare(
     require_matplotlib()
     named, several = _listed(policies), _listed(models)
     if not named:
-        raise InputError(f"--policies: expected names or paths with commas, or `{_ALL}`, got {policies!r}")
+        raise InputError(f"--policies: expected comma-separated names or paths, or `{_ALL}`, got {policies!r}")
     if several and model is not None:
         raise InputError(f"--models: a model is given already, {model}; name all of them in --models")
     with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
         check_writable(out)
         if into is not None:
-            around(into, _MARK)  # a document that cannot be renewed is refused before anything is measured
+            around(into, _MARK)  # a document that cannot be updated is refused before anything is measured
         samples = read_samples(data, questions, seed)
         subjects = subjects_of(_sources(named), several)
         loaded = load_models(subjects, seeds, partial(_load, model, dtype))
@@ -170,14 +164,14 @@ def compare(
 
 
 def _sources(named: Sequence[str]) -> list[str]:
-    """The names, with every installed policy where `all` stands."""
+    """Return the names, with `all` replaced by every installed policy."""
     from dropflow.policy.registry import policy_files
 
     return [name for one in named for name in (sorted(policy_files()) if one == _ALL else [one])]
 
 
 def _load(shared: Path | None, dtype: Precision, name: str) -> tuple[Any, Any]:
-    """Model and processor of a checkpoint name or folder; without one, those that rows share."""
+    """Return model and processor of a checkpoint name or folder; without one, the shared model."""
     from dropflow_lab.inputs.models import load_model
 
     model, processor = load_model(Path(name) if name else shared)
@@ -185,7 +179,7 @@ def _load(shared: Path | None, dtype: Precision, name: str) -> tuple[Any, Any]:
 
 
 def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
-    """Of all installed policies some may not fit; one that was asked for by its name has to."""
+    """Raise `InputError` if a policy that was requested by name does not fit; with `all`, some may not."""
     from dropflow_lab.errors import InputError
 
     asked = {
@@ -198,7 +192,7 @@ def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
 
 
 def _apart(given: str | None, data: str) -> tuple[str, ...]:
-    """Kinds shown apart: what was asked for, or those of the embedded questions that ask for every digit."""
+    """Return the kinds shown separately: those requested, or the embedded kinds that ask about every digit."""
     from dropflow_lab.inputs.data import DIGITS
 
     if data == DIGITS:
@@ -226,7 +220,5 @@ def _listed(text: str) -> list[str]:
 def _numbers(text: str) -> tuple[int, ...]:
     parts = _listed(text)
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(
-            f"expected numbers above 0 with commas in between, got {text!r}", param_hint="--downsample"
-        )
+        raise typer.BadParameter(f"expected comma-separated numbers above 0, got {text!r}", param_hint="--downsample")
     return tuple(int(part) for part in parts)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def answers(rows: Sequence[Row], apart: Sequence[str]) -> Table:
-    """Visual tokens and right answers, beside random pruning."""
+    """Visual tokens and accuracy, compared with random pruning."""
     from dropflow_lab.compare import cells
 
     table = _table("visual tokens (average over layers, and at entry) and answers")
@@ -50,7 +50,9 @@ def kinds(rows: Sequence[Row]) -> Table:
 
 def costs(rows: Sequence[Row]) -> Table:
     """FLOPs, memory and time."""
-    table = _table("cost; prefill and decode are ratios to the model without a policy, the parts shares of its total")
+    table = _table(
+        "cost; prefill and decode are ratios to the model without a policy, parts are shares of its total time"
+    )
     work = ("FLOPs", "counted", "KV", "KV at the end", "peak")
     _columns(table, *work, "prefill", "decode", "vision", "selection", "rest", "decode part", "sum")
     for row in rows:

@@ -1,4 +1,4 @@
-"""`dropflow digits`: train, evaluate and sample the embedded demo model's task."""
+"""`dropflow digits`: train and evaluate the embedded demo model, and sample its questions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from dropflow_lab.console.commands.options import AsJson, Overrides
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
-app = typer.Typer(help="The embedded demo model: train it, measure it, draw its questions.")
+app = typer.Typer(help="Train and evaluate the embedded demo model, and sample its questions.")
 
 
 class Split(StrEnum):
@@ -26,21 +26,23 @@ class Split(StrEnum):
 
 
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
-Questions = Annotated[int, typer.Option(min=1, help="How many questions.")]
+Questions = Annotated[int, typer.Option(min=1, help="Number of questions.")]
 
 
 @app.command("train")
 def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint.")],
-    resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted in the same folder.")] = True,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run in the same folder.")] = True,
     seed: Seed = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; results repeat only for the same number.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; results are reproducible only with the same number.")
+    ] = 1,
     plain: Annotated[
         bool, typer.Option("--plain", help="Never leave visual tokens out; takes the vision tower of `dense`.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the model from nothing to a checkpoint, on the CPU."""
+    """Train the model from scratch on the CPU and write a checkpoint."""
     require_scikit_learn()
     from dropflow_lab.compare.digits_accuracy import TEST_QUESTIONS, TEST_SEED
     from dropflow_lab.compare.digits_accuracy import evaluate as measure
@@ -55,7 +57,7 @@ def train(
         try:
             recipe = PLAIN if plain else Recipe()
             folder = run_training(out, seed=seed, threads=threads, resume=resume, recipe=recipe, test=test)
-        except ValueError as error:  # the run that is there has other settings
+        except ValueError as error:  # the existing run has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")
 
@@ -67,7 +69,7 @@ def evaluate(
     policy: Annotated[str | None, typer.Option(metavar="NAME_OR_PATH", help="Policy to run under.")] = None,
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; the embedded one without.")
+        Path | None, typer.Option(metavar="DIR", help="Checkpoint folder; by default the embedded one.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +113,7 @@ def sample(
 
 
 def require_scikit_learn() -> None:
-    """Raise `InputError` where the pictures cannot be made."""
+    """Raise `InputError` if scikit-learn, which the pictures are made from, is not installed."""
     if find_spec("sklearn") is None:
         from dropflow_lab.errors import InputError
 

@@ -30,11 +30,11 @@ def explain(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a policy will do to every layer of a backbone, without weights.
+    """Show what a policy does in every layer of a backbone, without loading weights.
 
     FLOPs count the visual tokens alone, in multiply-adds, as the pruning papers do: 4 n d^2 + 2 n^2 d + 3 n d m per
-    layer. Text, cross attention to text and ranking are left out. Depth and visual tokens are by default those the
-    policy is tuned for, or else 32 and 576; widths are those of LLaVA-1.5-7B unless --config is given.
+    layer. Text, cross attention to text and ranking are left out. Depth and visual tokens default to those the policy
+    is tuned for, or to 32 and 576; widths are those of LLaVA-1.5-7B unless --config is given.
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B

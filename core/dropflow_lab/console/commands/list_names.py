@@ -21,21 +21,23 @@ class Kind(StrEnum):
 
 
 _TEXT = {Kind.STAGES: "summary", Kind.POLICIES: "description", Kind.ADAPTERS: "summary"}
-"""What stands beside a name."""
+"""The text shown next to a name."""
 
 
 def list_names(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about one of them instead.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show all details of one of them instead.")
+    ] = None,
     as_json: AsJson = False,
     into: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Renew the table of stages in a Markdown file instead."),
+        typer.Option(metavar="FILE", help="Update the table of stages in a Markdown file instead."),
     ] = None,
 ) -> None:
-    """List the installed stages, policies or adapters, those of third-party packages too; one line each.
+    """List the installed stages, policies or adapters, including those of third-party packages, one per line.
 
-    With a name, show what else is known of it, such as the options of a stage.
+    With a name, show its details, such as the options of a stage.
     """
     from dropflow_lab.explain import listing
     from dropflow_lab.markdown import renew
@@ -68,7 +70,7 @@ def _named(rows: list[dict[str, Any]], kind: Kind, name: str) -> dict[str, Any]:
 
 
 def _details(row: dict[str, Any]) -> str:
-    """One line per fact; what holds several has a line for each."""
+    """Return one line per field; a mapping has one line per entry."""
     lines = []
     for key, value in row.items():
         label = key.replace("_", " ")

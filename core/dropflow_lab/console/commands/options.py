@@ -14,11 +14,11 @@ Overrides = Annotated[
 ]
 Layers = Annotated[int | None, typer.Option(min=1, help="Decoder layers of the backbone.")]
 VisualTokens = Annotated[int | None, typer.Option(min=1, help="Visual tokens of one image at entry to the LLM.")]
-_MODEL = "Local model folder; the embedded model without one."
+_MODEL = "Local model folder; by default the embedded model."
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL)]
 ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help=_MODEL)]
 Data = Annotated[
-    str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl.")
+    str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl file.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]

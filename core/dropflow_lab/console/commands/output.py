@@ -1,4 +1,4 @@
-"""What commands print: the result alone on stdout, as JSON or as tables that are never cut."""
+"""Output of commands: only the result goes to stdout, as JSON or as tables that are never truncated."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def chatter_to_stderr() -> Iterator[None]:
-    """Send to stderr whatever is printed while a command works, so that stdout holds the result alone."""
+    """Redirect to stderr whatever is printed while a command works, so that stdout holds only the result."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> None:
-    """Print `result` as JSON, or else what is `shown` to people.
+    """Print `result` as JSON, or else its human-readable form, `shown`.
 
-    A table that is wider than the terminal is printed as one block of lines per row, `name: value`. Where stdout is no
-    terminal, a table is as wide as it has to be.
+    A table that is wider than the terminal is printed as one block of lines per row, `name: value`. If stdout is not a
+    terminal, a table is as wide as it needs to be.
     """
     if as_json:
         print(json.dumps(result, indent=2))
@@ -41,7 +41,7 @@ def emit(result: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> No
 
 
 def one_line_each(texts: Mapping[str, str]) -> str:
-    """Return names with their texts, one line each, cut at a word where the terminal is narrower."""
+    """Return names with their texts, one line each, truncated at a word if the terminal is narrower."""
     from textwrap import shorten
 
     from rich.console import Console
@@ -73,7 +73,7 @@ def _print_whole(console: Console, table: Table) -> None:
 
 
 def _records(table: Table) -> str:
-    """Return the rows of a table as blocks of lines; cells that are empty are left out."""
+    """Return the rows of a table as blocks of lines; empty cells are left out."""
     names = [str(column.header) for column in table.columns]
     blocks = [
         "\n".join(f"{name}: {cell}" if name else str(cell) for name, cell in zip(names, row, strict=True) if cell)

@@ -1,4 +1,4 @@
-"""`dropflow profile`: what each layer does with vision, and the policy that follows from it."""
+"""`dropflow profile`: what each layer does with visual tokens, and the policy that follows from it."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
     from dropflow_lab.profile import Profile
 
-Boundary = Annotated[int | None, typer.Option(min=0, help="Boundary to use in place of the rule's.")]
+Boundary = Annotated[int | None, typer.Option(min=0, help="Boundary to use instead of the rule's.")]
 
 
 def profile(
     model: ModelArgument = None,
     data: Data = "digits",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("profile"),
-    questions: Annotated[int, typer.Option(min=1, help="How many questions to use, from the first on.")] = 160,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")] = Path("profile"),
+    questions: Annotated[int, typer.Option(min=1, help="Number of questions to use, from the first on.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the digits questions.")] = 7,
-    fewer: Annotated[float, typer.Option(min=0, max=1, help="Share of visual tokens the policy is to save.")] = 0.75,
+    fewer: Annotated[float, typer.Option(min=0, max=1, help="Share of visual tokens to save.")] = 0.75,
     average_tokens: Annotated[
-        float | None, typer.Option(min=0, help="Visual tokens per layer on average, in place of --fewer.")
+        float | None, typer.Option(min=0, help="Average visual tokens per layer, instead of --fewer.")
     ] = None,
-    exit_loss: Annotated[float, typer.Option(min=0, max=1, help="Accuracy that the exit may cost, untrained.")] = 0.02,
-    prunes: Annotated[int, typer.Option(min=1, help="Most boundaries to prune at.")] = 4,
+    exit_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Accuracy that the exit may cost, without training.")
+    ] = 0.02,
+    prunes: Annotated[int, typer.Option(min=1, help="Maximum number of boundaries to prune at.")] = 4,
     entry: Boundary = None,
-    exit_at: Annotated[
-        int | None, typer.Option("--exit", min=1, help="Boundary to use in place of the rule's.")
-    ] = None,
+    exit_at: Annotated[int | None, typer.Option("--exit", min=1, help="Boundary to use instead of the rule's.")] = None,
     top: Annotated[float, typer.Option(min=0, max=1, help="K of ILVAS, as a share of the visual tokens.")] = 0.1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what each layer does with vision, and write a policy with boundaries that a rule chooses.
+    """Measure what each layer does with visual tokens, and write a policy with boundaries that a rule chooses.
 
-    Writes profile.json, profile.png, profile.svg and policy.yaml to --out, all at the end; a run that is interrupted
-    leaves nothing. docs/profile.md says what is measured and how the rule chooses.
+    Writes profile.json, profile.png, profile.svg and policy.yaml to --out, all at the end; an interrupted run leaves
+    nothing. docs/profile.md says what is measured and how the rule chooses.
     """
     from dropflow_lab.errors import InputError
 

@@ -1,4 +1,4 @@
-"""`dropflow run`: one question with and without a policy, and what the policy saved."""
+"""`dropflow run`: one question without and with a policy, and what the policy saved."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def run(
     question: Annotated[str | None, typer.Option(help="What to ask about the pictures.")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="NAME_OR_PATH", help="Policy to run under; without, the one the model records."),
+        typer.Option(metavar="NAME_OR_PATH", help="Policy to run under; by default the one that the model records."),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Local model folder; `dense` and `hidrop` are the embedded models."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model about pictures without and with a policy; print both answers, tokens per layer, FLOPs and KV bytes.
 
     Without arguments, two small models that come with the package are asked about their sample picture: the dense one
-    without a policy, and the one that was trained through HiDrop under the policy it records.
+    without a policy, and one trained through HiDrop under the policy that it records.
     """
     from dropflow import load_policy
     from dropflow.policy.recorded import FIELD, recorded_policy

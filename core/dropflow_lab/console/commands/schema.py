@@ -14,13 +14,15 @@ from dropflow_lab.files import write_text
 
 
 def schema(
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the schema there, not to stdout.")] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="The schema of trace files instead.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the schema to this file instead of stdout.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Print the schema of trace files instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the JSON Schema of a policy file, with the options of every installed stage.
 
-    With `# yaml-language-server: $schema=FILE` on top of a policy, editors complete and check it.
+    With `# yaml-language-server: $schema=FILE` at the top of a policy, editors complete and check it.
     """
     from dropflow.policy.policy import schema as policy_schema
 

@@ -1,4 +1,4 @@
-"""`dropflow trace`: who was kept, merged, protected or dropped, as a page to look at and a file to replay."""
+"""`dropflow trace`: which tokens were kept, merged, protected or dropped, as a page to view and a file to replay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Edits = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATCHES",
-        help="With --replay: patches that stay, such as 17,18, or 1/17 for image 1; may be given several times.",
+        help="With --replay: patches to keep, such as 17,18, or 1/17 for image 1; may be given several times.",
     ),
 ]
 
@@ -37,14 +37,16 @@ def trace(
         typer.Option(
             "--policy",
             metavar="NAME_OR_PATH",
-            help=f"Policy to trace; give two to see them side by side. {_POLICY} for the embedded model.",
+            help=f"Policy to trace; give two to see them side by side. Default for the embedded model: {_POLICY}.",
         ),
     ] = None,
     overrides: Overrides = None,
     model: ModelOption = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; 32 by default.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum answer length in tokens; by default 32.")
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="The page; the trace goes beside it, as .json.")
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The page; the trace is written next to it, as .json.")
     ] = Path("trace.html"),
     replay: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Force the keeps of this trace instead of running policies.")
@@ -52,15 +54,15 @@ def trace(
     keep: Edits = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATCHES", help="With --replay: patches that go; 17@6 drops patch 17 at boundary 6."),
+        typer.Option(metavar="PATCHES", help="With --replay: patches to drop; 17@6 drops patch 17 at boundary 6."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Trace what policies do to every visual token, at every layer and decode step.
 
     Writes a page that needs no network, and the trace as JSON (see `dropflow schema --trace`). With --replay the keeps
-    of such a file are forced, whatever the scores say; --keep and --drop change them first, and the page then shows
-    the traced run beside the changed one.
+    of such a file are forced, regardless of scores; --keep and --drop edit them first, and the page then shows the
+    traced run next to the edited one.
     """
     from dropflow_lab.errors import InputError
     from dropflow_lab.trace import Trace, page
@@ -75,7 +77,9 @@ def trace(
             traced, runs = None, _load(policies, overrides or (), model)
         else:
             if policies or overrides:
-                raise InputError("--policy, --set: not with --replay, which forces what the trace says")
+                raise InputError(
+                    "--policy, --set: cannot be combined with --replay, which forces the trace; leave them out"
+                )
             traced = Trace.load(replay)
             runs = _replays(traced, keep or (), drop or ())
         asked = question or (traced.prompt.question if traced else _QUESTION)
@@ -99,7 +103,7 @@ def _load(policies: list[str] | None, overrides: Any, model: Path | None) -> lis
 
 
 def _replays(traced: Trace, keep: Any, drop: Any) -> list[Policy]:
-    """Replays of every run, edited."""
+    """Return a replay policy for every run of the edited trace."""
     from dropflow_lab.trace import drop_patches, keep_patches, replay_policy
     from dropflow_lab.trace.edit import read_patches
 
@@ -125,7 +129,9 @@ def _record(
 
     pictures = [read_image(path) for path in images] or [sample_image()]
     if traced is not None and traced.prompt.pictures != [fingerprint(picture) for picture in pictures]:
-        raise InputError("--replay: the trace was made of other pictures; name the same ones as IMAGE, in their order")
+        raise InputError(
+            "--replay: the trace was made from other pictures; give the same ones as IMAGE, in the same order"
+        )
     loaded, processor = load_model(model)
     if traced is not None and traced.model != loaded.config.model_type:
         raise InputError(

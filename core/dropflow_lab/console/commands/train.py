@@ -18,7 +18,7 @@ from dropflow_lab.files import check_writable
 
 
 class Precision(StrEnum):
-    """What a step is computed in."""
+    """Precision that a step is computed in."""
 
     BF16 = "bf16"
     FP32 = "fp32"
@@ -33,28 +33,30 @@ class Attention(StrEnum):
 
 def train(
     policy: Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="Policy to train through.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the trained model; its runs lie in DIR/run.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the trained model; checkpoints are kept in DIR/run.")
+    ],
     overrides: Overrides = None,
     model: ModelOption = None,
     data: Data = "digits",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, each learnt as if asked alone.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Questions per picture, each trained as if asked alone.")] = 12,
     rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of pictures and questions.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between two resumable checkpoints.")] = 50,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between resumable checkpoints.")] = 50,
     precision: Annotated[Precision, typer.Option(help="bf16 computes under autocast.")] = Precision.BF16,
     attention: Annotated[
         Attention, typer.Option(help="matmul: two plain matrix products, whose backward is faster on a CPU.")
     ] = Attention.SDPA,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in DIR.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Finetune a model through a policy on questions about pictures, with the Trainer of transformers.
 
-    Projector and language model are trained, by Muon and AdamW. The folder it writes is a model folder that records the
-    policy: `dropflow.attach(model)` picks it up. The defaults suit the embedded model, dense as it comes. On several
-    processes: `torchrun --nproc-per-node 2 --no-python dropflow train ...`.
+    Projector and language model are trained, with Muon and AdamW. The output is a model folder that records the policy:
+    `dropflow.attach(model)` picks it up. The defaults suit the embedded dense model. With several processes: `torchrun
+    --nproc-per-node 2 --no-python dropflow train ...`.
     """
     require_accelerate()
     from dropflow import load_policy
@@ -86,7 +88,7 @@ def train(
 
 
 def require_accelerate() -> None:
-    """Raise `InputError` where the Trainer of transformers cannot run."""
+    """Raise `InputError` if accelerate, which the Trainer of transformers needs, is not installed."""
     if find_spec("accelerate") is None:
         from dropflow_lab.errors import InputError
 

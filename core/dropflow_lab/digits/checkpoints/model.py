@@ -78,7 +78,7 @@ def build_config(decoder_layers: int = 12) -> LlavaConfig:
 
 
 def build_model(seed: int = 0, decoder_layers: int = 12) -> LlavaForConditionalGeneration:
-    """Return the untrained model in float32; leaves the global random state as it was."""
+    """Return the untrained model in float32; leaves the global random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(build_config(decoder_layers))
@@ -121,7 +121,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def export(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Write model and processor to `path` as bf16 safetensors that everybody may read."""
+    """Write model and processor to `path` as bf16 safetensors that everyone may read."""
     saved = copy.deepcopy(model).to(torch.bfloat16)
     saved.set_attn_implementation("sdpa")
     with replacing_files(path) as part:
@@ -139,10 +139,10 @@ def checkpoint_names() -> list[str]:
 
 
 def checkpoint_path(name: str = "dense") -> Path:
-    """Return the folder of the shipped checkpoint `name`; raise `LookupError` naming the ones there are."""
+    """Return the folder of the shipped checkpoint `name`; raise `LookupError` naming the available ones."""
     known = checkpoint_names()
     if name not in known:
-        raise LookupError(f"expected a shipped checkpoint out of {', '.join(known)}, got {name!r}")
+        raise LookupError(f"expected one of the shipped checkpoints {', '.join(known)}, got {name!r}")
     return _checkpoints() / name
 
 

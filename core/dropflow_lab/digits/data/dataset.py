@@ -30,10 +30,10 @@ class Example:
 
 
 def examples(split: str, count: int, seed: int = 0, *, digits: tuple[int, int] = (3, 6)) -> Iterator[Example]:
-    """Yield `count` examples, each with a scene of its own and the kinds taking turns.
+    """Yield `count` examples, each with its own scene, cycling through the kinds.
 
     The same (`split`, `seed`, `digits`) always gives the same examples; a larger `count` only appends. Raises
-    `ValueError` if `split` is not known.
+    `ValueError` if `split` is unknown.
     """
     check_split(split)
     for index in range(count):
@@ -42,9 +42,9 @@ def examples(split: str, count: int, seed: int = 0, *, digits: tuple[int, int] =
 
 
 def question_at(split: str, index: int, seed: int = 0, digits: tuple[int, int] = (3, 6)) -> tuple[Scene, Question]:
-    """Return scene and question of example `index`, without drawing the picture.
+    """Return scene and question of example `index`, without rendering the picture.
 
-    A scene that has no question of the kind whose turn it is gives way to the next one.
+    If a scene has no question of the required kind, another scene is drawn.
     """
     kind = KINDS[index % len(KINDS)]
     attempt = 0

@@ -1,4 +1,4 @@
-"""Training samples for finetuning: a picture, and some rounds of question and answer about it."""
+"""Training samples for finetuning: a picture, and several rounds of question and answer about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dropflow_lab.digits.data.scenes import draw_scene, render
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One picture, and what was asked and answered about it in turn."""
+    """One picture, with rounds of question and answer about it."""
 
     image: Image.Image
     """RGB."""
@@ -25,11 +25,11 @@ class Dialogue:
 
 
 class Dialogues(Dataset[Dialogue]):
-    """Digits pictures with `rounds` different questions each, drawn when they are asked for.
+    """Digits pictures with `rounds` different questions each, drawn on access.
 
     Kinds come in the proportions of `MIX`, as in the training of the dense checkpoint. Sample `index` depends on
-    `split`, `seed`, `rounds` and `index` alone, so that a resumed run goes on with the samples it would have had.
-    Raises `ValueError` if `split` is not known or `rounds` is not positive.
+    `split`, `seed`, `rounds` and `index` alone, so that a resumed run continues with the samples that an uninterrupted
+    one would see. Raises `ValueError` if `split` is unknown or `rounds` is not positive.
     """
 
     def __init__(self, count: int, *, rounds: int = 1, seed: int = 0, split: str = "train") -> None:

@@ -1,4 +1,4 @@
-"""The raw material of the digits data: real handwritten digits and real photographs, split for good.
+"""Sources of the digits data: real handwritten digits and real photographs, in fixed splits.
 
 Both come with scikit-learn, so nothing is downloaded. The split is made on the *sources*: a digit image or
 a photo column of the test split is never seen in training, in any scene.
@@ -47,7 +47,7 @@ def check_split(split: str) -> Split:
     for known in SPLITS:
         if split == known:
             return known
-    raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
+    raise ValueError(f"expected one of the splits {', '.join(SPLITS)}, got {split!r}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""In which proportions kinds of questions are drawn for training."""
+"""Proportions in which kinds of questions are drawn for training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIX = {
     "read": 0.06,
     "sum": 0.07,
 }
-"""How often a kind is drawn. Binding colour to digit is learned last, so it is two fifths of the mix."""
+"""Share of each kind. Binding colour to digit is learned last, so it makes up two fifths of the mix."""
 
 
 def shuffled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -36,7 +36,7 @@ def shuffled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _balanced(questions: list[Question], rng: np.random.Generator) -> list[Question]:
-    """Order yes and no at random with equal odds, for the front of the list is used last."""
+    """Return as many yes as no questions, in pairs of random order, since questions are taken from the end."""
     sides = {answer: [q for q in questions if q.answer == answer] for answer in ("yes", "no")}
     pairs = [side for pair in zip(sides["yes"], sides["no"], strict=False) for side in pair]
     for start in range(0, len(pairs), 2):

@@ -19,7 +19,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer and the digits that one must see to answer it."""
+    """A question, its answer and the digits needed to answer it."""
 
     text: str
     answer: str
@@ -29,7 +29,7 @@ class Question:
 
 
 def ask_all(scene: Scene) -> dict[str, list[Question]]:
-    """Return every question that the scene can answer, per kind; a kind may have none."""
+    """Return every question with an answer in the scene, by kind; a kind may have none."""
     return {kind: ask(scene) for kind, ask in _KINDS.items()}
 
 
@@ -144,4 +144,4 @@ VOCABULARY: tuple[str, ...] = (
     *COLORS,
     *(str(number) for number in range(28)),
 )
-"""All words, in the order of their ids. A row of three nines sums to 27."""
+"""All words, in the order of their ids. Numbers go up to 27, the sum of three nines."""

@@ -35,7 +35,7 @@ _COVERED = 0.1
 
 @dataclass(frozen=True)
 class Item:
-    """One digit of a scene, with all that is needed to draw it."""
+    """One digit of a scene, with everything needed to draw it."""
 
     digit: int
     """Class, 0..9."""
@@ -81,7 +81,7 @@ class Scene:
 
 
 def draw_scene(split: str, seed: int | tuple[int, ...], digits: tuple[int, int] = (3, 6)) -> Scene:
-    """Draw the scene that belongs to (`split`, `seed`), the same one every time.
+    """Draw the scene of (`split`, `seed`), the same one every time.
 
     `digits` is the smallest and largest number of digits, 1..9; raises `ValueError` outside that range.
     """
@@ -135,7 +135,7 @@ def _draw_background(rng: np.random.Generator, split: Split) -> Background:
 
 
 def render(scene: Scene) -> tuple[UInt8[np.ndarray, "96 96 3"], Int[np.ndarray, " 144"]]:
-    """Draw the scene and say which item owns each patch.
+    """Render the scene and find which item owns each patch.
 
     Returns the RGB picture and, per patch in reading order, the index of the item that covers at least a
     tenth of it, or -1 for background.

@@ -1,1 +1,1 @@
-"""Training the demo model from nothing."""
+"""Training the demo model from scratch."""

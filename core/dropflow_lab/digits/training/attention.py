@@ -29,10 +29,10 @@ def fast_attention(
     prefix_length: int = 0,
     **_: object,
 ) -> tuple[Float[Tensor, "batch length heads head"], None]:
-    """Attend in the dtype of the values; causal modules must bring their mask, additive or True where a token is seen.
+    """Attend in the dtype of the values; causal modules must pass a mask, additive or True for visible tokens.
 
-    `prefix_length` leading tokens are taken to see none of the tokens after them, so that part is not
-    computed. Raises `ValueError` for a causal module without a mask.
+    The first `prefix_length` tokens are assumed to see none of the tokens after them, so that part is not computed.
+    Raises `ValueError` for a causal module without a mask.
     """
     if attention_mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
         raise ValueError(f"expected a mask for the causal {type(module).__name__}, got None")
@@ -57,7 +57,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Build the mask that transformers builds for SDPA, but never leave it out."""
+    """Build the mask that transformers builds for SDPA, but never omit it."""
     return cast("Tensor | None", sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False}))
 
 
@@ -68,7 +68,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
 
 @contextmanager
 def use_fast_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model with `fast_attention` inside the block, and as before after it."""
+    """Run the model with `fast_attention` inside the block, and restore its attention afterwards."""
     AttentionInterface.register(FAST, fast_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(FAST, _mask)
     before = model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk while it goes: its resumable state and its JSONL log."""
+"""What a training run keeps on disk: its resumable state and its JSONL log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dropflow_lab.files import naming_what_cannot_be_written, replacing
 
 
 class Journal:
-    """The state and the log of one run, kept in step with each other.
+    """The state and the log of one run, kept consistent with each other.
 
     A run that is killed continues from the last saved state; log lines written after it are dropped, so that
     the finished log reads as if the run had never stopped. `facts` are the settings that a continued run must
@@ -33,13 +33,13 @@ class Journal:
             log.write(json.dumps(fields) + "\n")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the saved state in one step, so that a kill leaves the old or the new one."""
+        """Replace the saved state atomically, so that a killed run leaves the old or the new one."""
         size = self.log_path.stat().st_size if self.log_path.exists() else 0
         with naming_what_cannot_be_written(self.state_path), replacing(self.state_path) as part:
             torch.save({**state, "log_bytes": size, "facts": self.facts}, part)
 
     def restore(self) -> dict[str, Any] | None:
-        """Return the saved state and cut the log back to it; `None`, with an empty log, for a new run.
+        """Return the saved state and truncate the log to match; `None`, with an empty log, for a new run.
 
         Raises `ValueError` if the state is damaged or was saved under other settings.
         """

@@ -13,14 +13,14 @@ from dropflow_lab.digits.training.journal import Journal
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step came to."""
+    """Loss and learning rate of one optimiser step."""
 
     loss: float
     learning_rate: float
 
 
 class Phase(Protocol):
-    """A part of the training with a number of steps of its own."""
+    """A part of the training with its own number of steps."""
 
     name: str
     steps: int
@@ -31,24 +31,24 @@ class Phase(Protocol):
         """Take step `index`, whose data depend on the seed and the index alone."""
 
     def validate(self) -> dict[str, float]:
-        """Measure on the validation split as the model is now; must name `accuracy` (0..1)."""
+        """Evaluate the current model on the validation split; the result must include `accuracy` (0..1)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes from step to step."""
+        """Return everything that changes from step to step."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass
 class Clock:
-    """Seconds of training over all the runs that a training took."""
+    """Seconds of training, over the first run and all resumed ones."""
 
     before: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def elapsed(self) -> float:
-        """Return the seconds so far, those before the last resume included."""
+        """Return the seconds so far, including those before the last resume."""
         return self.before + time.monotonic() - self.started
 
 

@@ -13,7 +13,7 @@ def make_optimizers(modules: Iterable[nn.Module]) -> list[Optimizer]:
     """Return the two optimisers over the trainable parameters of `modules`.
 
     Muon takes the weights of linear layers; embeddings, norms, biases, convolutions and weights of any
-    module called `head` go to AdamW. Raises `RuntimeError` before torch 2.9, which has no Muon.
+    module called `head` go to AdamW. Raises `RuntimeError` for torch before 2.9, which has no Muon.
     """
     if not hasattr(optim, "Muon"):
         raise RuntimeError(f"training the demo model needs torch 2.9 or later, got {torch.__version__}")

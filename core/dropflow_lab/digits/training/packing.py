@@ -1,8 +1,8 @@
 """Training batches: many independent questions after one picture, in one row.
 
 A row is `<s> user : [visual tokens] question answer question answer ...`. Position ids restart after the
-picture for each question and the mask is block-diagonal there, so that every question sees the picture and
-itself only: the losses are those of the unpacked prompts, at a fraction of the tokens.
+picture for each question and the mask is block-diagonal there, so that every question sees only the picture and itself:
+the losses are those of the unpacked prompts, at a fraction of the tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 PREFIX = tuple(WORD_IDS[word] for word in ("<s>", "user", ":"))
 """The tokens before the picture."""
 ROOM = 141
-"""Tokens of questions per picture; prefix and visual tokens make it 288, a fast multiple of 32."""
+"""Tokens of questions per picture; with prefix and visual tokens, a row has 288, a multiple of 32, which is fast."""
 IGNORED = -100
 _COLOR_IDS = {color: i for i, color in enumerate(COLORS)}
 
@@ -38,13 +38,13 @@ class PackedBatch:
     tokens: Int[Tensor, "batch length"]
     """The questions with their answers, one after the other; padding at the end."""
     labels: Int[Tensor, "batch length"]
-    """The next token where it is part of an answer, else -100."""
+    """The next token if it is part of an answer, else -100."""
     segment: Int[Tensor, "batch length"]
     """Which question of the row a token belongs to, -1 for padding."""
     offset: Int[Tensor, "batch length"]
-    """Place of a token within its question."""
+    """Position of a token within its question."""
     needs: Bool[Tensor, "batch questions items"]
-    """Items that a question cannot do without."""
+    """Items needed to answer each question."""
     kind: Int[Tensor, "batch questions"]
     """Index into `KINDS`, -1 for padding."""
     digit: Int[Tensor, "batch items"]
@@ -71,7 +71,7 @@ def _words(question: Question) -> list[str]:
 def draw_batch(
     split: str, seed: tuple[int, ...], size: int, room: int = ROOM, digits: tuple[int, int] = (3, 6)
 ) -> PackedBatch:
-    """Draw the batch that belongs to (`split`, `seed`), with up to `room` tokens of questions per picture."""
+    """Draw the batch of (`split`, `seed`), with up to `room` tokens of questions per picture."""
     rng = np.random.default_rng([*seed, 7])
     scenes = [draw_scene(split, (*seed, row), digits) for row in range(size)]
     return pack(scenes, [draw_questions(scene, room, rng) for scene in scenes], room)
@@ -128,7 +128,7 @@ def _normalize(pixels: np.ndarray) -> Float[Tensor, "batch 3 96 96"]:
 def packed_mask(
     segment: Int[Tensor, "batch length"], visual: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "batch 1 total total"]:
-    """Return the additive mask of packed rows: 0 where a token is seen, very low elsewhere."""
+    """Return the additive mask of packed rows: 0 for visible tokens, very low elsewhere."""
     before = len(PREFIX) + visual
     causal = torch.ones(before + segment.shape[1], before + segment.shape[1], dtype=torch.bool).tril()
     seen = causal.repeat(segment.shape[0], 1, 1)  # (batch, total, total)
@@ -140,7 +140,7 @@ def packed_mask(
 def packed_positions(
     batch: PackedBatch, kept: Int[Tensor, "batch visual"] | None = None, *, compact: bool = False
 ) -> Int[Tensor, "batch total"]:
-    """Return position ids: questions restart after the picture, kept visual tokens stay at their place.
+    """Return position ids: questions restart after the picture, kept visual tokens retain their positions.
 
     `compact` numbers the kept tokens without gaps instead.
     """
@@ -152,7 +152,7 @@ def packed_positions(
 
 
 def answerable(batch: PackedBatch, kept: Int[Tensor, "batch visual"]) -> Bool[Tensor, "batch questions"]:
-    """Say which questions still have a patch of each digit they need among the kept ones."""
+    """Return which questions still have a kept patch of every digit that they need."""
     owner = batch.owner.gather(1, kept)
     seen = (owner[:, :, None] == torch.arange(batch.needs.shape[2])).any(1)  # (batch, items)
     return ~(batch.needs & ~seen[:, None]).any(-1) & (batch.kind >= 0)

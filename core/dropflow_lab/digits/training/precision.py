@@ -1,4 +1,4 @@
-"""In which precision a training step multiplies on this processor."""
+"""Precision of a training step on this processor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _WITHOUT_BF16 = ("DEFAULT", "AVX2")
 
 
 def autocast() -> torch.autocast:
-    """Return the context of a step: bf16, or float32 on a processor whose vector units know no bf16.
+    """Return the context of a step: bf16, or float32 on a processor whose vector units do not support bf16.
 
-    There torch emulates bf16: a language step took 50 s in place of 14 on one core of an EPYC with AVX2.
+    There torch emulates bf16: a language step took 50 s instead of 14 s on one core of an EPYC with AVX2.
     """
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() not in _WITHOUT_BF16)

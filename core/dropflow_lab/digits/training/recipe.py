@@ -26,7 +26,7 @@ class Recipe:
     missing_tokens: bool = True
     """Whether the first and the third language stage leave visual tokens out; otherwise every step sees all 144."""
     tower: str = ""
-    """Shipped checkpoint whose vision tower is taken, without a vision phase; empty: the tower is trained first."""
+    """Shipped checkpoint to take the vision tower from, without a vision phase; if empty, the tower is trained."""
     language_batch: int = 32
     room: int = 141
     """Tokens of questions after each picture, about twelve questions."""
@@ -43,7 +43,7 @@ class Recipe:
 
 
 PLAIN = Recipe(missing_tokens=False, tower="dense")
-"""The tower of `dense`, and a language model that never saw a token missing."""
+"""The tower of `dense`, and a language model trained on all visual tokens only."""
 
 SMOKE = Recipe(
     decoder_layers=2,
@@ -59,4 +59,4 @@ SMOKE = Recipe(
     language_validate_every=20,
     language_validation=20,
 )
-"""Twenty small steps of every stage, to see that all of it runs."""
+"""Twenty small steps of every stage, as a smoke test."""

@@ -1,6 +1,6 @@
-"""Which visual tokens a training batch keeps, so that the model copes with missing ones.
+"""Chooses the visual tokens that a training batch keeps, so that the model learns to cope with missing ones.
 
-Three ways of choosing, so that no family of pruning policies is favoured: digits first, at random, and a
+There are three ways of choosing, so that no family of pruning policies is favoured: digits first, at random, and a
 contiguous run.
 """
 

@@ -1,4 +1,4 @@
-"""Training of the demo model, from nothing to a checkpoint folder."""
+"""Training of the demo model, from scratch to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def train(
 ) -> Path:
     """Train the model and write the checkpoint to `out`, which is returned.
 
-    `out/run` holds the state of the run, saved every `save_seconds`, and its log; with `resume` a run that was killed
-    continues from there and ends with the weights it would have had. `smoke` replaces the recipe by some seconds of
-    every stage. Weights are chosen on the validation split. `test` gets the finished model and its processor, once, and
-    its answer, JSON, becomes `out/test.json`. Results repeat exactly only for the same `threads`, torch version and
-    kind of processor. Raises `FileExistsError` if `out` holds a run and `resume` is not set, `ValueError` if that run
-    has other settings.
+    `out/run` holds the run's log and its state, which is saved every `save_seconds`; with `resume`, a killed run
+    continues from there and ends with the same weights as an uninterrupted one. `smoke` replaces the recipe by a few
+    seconds of every stage. Weights are selected on the validation split. `test` is called once with the finished model
+    and its processor, and the JSON it returns is written to `out/test.json`. Results are reproducible only with the
+    same `threads`, torch version and kind of processor. Raises `FileExistsError` if `out` holds a run and `resume` is
+    not set, `ValueError` if that run has other settings.
     """
     chosen = recipe or (SMOKE if smoke else Recipe())
     journal = Journal(out / "run", {"seed": seed, **asdict(chosen)})
     if journal.state_path.exists() and not resume:
-        raise FileExistsError(f"{out} holds a training run already: resume it, or train into another folder")
+        raise FileExistsError(f"{out}: holds a training run already; resume it, or train into another folder")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

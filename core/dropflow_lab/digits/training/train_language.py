@@ -1,7 +1,7 @@
-"""The second phase: the language model learns to answer, on the frozen tower.
+"""The second phase: the language model learns to answer, with the vision tower frozen.
 
 Three stages under one learning-rate schedule: 48 visual tokens (cheap, and the digits are easy to find), all
-144, and a mix of 24-144 chosen in three ways; or all 144 in all three, where the recipe leaves no token out.
+144, and a mix of 24-144 chosen in three ways; or all 144 in all three, if the recipe leaves no tokens out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LanguagePhase:
         self.best: dict[str, Any] = {"accuracy": -1.0, "step": 0, "model": {}}
 
     def step(self, index: int) -> StepReport:
-        """Take one step of the stage that `index` falls into."""
+        """Take one step of the stage that `index` belongs to."""
         batch = draw_batch("train", (self.seed, 2, index), self.recipe.language_batch, self.recipe.room)
         kept, compact, alignment = self._plan(index, batch)
         rate = optimizers.learning_rate(index, self.steps, self.recipe.language_rate)
@@ -73,7 +73,7 @@ class LanguagePhase:
         return StepReport(float(loss.detach()), rate)
 
     def _plan(self, index: int, batch: PackedBatch) -> tuple[Tensor | None, bool, float]:
-        """Return the kept patches (`None`: all), whether positions are compact, the weight of alignment."""
+        """Return the kept patches (`None`: all), whether positions are compact, and the weight of alignment."""
         rng = np.random.default_rng([self.seed, 3, index])
         missing = self.recipe.missing_tokens
         if index < self.recipe.short_steps:
@@ -95,7 +95,7 @@ class LanguagePhase:
         return cast(Tensor, self.model.model.multi_modal_projector(features))
 
     def _alignment(self, batch: PackedBatch, kept: Tensor | None, visual: Tensor) -> Tensor:
-        """Ask that the token of a digit's patch points towards the words for its class and its colour."""
+        """Return the loss that aligns the token of a digit's patch with the words for its class and its colour."""
         owner = batch.owner if kept is None else batch.owner.gather(1, kept)
         on_digit = owner >= 0
         rows = functional.normalize(visual.float()[on_digit], dim=-1)
@@ -109,7 +109,7 @@ class LanguagePhase:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the share of validation questions answered right on all tokens, overall and per kind."""
+        """Return the share of validation questions answered correctly with all tokens, overall and per kind."""
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         for batch in validation_batches(self.recipe.language_validation):
             with precision.autocast():
@@ -134,7 +134,7 @@ class LanguagePhase:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -159,10 +159,10 @@ def packed_losses(
     *,
     compact: bool = False,
 ) -> tuple[Float[Tensor, " answers"], Tensor]:
-    """Return the loss of every answer token that can be known, and which questions come out right.
+    """Return the loss of every answer token that can be known, and which questions are answered correctly.
 
-    `kept` are the patches whose tokens `visual` holds; questions about digits without any are left out. The
-    second value is `(batch, questions)`, True where the most likely token is right at every scored place.
+    `kept` are the patches whose tokens `visual` holds; questions about digits without a kept patch are left out. The
+    second value is `(batch, questions)`, True where the most likely token is right at every scored position.
     """
     embed = model.get_input_embeddings()
     prefix = embed(torch.tensor(PREFIX)).expand(len(visual), -1, -1).to(visual.dtype)

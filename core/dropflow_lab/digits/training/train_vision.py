@@ -20,9 +20,8 @@ from dropflow_lab.digits.training.recipe import Recipe
 class DirectionHead(nn.Module):
     """A classifier on the direction of a feature only, with logits in -scale..scale.
 
-    As the logits are bounded, classes must take up a share of the feature itself to be told apart. A free
-    linear head would be content with colours that are one per cent of the feature's length, which a language
-    model then hardly finds.
+    Since the logits are bounded, classes must take up a large share of the feature to be separated. A free linear head
+    would settle for colours that make up one per cent of the feature's norm, which a language model can hardly read.
     """
 
     def __init__(self, width: int, classes: int, scale: float = 10.0) -> None:
@@ -83,7 +82,7 @@ class VisionPhase:
     def _loss(self, batch: PackedBatch, patches: Tensor, summary: Tensor) -> Tensor:
         digit, color = patch_labels(batch)
         patches, summary = patches.float(), summary.float()
-        # Two thirds of the patches are background: they count, but little.
+        # Two thirds of the patches are background, so they get a low weight.
         weight = torch.where(batch.owner >= 0, 1.0, 0.15).reshape(-1)
         loss = _weighted(self.heads.digit(patches), digit, weight)
         loss = loss + _weighted(self.heads.color(patches), color, weight)
@@ -101,7 +100,7 @@ class VisionPhase:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the share of validation digits whose class (`accuracy`) and whose colour is right.
+        """Return the share of validation digits whose class (`accuracy`) and whose colour are predicted correctly.
 
         The patches of a digit vote with their log-probabilities.
         """
@@ -128,7 +127,7 @@ class VisionPhase:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -136,7 +135,7 @@ class VisionPhase:
 
 
 def patch_labels(batch: PackedBatch) -> tuple[Int[Tensor, " patches"], Int[Tensor, " patches"]]:
-    """Return digit and colour of all patches in a row: 0 for background, else one more than the class."""
+    """Return digit and colour labels of all patches, flattened: 0 for background, else one more than the class."""
     owner = batch.owner.clamp(min=0)
     background = batch.owner < 0
     digit = (batch.digit.gather(1, owner) + 1).masked_fill(background, 0)

@@ -45,7 +45,7 @@ function drawCell(pen, x, y, size, fated) {
   }
 }
 
-/** Connected pieces of some patches of a grid. */
+/** Connected pieces of a set of patches in a grid. */
 function pieces(cells, columns) {
   const left = new Set(cells), found = [];
   for (const first of cells) {
@@ -64,7 +64,7 @@ function pieces(cells, columns) {
 
 const middle = (cell, columns, size) => [(cell % columns + .5) * size, (Math.floor(cell / columns) + .5) * size];
 
-/** The middle of some patches, or, where a mark would not be inside them there, that of the nearest of them. */
+/** The middle of a set of patches, or that of the nearest patch if a mark there would not be inside the set. */
 function centre(cells, columns, size) {
   const points = cells.map((cell) => middle(cell, columns, size));
   const mean = [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / points.length);
@@ -121,7 +121,7 @@ const pictures = data.images.map((image) => {
   return picture;
 });
 
-/** A small mark over a heat map: a cross for what is gone, a ring for what another token holds. */
+/** A small mark over a heat map: a cross for a patch that is gone, a ring for one merged into another token. */
 function drawMark(pen, x, y, size, ring) {
   for (const [width, style] of [[3, "#000"], [1.2, "#fff"]]) {
     pen.lineWidth = width; pen.strokeStyle = style;

@@ -1,4 +1,4 @@
-// What became of the patches, asked of the trace in `data`
+// What became of each patch, from the trace in `data`
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -17,7 +17,7 @@ const bits = (text) => { const raw = atob(text); return (n) => (raw.charCodeAt(n
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : word.endsWith("ch") ? "es" : "s"}`;
 const state = { layer: 0, moment: 0, image: 0, patch: 0, pointed: false };
 
-// Data in a form that is quick to ask
+// Data in a form that is fast to query
 
 for (const run of data.runs) {
   for (const boundary of run.boundaries) {
@@ -84,13 +84,13 @@ function fate(run, image, cell, layer, moment) {
   return { kind: "kept", place, shield: run.shield[image].has(place), moves };
 }
 
-/** The patch at which a token is shown: the one that is most of it, or one that it is made of. */
+/** The patch at which a token is shown: the one that makes up most of it, or one of its members. */
 function patchAt(run, image, place) {
   const group = run.groups[image].get(place) || (run.places[image] ? [] : [place]);
   return run.heads[image][place] ?? group[0] ?? place;
 }
 
-/** Fates of all patches of an image; those whose token stands for several become `merged`, and know its patches. */
+/** Fates of all patches of an image; those that share a token become `merged` and list its patches. */
 function standing(run, image, layer, moment) {
   const fates = [], groups = new Map();
   for (let cell = 0; cell < data.images[image].patches; cell++) {
@@ -110,7 +110,7 @@ function standing(run, image, layer, moment) {
   return { fates, groups };
 }
 
-/** What a patch says of its live token; `moved` where it has said into which patch it was merged. */
+/** Describes the live token of a patch; `moved` if the patch it was merged into is already named. */
 function told(cell, cells, head, moved) {
   if (cells.length === 1) return "live";
   const others = cells.filter((other) => other !== cell), some = others.slice(0, 8).join(", ");

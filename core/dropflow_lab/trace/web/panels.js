@@ -81,7 +81,7 @@ function walk(event, image) {
   update();
 }
 
-/** Whether a token that stands for no patch, such as CLS, is still there; caches are not looked at. */
+/** Whether a token that stands for no patch, such as CLS, is still live; caches are ignored. */
 function alive(run, image, place, layer) {
   return layer >= run.entry && layer < run.exit &&
     run.boundaries.every((boundary) => boundary.at > layer || boundary.kept[image](place));
@@ -112,7 +112,7 @@ function updatePanel(panel) {
     const alone = run.alone[n].filter((place) => alive(run, n, place, layer)).length;
     counts.alone += alone;
     panel.canvases[n].setAttribute("aria-label",
-      `${run.name}, image ${n}: patches that are live in layer ${layer}. Arrow keys go from patch to patch.`);
+      `${run.name}, image ${n}: patches that are live in layer ${layer}. Arrow keys move from patch to patch.`);
     panel.canvases[n].dataset.live = groups.size + alone;
   });
   const visual = run.layers[layer][0], held = heldNow(run, layer, moment);

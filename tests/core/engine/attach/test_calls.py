@@ -1,4 +1,4 @@
-"""Ways to call an attached model other than `model(pixel_values=...)`: right, or refused by name."""
+"""Other ways to call an attached model than `model(pixel_values=...)` are correct, or refused by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRUNED = policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 7, 4: 2}})
 
 
 def merged_embeddings(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Embeddings of the prompt with the image features in their places."""
+    """Embeddings of the prompt with the image features at their placeholders."""
     embeds: torch.Tensor = model.get_input_embeddings()(inputs["input_ids"])
     features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
     rows = torch.cat(list(features)).to(embeds)
@@ -124,7 +124,7 @@ def test_every_document_of_a_packed_row_asks_for_itself() -> None:
         live = flow.live().split(lengths, 2)
         for number, one in enumerate(documents):
             expected = model(**one, use_cache=False).logits
-            assert torch.equal(live[number], flow.live()), "another token has asked"
+            assert torch.equal(live[number], flow.live()), "another instruction token was used"
             assert relative_error(found[number], expected) < 1e-5
 
 
@@ -135,7 +135,7 @@ def test_lengths_of_packed_documents_are_refused_by_name(llava: Any) -> None:
     with dropflow.attach(llava, PRUNED):
         expected = llava(**inputs).logits
         for name in ("cu_seq_lens_q", "seq_idx"):
-            with pytest.raises(UnsupportedCall, match=f"{name}: a padding-free batch says here where its documents"):
+            with pytest.raises(UnsupportedCall, match=f"{name}: states where the documents of a padding-free batch"):
                 llava(**inputs, **{name: lengths})
         assert torch.equal(llava(**inputs).logits, expected)
 
@@ -188,7 +188,7 @@ def test_videos_that_were_encoded_before_attaching_keep_the_tokens_of_their_fram
         expected = model(**inputs).logits
         live = flow.live()
         found = model(**without, mm_encoder_outputs={"video": features}).logits
-    assert int(grid[0, 0]) > 1, "frames have budgets of their own"
+    assert int(grid[0, 0]) > 1, "every frame must have its own budget"
     assert live[-1].sum() - live[0].sum() == 3 * int(grid[0, 0]) - int(grid.prod()) // 4
     assert torch.equal(flow.live(), live)
     assert torch.equal(found, expected)

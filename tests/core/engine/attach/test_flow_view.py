@@ -1,4 +1,4 @@
-"""What a flow and a set of flows look like."""
+"""How a flow and a set of flows are displayed."""
 
 from __future__ import annotations
 

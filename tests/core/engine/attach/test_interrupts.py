@@ -1,4 +1,4 @@
-"""Whatever line of the engine an interrupt strikes, the next call is right, detaching leaves no trace, nobody waits."""
+"""At whatever engine line an interrupt occurs, the next call is correct, detaching leaves no trace, no thread hangs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CACHE = {"cache": {"use": "mustdrop/output-aware-cache", "at": 1, "interval": 1,
 
 @torch.no_grad()
 def features(model: Any) -> Tensor:
-    """Images, encoded by themselves."""
+    """Features of images that are encoded by a direct call."""
     return torch.cat(list(model.model.get_image_features(INPUTS["pixel_values"]).pooler_output))
 
 
@@ -64,7 +64,7 @@ def answer(model: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is interrupted: a call under a policy."""
+    """A call under a policy that is interrupted."""
 
     policy: dict[str, Any]
     run: Callable[[Any], Tensor]
@@ -76,11 +76,11 @@ SCENES = {
     "answer": Scene(policy(**PRUNING, **CACHE), answer),
     "everything": Scene(policy(**ENCODING, **PRUNING, **CACHE), answer),
 }
-"""The cheap ones first: a line belongs to the first one that passes it."""
+"""Scenes, cheap ones first: a line is tested in the first scene that executes it."""
 
 
 class Subject:
-    """A model, what it gives plain and under the scene's policy, and what it looks like with nothing attached."""
+    """A model, its output without and with the scene's policy, and its state with nothing attached."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.model, self.worker, self.other = scene, tiny_llava(layers=2), Worker(), Worker()
@@ -91,47 +91,47 @@ class Subject:
         self.policy = dropflow.load_policy(scene.policy)
 
     def call(self) -> Tensor:
-        """What the scene's call gives now."""
+        """The current output of the scene's call."""
         return self.scene.run(self.model)
 
     def state(self) -> list[Any]:
-        """All that may be left on a model."""
+        """Everything that may be left on a model."""
         recorded = getattr(self.model.config, "dropflow", None)
         return [fingerprint(self.model), recorded, dict(ALL_ATTENTION_FUNCTIONS)]
 
     def interrupt(self, line: Line, error: type[BaseException], run: Callable[[], Any]) -> bool:
-        """Raise `error` at a line of `run`, in the worker; whether that happened."""
+        """Raise `error` at a line of `run`, in the worker; return whether it was raised."""
         return self.worker.run(lambda: interrupt_at(line, error, run))
 
     def check_attached(self, worker: Worker) -> None:
-        """The next call is as if nothing had happened."""
+        """Check that the next call is not affected."""
         assert torch.equal(worker.run(self.call), self.reference), "another output under the policy"
 
     def check_detached(self) -> None:
-        """Nothing is left."""
+        """Check that nothing is left on the model."""
         self.worker.run(lambda: dropflow.detach(self.model))
         for name, own, was in zip(("model", "config", "attention"), self.state(), self.before, strict=True):
             assert own == was, f"detaching has left something: {name}"
         assert torch.equal(self.worker.run(self.call), self.plain), "another output of the plain model"
 
     def right_by_itself(self) -> bool:
-        """Whether it is right under the policy and without, in this thread."""
+        """Whether the outputs with and without the policy are correct in this thread."""
         right = torch.equal(self.call(), self.reference)
         dropflow.detach(self.model)
         return right and self.state() == self.before and torch.equal(self.call(), self.plain)
 
     def attach(self) -> None:
-        """Attach the policy, in the thread that is interrupted."""
+        """Attach the policy in the thread that is interrupted."""
         self.worker.run(lambda: dropflow.attach(self.model, self.policy))
 
 
 OWN = ("tokens/", "decoder/decide_", "decoder/layer_arguments", "vision/rows", "model/attention", "attach/refusals")
-"""Files of the engine that compute, with objects of one call alone: by default, every third of their lines will do."""
+"""Engine files that only compute on objects of one call; by default, every third of their lines is tested."""
 
 
 @functools.cache
 def lines_of_scenes() -> dict[str, list[Line]]:
-    """All lines of the engine that each scene passes, in order, in the first call after attaching."""
+    """All engine lines that each scene executes, in order, in the first call after attaching."""
     found = {}
     for name, scene in SCENES.items():
         subject = Subject(scene)
@@ -141,7 +141,7 @@ def lines_of_scenes() -> dict[str, list[Line]]:
 
 
 def first_passes(name: str) -> list[Line]:
-    """The first time of every line that no scene before passes, but of some files only every third one."""
+    """The first execution of every line that no earlier scene executes; for some files, only every third one."""
     seen: set[tuple[str, int]] = set()
     for other, lines in lines_of_scenes().items():
         own = [line for line in lines if line.time == 1 and (line.file, line.number) not in seen]
@@ -152,7 +152,7 @@ def first_passes(name: str) -> list[Line]:
 
 
 def interrupted_calls(name: str, lines: Sequence[Line], detached_every: int) -> list[str]:
-    """Interrupt a call at each of the lines; returns what was wrong afterwards."""
+    """Interrupt a call at each of the lines; return what was wrong afterwards."""
     scene, faults, struck = SCENES[name], [], 0
     subject = Subject(scene)
     subject.attach()
@@ -166,7 +166,7 @@ def interrupted_calls(name: str, lines: Sequence[Line], detached_every: int) -> 
             if number % detached_every == 0:
                 subject.check_detached()
                 subject.attach()
-        except Exception as fault:  # noqa: BLE001  # all of them are told at the end
+        except Exception as fault:  # noqa: BLE001  # all of them are reported at the end
             faults.append(f"{error.__name__} at {line}: {type(fault).__name__}: {fault}")
             subject = Subject(scene)
             subject.attach()
@@ -192,18 +192,18 @@ def test_a_call_may_be_interrupted_whenever_a_line_is_passed(name: str) -> None:
 
 
 def told(faults: Sequence[str], lines: Collection[Line]) -> str:
-    """Faults, for people."""
+    """The faults as readable text."""
     return "\n".join([f"{len(faults)} of {len(lines)} interrupts", *faults[:40]])
 
 
 def attach_and_detach(subject: Subject) -> None:
-    """A block under the policy, with nothing in it."""
+    """An empty `with` block under the policy."""
     with dropflow.attach(subject.model, subject.policy):
         pass
 
 
 def attach_a_set_and_detach(subject: Subject) -> None:
-    """The same for a set."""
+    """An empty `with` block under a set of policies."""
     with dropflow.attach_set(subject.model, {"dense": None, "one": subject.policy}, default="one"):
         pass
 
@@ -223,7 +223,7 @@ def test_attaching_and_detaching_may_be_interrupted_at_any_line() -> None:
                 if number % 4 == 0:
                     subject.check_attached(subject.other)
                 dropflow.detach(subject.model)
-            except Exception as fault:  # noqa: BLE001  # all of them are told at the end
+            except Exception as fault:  # noqa: BLE001  # all of them are reported at the end
                 faults.append(f"{error.__name__} at {line}: {type(fault).__name__}: {fault}")
                 subject = Subject(scene)
         seen |= set(lines)
@@ -232,7 +232,7 @@ def test_attaching_and_detaching_may_be_interrupted_at_any_line() -> None:
 
 
 def forks_in_calls(name: str, lines: Sequence[Line]) -> list[str]:
-    """Fork while another thread is at each of the lines; returns what was wrong in the child, or with that thread."""
+    """Fork while another thread is at each of the lines; return what was wrong in the child or in that thread."""
     subject, faults = Subject(SCENES[name]), []
     for line in lines:
         subject.attach()
@@ -293,14 +293,14 @@ def test_what_an_interrupted_block_has_stated_counts_no_more() -> None:
         try:
             subject.interrupt(line, error, block)
             subject.check_attached(subject.worker)
-        except Exception as fault:  # noqa: BLE001  # all of them are told at the end
+        except Exception as fault:  # noqa: BLE001  # all of them are reported at the end
             faults.append(f"{error.__name__} at {line}: {type(fault).__name__}: {fault}")
     assert not faults, told(faults, lines)
 
 
 @pytest.fixture
 def unraised(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing but an interrupt is raised where Python lets nothing out, as in a callback of the collector."""
+    """Only interrupts are raised where Python lets no exception propagate, as in a garbage-collector callback."""
     found: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda it: found.append((it.exc_type, it.exc_value, it.object)))
     yield
@@ -308,7 +308,7 @@ def unraised(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def interrupts_at_random_moments(scene: Scene, count: int) -> list[str]:
-    """Interrupt attaching, calling and detaching, over and over, so many times; returns what was wrong afterwards."""
+    """Interrupt attaching, calling and detaching the given number of times; return what was wrong afterwards."""
     dice, faults = random.Random(0), []
     subject = Subject(scene)
 
@@ -334,7 +334,7 @@ def interrupts_at_random_moments(scene: Scene, count: int) -> list[str]:
             assert entered.wait(20)
             time.sleep(dice.uniform(0, most))
             subject.worker.interrupt()
-            if not ended.wait(2):  # it struck where Python lets nothing out, such as in a callback of the collector
+            if not ended.wait(2):  # raised where Python lets no exception propagate, e.g. in a gc callback
                 subject.worker.interrupt()
             ended.result(20)
             subject.check_detached()
@@ -343,7 +343,7 @@ def interrupts_at_random_moments(scene: Scene, count: int) -> list[str]:
                 subject.check_attached(subject.worker)
                 subject.check_attached(subject.other)
                 dropflow.detach(subject.model)
-        except Exception as fault:  # noqa: BLE001  # all of them are told at the end
+        except Exception as fault:  # noqa: BLE001  # all of them are reported at the end
             faults.append(f"{number}: {type(fault).__name__}: {fault}")
             subject = Subject(scene)
     return faults

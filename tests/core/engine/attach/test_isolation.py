@@ -1,4 +1,4 @@
-"""An attached model leaves no trace: after detach, after an abort, between models and between threads."""
+"""An attached policy leaves no trace: after detach, after an abort, between models and between threads."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_one_policy_at_a_time(llava: Any) -> None:
 @torch.no_grad()
 def test_a_replica_of_the_model_is_refused(llava: Any) -> None:
     with dropflow.attach(llava, HIDROP):
-        replica = copy.copy(llava)  # as nn.DataParallel makes them: same hooks, another module
+        replica = copy.copy(llava)  # as made by nn.DataParallel: same hooks, another module
         with pytest.raises(UnsupportedModel, match="DataParallel"):
             replica(**prompt())
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters train through a policy, whichever is attached first."""
+"""Low-rank adapters train under a policy, whichever is attached first."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def attached(order: str) -> tuple[Any, dropflow.Flow]:
-    """A model with adapters and a policy, which came one after the other."""
+    """A model with low-rank adapters and a policy, attached in either order."""
     if order == "adapters injected" and Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         pytest.skip(f"transformers {transformers.__version__} itself injects adapters from PEFT {MIN_PEFT_VERSION} on")
     base = tiny_llava()

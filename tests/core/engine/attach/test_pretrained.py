@@ -1,4 +1,4 @@
-"""A checkpoint that records a policy: loaded with it, and a word where it runs without."""
+"""A checkpoint that records a policy is loaded with it, and a log line says so if it runs without it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_another_policy_and_overrides_may_be_given(checkpoint: Path) -> None:
 def test_without_a_policy_nothing_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     del config["dropflow"]
-    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights, which are never looked for
+    (tmp_path / "config.json").write_text(json.dumps(config))  # no weights are needed: none are looked for
     with pytest.raises(PolicyError, match="no policy is given, and none is recorded in this model's config"):
         dropflow.from_pretrained(tmp_path)
 
@@ -76,5 +76,5 @@ def test_a_word_where_a_recorded_policy_does_not_count(checkpoint: Path, caplog:
     note_dense(dense.config)
     note_dense(tiny_llava(layers=1).config)
     assert caplog.messages == [
-        "this model runs dense, though its config records the policy 'test'; dropflow.attach(model) lets it count"
+        "this model runs dense, though its config records the policy 'test'; dropflow.attach(model) applies it"
     ]

@@ -1,4 +1,4 @@
-"""What cannot be right is refused with the path and the remedy, and the model gives its plain output afterwards."""
+"""What cannot be correct is refused with path and remedy, and afterwards the model gives its plain output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
     [
         (
             policy(a={"use": "hidrop/early-exti", "at": 3}),
-            r"stages\.a\.use: no stage is called 'hidrop/early-exti'; did you mean 'hidrop/early-exit'",
+            r"stages\.a\.use: no stage named 'hidrop/early-exti'; did you mean 'hidrop/early-exit'",
         ),
         (
             policy(a={"use": "hidrop/early-exit", "ta": 3}),
@@ -182,7 +182,7 @@ def test_report_before_any_image(llava: Any) -> None:
 def test_report_of_a_policy_without_stages(llava: Any) -> None:
     with dropflow.attach(llava, policy()) as flow:
         llava(**prompt())
-        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is watched"):
+        with pytest.raises(UnsupportedCall, match="'test' has no stages, so nothing is recorded"):
             flow.report()
 
 
@@ -212,8 +212,8 @@ def test_what_holds_a_model_or_goes_with_one_is_told_what_to_pass(llava: Any) ->
             self.module = llava
 
     expected = {
-        r"^expected a model of transformers, got Pipeline; pass its `model` \(LlavaForCond": Pipeline(),
-        r"^expected a model of transformers, got Engine; pass its `module` \(LlavaFor.*, and call that$": Engine(),
+        r"^expected a transformers model, got Pipeline; pass its `model` \(LlavaForCond": Pipeline(),
+        r"^expected a transformers model, got Engine; pass its `module` \(LlavaFor.*, and call that$": Engine(),
         r"got LlavaConfig; pass what `from_pretrained` of the model's class returns": llava.config,
         r"got str; pass what `from_pretrained`": "llava-hf/llava-1.5-7b-hf",
     }

@@ -1,4 +1,4 @@
-"""Threads, forks and other models beside an attached one: every call is right, or refused by name."""
+"""With threads, forks and other models alongside an attached one, every call is correct or refused by name."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PROMPTS = [
     prompt(samples, seed=seed)
     for seed, samples in enumerate((((3, "I", 5),), (("I", 2, "I", 9), (4, "I", 3)), ((2, "I", 8),), (("I", "I", 2),)))
 ]
-"""One for each thread."""
+"""One prompt for each thread."""
 INPUTS = PROMPTS[0]
 
 
 @pytest.fixture(autouse=True)
 def quick_switches() -> Iterator[None]:
-    """Threads take turns after ten microseconds, so that races show."""
+    """Make Python switch threads every ten microseconds, to expose races."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -78,14 +78,14 @@ def loss(model: Any, inputs: dict[str, Any] = INPUTS) -> Tensor:
 
 @torch.no_grad()
 def encode(model: Any, inputs: dict[str, Any] = INPUTS) -> Tensor:
-    """Image features with the flags of their rows."""
+    """Image features including the flags of their rows."""
     output = model.model.get_image_features(inputs["pixel_values"])
     rows, flags = torch.cat(list(output.pooler_output)), torch.cat(list(output.deepstack_features[-1]))
     return torch.cat((rows.flatten(), flags.flatten().to(rows)))
 
 
 def at_once(*tasks: Callable[[], T]) -> list[T]:
-    """What the tasks give, each in its own thread, begun at the same moment."""
+    """Results of the tasks, each run in its own thread and started simultaneously."""
     gate = threading.Barrier(len(tasks))
 
     def begin(task: Callable[[], T]) -> T:
@@ -101,12 +101,12 @@ def at_once(*tasks: Callable[[], T]) -> list[T]:
 
 
 def times(count: int, call: Callable[..., Tensor], model: Any, inputs: dict[str, Any]) -> Callable[[], list[Tensor]]:
-    """A task that calls the model so many times."""
+    """A task that calls the model the given number of times."""
     return lambda: [call(model, inputs) for _ in range(count)]
 
 
 def wrong(model: Any, which: dict[str, Any], threads: int, counts: dict[Callable[..., Tensor], int]) -> tuple[int, int]:
-    """Runs each call so many times in each thread; returns how many results were wrong, and of how many."""
+    """Run each call repeatedly in each thread; return the number of wrong results and the total."""
     prompts, found, total = PROMPTS[:threads], 0, 0
     with dropflow.attach(model, which):
         for call, count in counts.items():
@@ -131,22 +131,22 @@ def test_none_of_a_thousand_calls_of_four_threads_is_wrong(llava: Any, name: str
     assert wrong(llava, ENCODING[name], 4, {generate: 250}) == (0, 1000)
 
 
-# Attaching and detaching beside a thread that calls the model
+# Attaching and detaching while another thread calls the model
 
 CLEAR = re.compile(
     "this cache was written under a policy; attach the policy again"
-    "|encoded under a policy that has been detached since"
+    "|encoded under a policy that has since been detached"
     "|this cache was written under another policy"
     "|features were not encoded under this attachment"
-    "|encoded without the policy, whose `encode` stages would be left out"
+    "|encoded without the policy, so its `encode` stages would be skipped"
 )
-"""What a call may be told that another thread's attaching or detaching has divided."""
+"""Refusals that a call may raise if another thread attaches or detaches between its parts."""
 
 
 def outcomes(
     model: Any, which: dict[str, Any], call: Callable[[Any], Tensor], rounds: int, *, both: bool
 ) -> Counter[str]:
-    """Call a model while another thread attaches and detaches, and with `both` calls it, too; counts what comes out."""
+    """Call a model while another thread attaches, detaches and (with `both`) also calls it; count the outcomes."""
     plain = call(model)
     with dropflow.attach(model, which):
         governed = call(model)
@@ -159,7 +159,7 @@ def outcomes(
             output = call(model)
         except DropflowError as refusal:
             return "refused" if CLEAR.search(str(refusal)) else f"{type(refusal).__name__}: {refusal}"
-        except Exception as error:  # noqa: BLE001  # it is told
+        except Exception as error:  # noqa: BLE001  # it is reported
             return f"{type(error).__name__}: {error}"
         return "plain" if torch.equal(output, plain) else "governed" if torch.equal(output, governed) else "wrong"
 
@@ -209,7 +209,7 @@ def test_two_hundred_rounds_of_attaching_divide_no_call(
 
 
 class Pause:
-    """A hook of the user that stops the first call it sees, so that others can act meanwhile."""
+    """A user hook that pauses the first call it sees, so that other threads can act in the meantime."""
 
     def __init__(self, module: Any) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
@@ -229,7 +229,7 @@ class Pause:
 
 
 def parts(model: Any) -> dict[str, Any]:
-    """Modules of a model, from its first to its last."""
+    """Modules of a model in the order in which they run."""
     return {
         "model": model,
         "core": model.model,
@@ -254,7 +254,7 @@ def test_detach_waits_for_the_forward_that_runs(llava: Any, part: str) -> None:
         running = worker.start(lambda: forward(llava))
         assert pause.reached.wait(20)
         detaching = other.start(flow.detach)
-        begun = part != "model"  # a hook of the user's that comes before ours: the call has not begun yet
+        begun = part != "model"  # a user hook that runs before ours: the call has not begun yet
         assert detaching.wait(0.1) != begun
         assert flow.attached == begun
         pause.go.set()
@@ -282,7 +282,7 @@ def test_a_forward_that_runs_when_a_policy_is_attached_stays_plain(
 
 
 def test_a_plain_forward_passes_layers_that_a_policy_works_inside_of(llava: Any) -> None:
-    """While a stage is asked between the halves of a vision layer, or ranks by a decoder layer, others run it whole."""
+    """While a stage works inside a vision layer or ranks by a decoder layer, other threads run the layer unchanged."""
     plain, worker = forward(llava), Worker()
     running: list[Any] = []
 
@@ -318,7 +318,7 @@ def test_attaching_and_detaching_inside_of_a_forward_are_refused(llava: Any, par
 
     def act(*_: Any) -> None:
         for each in (flow.detach, lambda: dropflow.detach(llava), lambda: dropflow.attach(llava, RAGGED)):
-            with pytest.raises(DropflowError, match="called inside of a forward of this model") as error:
+            with pytest.raises(DropflowError, match="called inside a forward of this model") as error:
                 each()
             said.append(str(error.value).partition(":")[0])
 
@@ -355,7 +355,7 @@ def test_of_policies_attached_at_once_one_wins(llava: Any, count: int) -> None:
         assert flows[0].attached
         assert dropflow.flow_of(llava) is flows[0]
         assert llava.config.dropflow["name"] == named[number].name
-        text = f"attach: the policy {named[number].name!r} is attached to this model already; detach it first"
+        text = f"attach: the policy {named[number].name!r} is already attached to this model; detach it first"
         assert [each for each in found if each is not flows[0]] == [text] * (count - 1)
         assert torch.equal(forward(llava), expected[number])
         flows[0].detach()
@@ -365,11 +365,11 @@ def test_of_policies_attached_at_once_one_wins(llava: Any, count: int) -> None:
 
 
 def one_boundary(keep: int) -> dict[str, Any]:
-    """So many tokens from the second layer on."""
+    """A policy that keeps the given number of tokens from the second layer on."""
     return policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {1: keep}})
 
 
-# Handles that are lost
+# Lost handles
 
 
 @pytest.mark.parametrize("which", [HIDROP, TOME, policy()], ids=["hidrop", "tome", "no stages"])
@@ -415,11 +415,11 @@ def test_flow_of_gives_what_attaching_returned(llava: Any) -> None:
         assert not flow.attached
 
 
-# Models inside of stages
+# Models called inside stages
 
 
 def stage_that_runs(run: Callable[[], Tensor], where: Any, found: list[Tensor]) -> type[Stage[Any]]:
-    """A stage that runs something and then decides: before a layer of the decoder (`prune`), or in the encoder."""
+    """A stage that runs a callable and then decides, either before a decoder layer (`prune`) or in the encoder."""
 
     class Encoding(Stage[Any]):
         encode_at = (where,)
@@ -498,7 +498,7 @@ def test_a_stage_that_runs_its_own_model_is_refused_by_name(llava: Any, where: A
     plain = forward(llava)
     with dropflow.attach(llava, policy(runs={"use": stage_that_runs(runs[part], where, [])})):
         for _ in range(2):
-            with pytest.raises(UnsupportedCall, match="called inside of its own forward, such as by a stage's hook"):
+            with pytest.raises(UnsupportedCall, match="called inside its own forward, for example by a stage's hook"):
                 forward(llava)
     assert torch.equal(forward(llava), plain)
 
@@ -535,7 +535,7 @@ def flows(llava: Any) -> Iterator[FlowSet]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[Callable[..., Tensor], Tensor]]:
-    """What each policy of the set gives by itself."""
+    """The output of each policy of the set when attached alone."""
     model, found = tiny_llava(), {}
     for name, which in SET.items():
         if which is not None:
@@ -574,7 +574,7 @@ def test_threads_choose_for_themselves(llava: Any, flows: FlowSet, alone: dict[s
             return [call(llava) for _ in range(5) for call in (forward, generate)]
 
     names = [None, *SET]
-    with flows.using("tome"):  # of this thread, which is nothing to others
+    with flows.using("tome"):  # applies only to this thread
         results = at_once(*(functools.partial(work, name) for name in names))
         assert torch.equal(forward(llava), alone["tome"][forward])
     for name, own in zip(names, results, strict=True):
@@ -591,7 +591,7 @@ def test_a_set_is_attached_and_detached_as_one(llava: Any, flows: FlowSet) -> No
         assert flows[name].attached  # type: ignore[union-attr]
     assert llava.config.dropflow["name"] == "inner"
     for attach in (dropflow.attach, functools.partial(dropflow.attach_set, default="x")):
-        with pytest.raises(UnsupportedModel, match="'inner', 'test', 'test' is attached to this model already"):
+        with pytest.raises(UnsupportedModel, match="'inner', 'test', 'test' is already attached to this model"):
             attach(llava, RAGGED if attach is dropflow.attach else {"x": RAGGED})
     flow = flows["fastv"]
     assert flow is not None
@@ -637,7 +637,7 @@ def test_only_the_default_is_recorded(llava: Any) -> None:
     with dropflow.attach_set(llava, SET, default="hidrop") as flows:
         assert flows["fastv"] is not None
         assert flows["hidrop"] is not None
-        with pytest.raises(UnsupportedCall, match="record: a model's config holds one policy, which is the default"):
+        with pytest.raises(UnsupportedCall, match="record: a model's config holds one policy, the default"):
             flows["fastv"].record()
         flows["hidrop"].record()
     assert llava.config.dropflow["name"] == "inner"
@@ -683,13 +683,13 @@ def test_a_generator_that_is_given_up_chooses_no_more(llava: Any, flows: FlowSet
 
     worker, streams = Worker(), [stream()]
     assert torch.equal(worker.run(lambda: next(streams[0])), alone["fastv"][forward])
-    streams.clear()  # ends the block, and in another thread than began it
+    streams.clear()  # ends the block in another thread than the one that began it
     gc.collect()
     assert torch.equal(worker.run(lambda: forward(llava)), alone["hidrop"][forward])
     assert torch.equal(forward(llava), alone["hidrop"][forward])
 
 
-# Threads that end, and processes that begin, in the middle of a forward
+# Threads that end and processes that start in the middle of a forward
 
 
 @pytest.mark.parametrize("error", [*ERRORS, RuntimeError])
@@ -720,7 +720,7 @@ warned = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:Depr
 
 
 def right_after_a_fork(model: Any, expected: Tensor, plain: Tensor, functions: dict[str, Any]) -> bool:
-    """Whether the attached model and the detached one are right."""
+    """Whether the outputs of the attached and of the detached model are correct."""
     right = torch.equal(forward(model), expected)
     dropflow.detach(model)
     return right and torch.equal(forward(model), plain) and dict(ALL_ATTENTION_FUNCTIONS) == functions

@@ -27,7 +27,7 @@ class EvictAfterPrefill(Stage[Any]):
 
 
 class EvictWhileDecoding(Stage[Any]):
-    """From every second step on, drops the visual entry of layer 1 that the newest token attends to least."""
+    """Drops, at every second step, the visual entry of layer 1 that the newest token attends to least."""
 
     decode_every = 2
     taps = (1,)
@@ -61,7 +61,7 @@ def test_eviction_after_prefill_equals_masking_those_keys(llava: Any) -> None:
         held = [layer.keys.shape[-2] for layer in cache.layers]
         logits = llava(input_ids=token, attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
     llava(**inputs, **{CACHE_ARGUMENT: reference})
-    # the same, hidden instead of evicted: visual entries after the third get keys that no query can reach
+    # the same, but hidden instead of evicted: visual entries after the third get keys that no query attends to
     visual = inputs["input_ids"] == 98
     hidden = visual & (visual.cumsum(1) > 3)
     handles = []

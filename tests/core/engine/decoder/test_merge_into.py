@@ -1,4 +1,4 @@
-"""Merging inside the LLM: states averaged before a layer, equal to the masked run that averages them, too."""
+"""Merging inside the LLM: averaging states before a layer equals a masked run that averages them as well."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dropflow.testing import MaskedOracle
 
 
 class Pairs(Stage[Any]):
-    """Of every image, each second token that is left is merged into the one before it, and goes."""
+    """Merges every second remaining token of each image into the one before it, and drops it."""
 
     prune_at = (1, 3)
 
@@ -66,7 +66,7 @@ def test_generated_tokens_equal_the_masked_run_without_cache(llava: Any, mode: d
 
 
 class Reversed(Stage[Any]):
-    """Of every image, the first half stays, in reverse order, and the last token merged into its last place."""
+    """Keeps the first half of each image, reversed, and merges the last token into its last slot."""
 
     prune_at = (1, 3)
 
@@ -112,7 +112,7 @@ def test_places_that_others_speak_of_are_not_moved(llava: Any, neighbour: dict[s
     plain = llava(**inputs).logits
     with (
         dropflow.attach(llava, policy(**neighbour, reverse={"use": Reversed})),
-        pytest.raises(DecisionError, match=r"stages\.reverse: at boundary 1 `prune` moves tokens that stay"),
+        pytest.raises(DecisionError, match=r"stages\.reverse: at boundary 1 `prune` moves kept tokens"),
     ):
         llava(**inputs)
     assert torch.equal(llava(**inputs).logits, plain)
@@ -166,7 +166,7 @@ def test_means_of_half_precision_are_taken_in_float32() -> None:
 
 
 def answering(into: Any, stages: int = 1, mask: Any = None) -> dict[str, Any]:
-    """A policy whose stages merge by `into(call)` at boundary 2, and keep what `mask` says of that: all by default."""
+    """A policy whose stages merge by `into(call)` at boundary 2 and keep what `mask` of it says, by default all."""
 
     class Answers(Stage[Any]):
         prune_at = (2,)
@@ -184,7 +184,7 @@ def own_slots(call: PruneCall) -> torch.Tensor:
 
 
 def moved(slot: int, target: int) -> Any:
-    """Own slots, but for one token of the first sample."""
+    """Every token's own slot, except for one token of the first sample."""
 
     def into(call: PruneCall) -> torch.Tensor:
         found = own_slots(call)
@@ -212,8 +212,8 @@ def chained(call: PruneCall) -> torch.Tensor:
         (answering(moved(4, 2)), "into no slot of its own image"),
         (answering(moved(4, 25)), "into no slot of its own image"),
         (answering(moved(4, 99)), "into no slot of its own image"),
-        (answering(chained, mask=unmerged), "or into one that is merged too and does not stay"),
-        (answering(own_slots, 2), r"stages\.s1: a stage before it merges tokens at boundary 2 already"),
+        (answering(chained, mask=unmerged), "or into one that is merged too and dropped"),
+        (answering(own_slots, 2), r"stages\.s1: another stage already merges tokens at boundary 2"),
     ],
 )
 @torch.no_grad()

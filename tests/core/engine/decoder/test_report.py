@@ -1,4 +1,4 @@
-"""The report counts the whole prompt, and what caches hold from then on: counted by hand from the caches themselves."""
+"""The report counts the whole prompt and what the caches hold afterwards, checked against the caches themselves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 
 BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 BYTES = 2 * 2 * 8 * 4
-"""Of one entry: keys and values of 2 heads of 8 numbers in float32."""
+"""Bytes of one entry: keys and values of 2 heads of 8 numbers in float32."""
 
 
 class EvictAtEveryStep(Stage[Any]):
-    """Drops the first visual entry that each sample has left, in layers 1 and 3."""
+    """Drops the first remaining visual entry of each sample in layers 1 and 3."""
 
     decode_every = 1
 
@@ -112,11 +112,11 @@ def test_nothing_is_decoded_right_after_the_prefill(llava: Any) -> None:
 
 
 PARTS = (5, 32)
-"""Where the prompt is cut: text alone, all images, and text with the padding of the shortest sample."""
+"""Where the prompt is split: text only, all images, and text with the padding of the shortest sample."""
 
 
 def fed_in_parts(model: Any, inputs: dict[str, Any], cache: Any) -> list[int]:
-    """Feed a prompt in three forwards onto one cache; the tokens of each."""
+    """Feed a prompt in three forwards onto one cache; return the number of tokens of each."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     edges = list(pairwise([0, *PARTS, ids.shape[1]]))
     for start, end in edges:
@@ -324,7 +324,7 @@ def test_conversations_and_policies_do_not_mix(llava: Any) -> None:
         assert [flows[name].report().steps for name in "ab"] == [1, 0]
         llava(**inputs, **{CACHE_ARGUMENT: DynamicCache()})
         llava(**(step | {"attention_mask": torch.ones(1, 27, dtype=torch.long)}), **{CACHE_ARGUMENT: first})
-        assert flows["a"].report().steps == 0, "another conversation went on"
+        assert flows["a"].report().steps == 0, "another conversation was counted"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Stages read the attention of layers that ran on other tokens than those they are asked about."""
+"""Stages read the attention of layers that ran on other tokens than those now live."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PYRAMID = HIDROP["stages"]["pyramid"]
 
 
 class ReadsAtTheEnd(Stage[Any]):
-    """Looks at the last token's attention in several layers after the prefill."""
+    """Reads the last token's attention in several layers after the prefill."""
 
     taps = (0, 1, 3, 5)
 
@@ -36,7 +36,7 @@ class ReadsAtTheEnd(Stage[Any]):
 
 
 class Evicts(Stage[Any]):
-    """Lets go of every second visual entry of layers 1 and 3."""
+    """Evicts every second visual entry of layers 1 and 3."""
 
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep:
@@ -94,7 +94,7 @@ def test_attention_at_decode_steps_counts_the_calls_own_tokens(llava: Any) -> No
 
 
 class ReadsLater(Stage[Any]):
-    """Reads layer 1, which ran on all tokens, when few of them are left."""
+    """Reads layer 1, which ran on all tokens, when only a few of them remain."""
 
     taps = (1,)
 
@@ -141,6 +141,6 @@ def test_a_layer_before_vision_entered_is_refused_at_a_boundary(llava: Any) -> N
     late = policy(inject={"use": "hidrop/late-injection", "at": 2}, reads={"use": ReadsLater})
     with (
         dropflow.attach(llava, late),
-        pytest.raises(DecisionError, match=r"stages\.reads: layer 1: vision has entered since, at boundary 2"),
+        pytest.raises(DecisionError, match=r"stages\.reads: layer 1: ran before vision entered at boundary 2"),
     ):
         llava(**prompt())

@@ -1,4 +1,4 @@
-"""Attention rows equal those of the eager model's maps, by tap and by probe, and leave the kernels alone."""
+"""Attention rows by tap and by probe equal those of the eager model's maps, and the kernels are not changed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_rows_that_see_nothing_are_zero_and_nan_stays_nan() -> None:
 
 
 def test_a_layer_that_bypasses_the_interface_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="without looking its attention up"):
+    with pytest.raises(RuntimeError, match="without looking up its attention"):
         probe("sdpa", lambda: None)
 
 

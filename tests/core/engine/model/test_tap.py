@@ -1,4 +1,4 @@
-"""Looking at q and k leaves the table of attention functions as it was found, whoever has edited it."""
+"""Reading q and k leaves the table of attention functions unchanged, even if others have edited it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL: dict[str, Any] = vars(ALL_ATTENTION_FUNCTIONS)["_local_mapping"]
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """Names of layers whose attention has run by an override of this test."""
+    """Names of layers whose attention ran through this test's override."""
     seen: list[str] = []
 
     def counted(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Static and quantized caches: right where all layers hold the same tokens, refused elsewhere."""
+"""Static and quantized caches are correct if all layers hold the same tokens, and refused otherwise."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_quantized_cache_gives_the_tokens_of_a_dynamic_one(llava: Any, which: 
         assert torch.equal(llava.generate(**inputs, **TOKENS, **{CACHE_ARGUMENT: cache}), expected)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 5
     missing = {"encode": 16 - 7, "divprune": 16 - 6}.get(which, 0)
-    longest = inputs["attention_mask"].sum(1).max()  # the sample with two images; nobody else is as long
+    longest = inputs["attention_mask"].sum(1).max()  # the sample with two images is the longest
     held = entries_of(cache.layers[0]) - 5
     assert held == (longest - 2 * missing if missing else longest)
 
@@ -108,7 +108,7 @@ def test_a_policy_by_which_layers_differ_refuses_them_before_the_forward(llava: 
 
 
 def offloaded() -> dict[str, Cache]:
-    """A cache that says it offloads, which needs a GPU to be made."""
+    """A cache that claims to offload, since a real one needs a GPU."""
     cache = DynamicCache()
     cache.offloading = True
     return {CACHE_ARGUMENT: cache}

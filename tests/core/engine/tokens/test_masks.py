@@ -37,7 +37,7 @@ def test_ragged_samples_get_a_causal_mask_that_hides_padding() -> None:
 def test_a_row_of_padding_sees_itself_in_a_boolean_mask_and_no_row_is_empty() -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     total = causal.expand(2, 1, 4, 4).clone()
-    total[1, :, :, :3] = False  # the model's own mask hides what is padding to it
+    total[1, :, :, :3] = False  # the model's own mask hides padding
     mask = gather_mask(total, LIVE, keys(LIVE), flash=False)
     assert mask is not None
     assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]

@@ -1,4 +1,4 @@
-"""`positions: compact`: renumbered after every drop, alike alone and in a batch, identical where nothing is dropped."""
+"""`positions: compact` renumbers after every drop, the same alone and in a batch, and changes nothing without drops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_dropping_nothing_is_bit_identical(llava: Any, side: str, mode: dict[str
 
 
 def by_hand(model: Any, inputs: dict[str, Tensor], live: Tensor) -> Tensor:
-    """Logits of one sample's last live tokens: every layer on its own live rows, at positions 0, 1, 2, ..."""
+    """Logits of one sample's last live tokens, with every layer run on its own live rows at positions 0, 1, 2, ..."""
     text = model.get_decoder()
     hidden = model.get_input_embeddings()(inputs["input_ids"])
     features = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -159,7 +159,7 @@ def test_a_second_turn_continues_where_each_layer_stands(llava: Any) -> None:
         ]
         mask = torch.ones(1, first["input_ids"].shape[1] + later["input_ids"].shape[1], dtype=torch.long)
         llava(**(later | {"attention_mask": mask}), **{CACHE_ARGUMENT: cache})
-        live = flow.live()[:, 0, first["input_ids"].shape[1] :]  # no step lies between, so that both are one prompt
+        live = flow.live()[:, 0, first["input_ids"].shape[1] :]  # no step in between, so both are one prompt
     for handle in handles:
         handle.remove()
     assert len(set(held)) == 3

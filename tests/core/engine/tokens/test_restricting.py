@@ -1,4 +1,4 @@
-"""What a decoder layer is given, restricted by name."""
+"""Arguments of a decoder layer are restricted by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_not_known_by_name_is_refused_whatever_its_shape() -> None:
     check_arguments(known | {"router": torch.ones(4, 4)}, LIVE, {"router": -1})
     with pytest.raises(UnsupportedCall, match=r"router: of shape \(4, 5\), expected 4 tokens in dimension -1"):
         check_arguments(known | {"router": torch.ones(4, 5)}, LIVE, {"router": -1})
-    with pytest.raises(UnsupportedCall, match="cu_seq_lens_q: a padding-free batch"):
+    with pytest.raises(UnsupportedCall, match="cu_seq_lens_q: states where the documents of a padding-free batch"):
         check_arguments(known | {"cu_seq_lens_q": torch.tensor([0, 4])}, LIVE, {})
 
 

@@ -1,4 +1,4 @@
-"""What `encode` gives a patch to carry reaches `prune` of the same stage, whatever happens to the rows in between."""
+"""Numbers `encode` attaches to a patch reach `prune` of the same stage, whatever happens to its row in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
 class Numbered(Stage[Any]):
-    """Each patch carries 100 x image + place, and (place squared) beside it; remembers what arrived."""
+    """Each patch carries 100 x image + place, and place squared; records what arrives."""
 
     width: ClassVar[int] = 2
     seen: ClassVar[list[PruneCall]] = []
@@ -53,7 +53,7 @@ class Other(Numbered):
 
 
 class Thin(Stage[Any]):
-    """Every third row goes, and the next two become their mean at the place of the second."""
+    """Drops every third row, and replaces the next two by their mean at the place of the second."""
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:
@@ -68,7 +68,7 @@ def _forget() -> None:
 
 
 def check(calls: list[PruneCall], offset: int = 0) -> None:
-    """Every patch has what its own place was given; text has zeros."""
+    """Check that every patch has the numbers given to its place, and text has zeros."""
     assert calls
     for call in calls:
         assert call.carried is not None
@@ -168,7 +168,7 @@ def test_questions_are_one_per_sample_and_the_copies_of_a_sample_share_its() -> 
         with dropflow.questions(["all"]):
             model(**INPUTS)
         assert {call.questions for call in Reader.seen} == {("a", "a", "b", "b", "c", "c"), ("all",) * 3}
-        model(INPUTS["input_ids"][2:])  # without an image nobody asks
+        model(INPUTS["input_ids"][2:])  # without an image no stage is asked
         failed: list[Exception] = []
 
         def run() -> None:

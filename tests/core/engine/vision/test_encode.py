@@ -117,7 +117,7 @@ def test_rows_dropped_inside_the_encoder_are_gone_for_its_later_layers(attention
         together = model(**inputs).logits
         live = flow.live()
         assert sizes == [(3, 17, 16), *[(3, 9, 16)] * 3]
-        # image 1 keeps 6 rows and is padded beside the others: alone it must give the same
+        # image 1 keeps 6 rows and is padded in the batch: alone it must give the same
         first = model.get_image_features(inputs["pixel_values"]).pooler_output[1]
         swapped = inputs["pixel_values"][[0, 1]]
         second = model.get_image_features(swapped).pooler_output[1]
