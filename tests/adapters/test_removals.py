@@ -34,7 +34,7 @@ REMOVALS = [
         "        return [[ImageLayout(tile, self.grid(tile))] * (size // tile) for size in sizes]\n",
         "        return [[ImageLayout(size)] for size in sizes]\n",
         r"Idefics3 \(images\): the fact 'image owner' is wrong: token \d+ of sample 1 is a patch of image 2, but the "
-        r"adapter gives it to an image with other patches; it tells 2 images apart, the prompt has 4; see `layouts`",
+        r"adapter gives it to an image with other patches; it states 2 images, the prompt has 4; see `layouts`",
         id="image owner",
     ),
     pytest.param(
