@@ -86,9 +86,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained, model_folder, cl
 def test_a_run_is_resumed_as_it_was_begun(trained, model_folder, refused) -> None:
     arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", trained / "model", "--resume")
     line = refused("train", *arguments, *SMALL, "--batch", 3, "--set", "stages.exit.at=4", "--save-every", 1)
-    assert (
-        "settings.json: --resume keeps a run's settings, but these differ: batch (then: 2, now: 3), po" in line
-    )
+    assert "settings.json: --resume keeps a run's settings, but these differ: batch (then: 2, now: 3), po" in line
     assert "'at': 4" in line
     assert "save_every" not in line
 
