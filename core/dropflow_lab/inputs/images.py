@@ -29,7 +29,9 @@ def read_image(path: Path) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: larger than PIL.Image.MAX_IMAGE_PIXELS allows: {error}; make it smaller") from None
     except Exception as error:  # decoders raise all kinds of errors on malformed bytes
-        raise InputError(f"{path}: not a readable image: {shortened(str(error))}; save it as PNG or JPEG") from error
+        raise InputError(
+            f"{path}: not an image that can be read: {shortened(str(error))}; save it as PNG or JPEG"
+        ) from error
 
 
 def is_file(path: Path) -> bool:

@@ -57,7 +57,7 @@ def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch) -> None:
             raise error
 
         monkeypatch.setattr(Image.Image, "convert", fails)
-        with pytest.raises(InputError, match=r"a\.png: not a readable image") as refused:
+        with pytest.raises(InputError, match=r"a\.png: not an image that can be read") as refused:
             read_image(tmp_path / "a.png")
         assert "\n" not in str(refused.value)
 

@@ -311,7 +311,7 @@ def test_rows_of_unknown_origin_are_traced_but_not_replayed() -> None:
 
     *_, trace = tiny_trace(policy(half={"use": Halved}))
     assert trace.entering(trace.runs[0]) == [list(range(0, 16, 2))] * 2
-    with pytest.raises(PolicyError, match=r"stages\.half: put new rows .*`Encode\.shares`"):
+    with pytest.raises(PolicyError, match=r"stages\.half: replaced rows .*`Encode\.shares`"):
         dropflow.attach(tiny_llava(), replay_policy(trace))
     with pytest.raises(PolicyError, match="run: expected 0 to 0, got 1"):
         replay_policy(trace, 1)
