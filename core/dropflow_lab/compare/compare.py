@@ -94,7 +94,7 @@ class Comparing:
         whole = self._answers(None).entry_visual_tokens
         each = backbone_for(self._model).tokens_per_image
         if each is None or whole != round(whole):
-            return average / whole if average < whole else None
+            return max(average, 1) / whole if average < whole else None
         count = max(1, round(average * each / whole))
         return count if count < each else None
 

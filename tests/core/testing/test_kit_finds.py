@@ -62,6 +62,16 @@ class RemembersPrompts(Stage[Any]):
         return Keep((call.image_id >= 0).cumsum(1) <= self.calls)
 
 
+class KeepsEvenPlaces(Stage[Any]):
+    """Where a token lies in the batch depends on the padding, and so on the neighbours."""
+
+    prune_at = (2,)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        return Keep(call.index % 2 == 0)
+
+
 class Promises(Stage[Any]):
     def forecast(self) -> Forecast:
         return Forecast(keeps={2: Budget(tokens=5)})
@@ -127,6 +137,7 @@ FACTS = r"x llava: guarantee 5 .*: on a model without the fact '{}', which the s
         (LeaksBetweenSamples, DECODING + r"of layer 2 after step \d alone"),
         (CountsItsCalls, r"guarantee 4 .*: a second, equal generation gives sample \d other entries .* layer 2 after"),
         (RemembersPrompts, r"guarantee 4 .*: a second, equal call keeps other tokens of sample 0 from layer 2 on"),
+        (KeepsEvenPlaces, r"guarantee 3 \(batch invariance\) is broken"),
         (Promises, r"guarantee 5 .*: 5 visual tokens are forecast for image 0 \(sample 0, 16 patches\) in layer 2,"),
         (NeedsANorm, FACTS.format("final_norm")),
         (NeedsRotary, FACTS.format("rotary")),

@@ -36,8 +36,8 @@ VISION: Mapping[str, Any] = {
 """Sizes of a tiny vision encoder, under the names that most configs use."""
 Part = int | Literal["I", "V"]
 """A part of a prompt: that many text tokens, an image, or a video."""
-SAMPLES: Sequence[Sequence[Part]] = ((3, "I", 5), (1, "I", 2, "I", 9), (4,))
-"""Samples of different lengths, with one image, two images, and none."""
+SAMPLES: Sequence[Sequence[Part]] = ((3, "I", 5), (1, "I", 2, "I", 10), (4,))
+"""Samples with one image, two images, and none; the first is padded by an odd number where images have an even one."""
 
 
 @dataclass(frozen=True)
