@@ -44,7 +44,7 @@ troubleshooting: $(VENV)/.dev
 
 # Every installed policy on the embedded model, into docs/results.md; what is finished is not measured again. Policies as
 # published and with persistent positions are measured in two processes of one thread each; the last command reads both.
-COMPARE := OMP_NUM_THREADS=1 $(BIN)/dropflow compare --questions 250 --timed 2 --out results \
+COMPARE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/dropflow compare --questions 250 --timed 2 --out results \
 	--policies all,docs/results/mustdrop-57.yaml,docs/results/mustdrop-43.yaml
 
 results: $(VENV)/.dev

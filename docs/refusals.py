@@ -85,7 +85,8 @@ def error_classes() -> list[tuple[str, str, str]]:
     """Every class, the builtin that it keeps, and when it is raised."""
     trees = [ast.parse((ROOT / f"core/{package}/errors.py").read_text(encoding="utf-8")) for package in
              ("dropflow", "dropflow_lab")]  # fmt: skip
-    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    classes = [node for node in nodes if not node.name.startswith("_")]
     return [
         (f"`{node.name}`", f"`{ast.unparse(node.bases[-1])}`", ast.get_docstring(node) or "")
         for node in classes

@@ -234,7 +234,7 @@ def fingerprint(model: Any) -> list[Any]:
 
 @torch.no_grad()
 def check_isolation(case: Case) -> float:
-    """Guarantee 4: a detached flow or an aborted forward leaves nothing behind."""
+    """Guarantee 4: a detached flow or an aborted forward leaves no trace."""
     model = case.model
     plain, before = model(**case.inputs).logits, fingerprint(model)
     with case.attach():
