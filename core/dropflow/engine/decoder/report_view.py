@@ -23,7 +23,7 @@ def line(report: Report) -> str:
         f"<Report of {report.policy!r}: {report.entry_visual_tokens:g} visual tokens at entry, "
         f"{report.average_visual_tokens:.2f} on average over {len(report.layers)} layers, "
         f"{_share(report.flops, report.flops_dense)} of the dense FLOPs, "
-        f"{_share(report.kv_bytes_end, report.kv_bytes_end_dense)} of the dense KV bytes after {report.steps} steps>"
+        f"{_share(report.kv_bytes_end, report.kv_bytes_end_dense)} of the dense KV bytes after {_times(report.steps, 'step')}>"
     )
 
 
@@ -56,7 +56,7 @@ def figure(report: Report) -> Figure:
     tokens.set_ylabel("visual tokens in the prefill")
     for shift, color, label, held in (
         (-0.2, _BEFORE, "after the prefill", [row.kv_entries for row in report.layers]),
-        (0.2, _AFTER, f"after {report.steps} steps", [row.kv_entries_end for row in report.layers]),
+        (0.2, _AFTER, f"after {_times(report.steps, 'step')}", [row.kv_entries_end for row in report.layers]),
     ):
         entries.bar([layer + shift for layer in layers], held, width=0.4, color=color, label=label)
     entries.set_ylabel("KV entries")
@@ -90,7 +90,7 @@ def _sums(report: Report) -> list[str]:
     ]
     if report.steps:
         found.append(
-            f"after {report.steps} more tokens: KV bytes {report.kv_bytes_end:g} "
+            f"after {_times(report.steps, 'more token')}: KV bytes {report.kv_bytes_end:g} "
             f"(dense {report.kv_bytes_end_dense:g}), "
             f"{report.average_visual_tokens_answer:.2f} visual tokens attended to on average"
         )
@@ -99,3 +99,7 @@ def _sums(report: Report) -> list[str]:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "none"
+
+
+def _times(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
