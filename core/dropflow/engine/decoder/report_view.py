@@ -23,7 +23,8 @@ def line(report: Report) -> str:
         f"<Report of {report.policy!r}: {report.entry_visual_tokens:g} visual tokens at entry, "
         f"{report.average_visual_tokens:.2f} on average over {len(report.layers)} layers, "
         f"{_share(report.flops, report.flops_dense)} of the dense FLOPs, "
-        f"{_share(report.kv_bytes_end, report.kv_bytes_end_dense)} of the dense KV bytes after {_times(report.steps, 'step')}>"
+        f"{_share(report.kv_bytes_end, report.kv_bytes_end_dense)} of the dense KV bytes "
+        f"after {_times(report.steps, 'step')}>"
     )
 
 
