@@ -41,7 +41,7 @@ REMOVALS = [
         "llava_next:LlavaNext",
         "line_ends=True)\n                found",
         "line_ends=False)\n                found",
-        r"LlavaNext \(images\): the fact 'token ids' is wrong: LlavaNext.layouts: gives the grid \(8, 2\) to an "
+        r"LlavaNext \(images\): the fact 'token ids' is wrong: LlavaNext.layouts: states the grid \(8, 2\) for an "
         r"image of 24 patches; correct the adapter's grid or extra rows",
         id="newlines",
     ),

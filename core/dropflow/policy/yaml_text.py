@@ -119,7 +119,7 @@ def _scalar(construct: Callable[[Any, Any], Any], kind: str) -> Callable[[_Loade
     """A constructor that raises a clear error for a scalar that is not of the kind its tag or form suggests."""
 
     def checked(loader: _Loader, node: Node) -> Any:
-        if kind == "number" and _OTHER_BASE.fullmatch(str(node.value)):
+        if kind == "a number" and _OTHER_BASE.fullmatch(str(node.value)):
             told = f"{quoted(node.value)} is a number to the base 8 or 60 in YAML; write it in decimal"
             raise ConstructorError(None, None, told, node.start_mark)
         try:

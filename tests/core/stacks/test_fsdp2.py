@@ -125,4 +125,4 @@ def test_ranking_changes_nothing_where_parameters_are_gathered_in_bfloat16(ranks
 
 def test_gradients_of_a_layer_that_runs_in_halves_are_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["refusal"].startswith("FSDP2: a stage works inside of a layer that trains, but a sharded layer")
+        assert rank["refusal"].startswith("FSDP2: a stage works inside a layer that trains, but a sharded layer")
