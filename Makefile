@@ -42,18 +42,11 @@ docs: $(VENV)/.dev
 troubleshooting: $(VENV)/.dev
 	$(BIN)/python docs/refusals.py
 
-# Every installed policy on the embedded model, into docs/results.md; what is finished is not measured again. Policies as
-# published and with persistent positions are measured in two processes of one thread each; the last command reads both.
-COMPARE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/dropflow compare --questions 250 --timed 2 --out results \
-	--policies all,docs/results/mustdrop-57.yaml,docs/results/mustdrop-43.yaml
-
+# Every installed policy on the embedded model, into docs/results.md; what is finished is not measured again.
 results: $(VENV)/.dev
-	$(MAKE) --jobs 2 results-published results-persistent
-	$(COMPARE) --positions both --into docs/results.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/dropflow compare --questions 250 --timed 2 --positions both --out results \
+		--policies all,docs/results/mustdrop-57.yaml,docs/results/mustdrop-43.yaml --into docs/results.md
 	cp results/compare.png docs/results/compare.png
-
-results-published results-persistent: results-%: $(VENV)/.dev
-	$(COMPARE) --positions $* > /dev/null
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
@@ -60,7 +61,8 @@ class Lifecycle:
 HOOKS = tuple(name for name in vars(Lifecycle) if not name.startswith("_"))
 
 
-def hook_faults(kind: type[Stage[Any]]) -> list[str]:
+@lru_cache(maxsize=256)  # the same few classes, whenever a policy is read
+def hook_faults(kind: type[Stage[Any]]) -> tuple[str, ...]:
     """Why methods of a stage cannot be called as hooks: a missing or misplaced marker, or a wrong signature."""
     faults = []
     for name, method in inspect.getmembers_static(kind, inspect.isroutine):
@@ -72,7 +74,7 @@ def hook_faults(kind: type[Stage[Any]]) -> list[str]:
         elif marked and not _required(method) <= _required(getattr(Lifecycle, name)):
             expected = inspect.signature(getattr(Lifecycle, name))
             faults.append(f"defines {name}{inspect.signature(method)}, expected {name}{expected}".replace("'", ""))
-    return faults
+    return tuple(faults)
 
 
 def _required(method: Any) -> set[str]:

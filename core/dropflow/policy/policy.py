@@ -131,7 +131,8 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
             raise PolicyError(
                 f"{path}.use: no stage named {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
-    faults = [f"{path}: {fault}" for fault in (*hook_faults(stage), *_never_asked(stage))]
+    marks = hook_faults(stage)  # type: ignore[arg-type]  # mypy does not take a class for hashable
+    faults = [f"{path}: {fault}" for fault in (*marks, *_never_asked(stage))]
     if faults:
         raise PolicyError(listed(faults))
     context = {LOCAL_MODELS: local_models}
