@@ -7,9 +7,6 @@ from typing import Any
 from dropflow import Backbone
 from dropflow.errors import UnsupportedModel
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of decoder layers for which dropping a token equals masking it."""
-
 
 class Auto(Backbone):
     """A core with `get_image_features` and a text decoder with `layers`, found by transformers' own accessors.
@@ -34,7 +31,8 @@ class Auto(Backbone):
     def text(self) -> Any:
         """The text decoder, without the LM head where `get_decoder` returns both."""
         decoder = self.model.get_decoder()
-        return decoder if "layers" in decoder._modules else decoder.base_model
+        owners = (module for module in decoder.modules() if "layers" in module._modules)
+        return next(owners, decoder)
 
     def _misfit(self) -> str | None:
         """Why the model does not have the usual shape; `None` if it does."""
@@ -53,15 +51,6 @@ class Auto(Backbone):
             return "its decoder reads images by cross-attention, so visual tokens are not in the decoder's sequence"
         if not hasattr(self.core, "get_image_features"):
             return "its core has no `get_image_features`, so images do not become tokens of the prompt there"
-        return self._misfit_of_layers(self.text.config, inside)
-
-    def _misfit_of_layers(self, config: Any, inside: set[str]) -> str | None:
-        shared = getattr(config, "num_kv_shared_layers", 0)
-        if shared:
-            return f"{shared} layers share keys with other layers, so layers cannot hold different tokens"
-        kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
-        if kinds or inside & {"linear_attn", "mamba", "short_conv"}:
-            return f"it has recurrent layers ({', '.join(sorted(kinds))}), where dropping a token is not masking it"
         if not self.visual_ids:
             return "its config has no `image_token_id`, so visual tokens cannot be identified"
         return None

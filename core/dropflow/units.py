@@ -57,6 +57,18 @@ class BackboneShape:
     """Decoder layers, L."""
     visual_tokens: int | None
     """Visual tokens of one image at entry to the LLM; `None` where the number differs between images."""
+    attending: tuple[int, ...] | None = None
+    """Decoder layers with attention, ascending; `None` for all. The others are recurrent, or mix no tokens."""
+
+    def attends(self, layer: int) -> bool:
+        """Whether a decoder layer has attention."""
+        return self.attending is None or layer in self.attending
+
+    def ranks_by(self, layer: int) -> int | None:
+        """The last layer up to `layer` with attention, whose rows stand for those of `layer`; `None` for none."""
+        if self.attending is None:
+            return layer
+        return max((number for number in self.attending if number <= layer), default=None)
 
 
 @dataclass(frozen=True)

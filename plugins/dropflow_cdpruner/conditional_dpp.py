@@ -106,6 +106,11 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
         """With `clip`."""
         return self.options.clip is not None
 
+    @property
+    def ranks(self) -> bool:
+        """False: it reads no attention."""
+        return False
+
     def forecast(self) -> Forecast:
         """The budget, from the boundary on."""
         return Forecast(keeps={self._at: self._budget})

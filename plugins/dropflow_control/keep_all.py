@@ -15,6 +15,11 @@ class KeepAll(Stage[StageOptions]):
         """Every boundary at which vision is live."""
         return tuple(range(self.context.window.entry, self.context.window.exit))
 
+    @property
+    def ranks(self) -> bool:
+        """False: it reads no attention."""
+        return False
+
     def forecast(self) -> Forecast:
         """All of an image's tokens, everywhere."""
         return Forecast(keeps=dict.fromkeys(self.prune_at, Budget(share=1.0)))

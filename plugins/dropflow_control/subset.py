@@ -75,6 +75,11 @@ class Subset(Stage[O_co], Generic[O_co]):
         """The output of the vision encoder, with `encode`."""
         return () if self._encoded is None else (None,)
 
+    @property
+    def ranks(self) -> bool:
+        """False: it reads no attention."""
+        return False
+
     def forecast(self) -> Forecast:
         """The budgets."""
         return Forecast(encoded=self._encoded, keeps=self._keeps)

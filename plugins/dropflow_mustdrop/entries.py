@@ -10,11 +10,11 @@ from dropflow import CacheCall, CacheView
 
 
 def survivors(call: CacheCall, first: int, last: int) -> dict[int, Bool[Tensor, "batch keys"]]:
-    """For each layer from `first` on that holds others than layer `last`: the entries of tokens that both hold."""
-    final = call.layers[last]
+    """For each layer from `first` on that holds others than the last one up to `last`: entries of tokens both hold."""
+    *earlier, final = [view for view in call.layers if first <= view.layer <= last]
     held = torch.zeros(len(final.index), call.length + 1, dtype=torch.bool, device=final.index.device)
     held.scatter_(1, final.index.masked_fill(~final.valid, call.length), True)  # padding: a column nobody reads
-    reduced = [view for view in call.layers[first:last] if view.same_as != final.same_as]
+    reduced = [view for view in earlier if view.same_as != final.same_as]
     return {view.layer: held.gather(1, view.index) for view in reduced}
 
 

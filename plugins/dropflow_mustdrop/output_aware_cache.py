@@ -82,6 +82,12 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
                 f"{context.path('at')}: no visual token is left from boundary {context.window.exit} on; expected a "
                 f"boundary from 0 to {self._last}"
             )
+        self._layers = tuple(filter(context.scale.target.attends, range(self._first, self._last + 1)))
+        if not self._layers:
+            raise PolicyError(
+                f"{context.path('at')}: no layer from {self._first} to {self._last} has attention, so that none holds "
+                "entries; lower the boundary"
+            )
         self._budget = _count(options, context)
 
     @property
@@ -91,8 +97,8 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
     @property
     def decode_taps(self) -> tuple[int, ...]:
-        """The layers that evict while decoding."""
-        return tuple(range(self._first, self._last + 1)) if self.options.interval else ()
+        """The layers that evict while decoding: those with attention."""
+        return self._layers if self.options.interval else ()
 
     @hookimpl
     def decode_cache(self, call: CacheCall) -> CacheKeep | None:
@@ -101,7 +107,7 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
         if call.step == 0:
             return CacheKeep(survivors(call, self._first, self._last))
-        views = [call.layers[number] for number in self.decode_taps]
+        views = [view for view in call.layers if view.layer in self._layers]
         seen = {view.layer: attended(call, view) for view in views}
         if call.step % self.options.interval:
             return CacheKeep({}, seen)

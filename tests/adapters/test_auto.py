@@ -68,21 +68,10 @@ def gemma3n_like() -> Any:
     return model
 
 
-def hybrid() -> Any:
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "out_hidden_size": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "patch_size": 4,
-        "num_position_embeddings": 64,
-    }
-    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
-    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    return transformers.Qwen3_5ForConditionalGeneration(
-        transformers.Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
-    )
+def indexed() -> Any:
+    model = UNSEEN["deepseek_vl"].build()
+    model.get_decoder().config.layer_types = ["full_attention"] * 2 + ["indexed_attention"] * 4
+    return model
 
 
 def language_model() -> Any:
@@ -95,11 +84,11 @@ def language_model() -> Any:
         (mllama, r"'mllama', and `auto` cannot serve it: its decoder reads images by cross-attention"),
         (blip2, r"'blip-2', and `auto` cannot serve it: a Q-Former turns its images into queries"),
         (t5, r"'t5', and `auto` cannot serve it: it is an encoder-decoder"),
-        (gemma3n_like, r"`auto` cannot serve it: 2 layers share keys with other layers"),
-        (hybrid, r"'qwen3_5', and `auto` cannot serve it: it has recurrent layers \(linear_attention\)"),
+        (gemma3n_like, r"text decoder: 2 layers share keys with other layers"),
+        (indexed, r"text decoder: layer 2 is of kind 'indexed_attention', of which dropflow does not know"),
         (language_model, r"'llama', and `auto` cannot serve it: its core has no `get_image_features`"),
     ],
-    ids=["cross-attention", "Q-Former", "encoder-decoder", "shared keys", "recurrent", "no vision"],
+    ids=["cross-attention", "Q-Former", "encoder-decoder", "shared keys", "indexed", "no vision"],
 )
 def test_a_model_of_another_shape_is_refused_with_the_reason(build: Callable[[], Any], reason: str) -> None:
     model = build()

@@ -17,7 +17,7 @@ from watching import Watch, told
 import dropflow
 from dropflow import hookimpl
 from dropflow.backbone.versions import CACHE_ARGUMENT
-from dropflow.engine.tokens.cache import FlowLayer
+from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.operators.ranking import text_rows
 from dropflow_mustdrop import DualAttention, equal_token_number
 

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
+from dropflow.backbone.mixers import Mixer, mixers_of
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
@@ -119,8 +121,21 @@ class Backbone:
         """
         return None
 
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """What mixes the tokens of each decoder layer, from the config of the text decoder."""
+        return mixers_of(self.text.config, self.text._modules.get("layers", ()))
+
+    def neutral_padding(self, layer: Any) -> bool:
+        """Whether padding before a sample leaves the state of this recurrent layer empty.
+
+        True where the layer zeroes padding and its input projection has no bias, which would fill it again.
+        """
+        inputs = (module for name, module in layer.named_modules() if name.split(".")[-1].startswith("in_proj"))
+        return all(getattr(module, "bias", None) is None for module in inputs)
+
     def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
-        """Where a decoder layer projects q, k and v, so that ranking computes only what it reads.
+        """Where a decoder layer with attention projects q, k and v, so that ranking computes only what it reads.
 
         `None` (also right for a fused projection) makes the engine compute all three for all live tokens.
         """
@@ -151,7 +166,7 @@ class Backbone:
         rotate at all; an adapter that knows its family overrides this.
         """
         config = self.text.config
-        kinds = set(getattr(config, "layer_types", None) or ())
+        kinds = {mixer.name for mixer in self.mixers if mixer.kind == "attention"}
         parameters = getattr(config, "rope_parameters", None) or {}
         alike = len(kinds) < 2 or kinds <= parameters.keys()
         layer = self.text._modules["layers"][0]
@@ -161,7 +176,13 @@ class Backbone:
     @property
     def shape(self) -> BackboneShape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
-        return BackboneShape(layers=self.text.config.num_hidden_layers, visual_tokens=self.tokens_per_image)
+        mixers = self.mixers
+        attending = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
+        return BackboneShape(
+            layers=len(mixers),
+            visual_tokens=self.tokens_per_image,
+            attending=None if len(attending) == len(mixers) else attending,
+        )
 
     @property
     def tokens_per_image(self) -> int | None:
@@ -172,6 +193,17 @@ class Backbone:
     def decoder_widths(self) -> DecoderWidths:
         """Widths of the text decoder, for FLOPs and KV bytes."""
         return DecoderWidths.of(self.text.config)
+
+    @property
+    def work_without_attention(self) -> dict[int, int]:
+        """Multiply-adds per token of every decoder layer without attention, by layer; an estimate from its weights."""
+        shape, text = self.shape, self.text
+        layers = list(text._modules["layers"]._modules.values())
+        return {
+            number: flops.without_attention(layers[number], text.config)
+            for number in range(shape.layers)
+            if not shape.attends(number)
+        }
 
     @property
     def visual_ids(self) -> dict[str, int]:

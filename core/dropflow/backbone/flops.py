@@ -18,7 +18,7 @@ class DecoderWidths:
     hidden: int
     """d, the hidden size."""
     intermediate: int
-    """m, the width of the gated MLP (three matrices)."""
+    """m, the width of the gated MLP (three matrices); in a mixture of experts, of those that a token passes through."""
     heads: int
     """Query heads."""
     kv_heads: int
@@ -34,7 +34,7 @@ class DecoderWidths:
         heads = config.num_attention_heads
         return cls(
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=_intermediate(config),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -44,6 +44,14 @@ class DecoderWidths:
 
 LLAVA_7B = DecoderWidths(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32064)
 """LLaVA-1.5-7B, the shape that published numbers of average tokens and FLOPs refer to."""
+
+
+def _intermediate(config: Any) -> int:
+    experts, width = getattr(config, "num_experts_per_tok", None), getattr(config, "moe_intermediate_size", None)
+    if experts and width:
+        shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
+        return int(experts * width + shared)
+    return int(config.intermediate_size)
 
 
 def vision_only(tokens: float, shape: DecoderWidths) -> float:
@@ -64,6 +72,27 @@ def layer(queries: N, keys: N, shape: DecoderWidths) -> N:
     """
     d, m, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return queries * (2 * d * q + 2 * d * kv + 3 * d * m) + 2 * queries * keys * q
+
+
+def without_attention(layer: Any, config: Any) -> int:
+    """Multiply-adds per token of a decoder layer with a recurrent state or a convolution, or without a mixer.
+
+    An estimate from the layer's weights: its matrices, its convolution, of its experts those that a token passes
+    through, and 4 heads d_k d_v for reading and writing a recurrent state. The past costs nothing.
+    """
+    work = 0
+    for name, weight in layer.named_parameters():
+        matrix = weight.dim() == 2 or "conv" in name
+        if weight.dim() == 3 and "conv" not in name:  # (experts, out, in)
+            work += int(weight.numel() * (getattr(config, "num_experts_per_tok", 1) or 1) / weight.shape[0])
+        elif matrix:
+            work += weight.numel()
+    heads = getattr(config, "linear_num_value_heads", None)
+    if heads and any("A_log" in name for name, _ in layer.named_parameters()):
+        work += 4 * heads * config.linear_key_head_dim * config.linear_value_head_dim
+    elif (heads := getattr(config, "mamba_num_heads", None)) and "mamba" in type(layer).__name__.lower():
+        work += 4 * heads * config.mamba_head_dim * config.ssm_state_size
+    return work
 
 
 def kv_bytes(entries: int, shape: DecoderWidths, bytes_per_number: int) -> int:

@@ -35,7 +35,7 @@ class CacheView:
 
 @dataclass(frozen=True)
 class CacheCall:
-    """Payload of `decode_cache`: every layer's cache, after prefill (`step` 0) or at a decode step."""
+    """Payload of `decode_cache`: the caches of layers with attention, after prefill (`step` 0) or at a decode step."""
 
     step: int
     """Tokens generated since the prefill."""
@@ -46,7 +46,7 @@ class CacheCall:
     images: int
     """Images seen: every `CacheView.image_id` is below it."""
     layers: tuple[CacheView, ...]
-    """Every decoder layer's cache, by layer."""
+    """The cache of every decoder layer with attention, ascending; `CacheView.layer` says which it is."""
     attention: RowAttention
     """Called by `attention_rows`."""
 

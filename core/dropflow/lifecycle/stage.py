@@ -178,6 +178,15 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def ranks(self) -> bool:
+        """Whether `prune` reads attention rows of the layer after its boundary (`attention_rows(call.boundary, ...)`).
+
+        Where that layer has no attention, the engine keeps q and k of the last one before it that has. By default true
+        for stages without `taps`.
+        """
+        return not self.taps
+
+    @property
     def differentiable(self) -> bool:
         """Whether `prune` wants gradients while the model trains: of its attention rows, and through `Keep.weights`."""
         return False

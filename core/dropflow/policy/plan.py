@@ -45,6 +45,20 @@ class Plan:
         return asked
 
     @lazy
+    def ranking_taps(self) -> tuple[int, ...]:
+        """Decoder layers whose attention `prune` reads after they ran, ascending.
+
+        They are the `taps` of its stages, and stand in for layers without attention (see `BackboneShape.ranks_by`).
+        """
+        read: set[int | None] = set()
+        for boundary, stages in self.prune_at.items():
+            for _, stage in stages:
+                read.update(map(self.shape.ranks_by, stage.taps))
+                if stage.ranks and not self.shape.attends(boundary):
+                    read.add(self.shape.ranks_by(boundary))
+        return tuple(sorted(layer for layer in read if layer is not None))
+
+    @lazy
     def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
         """Place on the vision side -> stages asked to encode there, in policy order."""
         asked: dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]] = {}

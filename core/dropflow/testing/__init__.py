@@ -1,4 +1,4 @@
-"""Tools for authors of stages and adapters: the conformance kit, and the masked oracle that a pruned run must match."""
+"""Tools for authors of stages and adapters: the conformance kit, and the oracles that a pruned run must match."""
 
 from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.testing.case import BrokenGuarantee
@@ -25,6 +25,7 @@ from dropflow.testing.guarantees import (
 )
 from dropflow.testing.kit import Cell, assert_backbone_conforms, assert_stage_conforms, run_cell, stage_entry
 from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.oracle_absent import AbsentOracle
 
 __all__ = [
     "END",
@@ -33,6 +34,7 @@ __all__ = [
     "TEXT",
     "VIDEO",
     "VISION",
+    "AbsentOracle",
     "BrokenGuarantee",
     "Cell",
     "MaskedOracle",

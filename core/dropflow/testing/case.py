@@ -15,6 +15,8 @@ from dropflow.backbone.backbone import Backbone
 from dropflow.engine.attach.attach import attach
 from dropflow.engine.attach.flow import Flow
 from dropflow.testing.families.tiny import SAMPLES, Part, Picture, Tiny
+from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.oracle_absent import AbsentOracle
 
 BUDGET: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
@@ -23,8 +25,6 @@ MASK = "2 (drop = mask)"
 BATCH = "3 (batch invariance)"
 ISOLATION = "4 (isolation)"
 REFUSAL = "5 (loud refusal)"
-TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
-"""Largest allowed relative errors, of the values that a guarantee compares and of gradients."""
 
 
 class BrokenGuarantee(AssertionError):
@@ -42,6 +42,14 @@ class Case:
     attention: str = "sdpa"
     side: str = "left"
     samples: Sequence[Sequence[Part]] = SAMPLES
+    absent: bool = False
+    """Whether to compare with the absent oracle where the masked one would also do."""
+
+    @cached_property
+    def oracle(self) -> type[MaskedOracle]:
+        """The oracle: the masked one, or the absent one if asked for or if some layer has no attention."""
+        masks = self.adapter(self.model).shape.attending is None and not self.absent
+        return MaskedOracle if masks else AbsentOracle
 
     @cached_property
     def model(self) -> Any:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.flow import Flow
+from dropflow.engine.tokens.cache import flow_layers
 from dropflow.errors import DropflowError, MissingImage, UnsupportedCall, UnsupportedModel
 from dropflow.testing.case import (
     BATCH,
@@ -23,7 +24,6 @@ from dropflow.testing.case import (
     MASK,
     NO_OP,
     REFUSAL,
-    TOLERANCE,
     Case,
     layer_inputs,
     relative_error,
@@ -31,7 +31,6 @@ from dropflow.testing.case import (
 )
 from dropflow.testing.decoding import WATCH, check_decoding
 from dropflow.testing.forecasts import check_forecast
-from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.probes import EVERYTHING, RanksByNumbers
 from dropflow.testing.training import check_training, labelled
 
@@ -80,34 +79,35 @@ def check_prefill(case: Case) -> float:
     for stage, boundary in watch.faults:
         raise case.broken(MASK, f"stages.{stage} ranks visual tokens by NaN at boundary {boundary}; return numbers")
     replaced = embeds[0] if encodes else None
-    with MaskedOracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
+    with case.oracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
         expected = case.model(**case.inputs, use_cache=False).logits
-    worst, compacted = 0.0, False
+    worst, compacted, allowed = 0.0, False, case.tiny.tolerance
     for layer, states in enumerate(got):
         compacted = compacted or not torch.equal(live[layer], real)
         for sample, own in enumerate(live[layer]):
             slots = states[sample][-int(own.sum()) :] if compacted else states[sample][own]
             error = relative_error(slots, oracle.hidden[layer][sample][own])
-            if not error < TOLERANCE:
+            if not error < allowed:
                 raise case.broken(
                     MASK,
-                    f"before layer {layer}, sample {sample}, the states of live tokens differ from the masked "
-                    f"run's by {error:.1e} (relative), allowed {TOLERANCE:.0e}",
+                    f"before layer {layer}, sample {sample}, the states of live tokens differ from the {oracle.name} "
+                    f"run's by {error:.1e} (relative), allowed {allowed:.0e}",
                 )
             worst = max(worst, error)
     error = relative_error(logits[real], expected[real])
-    if not error < TOLERANCE:
-        raise case.broken(MASK, f"logits differ from the masked run's by {error:.1e}, allowed {TOLERANCE:.0e}")
+    if not error < allowed:
+        raise case.broken(MASK, f"logits differ from the {oracle.name} run's by {error:.1e}, allowed {allowed:.0e}")
     return max(worst, error)
 
 
 def _held(case: Case, tokens: int) -> Tensor:
     """Which tokens of the prompt each layer's cache holds after the prefill, boolean (layers, batch, tokens)."""
-    cache = DynamicCache()
+    text: Any = case.adapter(case.model).text
+    cache = DynamicCache(config=text.config)
     with case.attach():
         case.model(**case.inputs, **{CACHE_ARGUMENT: cache})
     held = torch.zeros(len(cache.layers), len(case.samples), tokens, dtype=torch.bool)
-    for number, layer in enumerate(cache.layers):
+    for number, layer in flow_layers(cache).items():
         index = layer.full_index()
         valid = torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
         held[number].scatter_(1, index.logical, valid)
@@ -128,11 +128,11 @@ def _check_decoding(case: Case) -> None:
         return  # the kit records this in the cell
     held = _held(left, live.shape[2]) if evicting else None
     replaced = embeds[0] if encodes else None
-    with MaskedOracle(model, live, left.adapter, embeds=replaced, held=held, merges=merges):
+    with left.oracle(model, live, left.adapter, embeds=replaced, held=held, merges=merges) as oracle:
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
-        raise left.broken(MASK, f"from decode step {step} on, the generated tokens differ from the masked run's")
+        raise left.broken(MASK, f"from decode step {step} on, the generated tokens differ from the {oracle.name} run's")
 
 
 def _check_static_decoding(left: Case, tokens: Tensor) -> None:
@@ -172,10 +172,11 @@ def check_batch_invariance(case: Case) -> float:
                     f"sample {sample} keeps other tokens alone than in the batch, from layer {layer} on; check what "
                     "the stage computes over the batch, including padding",
                 )
-            if not error < TOLERANCE:
+            if not error < case.tiny.tolerance:
                 raise case.broken(
                     BATCH,
-                    f"logits of sample {sample} alone and in the batch differ by {error:.1e}, allowed {TOLERANCE:.0e}",
+                    f"logits of sample {sample} alone and in the batch differ by {error:.1e}, "
+                    f"allowed {case.tiny.tolerance:.0e}",
                 )
             worst = max(worst, error)
     _check_beams(case.padded_left())

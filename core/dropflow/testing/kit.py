@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dropflow.backbone.backbone import Backbone
@@ -16,7 +16,7 @@ from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.facts import check_facts, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
-from dropflow.testing.guarantees import CHECKS, evicts_while_decoding
+from dropflow.testing.guarantees import CHECKS, check_prefill, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, WINDOW
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
@@ -38,7 +38,9 @@ class Cell:
     detail: str = ""
     """Why the stage was refused, what broke, or what could not be compared."""
     error: float = 0.0
-    """Largest relative error against the masked run."""
+    """Largest relative error against the oracle's run."""
+    oracle: str = ""
+    """Which oracle it was compared with, `masked` or `absent`; "" where nothing ran."""
 
 
 def run_cell(
@@ -66,7 +68,7 @@ def run_cell(
             worst = max(worst, check_beside(case))
     except BrokenGuarantee as broken:
         return Cell(stage, adapter, "failed", str(broken))
-    return Cell(stage, adapter, "run", note, worst)
+    return Cell(stage, adapter, "run", note, worst, case.oracle.name)
 
 
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -135,4 +137,5 @@ def assert_backbone_conforms(
             told = "images" if samples is SAMPLES else "videos"
             case = Case(f"{name} ({told}, {kind} policy)", family, tiny, policy, attention, side, samples)
             worst = max(worst, *(check(case) for check in CHECKS.values()))
+            worst = max(worst, check_prefill(replace(case, absent=True)))
     return worst

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,9 @@ class MaskedOracle:
     tokens)) gives the token into which each token's state is averaged before a layer. `log_weights` (layers, batch,
     tokens) are added to the attention scores of each layer's keys, for stages that return soft weights.
     """
+
+    name: ClassVar[str] = "masked"
+    """What error messages call the run."""
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class MaskedOracle:
         live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
         return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)
 
-    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor, number: int) -> Tensor:
+    def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor, number: int) -> Tensor | None:
         tokens = hidden.shape[1]
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]

@@ -102,6 +102,11 @@ class Witness(Stage[Any]):
         """The first boundary."""
         return (0,)
 
+    @property
+    def ranks(self) -> bool:
+        """False: it reads no attention."""
+        return False
+
     @hookimpl
     def encode(self, call: EncodeCall) -> None:
         """Record the grid and the number of rows of each image."""

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropflow.testing.case import GRADIENT_TOLERANCE, MASK, TOLERANCE, Case, relative_error, text_embeddings
-from dropflow.testing.oracle import MaskedOracle
+from dropflow.testing.case import MASK, Case, relative_error, text_embeddings
 from dropflow.testing.soft_weights import GivenWeights
 
 
@@ -34,7 +33,7 @@ def check_training(case: Case) -> float:
         got = _gradients(model)
         replaced = embeds[0] if encodes else None
         changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
-        with MaskedOracle(model, live, case.adapter, **changes):
+        with case.oracle(model, live, case.adapter, **changes) as oracle:
             expected_loss = model(**inputs, use_cache=False).loss
             expected_loss.backward()
         given.backward()
@@ -42,18 +41,18 @@ def check_training(case: Case) -> float:
     finally:
         model.eval()
     worst = relative_error(loss[None], expected_loss[None])
-    if not worst < TOLERANCE:
-        raise case.broken(MASK, f"the loss differs from the masked run's by {worst:.1e}, allowed {TOLERANCE:.0e}")
+    allowed, most = case.tiny.tolerance, case.tiny.gradient_tolerance
+    if not worst < allowed:
+        raise case.broken(MASK, f"the loss differs from the {oracle.name} run's by {worst:.1e}, allowed {allowed:.0e}")
     for name, gradient in expected.items():
         if encodes and "layers" not in name:
             continue  # replaced embeddings disconnect the masked run from the modules that computed them
         scale = float(gradient.abs().max())
         error = float((got[name] - gradient).abs().max()) / scale if scale > 1e-6 else 0.0
-        if not error < GRADIENT_TOLERANCE:
+        if not error < most:
             raise case.broken(
                 MASK,
-                f"the gradient of {name} differs from the masked run's by {error:.1e}, "
-                f"allowed {GRADIENT_TOLERANCE:.0e}",
+                f"the gradient of {name} differs from the {oracle.name} run's by {error:.1e}, allowed {most:.0e}",
             )
     return worst
 

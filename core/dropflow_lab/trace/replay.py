@@ -142,6 +142,11 @@ class Replay(Stage[ReplayOptions]):
             )
 
     @property
+    def ranks(self) -> bool:
+        """False: it reads no attention."""
+        return False
+
+    @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """Where the traced stage decided about rows."""
         return tuple(self._encodes)

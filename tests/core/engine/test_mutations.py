@@ -13,8 +13,8 @@ from torch import Tensor
 import dropflow
 from dropflow import PruneCall, Stage, hookimpl
 from dropflow.engine.decoder.probe import LayerProbe
-from dropflow.engine.tokens.cache import FlowLayer
 from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.masks import gather_mask
 from dropflow.engine.tokens.restricting import restrict

@@ -29,7 +29,8 @@ from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
-from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by, serving
+from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by
+from dropflow.engine.tokens.cache_layers import serving
 from dropflow.engine.tokens.prompt import (
     VisualTokens,
     document_starts,

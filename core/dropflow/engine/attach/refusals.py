@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.wrapped import check_compiled
+from dropflow.engine.attach.mixer_refusals import check_mixers, ranking_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
@@ -54,6 +55,7 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
         found = annotated_parameters(layer)
         if found is not None:
             check_parameters(type(layer).__name__, found, backbone.token_arguments)
+    check_mixers(backbone)
     facts = backbone.facts()
     faults = [
         f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
@@ -68,6 +70,7 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
             f"stages.{name}: names layer {layer}, expected 0 to {depth - 1}; name a layer that exists"
             for layer in wrong
         ]
+    faults += ranking_faults(plan)
     faults += _vision_faults(backbone, plan)
     faults += [
         f"stages.{name}: trains its selection, for which gradients would have to cross the ranks of `tp_plan`; use "
@@ -209,11 +212,6 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             "flash_attention implementation"
         )
     _check_gradients(backbone, plan)
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModel(
-            f"text decoder: {config.num_kv_shared_layers} layers share keys with other layers, so layers cannot hold "
-            "different tokens; no policy can be attached to this model"
-        )
     unknown = backbone.modalities_in(arguments) - backbone.visual_ids.keys()
     if unknown:
         raise UnsupportedModel(
@@ -248,7 +246,7 @@ def _check_cache(plan: Plan, arguments: dict[str, Any]) -> None:
     if name is None and others:
         cache = others[0]
     if not plan.uniform or plan.encode_at:
-        check_cache(cache, plan.shape.layers, uniform=plan.uniform)
+        check_cache(cache, plan.shape, uniform=plan.uniform)
 
 
 def check_dense(arguments: dict[str, Any]) -> None:

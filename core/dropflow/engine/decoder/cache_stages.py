@@ -13,7 +13,7 @@ from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.tap import tapped, uncompiled
-from dropflow.engine.tokens.cache import entries_of, is_flow_cache, keys_of
+from dropflow.engine.tokens.cache import entries_of, flow_layers, is_flow_cache, keys_of
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.events import CacheEvent, Eviction
@@ -30,9 +30,14 @@ class CacheStages:
         self.cache = cache
 
     def held(self, number: int) -> Held:
-        """The cache layer of a decoder layer."""
-        held: Held = self.cache.layers[number] if is_flow_cache(self.cache) else None
-        return held
+        """The cache layer of a decoder layer; `None` for one without attention."""
+        return flow_layers(self.cache).get(number) if is_flow_cache(self.cache) else None
+
+    def has_state(self, number: int) -> bool:
+        """Whether a decoder layer without attention goes on from a state of earlier calls."""
+        layers = () if self.cache is None else self.cache.layers
+        state = getattr(layers[number], "has_previous_state", None) if number < len(layers) else None
+        return any(state.values()) if isinstance(state, dict) else bool(state)
 
     def past(self, number: int) -> Tensor | None:
         """Keys (batch, kv_heads, entries, dim) that a decoder layer's cache holds from earlier turns."""

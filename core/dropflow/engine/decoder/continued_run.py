@@ -10,7 +10,8 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.layer_arguments import ContinuedArguments
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.tokens.cache import FlowLayer, UniformLayer, note_padding
+from dropflow.engine.tokens.cache import flow_layers, note_padding
+from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 
 
 class ContinuedRun:
@@ -22,15 +23,15 @@ class ContinuedRun:
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
         """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
-        self._held = cache.layers
-        self._caches = CacheStages(site, _generated(self._held[0]), embeds.shape[1], cache)
+        self._held = flow_layers(cache)
+        self._caches = CacheStages(site, _generated(next(iter(self._held.values()))), embeds.shape[1], cache)
         stages = self._caches.stages
         self._taps = {layer for stage in stages for layer in (*stage.taps, *stage.decode_taps)}
         self._arguments = ContinuedArguments(site, embeds)
 
     def leaves(self, number: int) -> bool:
-        """Whether the layer runs unchanged, because its cache holds every token."""
-        return number not in self._taps and self._arguments.fit(self._held[number])
+        """Whether the layer runs unchanged: it has no attention, or its cache holds every token."""
+        return number not in self._held or (number not in self._taps and self._arguments.fit(self._held[number]))
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on all tokens of the call."""

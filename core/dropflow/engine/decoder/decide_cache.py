@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
@@ -42,17 +43,21 @@ def decide_cache(
     left: dict[int, LiveSet] = {}
     for stage in stages:
         name = names[id(stage)]
-        full = _full_indices(cache)
-        views = _views(full, [layer.recall(name) for layer in cache.layers])
-        seen = full[0]
+        layers = flow_layers(cache)
+        full = _full_indices(layers)
+        views = _views(full, {number: layer.recall(name) for number, layer in layers.items()})
+        seen = next(iter(full.values()))
         answer = plan.hooks.decode_cache(
-            CacheCall(step, tokens, seen.length, seen.images, tuple(views), _of_entries(attention, dict(left))), stage
+            CacheCall(
+                step, tokens, seen.length, seen.images, tuple(views.values()), _of_entries(attention, dict(left))
+            ),
+            stage,
         )
         if answer is None:
             continue
         for number, notes in answer.memory.items():
             _check_entries(notes, None, number, views, name)
-            cache.layers[number].remember(name, notes)
+            layers[number].remember(name, notes)
         stays = {}
         for number, keep in answer.keep.items():
             _check_entries(keep, torch.bool, number, views, name)
@@ -60,7 +65,7 @@ def decide_cache(
             stays[number] = (keep.to(view.valid.device) | (view.image_id < 0) | view.protected) & view.valid
             if told is not None:
                 told.append(Eviction(name, number, view.index, stays[number], answer.memory.get(number)))
-        for number, kept in _evict(cache, full, views, stays).items():
+        for number, kept in _evict(layers, full, views, stays).items():
             before = left.get(number)
             left[number] = kept if before is None else before.restricted(kept)
 
@@ -81,7 +86,7 @@ def _of_entries(attention: RowAttention, left: Mapping[int, LiveSet]) -> RowAtte
 
 
 def _evict(
-    cache: Cache, full: Sequence[KeyIndex], views: Sequence[CacheView], stays: Mapping[int, Tensor]
+    layers: Mapping[int, Any], full: Mapping[int, KeyIndex], views: Mapping[int, CacheView], stays: Mapping[int, Tensor]
 ) -> dict[int, LiveSet]:
     """Evict the entries that are not kept; layers that hold the same before and after share one index in both cases.
 
@@ -111,18 +116,20 @@ def _evict(
         else:
             kept = LiveSet.of(stays[number], Extent.of(count))
             made[number] = kept, full[number].compacted(kept)
-        cache.layers[number].evict(*made[number])
+        layers[number].evict(*made[number])
     return {number: kept for number, (kept, _) in made.items()}
 
 
 def _check_entries(
-    answer: Tensor, dtype: torch.dtype | None, number: int, views: Sequence[CacheView], name: str
+    answer: Tensor, dtype: torch.dtype | None, number: int, views: Mapping[int, CacheView], name: str
 ) -> None:
     """Check that an answer about a layer's cache has one value per entry."""
-    view = views[number] if 0 <= number < len(views) else None
+    view = views.get(number)
     if view is None or answer.shape != view.valid.shape or answer.dtype != (dtype or answer.dtype):
         kind = dtype or "numbers"
-        expected = f"a layer from 0 to {len(views) - 1}" if view is None else f"{kind} {tuple(view.valid.shape)}"
+        known = list(views)
+        layers = f"from 0 to {len(known) - 1}" if known == list(range(len(known))) else f"of {known}"
+        expected = f"a layer {layers}" if view is None else f"{kind} {tuple(view.valid.shape)}"
         raise DecisionError(
             f"stages.{name}: `decode_cache` answered {answer.dtype} {tuple(answer.shape)} for layer {number}, "
             f"expected {expected}"
@@ -130,32 +137,32 @@ def _check_entries(
 
 
 def cache_views(cache: Cache) -> tuple[CacheView, ...]:
-    """Views of what each layer's cache holds."""
-    full = _full_indices(cache)
-    return tuple(_views(full, [None] * len(full)))
+    """Views of what the cache of each layer with attention holds."""
+    full = _full_indices(flow_layers(cache))
+    return tuple(_views(full, {}).values())
 
 
-def _full_indices(cache: Cache) -> list[KeyIndex]:
+def _full_indices(layers: Mapping[int, Any]) -> dict[int, KeyIndex]:
     """The full index of each layer's cache; layers that share an index share the full one."""
     made: dict[tuple[KeyIndex, int], KeyIndex] = {}
-    found = []
-    for layer in cache.layers:
+    found = {}
+    for number, layer in layers.items():
         index = layer.index
         if index is None:
-            found.append(layer.full_index())
+            found[number] = layer.full_index()
         else:
             key = (index, layer.length)
             if key not in made:
                 made[key] = layer.full_index()
-            found.append(made[key])
+            found[number] = made[key]
     return found
 
 
-def _views(full: Sequence[KeyIndex], memories: Sequence[Tensor | None]) -> list[CacheView]:
+def _views(full: Mapping[int, KeyIndex], memories: Mapping[int, Tensor | None]) -> dict[int, CacheView]:
     """Views of all layers' caches; layers that share an index share the tensors computed from it."""
     made: dict[KeyIndex, CacheView] = {}
-    found = []
-    for number, (index, memory) in enumerate(zip(full, memories, strict=True)):
+    found = {}
+    for number, index in full.items():
         if index not in made:
             valid = index.image_id != PADDING
             if index.valid is not None:
@@ -163,5 +170,5 @@ def _views(full: Sequence[KeyIndex], memories: Sequence[Tensor | None]) -> list[
             protected = valid & (index.image_id >= PROTECTED)
             image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
             made[index] = CacheView(number, index.logical, valid, image, protected, number, None)
-        found.append(replace(made[index], layer=number, memory=memory))
+        found[number] = replace(made[index], layer=number, memory=memories.get(number))
     return found

@@ -14,8 +14,8 @@ from torch import Tensor
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.weights import weighted_mask
 from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of
-from dropflow.engine.tokens.cache import FlowLayer, UniformLayer
 from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.masks import causal_mask, continued_mask, gather_mask
 from dropflow.engine.tokens.positions import renumbered
@@ -139,12 +139,16 @@ class LayerArguments:
             fitted, weights, dtype = kwargs.get("attention_mask"), self.log_weights, hidden_of(args, kwargs).dtype
             weighted = self._once(("weights", fitted, keys), lambda: self._weighted(fitted, weights, keys, dtype))
             kwargs = kwargs | {"attention_mask": weighted}
+        args, kwargs = self.restricted(layer, args, {k: v for k, v in kwargs.items() if k not in positions})
+        return args, kwargs | positions
+
+    def restricted(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """All arguments of `layer` except hidden states, cache and mask, restricted to the live tokens."""
         if self.live.everything:
-            return args, kwargs | positions
+            return args, kwargs
         names = parameters_of(layer)
         args = (*args[:1], *(self._restricted(*one) for one in zip(names[1:], args[1:], strict=False)))
-        kwargs = {name: value if name in positions else self._restricted(name, value) for name, value in kwargs.items()}
-        return args, kwargs | positions
+        return args, {name: self._restricted(name, value) for name, value in kwargs.items()}
 
     def _positions(self, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position arguments for compact positions, shared by layers whose caches lack the same tokens."""

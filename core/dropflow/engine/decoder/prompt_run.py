@@ -13,6 +13,7 @@ from dropflow.engine.decoder.decide_window import decide_window
 from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
+from dropflow.engine.decoder.recurrent import run_without_attention
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
@@ -50,7 +51,7 @@ class PromptRun:
         self._site, self._embeds, self._residuals, self._real = site, embeds, residuals, real
         self._caches = CacheStages(site, 0, tokens)
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
-        self._taps = cache_taps | {layer for own in plan.prune_at.values() for _, s in own for layer in s.taps}
+        self._taps = cache_taps | set(plan.ranking_taps)
         decided = decide_window(plan, backbone, prompt)
         self.window, self._window_edge_by = decided.window, decided.by
         if decided.keep_answer_sources:
@@ -93,6 +94,13 @@ class PromptRun:
         if number == 0:
             self._begin(layer, args, kwargs)
         args, kwargs = self._cross(number, layer, args, kwargs)
+        output = self._run(number, layer, args, kwargs)
+        return output if number >= len(self._residuals) else self._with_residual(number, output)
+
+    def _run(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._site.plan.shape.attends(number):
+            live, continues = self._count, self._caches.has_state(number)
+            return run_without_attention(number, layer, args, kwargs, self._arguments, live=live, continues=continues)
         held, arguments = self._caches.held(number), self._arguments
         keys = arguments.keys(held)
         args, kwargs = arguments.arguments(layer, args, kwargs, held, keys)
@@ -104,7 +112,7 @@ class PromptRun:
             output = layer(*args, **kwargs)
         if held is not None and held.is_initialized:
             held.set_index(keys)
-        return output if number >= len(self._residuals) else self._with_residual(number, output)
+        return output
 
     def finish(self) -> None:
         """Ask the cache stages."""
@@ -163,22 +171,12 @@ class PromptRun:
     def _decide(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Decision:
-        site, held, arguments = self._site, self._caches.held(number), self._arguments
-        probe = LayerProbe(
-            number,
-            layer,
-            hidden,
-            lambda: arguments.arguments(layer, args, kwargs, held, arguments.keys(held)),
-            implementation=site.implementation,
-            projections=site.backbone.projections(layer),
-            past=self._caches.past(number),
-            sharded=site.sharded,
-            shadows=site.shadows,
-        )
+        site, arguments = self._site, self._arguments
+        probe = self._probe(number, layer, hidden, args, kwargs) if site.plan.shape.attends(number) else None
 
         def rows(asked: int, slots: Tensor) -> Tensor:
-            found = probe.rows(slots) if asked == number else self._tapped(asked).of_slots(slots, self.live)
-            return found.to(hidden.device)
+            found = None if probe is None or asked != number else probe.rows(slots)
+            return (self._tapped(asked).of_slots(slots, self.live) if found is None else found).to(hidden.device)
 
         def tapped(asked: int) -> QueryKey:
             return self._tapped(asked).on(self.live).whole().to(hidden.device)
@@ -197,13 +195,33 @@ class PromptRun:
         )
         return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 
+    def _probe(
+        self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerProbe:
+        site, held, arguments = self._site, self._caches.held(number), self._arguments
+        return LayerProbe(
+            number,
+            layer,
+            hidden,
+            lambda: arguments.arguments(layer, args, kwargs, held, arguments.keys(held)),
+            implementation=site.implementation,
+            projections=site.backbone.projections(layer),
+            past=self._caches.past(number),
+            sharded=site.sharded,
+            shadows=site.shadows,
+        )
+
     def _tapped(self, layer: int) -> TappedLayer:
-        """A tapped layer that ran on all tokens that are live now."""
-        if layer < self.window.entry:
+        """The tapped layer whose attention stands for that of `layer`; it ran on all tokens that are live now."""
+        ranks_by = self._site.plan.shape.ranks_by(layer)
+        if ranks_by is None or ranks_by < self.window.entry:
             raise DecisionError(
                 f"layer {layer}: ran before vision entered at boundary {self.window.entry}; read a layer from there on"
+                if ranks_by == layer
+                else f"layer {layer}: has no attention, nor has any layer since vision entered at boundary "
+                f"{self.window.entry}; rank after the first layer that has"
             )
-        return self._caches.seen(layer)
+        return self._caches.seen(ranks_by)
 
     def _move(
         self,

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dropflow.backbone.flops import DecoderWidths
 from dropflow.engine.decoder.kv_history import KVHistory
 from dropflow.engine.tokens.cache import indices_of
 from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
@@ -21,6 +20,8 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 
 if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.backbone.flops import DecoderWidths
     from dropflow.policy.plan import Plan
 
 
@@ -83,14 +84,30 @@ class CallRecord:
 class PromptRecord:
     """A prompt, fed in one or several forwards, and what has followed on its cache."""
 
-    def __init__(self, plan: Plan, widths: DecoderWidths, cache: Any, past: KeyIndex) -> None:
+    def __init__(self, plan: Plan, backbone: Backbone, cache: Any, past: KeyIndex) -> None:
         """`past` is what the cache would have held before without drops; `cache` (or `None`) is referenced weakly."""
-        self.plan, self.widths, self._past = plan, widths, past
+        self.plan, self._backbone, self._past = plan, backbone, past
         self._index: KeyIndex | None = past
         self._cache = None if cache is None else weakref.ref(cache)
         self.parts: list[CallRecord] = []
         self.history: KVHistory | None = None
         """`None` without a cache."""
+
+    @property
+    def widths(self) -> DecoderWidths:
+        """Widths of the text decoder."""
+        return self._backbone.decoder_widths
+
+    @property
+    def work_without_attention(self) -> Mapping[int, int]:
+        """Multiply-adds per token of every layer without attention."""
+        return self._backbone.work_without_attention
+
+    @property
+    def attending(self) -> Sequence[int]:
+        """Decoder layers with attention, whose caches have entries."""
+        shape = self.plan.shape
+        return range(shape.layers) if shape.attending is None else shape.attending
 
     @property
     def cache(self) -> Any:
@@ -147,7 +164,7 @@ class PromptRecord:
             self.history.note(self.held(), self._seen(self.history.length + tokens))
 
     def held(self) -> Sequence[KeyIndex]:
-        """Index of what each layer's cache holds."""
+        """Index of what the cache of each layer with attention holds."""
         return indices_of(self.cache) or self._dense()
 
     def seen_now(self) -> int:
@@ -173,7 +190,7 @@ class PromptRecord:
         return found
 
     def _dense(self) -> Sequence[KeyIndex]:
-        return (self.index,) * self.plan.shape.layers
+        return (self.index,) * len(self.attending)
 
     def _seen(self, otherwise: int) -> int:
         """Number of logical tokens the cache has seen; `otherwise` if the cache keeps that number on its device."""

@@ -82,7 +82,7 @@ class Records:
             past = known.upto(seen)
         else:
             past = KeyIndex.plain(batch, seen, part.valid.device, forward.real)
-        return PromptRecord(self._plan, self._backbone.decoder_widths, forward.cache, past)
+        return PromptRecord(self._plan, self._backbone, forward.cache, past)
 
 
 class _Fed:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dropflow.backbone import flops
 from dropflow.engine.decoder.kv_history import Held, held_with
@@ -17,6 +19,7 @@ def summed_up(record: PromptRecord) -> Report:
     depth = record.plan.shape.layers
     visual, (work, dense_work) = _visual_tokens(record), _flops(record)
     held, after, end = _kv(record)
+    kv, kv_end = (_every_layer(record, one) for one in (after, end))
     bytes_per_entry = flops.kv_bytes(1, record.widths, max(part.bytes_per_number for part in record.parts))
     brought = [part.prompt for part in record.parts if part.prompt is not None]
     return Report(
@@ -25,22 +28,22 @@ def summed_up(record: PromptRecord) -> Report:
             LayerReport(
                 layer=layer,
                 visual_tokens=visual[layer],
-                kv_entries=after.entries[layer] / after.rows,
+                kv_entries=kv.entries[layer] / after.rows,
                 flops=work[layer],
-                visual_entries_end=end.visual[layer] / end.rows,
-                kv_entries_end=end.entries[layer] / end.rows,
+                visual_entries_end=kv_end.visual[layer] / end.rows,
+                kv_entries_end=kv_end.entries[layer] / end.rows,
             )
             for layer in range(depth)
         ),
         average_visual_tokens=_mean(visual),
         entry_visual_tokens=sum(_mean((prompt.present & prompt.visual).sum(1).tolist()) for prompt in brought),
         flops=sum(work),
-        flops_dense=dense_work * depth,
+        flops_dense=dense_work,
         kv_bytes=sum(after.entries) / after.rows * bytes_per_entry,
-        kv_bytes_dense=after.dense * depth / after.rows * bytes_per_entry,
+        kv_bytes_dense=after.dense * len(record.attending) / after.rows * bytes_per_entry,
         steps=max(record.seen_now() - record.length, 0),
         kv_bytes_end=sum(end.entries) / end.rows * bytes_per_entry,
-        kv_bytes_end_dense=end.dense * depth / end.rows * bytes_per_entry,
+        kv_bytes_end_dense=end.dense * len(record.attending) / end.rows * bytes_per_entry,
         kv_entries_over_time=tuple(sum(one.entries) / one.rows for one in held),
         average_visual_tokens_answer=_attended(record, visual, held),
     )
@@ -54,25 +57,50 @@ def _visual_tokens(record: PromptRecord) -> list[float]:
 
 
 def _flops(record: PromptRecord) -> tuple[list[float], float]:
-    """Multiply-adds of each layer in the prompt, and of one layer with every visual token."""
+    """Multiply-adds of each layer in the prompt, and of all layers together with every visual token."""
     own, dense = [], []
+    depth, work = record.plan.shape.layers, record.work_without_attention
     for part in record.parts:
         text, visual = part.text.sum(1), part.visual.sum(1)
-        live = (part.live(record.plan.shape.layers) & part.visual).sum(2) + text
+        live = (part.live(depth) & part.visual).sum(2) + text
         whole = seen = text + visual
         keys = live
         if part.past is not None:
-            keys, seen = live + part.past.entries.to(live.device), whole + part.past.dense.to(live.device)
-        own.append(flops.layer(live, keys, record.widths))
-        dense.append(flops.layer(whole, seen, record.widths))
-    return [_mean(row) for row in torch.stack(own).sum(0).tolist()], _mean(torch.stack(dense).sum(0).tolist())
+            keys = live.index_add(0, _numbers(record, live), part.past.entries.to(live.device))
+            seen = whole + part.past.dense.to(live.device)
+        layers, whole_layers = flops.layer(live, keys, record.widths), flops.layer(whole, seen, record.widths)
+        whole_layers = whole_layers.repeat(depth, 1)
+        for number, per_token in work.items():
+            layers[number], whole_layers[number] = live[number] * per_token, whole * per_token
+        own.append(layers)
+        dense.append(whole_layers)
+    return [_mean(row) for row in torch.stack(own).sum(0).tolist()], _mean(torch.stack(dense).sum((0, 1)).tolist())
+
+
+def _numbers(record: PromptRecord, like: Tensor) -> Tensor:
+    """Numbers of the layers with attention."""
+    return torch.tensor(tuple(record.attending), device=like.device)
+
+
+def _every_layer(record: PromptRecord, held: Held) -> Held:
+    """What was held, for every decoder layer: nothing in those without attention."""
+    entries, visual = (
+        dict(zip(record.attending, held.entries, strict=True)),
+        dict(zip(record.attending, held.visual, strict=True)),
+    )
+    depth = record.plan.shape.layers
+    return replace(
+        held,
+        entries=tuple(entries.get(layer, 0) for layer in range(depth)),
+        visual=tuple(visual.get(layer, 0) for layer in range(depth)),
+    )
 
 
 def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:
     """What the caches held after every forward and after the prompt without drafts, and what they hold now."""
     history, cache = record.history, record.cache
     if history is None:
-        none = (0,) * record.plan.shape.layers
+        none = (0,) * len(record.attending)
         nothing = Held(1, none, none, 0)
         return [nothing], nothing, nothing
     held = history.moments()
@@ -81,10 +109,14 @@ def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:
 
 
 def _attended(record: PromptRecord, visual: Sequence[float], held: Sequence[Held]) -> float:
-    """Mean number of visual tokens a layer attends to, over layers and forwards, from what was held before each."""
+    """Mean number of visual tokens a layer attends to, over layers and forwards, from what was held before each.
+
+    Layers without attention count in the prompt, which they read, and as 0 later.
+    """
+    depth = record.plan.shape.layers
     past = record.parts[0].past
-    earlier = 0.0 if past is None else _mean([_mean(row) for row in past.visual.tolist()])
-    return _mean([earlier + _mean(visual), *(_mean(one.visual) / one.rows for one in held[:-1])])
+    earlier = 0.0 if past is None else sum(_mean(row) for row in past.visual.tolist()) / depth
+    return _mean([earlier + _mean(visual), *(sum(one.visual) / one.rows / depth for one in held[:-1])])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,355 +1,27 @@
-"""The KV cache under a policy: each layer may hold different tokens, but reports the logical length."""
+"""The KV cache under a policy: finds and converts its layers, and tells what they hold.
+
+Only layers with attention have entries. Layers with a recurrent state or a convolution, and layers without a cache, are
+left as they are: a state has no token dimension, and is already that of the tokens the layer ran on.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from contextvars import ContextVar
-from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.cache_layers import FlowLayer, Indexed, UniformLayer
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
-L = TypeVar("L", bound="_Indexed")
-serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
-"""Returns whether a model runs under a policy in this thread; after an interrupted call, it returns false."""
+if TYPE_CHECKING:
+    from dropflow.units import BackboneShape
 
 
-class _Indexed:
-    """The part of a cache layer that records which logical tokens its entries hold."""
-
-    index: KeyIndex | None
-    """The tokens of the first entries; `None` if every entry holds the token at its own position."""
-    prompt: int
-    """Number of logical tokens seen when the last prompt was recorded."""
-    written_by: Any
-    """Identifies the writer: any value that is equal for equal policies on equal backbones."""
-
-    @property
-    def length(self) -> int:
-        """Number of logical tokens seen: those of the index, plus one for each entry appended since."""
-        raise NotImplementedError
-
-    def set_index(self, index: KeyIndex) -> None:
-        """Record which tokens the entries hold, after a call that stored fewer tokens than it saw."""
-        self.index, self.prompt = index, index.length
-
-    def width(self, entries: int) -> int:
-        """Number of entries passed to attention when `entries` are held."""
-        return entries
-
-    def full_index(self) -> KeyIndex:
-        """Index of all entries held now, including implicit ones; the layer must hold some."""
-        raise NotImplementedError
-
-    def _check_served(self) -> None:
-        alive = serving.get()
-        if (alive is None or not alive()) and not _asked_by_generate():
-            raise UnsupportedCall(
-                f"{CACHE_ARGUMENT}: this cache was written under a policy; attach the policy again to continue with "
-                "it, or start with a fresh cache"
-            )
-
-
-def _asked_by_generate() -> bool:
-    """Whether `generate` is preparing masks for a static cache before any model runs."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith("transformers.models.") and frame.f_code.co_name == "forward":
-            return False
-        if name.startswith("transformers.generation."):
-            return True
-        frame = frame.f_back
-    return False
-
-
-class FlowLayer(_Indexed, DynamicLayer):  # type: ignore[misc]  # transformers ships no types
-    """A cache layer that may hold fewer entries than tokens were seen.
-
-    `get_seq_length` and `get_mask_sizes` count logical tokens, so that position ids, masks and `generate`'s slicing
-    are the same as without pruning. A sliding window is enforced by the model's own full-length mask, so the memory
-    that a sliding cache would save is not saved.
-    """
-
-    keys: Tensor
-    values: Tensor
-    _layer_type = None  # transformers must not create this layer by itself
-
-    def __init__(self, is_sliding: bool = False, written_by: Any = None) -> None:
-        super().__init__()
-        self.is_sliding = is_sliding
-        self.index, self.prompt, self.written_by = None, 0, written_by
-        self._notes: dict[str, Tensor] = {}
-
-    @classmethod
-    def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> FlowLayer:
-        """Convert an ordinary dynamic layer and its contents; raises `UnsupportedModel` for other kinds.
-
-        `real` (batch, tokens) is false for entries that hold padding.
-        """
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedModel(
-                f"{where}: a cache layer of type {type(layer).__name__} cannot hold a different length per layer; "
-                "use transformers' DynamicCache (cache_implementation=None or 'dynamic')"
-            )
-        seen = layer.get_seq_length()
-        adopted = cls(layer.is_sliding, written_by)
-        if seen:
-            keys: Tensor = layer.keys
-            values: Tensor = layer.values
-            if keys.shape[-2] != seen:
-                raise UnsupportedModel(
-                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
-                    "attach the policy before the first turn"
-                )
-            adopted.lazy_initialization(keys, values)
-            adopted.keys, adopted.values = keys, values
-            adopted.set_index(KeyIndex.plain(keys.shape[0], seen, keys.device, real))
-        return adopted
-
-    @property
-    def length(self) -> int:
-        """Logical tokens seen."""
-        held = self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 2 else 0
-        return held if self.index is None else self.index.length + held - len(self.index)
-
-    def remember(self, stage: str, notes: Tensor) -> None:
-        """Store a stage's number for each entry (batch, entries)."""
-        self._notes[stage] = notes
-
-    def recall(self, stage: str) -> Tensor | None:
-        """A stage's numbers, one per entry held now; 0 for entries added since, `None` if none were stored."""
-        notes = self._notes.get(stage)
-        # a negative width removes entries that were taken back
-        return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
-
-    def full_index(self) -> KeyIndex:
-        """Index of all entries held now."""
-        if self.index is None:
-            return KeyIndex.plain(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
-        return self.index.upto(self.length)
-
-    def evict(self, kept: LiveSet, index: KeyIndex) -> None:
-        """Keep only the entries in the slots of `kept`, a live set over entries; `index` describes what they hold."""
-        order = kept.index[:, None, :, None].to(self.keys.device)
-        take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
-        self.index = index
-        self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
-
-    def get_seq_length(self) -> int:
-        """Logical tokens seen."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical length and offset for which the model builds its mask.
-
-        Raises `UnsupportedCall` outside an attached model, where entries would be mistaken for other tokens.
-        """
-        self._check_served()
-        return self.length + query_length, 0
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.index, self.prompt, self._notes = None, 0, {}
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
-        count = -tokens_to_remove
-        if count < 0:
-            raise UnsupportedCall(
-                f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer"
-            )
-        if count == 0 or self.index is None:
-            return
-        explicit = count - (self.length - self.index.length)
-        if explicit > 0:
-            self.index = self.index.without_last(explicit)
-        self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples, as in beam search; the index is reordered with the entries."""
-        self._pick(beam_idx, lambda: beam_idx, beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples of the batch."""
-        self._pick(indices, lambda: indices, indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
-        if self.index is not None:
-            batch, device = self.index.logical.shape[0], self.index.logical.device
-            rows = torch.arange(batch, device=device).repeat_interleave(repeats)
-            self._pick(repeats, lambda: rows, rows)
-
-    def _pick(self, key: Any, rows: Any, picked: Tensor) -> None:
-        if self.index is not None:
-            self.index = self.index.rows(key, rows)
-            self.keys, self.values = self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)]
-            self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
-
-
-class UniformLayer(_Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """Wrapper for another kind of layer, such as static or quantized, in a cache whose layers all hold the same tokens.
-
-    It leaves storage to the wrapped layer and only reports logical lengths.
-    """
-
-    _layer_type = None
-    is_sliding = False
-
-    def __init__(self, inner: Any, written_by: Any = None) -> None:
-        self._inner = inner
-        self.index, self.prompt, self.written_by = None, 0, written_by
-
-    @classmethod
-    def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> UniformLayer:
-        """Wrap a layer and its contents; raises `UnsupportedModel` for kinds without one entry per token.
-
-        `real` as for `FlowLayer.adopt`.
-        """
-        attention = isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin)
-        if not attention or layer.is_sliding:
-            raise UnsupportedModel(
-                f"{where}: a cache layer of type {type(layer).__name__} does not hold one entry per token, so dropped "
-                "tokens would be mistaken for others; use transformers' DynamicCache"
-            )
-        adopted = cls(layer, written_by)
-        seen = int(layer.get_seq_length())
-        if seen:
-            adopted.set_index(KeyIndex.plain(layer.keys.shape[0], seen, layer.keys.device, real))
-        return adopted
-
-    @property
-    def _shift(self) -> int:
-        """Number of logical tokens that no entry holds."""
-        return 0 if self.index is None else self.index.length - len(self.index)
-
-    @property
-    def length(self) -> int:
-        """Number of logical tokens seen; a tensor (without synchronisation) if the layer counts on its device."""
-        seen: int = self._inner.get_seq_length() + self._shift
-        return seen
-
-    def width(self, entries: int) -> int:
-        """Number of entries passed to attention; a static layer passes its full capacity."""
-        held: int = self._inner.get_mask_sizes(0)[0]
-        return max(held, entries)
-
-    def full_index(self) -> KeyIndex:
-        """Index of all entries held now."""
-        length = int(self.length)
-        if self.index is None:
-            return KeyIndex.plain(self.keys.shape[0], length, self.keys.device)
-        return self.index.upto(length)
-
-    @property
-    def keys(self) -> Any:
-        """Keys of the wrapped layer."""
-        return self._inner.keys
-
-    @property
-    def values(self) -> Any:
-        """Values of the wrapped layer."""
-        return self._inner.values
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the wrapped layer has stored anything."""
-        return bool(self._inner.is_initialized)
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether the wrapped layer can be compiled."""
-        return bool(self._inner.is_compileable)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while this object is being copied
-            raise AttributeError(name)
-        return getattr(self._inner, name)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Initialise the wrapped layer."""
-        self._inner.lazy_initialization(key_states, value_states)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store new keys and values in the wrapped layer and return its result."""
-        return self._inner.update(key_states, value_states, *args, **kwargs)
-
-    def get_seq_length(self) -> int:
-        """Logical tokens seen."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The wrapped layer's mask sizes in logical tokens; raises `UnsupportedCall` as `FlowLayer.get_mask_sizes`."""
-        self._check_served()
-        length, offset = self._inner.get_mask_sizes(query_length)
-        return length + self._shift, offset
-
-    def get_max_length(self) -> int:
-        """Maximum length of the wrapped layer."""
-        most: int = self._inner.get_max_length()
-        return most
-
-    def offload(self) -> None:
-        """Offload the wrapped layer."""
-        self._inner.offload()
-
-    def prefetch(self) -> None:
-        """Prefetch the wrapped layer."""
-        self._inner.prefetch()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._inner.reset()
-        self.index, self.prompt = None, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens in the wrapped layer; they must be generated or text tokens."""
-        if self.index is not None:
-            explicit = -tokens_to_remove - (int(self.length) - self.index.length)
-            if explicit > 0:
-                self.index = self.index.without_last(explicit)
-        self._inner.crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples, as in beam search."""
-        self._inner.reorder_cache(beam_idx)
-        if self.index is not None:
-            self.index = self.index.rows(beam_idx, lambda: beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples of the batch."""
-        self._inner.batch_select_indices(indices)
-        if self.index is not None:
-            self.index = self.index.rows(indices, lambda: indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
-        self._inner.batch_repeat_interleave(repeats)
-        if self.index is not None:
-            batch, device = self.index.logical.shape[0], self.index.logical.device
-            rows = torch.arange(batch, device=device).repeat_interleave(repeats)
-            self.index = self.index.rows(repeats, lambda: rows)
-
-
-def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
+def check_cache(cache: Any, shape: BackboneShape, *, uniform: bool) -> None:
     """Raise `UnsupportedModel` for a cache that cannot hold the tokens a policy keeps.
 
     `uniform` says that all layers will hold the same tokens, which every kind of layer with one entry per token allows.
@@ -366,17 +38,25 @@ def check_cache(cache: Any, layers: int, *, uniform: bool) -> None:
             f"{CACHE_ARGUMENT}: layers of type {replicated.__name__} cannot hold a different length each; use a plain "
             "DynamicCache"
         )
-    _adopted(cache, uniform=uniform, written_by=None)
-    if len(cache.layers) > layers:
+    if len(cache.layers) > shape.layers:
         raise UnsupportedModel(
-            f"{CACHE_ARGUMENT}: expected at most {layers} layers, got {len(cache.layers)}; start with a fresh cache"
+            f"{CACHE_ARGUMENT}: expected at most {shape.layers} layers, got {len(cache.layers)}; start with a fresh "
+            "cache"
         )
+    missing = range(len(cache.layers), shape.layers)
+    unfit = [number for number, layer in enumerate(cache.layers) if _has_entries(layer) != shape.attends(number)]
+    if unfit or not all(map(shape.attends, missing)):
+        raise UnsupportedModel(
+            f"{CACHE_ARGUMENT}: some layers of this model have no attention, and the cache does not know which; make "
+            "it by DynamicCache(config=model.config)"
+        )
+    _adopted(cache, uniform=uniform, written_by=None)
 
 
 def convert_cache(
     cache: Cache, layers: int, *, uniform: bool, written_by: Any, real: Bool[Tensor, "batch tokens"] | None = None
 ) -> None:
-    """Replace the layers of the caller's cache, in place, by layers that record which tokens they hold.
+    """Replace the layers of the caller's cache that have entries, in place, by layers that record their tokens.
 
     `real` is false for padding among the tokens seen so far.
     """
@@ -389,12 +69,19 @@ def convert_cache(
     cache.layers[:] = adopted
 
 
+def _has_entries(layer: Any) -> bool:
+    """Whether a cache layer has one entry per token, rather than a state or nothing."""
+    return isinstance(layer, CacheLayerMixin)
+
+
 def _adopted(cache: Cache, *, uniform: bool, written_by: Any, real: Tensor | None = None) -> list[Any]:
     found = []
     for number, layer in enumerate(cache.layers):
         where = f"{CACHE_ARGUMENT}.layers[{number}]"
         dynamic = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if isinstance(layer, _Indexed) and not (isinstance(layer, UniformLayer) and not uniform):
+        if not _has_entries(layer) or (
+            isinstance(layer, Indexed) and not (isinstance(layer, UniformLayer) and not uniform)
+        ):
             found.append(layer)
         elif uniform and not dynamic:
             found.append(UniformLayer.adopt(layer, where, written_by, real))
@@ -403,21 +90,34 @@ def _adopted(cache: Cache, *, uniform: bool, written_by: Any, real: Tensor | Non
     return found
 
 
+def _first(cache: Any) -> Any:
+    """The first layer of a cache that has entries; `None` for no cache, or one without such layers."""
+    return next(filter(_has_entries, cache.layers), None) if isinstance(cache, Cache) else None
+
+
 def is_flow_cache(cache: Any) -> bool:
     """Whether the cache was written under a policy that dropped something."""
-    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], _Indexed)
+    return isinstance(_first(cache), Indexed)
+
+
+def flow_layers(cache: Cache) -> dict[int, FlowLayer | UniformLayer]:
+    """The layers of a cache written under a policy that have entries, by number of the decoder layer."""
+    return {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, FlowLayer | UniformLayer)}
 
 
 def indices_of(cache: Any) -> tuple[KeyIndex, ...] | None:
-    """Index of each layer of a cache written under a policy; `None` for other caches."""
-    found = tuple(layer.index for layer in cache.layers) if is_flow_cache(cache) else (None,)
-    return None if None in found else found
+    """Index of each layer with entries of a cache written under a policy; `None` for other caches."""
+    if not is_flow_cache(cache):
+        return None
+    held = flow_layers(cache).values()
+    found = tuple(layer.index for layer in held if layer.index is not None)
+    return found if len(found) == len(held) else None
 
 
 def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
     """Record which of the tokens last appended to a cache are padding, those where `real` is false."""
     length, made = int(cache.get_seq_length()), dict[KeyIndex, KeyIndex]()
-    for layer in cache.layers:
+    for layer in flow_layers(cache).values():
         if layer.index is not None:
             if layer.index not in made:
                 made[layer.index] = layer.index.upto(length, real)
@@ -426,7 +126,7 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:
     """Raise `UnsupportedCall` for a cache written under another policy."""
-    if is_flow_cache(cache) and cache.layers[0].written_by != writer:
+    if is_flow_cache(cache) and _first(cache).written_by != writer:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
             "it was written with, or start with a fresh cache"
@@ -439,7 +139,9 @@ def seen_by(cache: Any) -> int:
 
 
 def entries_of(layer: Any) -> int:
-    """Number of entries that a cache layer holds."""
+    """Number of entries that a cache layer holds; 0 for one without attention."""
+    if not _has_entries(layer):
+        return 0
     index = getattr(layer, "index", None)
     return int(layer.get_seq_length()) - (0 if index is None else index.length - len(index))
 

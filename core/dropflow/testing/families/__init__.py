@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -11,6 +12,12 @@ from dropflow.testing.families.tiny import Tiny
 
 
 def tiny_models() -> dict[str, tuple[type[Backbone], Tiny]]:
-    """Adapter name -> its class and its tiny model, for every family of this package, without network access."""
-    names = sorted(module.name for module in iter_modules(__path__) if module.name != "tiny")
-    return {name: (load(ADAPTERS, name), import_module(f"{__name__}.{name}").tiny()) for name in names}
+    """Adapter name -> its class and its tiny model, for every family of this package, without network access.
+
+    Families that the installed transformers does not have are left out.
+    """
+    found = {}
+    for name in sorted(module.name for module in iter_modules(__path__) if module.name != "tiny"):
+        with suppress(ImportError):
+            found[name] = load(ADAPTERS, name), import_module(f"{__name__}.{name}").tiny()
+    return found

@@ -66,6 +66,10 @@ class Tiny:
     """Modality (`image`, `video`) -> the function that makes its pictures."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda inputs: inputs)
     """Adds to the inputs what the processor would add, such as token types."""
+    tolerance: float = 1e-5
+    """Largest allowed relative error of states, logits and losses: the round-off of the family's kernels."""
+    gradient_tolerance: float = 1e-3
+    """The same for gradients."""
 
     def model(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """The model in eval mode, with weights large enough to make attention uneven."""
@@ -77,6 +81,8 @@ class Tiny:
                 if weight.dim() > 1:
                     fan_in = weight.shape[-1] if weight.dim() == 2 else weight[0].numel()
                     weight.normal_(0, 0.3 if "embed_tokens" in name else 1.2 * fan_in**-0.5)
+                elif name.endswith("bias"):  # or else a bias that enters where it must not would not be seen
+                    weight.normal_(0, 0.1)
         model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would generate placeholders
         return model
 

@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
-from dropflow.engine.tokens.cache import FlowLayer, UniformLayer, entries_of
+from dropflow.engine.tokens.cache import entries_of
+from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

@@ -1,0 +1,31 @@
+"""LFM2-VL: a SigLIP 2 tower on padded patches, merged 2 x 2, and short convolutions between attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dropflow import Backbone, ImageLayout
+
+
+class Lfm2VL(Backbone):
+    """`Lfm2VlForConditionalGeneration`; every entry is a picture or a tile, and images vary in size."""
+
+    gridded = True
+
+    @property
+    def final_norm(self) -> Callable[[Tensor], Tensor]:
+        """The norm after the last layer, which LFM2 calls `embedding_norm`."""
+        norm: Callable[[Tensor], Tensor] = self.text.embedding_norm
+        return norm
+
+    def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
+        """One image per entry; its number of patches in either direction determines its grid."""
+        shapes = arguments.get("spatial_shapes")
+        if shapes is None:
+            return super().layouts(modality, sizes, arguments)
+        merge = self.model.config.downsample_factor
+        grids = [(-(-height // merge), -(-width // merge)) for height, width in shapes.tolist()]
+        return [[ImageLayout(size, grid)] for size, grid in zip(sizes, grids, strict=True)]

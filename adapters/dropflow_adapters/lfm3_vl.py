@@ -1,0 +1,19 @@
+"""LFM3-VL: a packed tower with convolutions over the grid, and short convolutions between attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dropflow_adapters.qwen2_vl import Qwen2VL
+
+
+class Lfm3VL(Qwen2VL):
+    """`Lfm3VlForConditionalGeneration`; images and videos are laid out as in Qwen2-VL."""
+
+    @property
+    def final_norm(self) -> Callable[[Tensor], Tensor]:
+        """The norm after the last layer, which LFM3 calls `embedding_norm`."""
+        norm: Callable[[Tensor], Tensor] = self.text.embedding_norm
+        return norm

@@ -1,0 +1,71 @@
+"""What mixes the tokens of each decoder layer: attention, a recurrent state or a convolution, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MixerKind = Literal["attention", "recurrent", "none", "shared", "other"]
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers with softmax attention over their own keys, for which dropping a token equals masking it."""
+RECURRENT = frozenset({"linear_attention", "conv"})
+"""Kinds of layers with a recurrent state or a causal convolution, for which a dropped token must be absent."""
+WITHOUT_MIXER = frozenset({"moe", "mlp"})
+"""Kinds of layers that treat every token alone."""
+_RECURRENT_MODULES = frozenset({"linear_attn", "mamba", "short_conv", "mamba_mixer"})
+"""Names of the modules of recurrent layers, for configs that do not list kinds of layers."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What mixes the tokens of one decoder layer."""
+
+    kind: MixerKind
+    """`attention`; `recurrent`, a state or a convolution; `none`; `shared`, attention over the keys of another layer;
+    `other`, what dropflow does not know."""
+    name: str
+    """The kind as the config names it, such as `sliding_attention`."""
+    producer: int | None = None
+    """The layer whose keys a `shared` layer reads."""
+
+
+def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
+    """The mixer of every layer of a text decoder, from its transformers config.
+
+    `layers` are its modules, which tell recurrent layers apart where the config does not list kinds.
+    """
+    depth: int = config.num_hidden_layers
+    names = list(getattr(config, "layer_types", None) or ())
+    if len(names) != depth:
+        names = [_named_by_modules(layer) for layer in layers] or ["full_attention"] * depth
+    sharers = _sharers(config, depth)
+    found: list[Mixer] = []
+    for number, name in enumerate(names):
+        if number in sharers:
+            producers = [i for i, other in enumerate(names[:number]) if other == name and i not in sharers]
+            found.append(Mixer("shared" if producers else "other", name, producers[-1] if producers else None))
+        else:
+            found.append(Mixer(_kind(name), name))
+    return tuple(found)
+
+
+def _kind(name: str) -> MixerKind:
+    if name in ATTENTION:
+        return "attention"
+    if name in RECURRENT:
+        return "recurrent"
+    return "none" if name in WITHOUT_MIXER else "other"
+
+
+def _named_by_modules(layer: Any) -> str:
+    modules = {name.split(".")[-1] for name, _ in layer.named_modules()}
+    return "linear_attention" if modules & _RECURRENT_MODULES else "full_attention"
+
+
+def _sharers(config: Any, depth: int) -> frozenset[int]:
+    """Layers that read the keys of an earlier layer of their kind."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        return frozenset(number for number, mode in enumerate(modes) if mode and mode.startswith("reuse"))
+    return frozenset(range(depth - (getattr(config, "num_kv_shared_layers", None) or 0), depth))
