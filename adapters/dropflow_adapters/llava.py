@@ -45,10 +45,10 @@ class Llava(Backbone):
         encoder = self.core.vision_tower.encoder
         return VisionEncoder(encoder, int(has_cls), has_cls, layer, int(keeps_prefix), projector, sublayers)
 
-    def projections(self, layer: Any) -> Projections:
-        """Projections of a decoder layer, which have the same names in Llama, Mistral and Qwen2."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+    def projections(self, layer: Any) -> Projections | None:
+        """Projections of a decoder layer with attention, which have the same names in Llama, Mistral and Qwen."""
+        attention = getattr(layer, "self_attn", None)
+        return None if attention is None else Projections(attention.q_proj, attention.k_proj, attention.v_proj)
 
     @property
     def tokens_per_image(self) -> int | None:

@@ -13,7 +13,7 @@ from unseen import UNSEEN
 import dropflow
 from dropflow import Stage
 from dropflow.errors import PolicyError, UnsupportedModel
-from dropflow.testing.families.tiny import IMAGE, TEXT, VIDEO, VISION
+from dropflow.testing.families.tiny import IMAGE, TEXT, VISION
 from dropflow.testing.probes import WINDOW, Ranked, policy
 from dropflow_adapters.auto import Auto
 

@@ -87,12 +87,16 @@ def without_attention(layer: Any, config: Any) -> int:
             work += int(weight.numel() * (getattr(config, "num_experts_per_tok", 1) or 1) / weight.shape[0])
         elif matrix:
             work += weight.numel()
+    return work + (_state(config) if any("A_log" in name for name, _ in layer.named_parameters()) else 0)
+
+
+def _state(config: Any) -> int:
+    """Multiply-adds with which a token reads and writes the recurrent state of one layer; 0 where sizes are unknown."""
     heads = getattr(config, "linear_num_value_heads", None)
-    if heads and any("A_log" in name for name, _ in layer.named_parameters()):
-        work += 4 * heads * config.linear_key_head_dim * config.linear_value_head_dim
-    elif (heads := getattr(config, "mamba_num_heads", None)) and "mamba" in type(layer).__name__.lower():
-        work += 4 * heads * config.mamba_head_dim * config.ssm_state_size
-    return work
+    if heads:
+        return int(4 * heads * config.linear_key_head_dim * config.linear_value_head_dim)
+    heads = getattr(config, "mamba_num_heads", None)
+    return int(4 * heads * config.mamba_head_dim * config.ssm_state_size) if heads else 0
 
 
 def kv_bytes(entries: int, shape: DecoderWidths, bytes_per_number: int) -> int:

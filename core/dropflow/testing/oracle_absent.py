@@ -27,6 +27,7 @@ class AbsentOracle(MaskedOracle):
     """
 
     name: ClassVar[str] = "absent"
+    """What error messages call the run."""
 
     def __enter__(self) -> AbsentOracle:
         if self._log_weights is not None:
