@@ -15,7 +15,7 @@ demo: $(VENV)/.wheel
 # The suite runs on the installed wheel, not on the source tree, file by file on every core. FLAGS="-m slow" runs the
 # heavy matrices.
 test: check
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(FLAGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(FLAGS)
 
 # An environment of other versions or with more packages, `.venvs/NAME`; environments/NAME.txt says which.
 env-%: .venvs/%.txt
@@ -29,7 +29,7 @@ env-%: .venvs/%.txt
 
 # The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
 test-oldest test-newest test-quantized: test-%: env-%
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS) $(FLAGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist loadgroup $(TESTS) $(FLAGS)
 
 # Models with quantised weights, with the libraries that make them.
 test-quantized: TESTS := tests/core/stacks/test_quantized.py

@@ -21,6 +21,15 @@ collect_ignore = ["extension"]  # a package of its own: `test_extension.py` inst
 pytest_plugins = ["conformance_matrix"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, but let families of the conformance matrix run in several."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        family = parameters.get("adapter", "") if item.path.name == "test_conformance.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.path.parent.name}-{family}"))
+
+
 @pytest.fixture(scope="session")
 def _shared_llava() -> Any:
     return tiny_llava()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from dropflow import Backbone, ImageLayout
+from dropflow import Backbone, DecoderWidths, ImageLayout
 
 
 class Lfm2VL(Backbone):
@@ -20,6 +21,12 @@ class Lfm2VL(Backbone):
         """The norm after the last layer, which LFM2 calls `embedding_norm`."""
         norm: Callable[[Tensor], Tensor] = self.text.embedding_norm
         return norm
+
+    @property
+    def decoder_widths(self) -> DecoderWidths:
+        """Widths of the text decoder, whose MLP LFM2 makes narrower than its config says."""
+        gate = self.text._modules["layers"][0].feed_forward.w1
+        return replace(super().decoder_widths, intermediate=gate.out_features)
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per entry; its number of patches in either direction determines its grid."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.backbone.mixers import Mixer, mixers_of
+from dropflow.backbone.mixers import Mixer, attending, mixers_of
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
@@ -177,12 +177,7 @@ class Backbone:
     def shape(self) -> BackboneShape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
         mixers = self.mixers
-        attending = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
-        return BackboneShape(
-            layers=len(mixers),
-            visual_tokens=self.tokens_per_image,
-            attending=None if len(attending) == len(mixers) else attending,
-        )
+        return BackboneShape(len(mixers), self.tokens_per_image, attending(mixers))
 
     @property
     def tokens_per_image(self) -> int | None:

@@ -50,6 +50,12 @@ def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
     return tuple(found)
 
 
+def attending(mixers: Sequence[Mixer]) -> tuple[int, ...] | None:
+    """Numbers of the layers with attention, as `BackboneShape.attending` holds them; `None` for all."""
+    found = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
+    return None if len(found) == len(mixers) else found
+
+
 def _kind(name: str) -> MixerKind:
     if name in ATTENTION:
         return "attention"

@@ -13,6 +13,7 @@ from dropflow.lifecycle.hooks import HOOKS, Hooks
 from dropflow.lifecycle.lazy import lazy
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.policy.policy import Policy
+from dropflow.policy.ranking import ranking_faults
 from dropflow.policy.schedule import Schedule, encoded, schedule
 from dropflow.units import BackboneShape, Budget, Scale
 
@@ -45,18 +46,24 @@ class Plan:
         return asked
 
     @lazy
+    def ranked_by(self) -> dict[int, int]:
+        """Boundary -> the layer whose attention ranks there, where stages rank and the boundary's layer has none."""
+        found = {}
+        for boundary, stages in self.prune_at.items():
+            layer = self.shape.ranks_by(boundary)
+            if layer not in (None, boundary) and any(stage.ranks for _, stage in stages):
+                found[boundary] = layer
+        return found
+
+    @lazy
     def ranking_taps(self) -> tuple[int, ...]:
         """Decoder layers whose attention `prune` reads after they ran, ascending.
 
         They are the `taps` of its stages, and stand in for layers without attention (see `BackboneShape.ranks_by`).
         """
-        read: set[int | None] = set()
-        for boundary, stages in self.prune_at.items():
-            for _, stage in stages:
-                read.update(map(self.shape.ranks_by, stage.taps))
-                if stage.ranks and not self.shape.attends(boundary):
-                    read.add(self.shape.ranks_by(boundary))
-        return tuple(sorted(layer for layer in read if layer is not None))
+        stages = (stage for asked in self.prune_at.values() for _, stage in asked)
+        taps = {self.shape.ranks_by(layer) for stage in stages for layer in stage.taps}
+        return tuple(sorted({layer for layer in taps if layer is not None} | set(self.ranked_by.values())))
 
     @lazy
     def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
@@ -129,7 +136,8 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
     """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
 
     Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
-    and pruning outside the layers in which vision takes part. No weights are touched.
+    pruning outside the layers in which vision takes part, and ranking where no layer has attention. No weights are
+    touched.
     """
     tuned = policy.tuned_for
     scale = Scale(shape, BackboneShape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
@@ -145,6 +153,9 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
     stages = tuple((name, made[name]) for name in policy.stages)
     plan = Plan(policy, shape, stages, Hooks(stages), window)
     _check_order(plan)
+    faults = ranking_faults(plan)
+    if faults:
+        raise PolicyError("\n".join(faults))
     return plan
 
 

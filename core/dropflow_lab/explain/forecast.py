@@ -38,6 +38,8 @@ class Explanation:
     flops: float | None
     flops_dense: float
     """The same sum without the policy."""
+    ranked_by: dict[int, int]
+    """Boundary -> the layer whose attention ranks there, where the boundary's own layer has none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, with the unit of all FLOPs."""
@@ -49,12 +51,13 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
 
     FLOPs are those of the papers (`dropflow.flops.vision_only`): they leave out text, cross attention and ranking.
     """
-    schedule = resolve(policy, shape).schedule()
+    plan = resolve(policy, shape)
+    schedule = plan.schedule()
     layers = tuple(
         LayerForecast(
             layer,
             count,
-            None if count is None else count + text_tokens,
+            _entries(count, text_tokens, attends=shape.attends(layer)),
             None if count is None else vision_only(count, widths),
         )
         for layer, count in enumerate(schedule.per_layer)
@@ -67,4 +70,12 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
         entry_visual_tokens=schedule.entry,
         flops=sum(known) if len(known) == len(layers) else None,
         flops_dense=shape.layers * vision_only(shape.visual_tokens or 0, widths),
+        ranked_by=plan.ranked_by,
     )
+
+
+def _entries(visual: int | None, text: int, *, attends: bool) -> int | None:
+    """Entries of a layer's cache after prefill; none without attention."""
+    if not attends:
+        return 0
+    return None if visual is None else visual + text

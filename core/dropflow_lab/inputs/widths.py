@@ -1,15 +1,16 @@
-"""Widths and depth of a text decoder, read from a model folder's config without its weights."""
+"""Widths and layers of a text decoder, read from a model folder's config without its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dropflow.backbone.flops import DecoderWidths
+from dropflow.backbone.mixers import Mixer, mixers_of
 from dropflow_lab.errors import InputError, shortened
 
 
-def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
-    """Return widths and number of decoder layers of the text part of `folder/config.json`.
+def read_widths(folder: Path) -> tuple[DecoderWidths, tuple[Mixer, ...]]:
+    """Return widths of the text part of `folder/config.json`, and what mixes the tokens of each of its decoder layers.
 
     Raises `InputError` if there is no such file or transformers cannot read it.
     """
@@ -19,6 +20,6 @@ def read_widths(folder: Path) -> tuple[DecoderWidths, int]:
 
     try:
         text = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        return DecoderWidths.of(text), text.num_hidden_layers
+        return DecoderWidths.of(text), mixers_of(text)
     except Exception as error:  # transformers raises all kinds of errors on a broken file
         raise InputError(f"{folder / 'config.json'}: cannot be read: {shortened(str(error))}") from error

@@ -6,6 +6,7 @@ import pytest
 
 from dropflow import Forecast, Keep, Stage, StageOptions, hookimpl, load_policy
 from dropflow.backbone.flops import LLAVA_7B
+from dropflow.errors import PolicyError
 from dropflow.units import BackboneShape
 from dropflow_lab.explain.forecast import Explanation, explain
 
@@ -65,3 +66,14 @@ def test_what_the_data_decides_is_none() -> None:
     assert [layer.visual_tokens for layer in explanation.layers] == [100, 100, None, None]
     assert [layer.kv_entries for layer in explanation.layers] == [110, 110, None, None]
     assert (explanation.layers[2].flops, explanation.flops, explanation.average_visual_tokens) == (None, None, None)
+
+
+def test_a_hybrid_holds_entries_and_ranks_only_where_it_has_attention() -> None:
+    hybrid = BackboneShape(layers=8, visual_tokens=100, attending=(3, 7))
+    pyramid = {"use": "pyramiddrop/pyramid", "keep": {4: 0.5, 7: 0.2}}
+    found = explain(load_policy({"name": "p", "stages": {"p": pyramid}}), hybrid, LLAVA_7B, text_tokens=10)
+    assert [layer.kv_entries for layer in found.layers] == [0, 0, 0, 110, 0, 0, 0, 30]
+    assert found.ranked_by == {4: 3}
+    early = {"name": "p", "stages": {"p": {"use": "pyramiddrop/pyramid", "keep": {2: 0.5}}}}
+    with pytest.raises(PolicyError, match=r"stages\.p: at boundary 2 it ranks by .* rank at boundary 3 or later"):
+        explain(load_policy(early), hybrid, LLAVA_7B, text_tokens=10)

@@ -1,16 +1,13 @@
-"""Refuses decoder layers that no policy can serve, and stages that read attention where there is none."""
+"""Refuses decoder layers that no policy can serve."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dropflow.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
-    from dropflow.lifecycle.stage import Stage
-    from dropflow.policy.plan import Plan
 
 
 def check_mixers(backbone: Backbone) -> None:
@@ -31,51 +28,4 @@ def check_mixers(backbone: Backbone) -> None:
     if all(mixer.kind != "attention" for mixer in mixers):
         raise UnsupportedModel(
             "text decoder: none of its layers has attention; no policy can be attached to this model"
-        )
-
-
-def ranking_faults(plan: Plan) -> list[str]:
-    """Errors for stages that read attention, or train through it, in layers that have none."""
-    if plan.shape.attending is None:
-        return []
-    faults = {}
-    for boundary, stages in plan.prune_at.items():
-        for name, stage in stages:
-            read = (*stage.taps, *((boundary,) if stage.ranks else ()))
-            lacking = next((layer for layer in read if not _ranked(plan, layer)), None)
-            if lacking is not None and name not in faults:
-                faults[name] = _unranked(plan, name, boundary, lacking)
-    return [*faults.values(), *(fault for name, stage in plan.stages for fault in _stage_faults(plan, name, stage))]
-
-
-def _ranked(plan: Plan, layer: int) -> bool:
-    """Whether the layer, or one before it through which vision passes, has attention to rank by."""
-    ranks_by = plan.shape.ranks_by(layer)
-    return plan.shape.attends(layer) or (ranks_by is not None and ranks_by >= plan.window.entry)
-
-
-def _unranked(plan: Plan, name: str, boundary: int, layer: int) -> str:
-    entry, attending = plan.window.entry, plan.shape.attending or ()
-    first = next((number for number in attending if number >= entry), None)
-    told = f"stages.{name}: at boundary {boundary} it ranks by the attention of layer {layer}, but no layer from "
-    if first is None:
-        return f"{told}{entry} on has attention; let vision enter earlier"
-    return f"{told}{entry} to {layer} has attention; rank at boundary {first + boundary - layer} or later"
-
-
-def _stage_faults(plan: Plan, name: str, stage: Stage[Any]) -> Iterator[str]:
-    shape = plan.shape
-    reads = next((layer for layer in stage.decode_taps if not shape.attends(layer)), None)
-    if reads is not None:
-        nearest = shape.ranks_by(reads)
-        yield (
-            f"stages.{name}: reads the attention of layer {reads} while decoding, which has none; name a layer that has"
-            + ("" if nearest is None else f", such as {nearest}")
-        )
-    weighted = min(stage.prune_at, default=shape.layers) if stage.differentiable else shape.layers
-    without = next((layer for layer in range(weighted, shape.layers) if not shape.attends(layer)), None)
-    if without is not None:
-        yield (
-            f"stages.{name}: its selection trains through attention scores, which layer {without} does not have; set a "
-            "hard selection in this stage"
         )

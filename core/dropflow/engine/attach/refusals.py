@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.wrapped import check_compiled
-from dropflow.engine.attach.mixer_refusals import check_mixers, ranking_faults
+from dropflow.engine.attach.mixer_refusals import check_mixers
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
@@ -70,7 +70,6 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
             f"stages.{name}: names layer {layer}, expected 0 to {depth - 1}; name a layer that exists"
             for layer in wrong
         ]
-    faults += ranking_faults(plan)
     faults += _vision_faults(backbone, plan)
     faults += [
         f"stages.{name}: trains its selection, for which gradients would have to cross the ranks of `tp_plan`; use "

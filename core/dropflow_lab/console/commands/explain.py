@@ -38,17 +38,20 @@ def explain(
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B
+    from dropflow.backbone.mixers import attending
     from dropflow.units import BackboneShape
     from dropflow_lab.explain.forecast import explain as forecast
     from dropflow_lab.inputs.widths import read_widths
 
     with chatter_to_stderr():
         loaded = load_policy(policy, overrides or ())
-        widths, depth = (LLAVA_7B, None) if config is None else read_widths(config)
+        widths, mixers = (LLAVA_7B, ()) if config is None else read_widths(config)
         tuned = loaded.tuned_for
+        depth = layers or len(mixers) or (tuned.layers if tuned else _LAYERS)
         shape = BackboneShape(
-            layers or depth or (tuned.layers if tuned else _LAYERS),
+            depth,
             visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
+            attending(mixers) if depth == len(mixers) else None,
         )
         explanation = forecast(loaded, shape, widths, text_tokens)
     emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation, widths))
@@ -71,8 +74,13 @@ def _summary(explanation: Explanation, widths: DecoderWidths) -> str:
 
     average, flops, dense = explanation.average_visual_tokens, explanation.flops, explanation.flops_dense
     share = "" if flops is None else f" ({1 - flops / dense:.1%} fewer)"
+    ranked = (
+        f"boundary {boundary}: ranks by layer {layer}, the last one up to there with attention"
+        for boundary, layer in explanation.ranked_by.items()
+    )
     return "\n".join(
         (
+            *ranked,
             f"visual tokens: {'data' if average is None else f'{average:.2f}'} on average over "
             f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM",
             f"FLOPs: {'data' if flops is None else si(flops)} of {si(dense)}{share}",

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import dropflow
 from dropflow import Backbone
 from dropflow.errors import DecisionError, PolicyError, UnsupportedCall, UnsupportedModel
-from dropflow.testing import AbsentOracle, Tiny, tiny_models
+from dropflow.testing import AbsentOracle, BrokenGuarantee, Tiny, tiny_models
 from dropflow.testing.case import Case, relative_error
 from dropflow.testing.guarantees import CHECKS, check_prefill
 from dropflow.testing.probes import WINDOW, EveryThird, Ranked, policy, use
@@ -247,3 +247,50 @@ def dense_entries(own: Case) -> float:
     """Entries that all layers with attention would hold without a policy, mean over samples."""
     layers = sum(map(own.adapter(own.model).shape.attends, range(6)))
     return layers * float(own.real.sum()) / len(own.real)
+
+
+def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dropflow.engine.decoder.recurrent._padding_mask", lambda *_: None)
+
+
+def late_tokens_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropflow.engine.tokens.live_set import LiveSet
+
+    restrict = LiveSet.restrict
+
+    def emptied(live: LiveSet, before: LiveSet, states: Tensor, raw: Tensor | None) -> Tensor:
+        return restrict(live, before, states, None if raw is None else torch.zeros_like(raw))
+
+    monkeypatch.setattr(LiveSet, "restrict", emptied)
+
+
+def empty_chunks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropflow.engine.decoder import prompt_run
+
+    run = prompt_run.run_without_attention
+    monkeypatch.setattr(
+        prompt_run, "run_without_attention", lambda *args, live, **more: run(*args, live=max(live, 1), **more)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", [no_mask, late_tokens_are_zeros])
+def test_planted_faults_are_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = case("lfm2_vl" if fault is late_tokens_are_zeros else "qwen3_5", WINDOW["stages"])
+    check_prefill(own)
+    fault(monkeypatch)
+    with pytest.raises(BrokenGuarantee, match="differ from the absent run's"):
+        check_prefill(own)
+
+
+@torch.no_grad()
+def test_a_chunk_without_a_live_token_must_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"inject": {"use": "hidrop/late-injection", "at": 1}}
+    own = case("llava with qwen3_5", stages, samples=[(2, "I", 4)])
+    budget = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with own.attach():
+        right = own.model.generate(**own.inputs, **budget, prefill_chunk_size=5).logits[0]
+        empty_chunks_run(monkeypatch)
+        with pytest.raises(UnsupportedCall, match="goes on from a recurrent state"):
+            own.model.generate(**own.inputs, **budget, prefill_chunk_size=5)
+    assert right.isfinite().all()
