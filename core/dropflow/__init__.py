@@ -8,6 +8,7 @@ from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.lifecycle.hooks import hookimpl
+from dropflow.lifecycle.instruction import instruction_tokens
 from dropflow.lifecycle.lazy import lazy_names
 from dropflow.lifecycle.payloads import (
     Encode,
@@ -120,6 +121,7 @@ __all__ = [
     "flow_of",
     "from_pretrained",
     "hookimpl",
+    "instruction_tokens",
     "load_policy",
     "operators",
     "questions",

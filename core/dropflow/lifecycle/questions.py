@@ -27,8 +27,11 @@ def questions(texts: Sequence[str]) -> Iterator[None]:
         _asked.reset(token)
 
 
-def questions_of(batch: int) -> tuple[str, ...]:
-    """The question of each of `batch` samples; raises `UnsupportedCall` if none or the wrong number was stated."""
+def stated_questions_of(batch: int) -> tuple[str, ...]:
+    """The questions that this thread states, of which each is for as many of `batch` samples as the others.
+
+    Raises `UnsupportedCall` if none or a wrong number was stated.
+    """
     asked = _asked.get()
     if not asked or batch % len(asked):
         stated = f"{len(asked)} stated" if asked else "none stated"
@@ -36,4 +39,4 @@ def questions_of(batch: int) -> tuple[str, ...]:
             f"questions: {stated} for a batch of {batch}, but the policy has a stage that reads them as text; run the "
             "model inside `with dropflow.questions([...]):`, one string for each sample"
         )
-    return tuple(question for question in asked for _ in range(batch // len(asked)))
+    return asked

@@ -69,7 +69,7 @@ def bench_train(
             enable({"use_reentrant": False})
         model, batch = twin(dense), build_batch(shape)
         optimizer = torch.optim.AdamW([w for w in dense.parameters() if w.requires_grad], lr=1e-6)
-        with dropflow.attach(model, POLICY, overrides=OVERRIDES) as flow:
+        with dropflow.attach(model, POLICY, overrides=OVERRIDES, logits="labelled") as flow:
             steps = {"dense": _step(dense, batch, optimizer), "policy": _step(model, batch, optimizer)}
             steps["policy"]()  # the optimiser creates its state in its first step
             visual = tuple(round(layer.visual_tokens) for layer in flow.report().layers)

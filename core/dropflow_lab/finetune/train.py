@@ -62,7 +62,7 @@ def finetune(
     optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse for training
     use_cache = vars(model.config).get("use_cache")
     fast = use_fast_attention(model) if settings.attention == "matmul" else nullcontext()
-    with dropflow.attach(model, policy) as flow, fast:
+    with dropflow.attach(model, policy, logits="labelled") as flow, fast:
         trainer = Trainer(
             model=model,
             args=_arguments(run, settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -56,6 +56,7 @@ def attach(
     overrides: Sequence[str] = (),
     adapter: str | type[Backbone] | None = None,
     allow_downloads: bool = False,
+    logits: Literal["all", "labelled"] = "all",
 ) -> Flow:
     """Apply `policy` to every forward of `model` until the flow is detached or its `with` block ends.
 
@@ -67,12 +68,21 @@ def attach(
     A recorded policy comes from whoever saved the model, so options in it that name a model to load accept only local
     folders, unless `allow_downloads` is set. A policy that you pass is not restricted.
 
+    With `logits="labelled"`, a forward with labels in `train()` runs the LM head and the loss only on positions that
+    predict a label, and its `logits` are (1, rows, vocabulary): faster and smaller, for trainers that read the loss
+    alone. The model's own forward computes the loss in either case.
+
     Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
     (or has a flow attached already).
     """
+    if logits not in ("all", "labelled"):
+        raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
     found = backbone_for(model, adapter)
+    if logits == "labelled":
+        refusals.check_loss_function(found.model)
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
-    hooks = _attach(found, {"": resolve(load_policy(source, overrides), found.shape)}, "")
+    plan = resolve(load_policy(source, overrides), found.shape)
+    hooks = _attach(found, {"": plan}, "", labelled_only=logits == "labelled")
     flow = hooks.flows[""]
     assert flow is not None
     hooks.handle = flow
@@ -128,7 +138,9 @@ def _attachment_of(model: Any) -> _Attachment | None:
     return found
 
 
-def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) -> ModelHooks:
+def _attach(
+    backbone: Backbone, plans: Mapping[str, Plan | None], default: str, *, labelled_only: bool = False
+) -> ModelHooks:
     warn_if_untested()
     leave_uncompiled()
     core = backbone.core
@@ -150,7 +162,7 @@ def _attach(backbone: Backbone, plans: Mapping[str, Plan | None], default: str) 
             raise UnsupportedModel(f"attach: the policy {names} is already attached to this model; detach it first")
         _clean(attachment)  # left by an interrupted attach or detach
         refusals.check_unshared(backbone)
-        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards)
+        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards, labelled_only=labelled_only)
         attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
         attached_plans.update(attachment.serials)
         recorded = plans[default]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +27,16 @@ class Call:
     """The policy that applies; `None` where the model runs dense."""
     site: Site | None
     labels: Tensor | None = None
-    logits_to_keep: int = 0
+    logits_to_keep: int | Tensor = 0
     attention_mask: Any = None
     visual: VisualTokens | None = None
     """Visual tokens, if this call brings images."""
     flags: dict[str, RowFlags] = field(default_factory=dict)
     """Modality -> flags of its feature rows."""
-    loss: Mapping[str, Any] | None = None
-    """Arguments of the loss, if it is computed after the model's forward, on live positions only."""
+    labelled_only: bool = False
+    """Whether the LM head and the loss run only on positions that predict a label."""
     live_rows: Tensor | None = None
-    """Row of the LM head's input that each position (batch, tokens) reads, where it runs on live positions only."""
+    """Row of the LM head's input that each position (batch, tokens) reads, where it does not run on all of them."""
     core_runs: bool = False
     """True between the first and the last hook of the core."""
     outer: Any = None

@@ -19,12 +19,12 @@ from dropflow.engine.attach import refusals
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.stated import Stated
 from dropflow.engine.decoder.continued_run import ContinuedRun
-from dropflow.engine.decoder.head import full_logits, live_states, loss_of, shifted
+from dropflow.engine.decoder.head import live_states, loss_of_rows, shifted
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.model.arguments import cache_after, cache_in, named, parameters_of
+from dropflow.engine.model.arguments import cache_after, cache_in, named
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
@@ -41,7 +41,6 @@ from dropflow.engine.tokens.prompt import (
 from dropflow.engine.vision.encoding import encode, joined, take_flags, with_flags
 from dropflow.engine.vision.vision_run import VisionRun
 from dropflow.errors import UnsupportedCall, UnsupportedModel
-from dropflow.lifecycle.questions import questions_of
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
@@ -55,12 +54,17 @@ class ModelHooks:
     interrupted, whatever remains on the model has no effect, and the next attach or detach cleans it up.
     """
 
-    def __init__(self, backbone: Backbone, turns: Turns, shards: HeadShards | None) -> None:
-        self.backbone, self._turns, self._shards = backbone, turns, shards
+    def __init__(
+        self, backbone: Backbone, turns: Turns, shards: HeadShards | None, *, labelled_only: bool = False
+    ) -> None:
+        """With `labelled_only`, training forwards with labels compute no logits but those that predict a label."""
+        self.backbone, self._turns, self._shards, self._labelled_only = backbone, turns, shards, labelled_only
         self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
+        self._loss: Any = object()
+        """The loss function that stands for the model's own where labelled logits alone are computed."""
         self.flows: Mapping[str, Flow | None] = {}
         """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
         self._sites: Mapping[str, Site] = {}
@@ -248,8 +252,9 @@ class ModelHooks:
         if forward.generating is None:
             if text and (tokens == 1 or inside_generate()):
                 return forward  # decodes, or verifies drafts
-            if not text and call.logits_to_keep > 1 and inside_generate():
-                forward.drafts = call.logits_to_keep - 1
+            keep = call.logits_to_keep
+            if not text and isinstance(keep, int) and keep > 1 and inside_generate():
+                forward.drafts = keep - 1
         forward.seen, forward.before = seen_by(cache), indices_of(cache)
         forward.stated = isinstance(mask, Tensor) and mask.dim() == 2
         if forward.stated and mask.shape[1] >= forward.seen + tokens:
@@ -267,34 +272,37 @@ class ModelHooks:
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
             return args, kwargs
-        keep = kwargs.get("logits_to_keep", 0)
-        call.labels, call.logits_to_keep = kwargs.get("labels"), keep if isinstance(keep, int) else 0
+        call.labels, call.logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         brings = self._brings_images(kwargs)
         refusals.check_call(self.backbone, call.site.plan, kwargs, brings)
-        if call.labels is not None and brings and isinstance(keep, int) and keep == 0 and "shift_labels" not in kwargs:
-            own = parameters_of(model)
-            call.loss = {"labels": call.labels, **{k: v for k, v in kwargs.items() if k not in own}}
-            kwargs = kwargs | {"labels": None}
+        whole = "shift_labels" in kwargs or isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep
+        if self._labelled_only and call.labels is not None and brings and model.training and not whole:
+            call.labelled_only = True
+            self._lay_loss(model)
         return args, kwargs
 
+    def _lay_loss(self, model: Any) -> None:
+        """Let the model's loss function take the rows that a call computes; again, if the user has set another one."""
+        if model.__dict__.get("_loss_function") is not self._loss:
+            self._loss = self._labelled_loss(model.loss_function)
+            self._standing.lay(model.__dict__, "_loss_function", self._loss)
+
+    def _labelled_loss(self, original: Any) -> Any:
+        """The model's loss function, given logits of the rows in `Call.live_rows` and labels of every token."""
+
+        @wraps(original)
+        def loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+            call = self._mine()
+            if call is None or call.live_rows is None:  # nothing was dropped
+                return original(logits, labels, *args, **kwargs)
+            return loss_of_rows(partial(original, *args), logits, call.live_rows, labels, **kwargs)
+
+        return loss
+
     def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
-        call = self._mine()
-        try:
-            if call is None or call.owner is not model or call.loss is None or output is None:
-                return output
-            logits = output[0]
-            if call.live_rows is None:  # nothing was dropped: the loss as the model itself computes it
-                loss = model.loss_function(logits=logits, vocab_size=logits.shape[-1], **call.loss)
-            else:
-                loss = loss_of(model, logits, call.live_rows, call.loss)
-                logits = logits if model.training else full_logits(logits, call.live_rows)
-            if isinstance(output, tuple):
-                return (loss, logits, *output[1:])
-            output["logits"] = logits
-            return type(output)(**{**output, "loss": loss})
-        finally:
-            if output is not None:  # a call that raised has already ended, and the open call may be another one
-                self._close(model)
+        if output is not None:  # a call that raised has already ended, and the open call may be another one
+            self._close(model)
+        return output
 
     # Hooks of the core: which tokens are visual
 
@@ -364,7 +372,7 @@ class ModelHooks:
             return None
         embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)[1]
         given: Any = kwargs.get("input_ids") if embeds is None else embeds
-        return refusals.stated_tokens(visual, tuple(given.shape[:2]), continues=bool(cache and cache.get_seq_length()))
+        return refusals.stated_tokens(visual, given, continues=bool(cache and cache.get_seq_length()))
 
     # Hooks of the text decoder: layers
 
@@ -402,11 +410,12 @@ class ModelHooks:
         if call.attention_mask is None and cache is None:  # only in this case does transformers treat rows as packed
             starts = document_starts(kwargs.get("position_ids"))
             refusals.check_packed(site.implementation, starts)
-        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts)
+        stated = refusals.stated_instruction_tokens(embeds, forward.seen)
+        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
         visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
         prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
         if site.plan.reads_questions:
-            prompt = replace(prompt, questions=questions_of(len(embeds)))
+            prompt = replace(prompt, questions=refusals.stated_questions(embeds))
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
         call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real)
         return args, kwargs
@@ -441,9 +450,8 @@ class ModelHooks:
             if run is None or run.whole or not isinstance(run, PromptRun):
                 return output
             hidden = output[0]
-            if call.loss is not None:
-                training = self._model.training
-                wanted = shifted(call.loss["labels"]) != -100 if training else torch.ones_like(run.live_mask)
+            if call.labelled_only and call.labels is not None:
+                wanted = shifted(call.labels) != -100
                 hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
             else:
                 hidden = run.live.expand(hidden)  # a token that is not live reads the last live one before it

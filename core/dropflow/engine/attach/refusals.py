@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.encoding import FlowFeatures
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
-from dropflow.lifecycle.questions import questions_of
+from dropflow.lifecycle.instruction import stated_instruction
+from dropflow.lifecycle.questions import stated_questions_of
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
@@ -175,6 +177,18 @@ def _joined_layers(config: Any) -> str:
     return ""
 
 
+def check_loss_function(model: Any) -> None:
+    """Refuse `logits="labelled"` for a model whose forward does not compute its loss by `loss_function`."""
+    own = getattr(model, "__dict__", {}).get("forward")
+    forwards = [vars(kind).get("forward") for kind in type(model).__mro__] if own is None else [own]
+    names = (getattr(inspect.unwrap(one), "__code__", None) for one in forwards if one is not None)
+    if not any(code is not None and "loss_function" in code.co_names for code in names):
+        raise UnsupportedModel(
+            f"logits: 'labelled', but the forward of {type(model).__name__} does not compute its loss by "
+            "`model.loss_function`, such as one with a fused loss; leave `logits` out, so that it gets all of them"
+        )
+
+
 def check_unshared(backbone: Backbone) -> None:
     """Refuse a model that shares layers with another model to which a policy is attached."""
     owners = {"text decoder": backbone.text}
@@ -225,7 +239,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         )
     if plan.reads_questions:
         ids = arguments.get("input_ids")
-        questions_of(len(arguments["inputs_embeds"] if ids is None else ids))
+        stated_questions_of(len(arguments["inputs_embeds"] if ids is None else ids))
     _check_cache(plan, arguments)
     check_positions(plan, arguments.get("position_ids"))
     for name, instead in (
@@ -315,21 +329,60 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
 
 
 def stated_tokens(
-    visual: Bool[Tensor, "batch tokens"], shape: tuple[int, int], *, continues: bool
+    visual: Bool[Tensor, "batch tokens"], given: Tensor, *, continues: bool
 ) -> Bool[Tensor, "batch tokens"] | None:
-    """The visual tokens a caller stated, repeated to this call's (batch, tokens); `None` in later steps of the prompt.
+    """The visual tokens a caller stated, for each row of a call; `None` in later steps of the prompt.
 
-    `generate` repeats every sample for beams and returned sequences. Refuses a mask that does not fit the call.
+    `given` are the call's ids or embeddings. Refuses a mask that does not fit the call.
     """
-    batch, tokens = shape
-    if visual.shape[1] == tokens and batch % visual.shape[0] == 0:
-        return visual.repeat_interleave(batch // visual.shape[0], 0)
+    batch, tokens = given.shape[:2]
+    if visual.shape[1] == tokens and (copies := _copies(visual, given)):
+        return visual.repeat_interleave(copies, 0)
     if continues:
         return None
     raise UnsupportedCall(
-        f"visual: stated for {tuple(visual.shape)} (batch, tokens), but this call has {shape}; state the tokens of the "
-        "whole prompt, and keep `use_cache` on in `generate`"
+        f"visual: stated for {tuple(visual.shape)} (batch, tokens), but this call has {(batch, tokens)}; state the "
+        "tokens of the whole prompt, and keep `use_cache` on in `generate`"
     )
+
+
+def stated_instruction_tokens(embeds: Tensor, seen: int) -> Bool[Tensor, "batch tokens"] | None:
+    """The instruction tokens a caller stated, for each row of a call; `None` if none were stated.
+
+    `embeds` (batch, tokens, dim) are those of the call, before which its cache has `seen` tokens. Refuses a mask that
+    does not fit the call.
+    """
+    stated, tokens = stated_instruction(), embeds.shape[1]
+    if stated is None:
+        return None
+    first = 0 if stated.shape[1] == tokens else seen
+    if stated.shape[1] >= first + tokens and (copies := _copies(stated, embeds)):
+        return stated[:, first : first + tokens].repeat_interleave(copies, 0)
+    raise UnsupportedCall(
+        f"instruction_tokens: stated for {tuple(stated.shape)} (batch, tokens), but this call has "
+        f"{tuple(embeds.shape[:2])} after {seen} tokens; state one row for each sample, and a column for each token"
+    )
+
+
+def stated_questions(embeds: Tensor) -> tuple[str, ...]:
+    """The question a caller stated for each row of `embeds`; refuses a number of questions that does not fit them."""
+    asked = stated_questions_of(len(embeds))
+    copies = _copies(asked, embeds)
+    if not copies:
+        raise UnsupportedCall(
+            f"questions: {len(asked)} stated for a batch of {len(embeds)} different prompts; state one for each sample"
+        )
+    return tuple(question for question in asked for _ in range(copies))
+
+
+def _copies(stated: Sequence[Any] | Tensor, given: Tensor) -> int:
+    """How many rows of a call each stated row is for: more than one only if these are copies; 0 if they do not fit."""
+    batch, rows = len(given), len(stated)
+    if not rows or batch % rows:
+        return 0
+    copies = batch // rows
+    own = given.reshape(rows, copies, *given.shape[1:])
+    return copies if copies == 1 or bool((own == own[:, :1]).all()) else 0
 
 
 def check_encoded(plan: Plan, flags: Mapping[str, RowFlags] | None) -> None:

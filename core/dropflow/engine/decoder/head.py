@@ -1,8 +1,8 @@
-"""Runs the LM head and the loss on live positions only when there are labels."""
+"""Runs the LM head and the loss only on positions that predict a label, for callers who ask for no other logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,33 +28,27 @@ def live_states(
     return hidden[used][None], rows
 
 
-def loss_of(
-    model: Any, logits: Float[Tensor, "1 rows vocabulary"], rows: Int[Tensor, "batch tokens"], loss: Mapping[str, Any]
+def loss_of_rows(
+    loss_function: Callable[..., Tensor],
+    logits: Float[Tensor, "1 rows vocabulary"],
+    rows: Int[Tensor, "batch tokens"],
+    labels: Int[Tensor, "batch tokens"],
+    **arguments: Any,
 ) -> Tensor:
     """The model's own loss of `logits` (one row per live token), for labels given per logical token.
 
     Position t predicts the label at t + 1 from its row. A label whose position has no live token at or before it is
-    predicted by zero logits.
+    predicted by zero logits. `arguments` are those of `loss_function` besides.
     """
-    arguments, rows = dict(loss), rows.to(logits.device)
-    targets = shifted(arguments.pop("labels")).to(rows.device)
+    rows, targets = rows.to(logits.device), shifted(labels).to(logits.device)
     asked = targets != -100
     index = rows[asked]
     picked = logits[0]
     if not torch.equal(index, torch.arange(len(picked), device=index.device)):  # copied only where rows are shared
         picked = picked[index.clamp(min=0)].masked_fill((index < 0)[:, None], 0)
-    value: Tensor = model.loss_function(
-        logits=picked[None], labels=None, shift_labels=targets[asked][None], vocab_size=picked.shape[-1], **arguments
-    )
-    return value
+    return loss_function(logits=picked[None], labels=None, shift_labels=targets[asked][None], **arguments)
 
 
 def shifted(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """The label that each position predicts: that of the next position, and -100 (ignored) for the last one."""
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-
-
-def full_logits(logits: Float[Tensor, "1 rows vocabulary"], rows: Int[Tensor, "batch tokens"]) -> Tensor:
-    """Logits of every position (batch, tokens, vocabulary); zeros where a position has no row."""
-    rows = rows.to(logits.device)
-    return logits[0][rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)

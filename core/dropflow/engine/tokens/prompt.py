@@ -249,16 +249,20 @@ def valid_tokens(
 def instruction_tokens(
     valid: Bool[Tensor, "batch tokens"],
     labels: Tensor | None,
-    logits_to_keep: int,
+    logits_to_keep: int | Int[Tensor, "kept"],
     starts: Bool[Tensor, "batch tokens"] | None = None,
+    stated: Bool[Tensor, "batch tokens"] | None = None,
 ) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
     """Logical index of the instruction tokens, and which of the entries are valid.
 
-    With labels, these are the last token before every labelled span, so one per round (HiDrop, section 3.2) and none
-    for a sample without labels. Otherwise it is the last token of the prompt, or of every document if `starts` says
-    that rows are packed. If `generate` has appended draft tokens (prompt lookup), it is the first position whose logits
-    `generate` asks for.
+    They are what the caller `stated`, if anything. With labels, these are the last token before every labelled span, so
+    one per round (HiDrop, section 3.2) and none for a sample without labels. Otherwise it is the last token of the
+    prompt, or of every document if `starts` says that rows are packed. A call that asks for the logits of several
+    positions, to score an answer or to verify drafts, has its prompt before the second of them: then the last token up
+    to the first of these positions asks.
     """
+    if stated is not None:
+        return _columns(stated.to(valid.device) & valid)
     if labels is not None:
         labels = labels.to(valid.device)
         return _columns(torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid)
@@ -266,10 +270,13 @@ def instruction_tokens(
         starts = starts.to(valid.device)
         following = torch.nn.functional.pad(starts[:, 1:] | ~valid[:, 1:], (0, 1), value=True)
         return _columns(following & valid)
-    last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
-    if logits_to_keep > 1:
-        last = last - (logits_to_keep - 1)
-    return last.clamp(min=0)[:, None], valid.any(1)[:, None]
+    number = torch.arange(valid.shape[1], device=valid.device)
+    asked = valid
+    if isinstance(logits_to_keep, Tensor):
+        asked = valid & (number <= logits_to_keep.to(valid.device).min())
+    elif logits_to_keep > 1:
+        asked = valid & (number <= valid.shape[1] - logits_to_keep)
+    return torch.where(asked, number, 0).amax(1, keepdim=True), asked.any(1, keepdim=True)
 
 
 def document_starts(position_ids: Any) -> Bool[Tensor, "batch tokens"] | None:
