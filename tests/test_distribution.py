@@ -21,6 +21,8 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_lab/trace/web/panels.js",
         "dropflow_lab/digits/checkpoints/dense/model.safetensors",
         "dropflow_lab/digits/checkpoints/dense/training-log.jsonl",
+        "dropflow_lab/digits/checkpoints/dense-plain/model.safetensors",
+        "dropflow_lab/digits/checkpoints/dense-plain/training-log.jsonl",
         "dropflow_lab/digits/checkpoints/hidrop/model.safetensors",
         "dropflow_lab/digits/checkpoints/hidrop/training-log.jsonl",
         "dropflow_lab/digits/checkpoints/hidrop-90/model.safetensors",

@@ -46,7 +46,7 @@ def test_the_dense_checkpoint_does_not(shipped: tuple[str, Any, Any]) -> None:
     assert accuracy.overall.share <= FLOOR - 0.2
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "dense-plain"])
 def test_files_are_small_bf16_and_readable(name: str) -> None:
     path = checkpoint_path(name)
     files = {file.name: file.stat() for file in path.iterdir()}
@@ -56,7 +56,7 @@ def test_files_are_small_bf16_and_readable(name: str) -> None:
         assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "dense-plain"])
 def test_the_vision_tower_is_that_of_the_dense_checkpoint(name: str) -> None:
     dense, trained = (load_file(checkpoint_path(one) / "model.safetensors") for one in ("dense", name))
     tower = {key for key in dense if "vision_tower" in key}
@@ -74,3 +74,15 @@ def test_the_card_states_command_and_measured_accuracy(name: str) -> None:
     assert sum(kind["asked"] for kind in report["kinds"].values()) >= 1000
     for kind, score in {"eight kinds": report, **report["kinds"]}.items():
         assert re.search(rf"\| {kind} +\| {100 * score['accuracy']:.1f} % \|", card), kind
+
+
+def test_the_plain_checkpoint_answers_as_its_card_says() -> None:
+    path = checkpoint_path("dense-plain")
+    card = (path / "README.md").read_text()
+    report = json.loads((path / "test.json").read_text())
+    assert "dropflow digits train --plain" in card
+    assert report["overall"]["asked"] == 2000
+    for kind, score in report.items():
+        assert f"| {kind} | {100 * score['share']:.1f} % |" in card, kind
+    accuracy = evaluate(*load("dense-plain"), "test", 40, seed=7, batch_size=40, progress=False)
+    assert accuracy.overall.share >= 0.7
