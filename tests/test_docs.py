@@ -84,6 +84,22 @@ def test_the_stage_of_the_page_on_soft_selection_is_trained(tmp_path: Path, monk
     assert ranking.q_proj.weight.grad.abs().max() > 1e-5
 
 
+@torch.no_grad()
+def test_the_stage_of_the_page_on_hooks_leaves_blank_units_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [one for one in blocks("docs/stages.md", "python") if "WithoutBlank" in one.text]
+    (tmp_path / "blank.py").write_text(block.text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stage = importlib.import_module("blank").WithoutBlank
+    tiny = dropflow.testing.tiny_models()["qwen2_5_vl"][1]
+    model, (inputs, _) = tiny.model(), tiny.prompt([(3, "I", 5)])
+    inputs["pixel_values"][4:12] = 0.5  # the second and third unit
+    with dropflow.attach(model, {"name": "blank", "stages": {"s": {"use": stage}}}) as flow:
+        model(**inputs)
+        live = flow.live()[0, 0, inputs["input_ids"][0] == dropflow.testing.IMAGE]
+        assert flow.report().tower_visual_tokens == 6
+    assert live.int().tolist() == [1, 0, 0, 1, 1, 1, 1, 1]
+
+
 def test_the_tutorials_build_the_extension() -> None:
     told: dict[str, str] = {}
     for name in TUTORIALS:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         square_grid,
     )
     from dropflow.backbone.image_layout import ImageLayout
+    from dropflow.backbone.packed_tower import PackedTables, PackedTower
     from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
     from dropflow.engine.attach.flow import Flow, FlowSet
     from dropflow.engine.attach.pretrained import from_pretrained
@@ -60,6 +61,7 @@ else:
             "square_grid",
         ),
         "dropflow.backbone.image_layout": ("ImageLayout",),
+        "dropflow.backbone.packed_tower": ("PackedTables", "PackedTower"),
         "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
         "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
@@ -99,6 +101,8 @@ __all__ = [
     "Keep",
     "LayerReport",
     "ModelSource",
+    "PackedTables",
+    "PackedTower",
     "Policy",
     "Projections",
     "PruneCall",

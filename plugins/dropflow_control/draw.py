@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dropflow import EncodeBoundary
+
 _DIRECTIONS = 3
 
 
-def draw(seed: int, boundary: int | None, features: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows"]:
+def draw(seed: int, boundary: EncodeBoundary, features: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows"]:
     """Uniform random numbers in [0, 1), one per row, on the CPU.
 
     They follow from `seed`, the boundary (`None`: the output of the vision encoder) and the image's `fingerprint`, so

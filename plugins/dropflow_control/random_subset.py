@@ -56,5 +56,5 @@ class RandomSubset(Subset[RandomSubsetOptions]):
         from dropflow_control.draw import draw
 
         mask = torch.zeros(len(features), dtype=torch.bool)
-        mask[draw(self.options.seed, None, features).topk(count).indices] = True
+        mask[draw(self.options.seed, self.encode_at[0], features).topk(count).indices] = True
         return mask

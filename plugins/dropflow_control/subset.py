@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from dropflow import (
     Depth,
     Encode,
+    EncodeBoundary,
     EncodeCall,
     Forecast,
     Keep,
@@ -39,10 +40,18 @@ class SubsetOptions(StageOptions):
         default=None, description="instead of `keep`: visual tokens of each image that reach the LLM"
     )
 
+    place: Literal["pixels", "output"] | Annotated[int, Field(ge=0)] = Field(
+        default="output",
+        description="where `encode` works: on the vision encoder's `output`; before its layer of that number, counted "
+        "from 0; on `pixels`, before the tower runs, where a packed tower can leave units out",
+    )
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.keep is None) == (self.encode is None):
             raise ValueError("expected either `keep` (at boundaries of the LLM) or `encode` (before it)")
+        if self.encode is None and self.place != "output":
+            raise ValueError("`place` says where `encode` works, which is missing; give `encode` instead of `keep`")
         return self
 
 
@@ -71,9 +80,10 @@ class Subset(Stage[O_co], Generic[O_co]):
         """Which `count` rows of one image stay; `grid` is that of the image, if all its patches are present."""
 
     @property
-    def encode_at(self) -> tuple[int | None, ...]:
-        """The output of the vision encoder, with `encode`."""
-        return () if self._encoded is None else (None,)
+    def encode_at(self) -> tuple[EncodeBoundary, ...]:
+        """The option `place`, with `encode`."""
+        place = self.options.place
+        return () if self._encoded is None else (None if place == "output" else place,)
 
     @property
     def ranks(self) -> bool:

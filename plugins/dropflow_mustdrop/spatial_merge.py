@@ -19,11 +19,13 @@ from dropflow import (
     hookimpl,
     operators,
 )
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, PolicyError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+
+    from dropflow import Backbone
 
 
 class SpatialMergeOptions(StageOptions):
@@ -78,6 +80,15 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     def encode_at(self) -> tuple[int | None, ...]:
         """The boundary `at`."""
         return (None if self.options.at == "output" else self.options.at,)
+
+    def prepare(self, backbone: Backbone) -> None:
+        """Refuse to merge inside a packed tower, where rows are units whose positions follow their places."""
+        tower = backbone.packed_tower
+        if tower is not None and self.options.at != "output":
+            raise PolicyError(
+                f"{self.context.path('at')}: merges rows inside units of {tower.unit} that this model joins; merge "
+                "whole units of the vision encoder's output, with `at: output`"
+            )
 
     def forecast(self) -> Forecast:
         """What the budget leaves of an image; with a threshold the data decides."""

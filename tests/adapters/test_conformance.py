@@ -49,6 +49,19 @@ def test_every_stage_keeps_them_all_on_every_family(stage: str, adapter: str, ce
 
 
 @pytest.mark.parametrize("adapter", FAMILIES)
+@pytest.mark.parametrize("place", ["pixels", 1])
+def test_units_left_out_of_the_tower_keep_the_guarantees(place: str | int, adapter: str, cells: list[Cell]) -> None:
+    family, tiny = FAMILIES[adapter]
+    facts = family(tiny.build()).facts()
+    entry = {"use": "control/random", "encode": 0.5, "place": place}
+    thorough = adapter in ("qwen2_5_vl", "qwen3_vl")
+    cell = run_cell(f"control/random on {place}", entry, adapter, family, tiny, thorough=thorough)
+    cells.append(cell)
+    assert cell.outcome == ("run" if "units" in facts or (place == 1 and "vision_layers" in facts) else "refused")
+    assert ("units" in facts) == adapter.startswith("qwen")
+
+
+@pytest.mark.parametrize("adapter", FAMILIES)
 def test_every_adapter_keeps_the_guarantees_under_all_kinds_of_stages(adapter: str, cells: list[Cell]) -> None:
     family, tiny = FAMILIES[adapter]
     try:

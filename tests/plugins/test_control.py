@@ -14,7 +14,7 @@ import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy.plan import resolve
-from dropflow.testing import MaskedOracle
+from dropflow.testing import MaskedOracle, tiny_models
 from dropflow.units import BackboneShape
 from dropflow_control.draw import draw, fingerprint
 from dropflow_control.spacing import evenly, spread
@@ -252,6 +252,8 @@ def test_pooling_needs_the_whole_grid(llava: Any) -> None:
         ({"keep": {2: 3}, "encode": 4}, "expected either `keep`"),
         ({"keep": {0.5: 4, 3: 2}}, r"stages\.r\.keep\.3: boundary 3 is named twice on a model of 6 layers"),
         ({"encode": 4, "seed": -1}, "greater than or equal to 0"),
+        ({"keep": {2: 3}, "place": "pixels"}, "`place` says where `encode` works, which is missing; give"),
+        ({"encode": 4, "place": -1}, r"stages\.r\.place"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -263,3 +265,31 @@ def test_a_window_beyond_the_grid_pools_all_of_it() -> None:
     features = torch.arange(12.0)[:, None]
     pooled, places = pool(features, (3, 4), (2**31 - 1, 2))
     assert (pooled[:, 0].tolist(), places.tolist()) == ([4.5, 6.5], [4, 6])
+
+
+@pytest.mark.parametrize("stage", ["control/random", "control/stride"])
+@torch.no_grad()
+def test_rows_are_dropped_at_the_place_that_is_named(llava: Any, stage: str) -> None:
+    inputs = prompt([(3, "I", 5)])
+    visual = inputs["input_ids"][0] == IMAGE
+    found = []
+    for place in ("output", 0, 2):
+        with dropflow.attach(llava, policy(s={"use": stage, "encode": 4, "place": place})) as flow:
+            llava(**inputs)
+            found.append(flow.live()[0, 0, visual])
+            through = flow.report().tower_visual_tokens
+        assert found[-1].sum() == 4
+        depth = llava.config.vision_config.num_hidden_layers
+        assert through == (16 if place == "output" else 4 + 12 * place / depth)
+    assert all(torch.equal(own, spread(4, (4, 4))) for own in found) == (stage == "control/stride")
+
+
+@torch.no_grad()
+def test_a_stride_on_pixels_keeps_every_second_unit_of_every_second_row() -> None:
+    tiny = tiny_models()["qwen2_vl"][1]
+    model, (inputs, _) = tiny.model(), tiny.prompt([(3, "I", 5)])
+    with dropflow.attach(model, policy(s={"use": "control/stride", "encode": 2, "place": "pixels"})) as flow:
+        model(**inputs)
+        live = flow.live()[0, 0, inputs["input_ids"][0] == IMAGE]
+        assert flow.report().tower_visual_tokens == 2
+    assert live.tolist() == spread(2, (2, 4)).tolist()

@@ -16,6 +16,7 @@ from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.backbone.mixers import Mixer, attending, mixers_of
+from dropflow.backbone.packed_tower import PackedTower
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
@@ -28,6 +29,7 @@ FACTS = {
     "cls": "a CLS row in the vision encoder, whose attention ranks patches",
     "projector": "a projector that maps the patch rows of the features one by one",
     "sublayers": "the attention and feed-forward parts of a vision layer, between which stages can work",
+    "units": "a packed vision tower, of whose merge units stages can leave some out",
     "grid": "the patch grid of every image",
     "final_norm": "the norm after the text decoder's last layer",
     "rotary": "the cos and sin with which every layer of the text decoder rotates q and k",
@@ -133,6 +135,14 @@ class Backbone:
         """
         inputs = (module for name, module in layer.named_modules() if name.split(".")[-1].startswith("in_proj"))
         return all(getattr(module, "bias", None) is None for module in inputs)
+
+    @property
+    def packed_tower(self) -> PackedTower | None:
+        """The vision tower, where it runs all pictures as one sequence of patches; `None` for other towers.
+
+        Stages can then leave whole units out of its run, before it (place `pixels`) or before one of its blocks.
+        """
+        return None
 
     def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
         """Where a decoder layer with attention projects q, k and v, so that ranking computes only what it reads.
@@ -276,6 +286,8 @@ class Backbone:
             found = {"vision_layers": True, "cls": vision.has_cls, "projector": vision.projector is not None}
             found["sublayers"] = vision.sublayers is not None
             known |= {fact for fact, given in found.items() if given}
+        if self.packed_tower is not None:
+            known.add("units")
         if self.final_norm is not None:
             known.add("final_norm")
         if self.rotates_pairs:

@@ -25,7 +25,7 @@ class EncodeStep:
     """What one stage decided at one boundary of the vision encoder, or on its output."""
 
     boundary: EncodeBoundary
-    """As in `EncodeCall.boundary`: `None` for the projected output before the LLM."""
+    """As in `EncodeCall.boundary`: `pixels` for before the encoder, `None` for the projected output before the LLM."""
     stage: str
     """The stage's name in the policy."""
     before: tuple[Int[Tensor, "rows"], ...]

@@ -27,7 +27,7 @@ class Lifecycle:
 
     @hookspec
     def encode(self, call: EncodeCall) -> Encode | None:
-        """Keep, merge or protect the tokens of each image, inside the vision encoder or on its output."""
+        """Keep, merge or protect the tokens of each image, before or inside the vision encoder or on its output."""
 
     @hookspec
     def inject(self, call: WindowCall) -> int | None:

@@ -190,7 +190,11 @@ class Keep:
 
 @dataclass(frozen=True)
 class EncodeCall:
-    """Payload of `encode`: the rows of each image, inside the vision encoder or on its output."""
+    """Payload of `encode`: the rows of each image, before or inside the vision encoder or on its output.
+
+    In a packed tower (fact `units`), the rows at `pixels` and before a layer are units: the m x m patches that become
+    one token, joined. Their width is m * m * channels * times * height * width at `pixels`, m * m * C before a layer.
+    """
 
     boundary: EncodeBoundary
     """Which of the stage's `encode_at` this call is for; `None` is the projected output before the LLM."""
@@ -203,7 +207,8 @@ class EncodeCall:
     sizes: tuple[Float[Tensor, "rows"], ...]
     """Number of patches that each row is the mean of, as stated by the stages that merged them; 1 if not merged."""
     grids: tuple[tuple[int, int] | None, ...]
-    """Patch grid (rows, columns) of each image before any reduction; `None` where the backbone does not know it."""
+    """Patch grid (rows, columns) of each image before any reduction, of units in a packed tower; `None` where the
+    backbone does not know it."""
     prefix: int
     """Rows (such as CLS) that the vision encoder holds before the patches."""
     has_cls: bool
@@ -285,14 +290,17 @@ class Encode:
     keep: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows that stay."""
     rows: tuple[Float[Tensor, "merged dim"], ...] | None = None
-    """New rows that replace the present ones, such as merged tokens; requires `places`, and excludes `keep`."""
+    """New rows that replace the present ones, such as merged tokens; requires `places`, and excludes `keep`.
+
+    In a packed tower a new row has the position, and the attention window, of the unit whose place it takes."""
     places: tuple[Int[Tensor, "merged"], ...] | None = None
     """For each new row, the placeholder it fills: taken from the payload's `places`, ascending."""
     sizes: tuple[Float[Tensor, "merged"], ...] | None = None
     """Number of patches that each new row is the mean of, for `EncodeCall.sizes` of later calls; 1 if left out."""
     proportional: bool = False
     """Whether the attention of the encoder's later layers counts each new row as many times as its size says (the
-    logarithm of the size is added to its logits), so that a merged row weighs as much as its members did."""
+    logarithm of the size is added to its logits), so that a merged row weighs as much as its members did. Packed
+    towers cannot."""
     protect: tuple[Bool[Tensor, "rows"], ...] | None = None
     """Rows, among those present after this decision, that no later stage may drop."""
     carry: tuple[Float[Tensor, "rows carries"], ...] | None = None

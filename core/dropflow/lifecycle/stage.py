@@ -15,9 +15,10 @@ from dropflow.units import Budget, Rounding, Scale
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
 
-EncodeBoundary = int | float | Literal["features"] | None
-"""A place on the vision side: before layer `i` of the encoder; `i + 0.5`, inside layer `i` between its attention
-and its feed-forward part; `features`, after all layers, on what the projector gets; `None`, after the projector."""
+EncodeBoundary = int | float | Literal["pixels", "features"] | None
+"""A place on the vision side: `pixels`, before the vision tower; `i`, before layer `i` of the encoder; `i + 0.5`,
+inside layer `i` between its attention and its feed-forward part; `features`, after all layers, on what the projector
+gets; `None`, after the projector."""
 
 
 class StageOptions(BaseModel):

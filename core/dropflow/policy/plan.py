@@ -129,7 +129,11 @@ class Plan:
         for forecast in self.forecasts.values():
             for boundary, budget in forecast.keeps.items():
                 keeps.setdefault(boundary, []).append(budget)
-        return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes)
+        on_pixels = [
+            self.forecasts[name] if stage.encode_at == ("pixels",) else Forecast(encoded="data")
+            for name, stage in self.encode_at.get("pixels", ())
+        ]
+        return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes, on_pixels)
 
 
 def resolve(policy: Policy, shape: BackboneShape) -> Plan:
@@ -160,7 +164,9 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
 
 
 def _place(boundary: EncodeBoundary) -> tuple[bool, float]:
-    """Sort key for places on the vision side: the encoder's layers, the projector's input, then its output."""
+    """Sort key for places on the vision side: pixels, the encoder's layers, the projector's input, then its output."""
+    if boundary == "pixels":
+        return False, -math.inf
     return boundary is None, boundary if isinstance(boundary, int | float) else math.inf
 
 

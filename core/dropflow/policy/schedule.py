@@ -16,6 +16,8 @@ class Schedule:
     per_layer: tuple[int | None, ...]
     entry: int | None
     """Visual tokens handed to the LLM, after the encode stages and before any layer."""
+    tower: int | None
+    """Visual tokens whose patches enter the vision tower, after the encode stages on pixels."""
 
     @property
     def average(self) -> float | None:
@@ -30,12 +32,14 @@ def schedule(
     window: Window,
     keeps: Mapping[int, Sequence[Budget | None]],
     encodes: Sequence[Forecast] = (),
+    on_pixels: Sequence[Forecast] = (),
 ) -> Schedule:
     """Follow one image of `visual_tokens` tokens through the layers.
 
-    `encodes` are the forecasts of encode stages in the order they act. `keeps[i]` are the budgets applied at boundary
-    i; a budget that is a share is relative to the tokens at entry, and protected tokens stay. Where several stages drop
-    tokens at one boundary, the data decides, since only what all of them keep stays.
+    `encodes` are the forecasts of encode stages in the order they act, `on_pixels` those of them before the tower.
+    `keeps[i]` are the budgets applied at boundary i; a budget that is a share is relative to the tokens at entry, and
+    protected tokens stay. Where several stages drop tokens at one boundary, the data decides, since only what all of
+    them keep stays.
     """
     entry, protected = encoded(visual_tokens, encodes)
     current = entry
@@ -45,7 +49,7 @@ def schedule(
         if inside and keeps.get(layer):
             current = _left(current, entry, protected, keeps[layer])
         counts.append(current if inside else 0)
-    return Schedule(tuple(counts), entry)
+    return Schedule(tuple(counts), entry, encoded(visual_tokens, on_pixels)[0])
 
 
 def _left(current: int | None, entry: int | None, protected: int, budgets: Sequence[Budget | None]) -> int | None:

@@ -115,12 +115,17 @@ def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def text_embeddings(case: Case) -> Iterator[list[Tensor]]:
-    """Collects the embeddings (batch, tokens, dim) that the text decoder receives."""
-    seen: list[Tensor] = []
-    handle = case.adapter(case.model).text.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"].detach()), with_kwargs=True
-    )
+def text_inputs(case: Case) -> Iterator[list[dict[str, Any]]]:
+    """Collects what the core hands to the text decoder, as arguments of `MaskedOracle`: `embeds` and `deepstack`."""
+    seen: list[dict[str, Any]] = []
+
+    def see(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        deepstack = kwargs.get("deepstack_visual_embeds")
+        rows = None if deepstack is None else [layer.detach() for layer in deepstack]
+        seen.append({"embeds": kwargs["inputs_embeds"].detach(), "deepstack": rows})
+
+    # first, since the engine's own hook takes deepstack features out
+    handle = case.adapter(case.model).text.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
     try:
         yield seen
     finally:

@@ -27,7 +27,7 @@ from dropflow.testing.case import (
     Case,
     layer_inputs,
     relative_error,
-    text_embeddings,
+    text_inputs,
 )
 from dropflow.testing.decoding import WATCH, check_decoding
 from dropflow.testing.forecasts import check_forecast
@@ -77,14 +77,14 @@ def check_prefill(case: Case) -> float:
     """The part of guarantee 2 that concerns one forward of a prompt."""
     real = case.real
     watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": RanksByNumbers}}}
-    with case.attach(watched) as flow, layer_inputs(case) as got, text_embeddings(case) as embeds:
+    with case.attach(watched) as flow, layer_inputs(case) as got, text_inputs(case) as given:
         logits, encodes = case.model(**case.inputs).logits, flow.plan.encode_at
         live, merges = flow.live(), flow.merges()
         watch: Any = dict(flow.plan.stages)[WATCH]
     for stage, boundary in watch.faults:
         raise case.broken(MASK, f"stages.{stage} ranks visual tokens by NaN at boundary {boundary}; return numbers")
-    replaced = embeds[0] if encodes else None
-    with case.oracle(case.model, live, case.adapter, embeds=replaced, merges=merges) as oracle:
+    replaced = given[0] if encodes else {}
+    with case.oracle(case.model, live, case.adapter, merges=merges, **replaced) as oracle:
         expected = case.model(**case.inputs, use_cache=False).logits
     worst, compacted, allowed = 0.0, False, case.tiny.tolerance
     for layer, states in enumerate(got):
@@ -123,7 +123,7 @@ def _held(case: Case, tokens: int) -> Tensor:
 def _check_decoding(case: Case) -> None:
     left = case.padded_left()
     model = left.model
-    with left.attach() as flow, text_embeddings(left) as embeds:
+    with left.attach() as flow, text_inputs(left) as given:
         tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
         evicting = flow.plan.hooks.implementers("decode_cache")
@@ -132,8 +132,8 @@ def _check_decoding(case: Case) -> None:
     if evicts_while_decoding(flow):
         return  # the kit records this in the cell
     held = _held(left, live.shape[2]) if evicting else None
-    replaced = embeds[0] if encodes else None
-    with left.oracle(model, live, left.adapter, embeds=replaced, held=held, merges=merges) as oracle:
+    replaced = given[0] if encodes else {}
+    with left.oracle(model, live, left.adapter, held=held, merges=merges, **replaced) as oracle:
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]

@@ -17,7 +17,8 @@ from dropflow.testing.facts import check_facts, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
-from dropflow.testing.probes import INSIDE, RAGGED, WINDOW
+from dropflow.testing.probes import INSIDE, RAGGED, UNITS, WINDOW
+from dropflow.testing.units import check_units
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
 """Samples with a video, with an image and a video, and with neither."""
@@ -131,9 +132,12 @@ def assert_backbone_conforms(
         case = Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples)
         check_facts(case)
         check_vision(case)
-    kinds = {"window": WINDOW, "ragged": RAGGED}
-    if "vision_layers" in family(tiny.build()).facts():
+    kinds, facts = {"window": WINDOW, "ragged": RAGGED}, family(tiny.build()).facts()
+    if "vision_layers" in facts:
         kinds["inside the encoder"] = INSIDE
+    if "units" in facts:
+        kinds["units"] = UNITS
+        worst = max(check_units(Case(f"{name} (units)", family, tiny, UNITS, attention, side, own)) for own in batches)
     for kind, policy in kinds.items():
         for samples in batches:
             told = "images" if samples is SAMPLES else "videos"

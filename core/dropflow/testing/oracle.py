@@ -6,7 +6,7 @@ one boolean per layer and token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -24,7 +24,8 @@ class MaskedOracle:
     `live` (layers, batch, tokens) says which tokens of the prompt take part in each layer; tokens after the prompt
     take part everywhere. Visual tokens that first take part at layer `e` enter there with their raw embeddings.
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
-    dim) replaces the prompt's embeddings, for stages that change features. `held` (layers, batch, tokens) says which
+    dim) replaces the prompt's embeddings, and `deepstack` (visual tokens, dim) what the decoder adds to visual states
+    after each of its first layers, for stages that change features. `held` (layers, batch, tokens) says which
     tokens of the prompt later tokens can still see, for stages that evict cache entries. `merges` (boundary -> (batch,
     tokens)) gives the token into which each token's state is averaged before a layer. `log_weights` (layers, batch,
     tokens) are added to the attention scores of each layer's keys, for stages that return soft weights.
@@ -40,13 +41,14 @@ class MaskedOracle:
         adapter: str | type[Backbone] | None = None,
         *,
         embeds: Tensor | None = None,
+        deepstack: Sequence[Tensor] | None = None,
         held: Bool[Tensor, "layers batch tokens"] | None = None,
         merges: Mapping[int, Int[Tensor, "batch tokens"]] | None = None,
         log_weights: Float[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
         self._live, self._embeds, self._held, self._log_weights = live, embeds, held, log_weights
-        self._merges = merges or {}
+        self._merges, self._deepstack = merges or {}, deepstack
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
         """Input of every layer in the last forward, each (batch, tokens, dim)."""
@@ -106,7 +108,10 @@ class MaskedOracle:
         assert self._embeds is not None
         whole = kwargs["inputs_embeds"]
         prompt = self._embeds.to(whole)
-        return args, kwargs | {"inputs_embeds": torch.cat((prompt, whole[:, prompt.shape[1] :]), 1)}
+        changed: dict[str, Any] = {"inputs_embeds": torch.cat((prompt, whole[:, prompt.shape[1] :]), 1)}
+        if self._deepstack is not None:
+            changed["deepstack_visual_embeds"] = list(self._deepstack)
+        return args, kwargs | changed
 
     def _of(self, number: int, hidden: Tensor, lives: Tensor | None = None) -> Bool[Tensor, "batch tokens"]:
         """A layer's row of `lives` for this forward, expanded over beams and true after the prompt."""

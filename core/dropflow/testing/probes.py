@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropflow.lifecycle.cache_payloads import CacheView
-from dropflow.lifecycle.events import BoundaryEvent, CacheEvent
+from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep
 from dropflow.lifecycle.hooks import hookimpl
 from dropflow.lifecycle.payloads import Encode, EncodeCall, Keep, PruneCall, WindowCall
 from dropflow.lifecycle.stage import Stage
@@ -85,6 +85,30 @@ class Inside(EveryThird):
     def encode_at(self) -> tuple[int | None, ...]:
         """Boundary 1 of the vision encoder."""
         return (1,)
+
+
+class LeaveOut(Stage[Any]):
+    """Leaves every third unit of each image out of a packed vision tower, and every fourth before its second block.
+
+    It records its own steps in the last call of the tower.
+    """
+
+    encode_at = ("pixels", 1)
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.steps: tuple[EncodeStep, ...] = ()
+
+    @hookimpl
+    def encode(self, call: EncodeCall) -> Encode:
+        """Drop by place."""
+        every, which = (3, 1) if call.boundary == "pixels" else (4, 2)
+        return Encode(keep=tuple(places % every != which for places in call.places))
+
+    @hookimpl
+    def observe_encode(self, event: EncodeEvent) -> None:
+        """Record the steps."""
+        self.steps = tuple(step for step in event.steps if step.stage == self.context.name)
 
 
 class Witness(Stage[Any]):
@@ -172,5 +196,7 @@ RAGGED = policy(encode=use(EveryThird), rank=use(Ranked))
 """Rows dropped from the features and in the decoder, so that samples of a batch hold different numbers of tokens."""
 INSIDE = policy(inside=use(Inside), rank=use(Ranked))
 """The same with rows dropped inside the vision encoder, for adapters that state where its layers are."""
+UNITS = policy(units=use(LeaveOut), rank=use(Ranked))
+"""Units left out of a packed tower before it and before its second block, for adapters that state `packed_tower`."""
 EVERYTHING = policy(keep=use(KeepAll))
 """A stage that acts everywhere but drops nothing."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropflow.testing.case import MASK, Case, relative_error, text_embeddings
+from dropflow.testing.case import MASK, Case, relative_error, text_inputs
 from dropflow.testing.soft_weights import GivenWeights
 
 
@@ -25,14 +25,13 @@ def check_training(case: Case) -> float:
     """Compare loss and gradients with those of the masked run; returns the largest relative error of the loss."""
     model, inputs = case.model.train(), labelled(case)
     try:
-        with case.attach() as flow, text_embeddings(case) as embeds, GivenWeights(flow) as given:
+        with case.attach() as flow, text_inputs(case) as handed, GivenWeights(flow) as given:
             loss = model(**inputs).loss
             live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
             log_weights = given.log_weights(*live.shape)
             loss.backward(retain_graph=log_weights is not None)
         got = _gradients(model)
-        replaced = embeds[0] if encodes else None
-        changes: dict[str, Any] = {"embeds": replaced, "merges": merges, "log_weights": log_weights}
+        changes: dict[str, Any] = {"merges": merges, "log_weights": log_weights, **(handed[0] if encodes else {})}
         with case.oracle(model, live, case.adapter, **changes) as oracle:
             expected_loss = model(**inputs, use_cache=False).loss
             expected_loss.backward()

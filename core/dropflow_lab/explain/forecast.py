@@ -35,6 +35,8 @@ class Explanation:
     """Mean over all layers, text-only ones included."""
     entry_visual_tokens: int | None
     """Visual tokens handed to the LLM."""
+    tower_visual_tokens: int | None
+    """Visual tokens whose patches enter the vision tower; its work is not part of the FLOPs."""
     flops: float | None
     flops_dense: float
     """The same sum without the policy."""
@@ -68,6 +70,7 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
         layers=layers,
         average_visual_tokens=schedule.average,
         entry_visual_tokens=schedule.entry,
+        tower_visual_tokens=schedule.tower,
         flops=sum(known) if len(known) == len(layers) else None,
         flops_dense=shape.layers * vision_only(shape.visual_tokens or 0, widths),
         ranked_by=plan.ranked_by,

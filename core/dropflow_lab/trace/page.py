@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SCRIPTS = ("fates.js", "drawing.js", "panels.js")
-_OUTSIDE_LAYERS: dict[Any, str] = {None: "the encoder's output", "features": "the projector's input"}
+_OUTSIDE_LAYERS: dict[Any, str] = {
+    "pixels": "the pixels (before the encoder ran)",
+    "features": "the projector's input",
+    None: "the encoder's output",
+}
 
 
 def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:

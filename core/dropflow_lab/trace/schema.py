@@ -88,9 +88,9 @@ class TracedEncode(_Part):
     """What one stage decided at one boundary of the vision encoder, or on its output."""
 
     stage: str = Field(description="its name in the policy")
-    boundary: int | float | Literal["features"] | None = Field(
-        description="vision encoder boundary, half a layer on for inside a layer; `features` for what the projector "
-        "gets; null for the output before the LLM"
+    boundary: int | float | Literal["pixels", "features"] | None = Field(
+        description="vision encoder boundary, half a layer on for inside a layer; `pixels` for before the encoder "
+        "runs; `features` for what the projector gets; null for the output before the LLM"
     )
     shift: Count = Field(default=0, description="what to add to patch numbers of this step to get those of the prompt")
     proportional: bool = Field(

@@ -51,7 +51,8 @@ def test_every_patch_knows_its_row() -> None:
 def test_flags_are_packed_for_the_way_through_transformers() -> None:
     kept = [torch.tensor([True, False, True, True, False, True]), torch.tensor([False] * 4)]
     carried = [torch.arange(12.0).view(6, 2), torch.full((4, 2), 7.0)]
-    flags = RowFlags.of([NEWLINES, CLS], 3, 11, CPU, kept, [~kept[0], ~kept[1]], carried)
+    tower = [torch.tensor([1.0, 0.0, 1.0, 1.0, 0.25, 1.0]), torch.zeros(4)]
+    flags = RowFlags.of([NEWLINES, CLS], 3, 11, CPU, kept, [~kept[0], ~kept[1]], carried, tower)
     assert (len(flags), flags.images, flags.lines, flags.plan) == (13, 5, 2, 11)
     assert flags.kept.int().tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0]
     assert flags.image.tolist() == [3] * 8 + [4] * 5
@@ -59,7 +60,8 @@ def test_flags_are_packed_for_the_way_through_transformers() -> None:
     whole = replace(flags, images=8)
     for read in (RowFlags.unpack(flags.pack(whole)), RowFlags.unpack(flags.pack(whole), whole)):
         assert (read.images, read.lines, read.plan) == (8, 2, 11)
-        for name in ("kept", "protected", "image", "line", "extra", "carried"):
+        assert read.tower.tolist() == [1, 0, 1, 1, 1, 0.25, 1, 1, 1, 0, 0, 0, 0]
+        for name in ("kept", "protected", "image", "line", "extra", "carried", "tower"):
             assert torch.equal(getattr(read, name), getattr(flags, name)), name
     assert len(RowFlags.unpack(flags.pack(whole)[:0])) == 0
 

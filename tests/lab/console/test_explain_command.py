@@ -12,11 +12,12 @@ def test_json_of_hidrop_64(cli) -> None:
     explained = json.loads(result.stdout)
     assert result.stderr == ""
     assert set(explained) == {
-        "policy", "layers", "average_visual_tokens", "entry_visual_tokens", "flops", "flops_dense", "unit",
+        "policy", "layers", "average_visual_tokens", "entry_visual_tokens", "tower_visual_tokens", "flops",
+        "flops_dense", "ranked_by", "unit",
     }  # fmt: skip
     assert explained["policy"] == "hidrop-64"
     assert explained["average_visual_tokens"] == 64.0
-    assert explained["entry_visual_tokens"] == 576
+    assert (explained["entry_visual_tokens"], explained["tower_visual_tokens"]) == (576, 576)
     assert explained["flops"] == pytest.approx(0.42141696e12, rel=1e-4)
     assert explained["flops_dense"] == pytest.approx(3.8172e12, rel=1e-4)
     assert len(explained["layers"]) == 32
@@ -87,7 +88,7 @@ def test_what_the_data_decides_is_shown_as_such() -> None:
     from dropflow_lab.explain.forecast import Explanation, LayerForecast
 
     layers = (LayerForecast(0, 100, 110, 5e9), LayerForecast(1, None, None, None))
-    explanation = Explanation("adaptive", layers, None, 100, None, 1e10)
+    explanation = Explanation("adaptive", layers, None, 100, 100, None, 1e10, {})
     console = Console(width=100)
     with console.capture() as captured:
         console.print(_table(explanation), _summary(explanation, LLAVA_7B))

@@ -77,3 +77,23 @@ def test_a_hybrid_holds_entries_and_ranks_only_where_it_has_attention() -> None:
     early = {"name": "p", "stages": {"p": {"use": "pyramiddrop/pyramid", "keep": {2: 0.5}}}}
     with pytest.raises(PolicyError, match=r"stages\.p: at boundary 2 it ranks by .* rank at boundary 3 or later"):
         explain(load_policy(early), hybrid, LLAVA_7B, text_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("stages", "tower", "entry"),
+    [
+        ({"s": {"use": "control/stride", "encode": 144}}, 576, 144),
+        ({"s": {"use": "control/stride", "encode": 144, "place": "pixels"}}, 144, 144),
+        (
+            {
+                "later": {"use": "control/random", "encode": 0.5},
+                "first": {"use": "control/stride", "encode": 288, "place": "pixels"},
+            },
+            288,
+            144,
+        ),
+    ],
+)
+def test_what_enters_the_tower_is_told_apart_from_what_enters_the_llm(stages, tower, entry) -> None:
+    explanation = _explain({"name": "pixels", "stages": stages})
+    assert (explanation.tower_visual_tokens, explanation.entry_visual_tokens) == (tower, entry)

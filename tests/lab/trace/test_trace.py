@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.testing import tiny_models
 from dropflow_lab.errors import InputError
-from dropflow_lab.trace import Trace, record_inputs, replay_policy
+from dropflow_lab.trace import Trace, page, record_inputs, replay_policy
 
 
 @pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
@@ -280,3 +281,31 @@ def test_a_replay_does_not_copy_the_trace_into_every_stage(hostile: Any) -> None
     stages = replay_policy(Trace.load(path)).to_dict()["stages"]
     assert list(stages) == ["merge", "keys", "pyramid"]
     assert all(set(stage) == {"use", "run", "stage"} for stage in stages.values())
+
+
+def test_units_left_out_of_a_tower_are_told_and_left_out_again() -> None:
+    tiny = tiny_models()["qwen3_vl"][1]
+    model, (inputs, _) = tiny.model(), tiny.prompt([(3, "I", 5)])
+    model.generation_config.eos_token_id = None
+    which = policy(
+        early={"use": "control/stride", "encode": 6, "place": "pixels"},
+        inside={"use": "control/random", "encode": 3, "place": 1},
+    )
+    trace = record_inputs(model, Words, inputs, [dropflow.load_policy(which)], STEPS)
+    assert Trace.model_validate_json(trace.model_dump_json()) == trace
+    early, inside = trace.runs[0].encode
+    assert (early.boundary, len(early.images[0].kept), inside.boundary, len(inside.images[0].kept)) == (
+        "pixels",
+        6,
+        1,
+        3,
+    )
+    html = page(trace)
+    assert html.count("the pixels (before the encoder ran) by early") == 2
+    assert html.count("vision boundary 1 by inside") == 3
+    with torch.no_grad():
+        with dropflow.attach(model, which):
+            expected = model(**inputs).logits
+        with dropflow.attach(model, replay_policy(trace, 0)) as flow:
+            assert torch.equal(model(**inputs).logits, expected)
+            assert flow.report().tower_visual_tokens == pytest.approx(3 + 3 / 3, rel=1e-6)

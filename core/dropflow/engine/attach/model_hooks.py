@@ -39,7 +39,7 @@ from dropflow.engine.tokens.prompt import (
     valid_tokens,
 )
 from dropflow.engine.vision.encoding import encode, joined, take_flags, with_flags
-from dropflow.engine.vision.vision_run import VisionRun
+from dropflow.engine.vision.vision_run import VisionRun, in_tower
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ class ModelHooks:
                 self._handles.append(projector.register_forward_pre_hook(self._before_projector))
                 # compiled code that inlined this module ignores a new hook, but is recompiled for another forward
                 self._standing.lay(projector.__dict__, "forward", self._projecting(projector.forward))
+        packed = self.backbone.packed_tower
+        if packed is not None and any(in_tower(place) for plan in plans for place in plan.encode_at):
+            stand_in(self._standing, packed.owner, self._vision_run, packed.blocks)
+            self._standing.lay(packed.owner.__dict__, "forward", self._running_tower(packed.owner))
+            for merger in packed.mergers:
+                self._standing.lay(merger.__dict__, "forward", self._merging(merger.forward))
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
         for modality in MODALITIES:
@@ -231,6 +237,30 @@ class ModelHooks:
         if call is None or call.vision is None or not call.vision.reduces_features:
             return rows
         return call.vision.features(rows)
+
+    def _running_tower(self, tower: Any) -> Any:
+        """A packed tower's forward, on the units that the stages keep."""
+        forward = tower.forward
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = self._mine()
+            if call is None or call.vision is None:
+                return forward(*args, **kwargs)
+            return call.vision.tower(forward, named(tower, args, kwargs)[1])
+
+        return run
+
+    def _merging(self, forward: Any) -> Any:
+        """The forward of a packed tower's merger, with rows for the units that the stages left out inside the tower."""
+
+        @wraps(forward)
+        def merge(*args: Any, **kwargs: Any) -> Any:
+            call, merged = self._mine(), forward(*args, **kwargs)
+            packed = None if call is None or call.vision is None else call.vision.packed
+            return merged if packed is None else packed.merged(merged)
+
+        return merge
 
     # `generate`: which forwards are one prompt
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.wrapped import check_compiled
 from dropflow.engine.attach.mixer_refusals import check_mixers
+from dropflow.engine.attach.packed_refusals import place_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
@@ -123,6 +124,9 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
     taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
     vision = backbone.vision
+    faults = place_faults(backbone.packed_tower, boundaries, taps)
+    if faults or (backbone.packed_tower is not None and boundaries):
+        return faults
     if vision is None:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [
@@ -191,11 +195,13 @@ def check_loss_function(model: Any) -> None:
 
 def check_unshared(backbone: Backbone) -> None:
     """Refuse a model that shares layers with another model to which a policy is attached."""
-    owners = {"text decoder": backbone.text}
+    lists = {"text decoder": backbone.text._modules["layers"]}
     if backbone.vision is not None:
-        owners["vision encoder"] = backbone.vision.owner
-    for name, owner in owners.items():
-        if isinstance(owner._modules["layers"], StandIn):
+        lists["vision encoder"] = backbone.vision.owner._modules["layers"]
+    if backbone.packed_tower is not None:
+        lists["vision tower"] = backbone.packed_tower.owner._modules[backbone.packed_tower.blocks]
+    for name, layers in lists.items():
+        if isinstance(layers, StandIn):
             raise UnsupportedModel(
                 f"{type(backbone.model).__name__}: shares its {name} with a model that has a policy attached, and each "
                 "would take the other's calls for its own; detach that one, or give each model its own"

@@ -47,6 +47,12 @@ class Report:
     """Visual tokens per layer in the prefill, averaged over all L layers."""
     entry_visual_tokens: float
     """Visual tokens that enter the LLM, after the `encode` stages."""
+    tower_visual_tokens: float | None
+    """Visual tokens whose patches a layer of the vision tower ran on, averaged over its layers: fewer than
+    `tower_visual_tokens_dense` if stages left some out before the tower or inside it. `None` where the engine did not
+    observe how the images were encoded."""
+    tower_visual_tokens_dense: float | None
+    """Visual tokens that stand for patches; the tower runs on all of them if no stage works inside it."""
     flops: float
     """Multiply-adds of all decoder layers in the prefill."""
     flops_dense: float

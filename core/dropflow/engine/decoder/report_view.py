@@ -89,6 +89,9 @@ def _sums(report: Report) -> list[str]:
         f"multiply-adds {report.flops:.4g} (dense {report.flops_dense:.4g}), "
         f"KV bytes {report.kv_bytes:g} (dense {report.kv_bytes_dense:g})"
     ]
+    tower, whole = report.tower_visual_tokens, report.tower_visual_tokens_dense
+    if tower is not None and whole is not None and tower < whole:
+        found.append(f"vision tower: {tower:g} visual tokens on average over its layers (dense {whole:g})")
     if report.steps:
         found.append(
             f"after {_times(report.steps, 'more token')}: KV bytes {report.kv_bytes_end:g} "

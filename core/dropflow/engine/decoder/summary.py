@@ -12,6 +12,7 @@ from dropflow.backbone import flops
 from dropflow.engine.decoder.kv_history import Held, held_with
 from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.decoder.report import LayerReport, Report
+from dropflow.engine.tokens.prompt import Prompt
 
 
 def summed_up(record: PromptRecord) -> Report:
@@ -22,6 +23,8 @@ def summed_up(record: PromptRecord) -> Report:
     kv, kv_end = (_every_layer(record, one) for one in (after, end))
     bytes_per_entry = flops.kv_bytes(1, record.widths, max(part.bytes_per_number for part in record.parts))
     brought = [part.prompt for part in record.parts if part.prompt is not None]
+    towers = [prompt.tower for prompt in brought if prompt.tower is not None]
+    encoded = len(towers) == len(brought)
     return Report(
         policy=record.plan.policy.name,
         layers=tuple(
@@ -37,6 +40,8 @@ def summed_up(record: PromptRecord) -> Report:
         ),
         average_visual_tokens=_mean(visual),
         entry_visual_tokens=sum(_mean((prompt.present & prompt.visual).sum(1).tolist()) for prompt in brought),
+        tower_visual_tokens=sum(_mean(tower.sum(1).tolist()) for tower in towers) if encoded else None,
+        tower_visual_tokens_dense=_patches(brought) if encoded else None,
         flops=sum(work),
         flops_dense=dense_work,
         kv_bytes=sum(after.entries) / after.rows * bytes_per_entry,
@@ -54,6 +59,11 @@ def _visual_tokens(record: PromptRecord) -> list[float]:
     depth = record.plan.shape.layers
     counts = torch.stack([(part.live(depth) & part.visual).sum(2) for part in record.parts]).sum(0)
     return [_mean(row) for row in counts.tolist()]
+
+
+def _patches(brought: Sequence[Prompt]) -> float:
+    """Visual tokens that stand for patches, dropped ones included."""
+    return sum(_mean((prompt.scored >= 0).sum(1).tolist()) for prompt in brought)
 
 
 def _flops(record: PromptRecord) -> tuple[list[float], float]:

@@ -70,12 +70,12 @@ class StandIn(nn.ModuleList):
         return [layer if run.leaves(number) else Step(number, layer, run) for number, layer in there]
 
 
-def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], Run | None]) -> None:
-    """Replace `owner.layers` by a `StandIn` until `shadows` are lifted; does nothing if it already is one."""
-    layers: Any = owner._modules["layers"]
+def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], Run | None], name: str = "layers") -> None:
+    """Replace `owner.<name>` by a `StandIn` until `shadows` are lifted; does nothing if it already is one."""
+    layers: Any = owner._modules[name]
     if isinstance(layers, StandIn):
         return
     made = StandIn.__new__(StandIn)
     made.__dict__ = layers.__dict__
     object.__setattr__(made, "_running", running)
-    shadows.lay(owner._modules, "layers", made)
+    shadows.lay(owner._modules, name, made)

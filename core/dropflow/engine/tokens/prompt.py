@@ -80,6 +80,9 @@ class Prompt:
     """Upper bound (exclusive) of the line numbers."""
     carried: Float[Tensor, "batch tokens carries"] | None = None
     """Numbers that stages attached to visual tokens (`Plan.carries` gives each stage's columns); `None` for none."""
+    tower: Float[Tensor, "batch tokens"] | None = None
+    """Share of the vision tower's layers that ran on each patch, 0 for other tokens; `None` if the engine did not
+    observe the encoding."""
     questions: tuple[str, ...] | None = None
     """The question of each sample as text, if a stage reads it."""
 
@@ -148,6 +151,7 @@ class _Placed:
         self._extra: Tensor | None = None
         self._line: Tensor | None = None
         self._carried: Tensor | None = None
+        self._tower: Tensor | None = None
         self._most_images = self._lines = 0
 
     def number_runs(self, tokens_per_image: int | None) -> None:
@@ -172,6 +176,7 @@ class _Placed:
             self._line = torch.zeros(shape, dtype=torch.long, device=device)
         if width:
             self._carried = torch.zeros(*shape, width, device=device)
+        self._tower = torch.zeros(shape, device=device)
         images = sum(rows.images for rows in flags.values())
         first = 0
         for modality, rows in flags.items():
@@ -180,6 +185,7 @@ class _Placed:
             self._image_id.index_put_(at, number)
             self._present.index_put_(at, rows.kept.to(device) & self._valid[at])
             self._protected.index_put_(at, rows.protected.to(device))
+            self._tower.index_put_(at, rows.tower.to(device).masked_fill(rows.extra.to(device), 0.0))
             if self._extra is not None and self._line is not None:
                 self._extra.index_put_(at, rows.extra.to(device))
                 self._line.index_put_(at, number * lines + rows.line.to(device))
@@ -214,6 +220,7 @@ class _Placed:
             line=self._line,
             lines=self._lines,
             carried=self._carried,
+            tower=self._tower,
         )
 
 

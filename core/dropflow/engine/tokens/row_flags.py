@@ -12,7 +12,7 @@ from torch import Tensor
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.tokens.host import read
 
-_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _IMAGES, _LINES, _PLAN, _CARRIED = range(9)
+_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _TOWER, _IMAGES, _LINES, _PLAN, _CARRIED = range(10)
 """Columns of a packed table; numbers carried for stages begin at the last one."""
 
 
@@ -32,6 +32,8 @@ class RowFlags:
     """Rows that are not patches, such as newlines."""
     carried: Float[Tensor, "rows carries"]
     """Numbers that stages attached to the row (`Plan.carries` gives each stage's columns)."""
+    tower: Float[Tensor, "rows"]
+    """Share of the vision tower's layers that ran on the row."""
     images: int
     """Upper bound (exclusive) of the image numbers."""
     lines: int
@@ -52,12 +54,15 @@ class RowFlags:
         kept: Sequence[Bool[Tensor, "patches"]] | None = None,
         protected: Sequence[Bool[Tensor, "patches"]] | None = None,
         carried: Sequence[Float[Tensor, "patches carries"]] = (),
+        tower: Sequence[Float[Tensor, "patches"]] | None = None,
     ) -> RowFlags:
-        """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected."""
+        """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected, and
+        the whole tower ran on them."""
         empty = torch.zeros(0, dtype=torch.long, device=device)
         width = carried[0].shape[1] if carried else 0
         none = torch.zeros(0, width, device=device)
-        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, first + len(layouts), 0, plan)
+        last = first + len(layouts)
+        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), last, 0, plan)
         return whole.joined(
             [
                 _of_one(
@@ -67,6 +72,7 @@ class RowFlags:
                     None if kept is None else kept[number],
                     None if protected is None else protected[number],
                     carried[number] if carried else None,
+                    None if tower is None else tower[number],
                 )
                 for number, layout in enumerate(layouts)
             ]
@@ -82,6 +88,7 @@ class RowFlags:
             line=torch.cat([part.line for part in every]),
             extra=torch.cat([part.extra for part in every]),
             carried=torch.cat([part.carried for part in every]),
+            tower=torch.cat([part.tower for part in every]),
             images=max(part.images for part in every),
             lines=max(part.lines for part in every),
             plan=self.plan,
@@ -94,6 +101,7 @@ class RowFlags:
         table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
         table[:, _IMAGE], table[:, _LINE] = self.image, self.line
         table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # bit pattern of the floats
+        table[:, _TOWER] = self.tower.float().view(torch.int32)
         table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
         return table
 
@@ -113,6 +121,7 @@ class RowFlags:
             line=table[:, _LINE],
             extra=table[:, _EXTRA] > 0,
             carried=table[:, _CARRIED:].int().view(torch.float32),
+            tower=table[:, _TOWER].int().view(torch.float32),
             images=images,
             lines=lines,
             plan=plan,
@@ -126,6 +135,7 @@ def _of_one(
     kept: Bool[Tensor, "patches"] | None,
     protected: Bool[Tensor, "patches"] | None,
     carried: Float[Tensor, "patches carries"] | None,
+    tower: Float[Tensor, "patches"] | None,
 ) -> RowFlags:
     device = like.image.device
     patch = layout.patch_rows(device)
@@ -138,7 +148,10 @@ def _of_one(
         line=torch.zeros(layout.tokens, dtype=torch.long, device=device),
         extra=plain,
         carried=like.carried.new_zeros(layout.tokens, like.carried.shape[1]),
+        tower=torch.ones(layout.tokens, device=device),
     )
+    if tower is not None:
+        own = replace(own, tower=own.tower.index_copy(0, patch, tower.to(own.tower)))
     if carried is not None:
         own = replace(own, carried=own.carried.index_copy(0, patch, carried.to(own.carried)))
     if layout.has_extra:

@@ -77,19 +77,22 @@ def encode(
     `encode` stages. `arguments` are those of the model's own method. There is one set of flags per entry of features.
     """
     backbone, hooks = site.backbone, site.plan.hooks
-    output = features()
-    if run is None:
-        if hooks.watched("observe_encode"):
-            _tell(site, modality, _layouts_of(backbone, modality, output, arguments), ())
-        return output, plain_flags(site, modality, output, arguments)
-    name, pooled = _features(output)
+    pooled: Any = None
     layouts: list[list[ImageLayout]] = []
 
     def layouts_of(sizes: Sequence[int]) -> list[list[ImageLayout]]:
         layouts[:] = _layouts(backbone, modality, sizes, arguments, isinstance(pooled, Tensor))
         return layouts
 
-    full, flags = run.finish(_entries(pooled), layouts_of)
+    if run is not None:
+        run.layouts_of = layouts_of
+    output = features()
+    if run is None:
+        if hooks.watched("observe_encode"):
+            _tell(site, modality, _layouts_of(backbone, modality, output, arguments), ())
+        return output, plain_flags(site, modality, output, arguments)
+    name, pooled = _features(output)
+    full, flags = run.finish(_entries(pooled))
     if run.steps is not None:
         _tell(site, modality, layouts, run.steps)
     if isinstance(pooled, Tensor):

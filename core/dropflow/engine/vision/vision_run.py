@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from dropflow.backbone.image_layout import ImageLayout, split
@@ -21,8 +22,9 @@ from dropflow.engine.model.sublayers import in_two
 from dropflow.engine.model.tap import tapped, uncompiled, untapped
 from dropflow.engine.model.turns import refuse_own_model
 from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.packed_run import PackedRun
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
-from dropflow.errors import DecisionError, UnsupportedModel
+from dropflow.errors import DecisionError, UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.events import EncodeStep
 from dropflow.lifecycle.payloads import EncodeCall
 
@@ -38,6 +40,9 @@ class VisionRun:
         plan = site.plan
         self._site, self._plan = site, plan
         self._vision: VisionEncoder | None = site.backbone.vision
+        tower = site.backbone.packed_tower if any(map(in_tower, plan.encode_at)) else None
+        self.packed = None if tower is None else PackedRun(tower, self._decide_units, frozenset(plan.encode_at))
+        """The pass through a packed tower; `None` for other towers, or if no stage works before or inside it."""
         self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
         self._extra = 0
         """Number of prefix tokens that are still present in the encoder's output and become rows."""
@@ -51,8 +56,12 @@ class VisionRun:
         self._rows: list[Rows] = []
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
+        self._ran: list[Tensor] = []
+        """For each patch of each image, the share of the encoder's layers that run on it."""
         self._faults: list[tuple[Tensor, DecisionError]] = []
         """Faults of the decisions, checked when the features are finished."""
+        self.layouts_of: Callable[[Sequence[int]], list[list[ImageLayout]]] = lambda _: []
+        """Returns the images in entries of the features of given sizes."""
         self.asking = False
         """True while a stage runs."""
         self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
@@ -68,6 +77,24 @@ class VisionRun:
         """Whether any stage works inside the encoder or reads its attention."""
         return bool(self._taps) or any(boundary is not None for boundary in self._plan.encode_at)
 
+    def tower(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run a packed tower, whose `forward` takes `arguments` by name, on the units that the stages keep."""
+        packed = self.packed
+        if packed is None:
+            return forward(**arguments)
+        if self.asking or packed.ran:
+            refuse_own_model(type(packed.tower.owner).__name__)
+        pixels, sizes = arguments[packed.tower.pixels], list(packed.tower.sizes(arguments))
+        if sum(sizes) * packed.tower.unit != len(pixels):
+            raise UnsupportedCall(
+                f"{packed.tower.pixels}: {len(pixels)} patches, but the grids of the pictures have "
+                f"{sum(sizes) * packed.tower.unit}; pass what the processor made"
+            )
+        layouts = [layout for own in self.layouts_of(sizes) for layout in own]
+        self._begin([layout.patches for layout in layouts], pixels)
+        self._grids = [layout.grid for layout in layouts]
+        return packed.forward(forward, arguments)
+
     def leaves(self, number: int) -> bool:  # noqa: ARG002
         """Always false: every layer needs to know which rows remain."""
         return False
@@ -76,6 +103,8 @@ class VisionRun:
         """Run vision layer `number` on the rows that the stages kept."""
         if self.asking:
             refuse_own_model(type(layer).__name__)
+        if self.packed is not None:
+            return self.packed.layer(number, layer, args, kwargs)
         vision = self._vision
         assert vision is not None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -117,28 +146,27 @@ class VisionRun:
         self._features = list(self._rows)
         return pad_sequence(decided, batch_first=True)
 
-    def finish(
-        self, entries: Sequence[Tensor], layouts_of: Callable[[Sequence[int]], list[list[ImageLayout]]]
-    ) -> tuple[list[Tensor], list[RowFlags]]:
-        """Ask the output stages; return features with one row per placeholder, and the flags, by entry.
-
-        `layouts_of` returns the images in entries of given sizes.
-        """
+    def finish(self, entries: Sequence[Tensor]) -> tuple[list[Tensor], list[RowFlags]]:
+        """Ask the output stages; return features with one row per placeholder, and the flags, by entry."""
         vision, extra = self._vision, 0
         if self._features is not None:
             assert vision is not None
             self._extra = extra = vision.select_prefix
             self._rows = [rows.after(extra) for rows in self._features]
             self._sizes = [size + extra for size in self._sizes]
-            layouts = layouts_of(self._sizes)
+            layouts = self.layouts_of(self._sizes)
             features = [f[: len(r.places)] for f, r in zip(entries, self._rows, strict=True)]
             whole = list(features)
         else:
-            layouts = layouts_of([len(rows) for rows in entries])
+            layouts = self.layouts_of([len(rows) for rows in entries])
             parts = list(split(entries, layouts))
             whole = [rows for _, rows in parts]
             features = [rows[layout.patch_rows(rows.device)] if layout.has_extra else rows for layout, rows in parts]
-            self._begin([layout.patches for own in layouts for layout in own], entries[0])
+            if self.packed is None:
+                self._begin([layout.patches for own in layouts for layout in own], entries[0])
+            else:
+                self.packed.check_ran()
+                features = [own[rows.places.to(own.device)] for own, rows in zip(features, self._rows, strict=True)]
         stages = self._plan.encode_at.get(None, ())
         if stages:
             self._grids = [layout.grid for own in layouts for layout in own]
@@ -170,6 +198,7 @@ class VisionRun:
                     [_scattered(torch.ones_like(r.protected), r, layout) for r, layout in zip(rows, own, strict=True)],
                     [_scattered(r.protected, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [_scattered(r.carried, r, layout) for r, layout in zip(rows, own, strict=True)],
+                    [pad(share, (self._extra, 0), value=1.0) for share in self._ran[first:last]],
                 )
             )
             first = last
@@ -188,6 +217,7 @@ class VisionRun:
         self._grids = [self._site.backbone.grid(size) for size in sizes]
         carries = max((columns.stop for columns in self._plan.carries.values()), default=0)
         self._rows = [Rows.whole(n, like, carries) for n in sizes]
+        self._ran = [torch.ones(n, device=like.device) for n in sizes]
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
         """Arguments of a layer with the mask that its rows require, if any."""
@@ -269,13 +299,52 @@ class VisionRun:
                 answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
                 before = tuple(rows.places for rows in self._rows)
+                if answer.proportional and self.packed is not None and boundary is not None:
+                    raise DecisionError(
+                        f"stages.{name}: `encode` returned proportional=True, but the blocks of a packed vision tower "
+                        "take no mask that could weigh merged rows by their sizes; return proportional=False"
+                    )
                 decided = Decided(answer, f"stages.{name}", self._plan.carries[name])
                 features, self._rows = decided.apply(features, self._rows)
                 self._faults += decided.faults
+                if boundary is not None and (answer.keep is not None or answer.rows is not None):
+                    self._leave(self._share(boundary), before)
                 if self.steps is not None and answer.decides:
                     places, protected = zip(*((r.places, r.protected) for r in self._rows), strict=True)
                     self.steps.append(EncodeStep(boundary, name, before, answer, places, protected))
         return features
+
+    def _share(self, boundary: EncodeBoundary) -> float:
+        """Share of the encoder's layers that come before a place."""
+        if isinstance(boundary, str):
+            return float(boundary == "features")
+        depth = (
+            self.packed.tower.depth if self.packed is not None else 0 if self._vision is None else self._vision.depth
+        )
+        return 0.0 if boundary is None else boundary / depth
+
+    def _leave(self, share: float, before: Sequence[Tensor]) -> None:
+        """Note for rows that are gone that only this share of the layers ran on them; `before` are all places."""
+        for image, (places, left) in enumerate(zip(before, self._rows, strict=True)):
+            ran = self._ran[image].to(places.device)
+            stay = left.places.clamp(max=len(ran) - 1)  # faults are raised later
+            self._ran[image] = ran.index_fill(0, places, share).index_copy(0, stay, ran[stay])
+
+    def _decide_units(self, boundary: EncodeBoundary, units: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`PackedRun`'s `Decide`."""
+        stages, before = self._plan.encode_at[boundary], self._rows
+        features = list(torch.split(units, [len(rows.places) for rows in before]))
+        decided = self._decide(boundary, features, stages, units.new_zeros(len(features), 0, units.shape[1]), 0)
+        raise_faults(self._faults)
+        self._faults = []
+        pairs = list(zip((rows.to(units.device) for rows in before), self._rows, strict=True))
+        if all(len(now.places) == len(then.places) and now.rewritten == then.rewritten for then, now in pairs):
+            return None
+        numbers, first = [], 0
+        for then, now in pairs:
+            numbers.append(torch.searchsorted(then.places, now.places) + first)
+            first += len(then.places)
+        return torch.cat(decided), torch.cat(numbers)
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
@@ -311,6 +380,11 @@ class VisionRun:
             places = then.after(self._extra).places.to(now.places.device)
             found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
         return tuple(found)
+
+
+def in_tower(boundary: EncodeBoundary) -> bool:
+    """Whether a place is before a vision tower or before one of its layers."""
+    return boundary == "pixels" or isinstance(boundary, int | float)
 
 
 def _scattered(values: Tensor, rows: Rows, layout: ImageLayout) -> Tensor:

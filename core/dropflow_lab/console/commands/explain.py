@@ -82,7 +82,8 @@ def _summary(explanation: Explanation, widths: DecoderWidths) -> str:
         (
             *ranked,
             f"visual tokens: {'data' if average is None else f'{average:.2f}'} on average over "
-            f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM",
+            f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM, "
+            f"{_count(explanation.tower_visual_tokens)} at entry to the vision tower",
             f"FLOPs: {'data' if flops is None else si(flops)} of {si(dense)}{share}",
             f"FLOPs are {UNIT} (d = {widths.hidden}, m = {widths.intermediate}); text, cross attention and ranking "
             "are left out",

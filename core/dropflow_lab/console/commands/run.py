@@ -79,6 +79,9 @@ def _summary(comparison: Comparison, both: bool) -> Table:
     names = ("dense model", "trained with policy") if both else ("without", "with policy")
     table = Table("", *names, title=comparison.question)
     table.add_row("answer", comparison.answer_dense, comparison.answer)
+    if report.tower_visual_tokens is not None and report.tower_visual_tokens_dense is not None:
+        dense, tower = report.tower_visual_tokens_dense, report.tower_visual_tokens
+        table.add_row("visual tokens in the vision tower, average over layers", f"{dense:g}", f"{tower:.2f}")
     table.add_row("visual tokens at entry to the LLM", whole, f"{report.entry_visual_tokens:g}")
     table.add_row("visual tokens, average over layers", whole, f"{report.average_visual_tokens:.2f}")
     table.add_row("FLOPs of the prefill", si(report.flops_dense), si(report.flops))
