@@ -165,12 +165,14 @@ def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("my-policy.yaml").write_text(yaml.safe_dump(HIDROP))
     data = Prompts()
     known: dict[str, Any] = {"model": freeze_tower(tiny_llava()), "dataset": data, "collate": collate}
+    known["prompts"] = {k: v for k, v in collate([data[0], data[1]], "left").items() if k != "labels"}
     known["loader"] = [collate([data[0], data[1]]), collate([data[3], data[4]])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Trainer, PEFT and the CPU: this is about our lines
         for block in blocks("docs/training.md", "python"):
             exec(block.text, known)
     assert known["flow"].policy == dropflow.load_policy(HIDROP)
+    assert known["scored"].logits.shape[1] == known["kept"] + 1
     for folder in ("trained", "trained-again", "merged"):
         assert '"dropflow"' in Path(folder, "config.json").read_text()
     (extending,) = blocks("docs/training.md", "yaml")

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
     from dropflow.engine.attach.flow import Flow, FlowSet
     from dropflow.engine.attach.pretrained import from_pretrained
+    from dropflow.engine.decoder.keeps import Keeps
     from dropflow.engine.decoder.report import LayerReport, Report
 else:
     _HOMES = {
@@ -65,6 +66,7 @@ else:
         "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
         "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
+        "dropflow.engine.decoder.keeps": ("Keeps",),
         "dropflow.engine.decoder.report": ("LayerReport", "Report"),
     }
     __getattr__ = lazy_names(__name__, _HOMES)
@@ -99,6 +101,7 @@ __all__ = [
     "Forecast",
     "ImageLayout",
     "Keep",
+    "Keeps",
     "LayerReport",
     "ModelSource",
     "PackedTables",

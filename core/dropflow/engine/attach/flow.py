@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dropflow.engine.attach import flow_view
 from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.decoder.keeps import Keeps, keeps_of
 from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.decoder.records import Forward, Records
 from dropflow.engine.decoder.report import Report
@@ -97,6 +98,36 @@ class Flow:
             )
         with self._hooks.visual.let(self._hooks, tokens):
             yield
+
+    def keeps(self) -> tuple[Keeps, ...]:
+        """What every sample of the last prompt with images kept, for `replay`; otherwise as `report`.
+
+        Small (a number per visual token), and plain data by `Keeps.to_dict`. Raises `UnsupportedCall` for a policy with
+        a `decode_cache` stage, whose evictions no single forward repeats.
+        """
+        self._check_replayable()
+        return keeps_of(self._last())
+
+    @contextmanager
+    def replay(self, keeps: Sequence[Keeps]) -> Iterator[None]:
+        """Let this thread's prompts inside the block keep what `keeps` say, one for each sample, in order.
+
+        The stages of the LLM are not asked; `encode` stages work as ever. For a forward over a rollout's prompt and
+        answer, also while the model trains and in another process: its log-probabilities are those of the rollout.
+        Samples may stand in other batches and with other padding. Raises `UnsupportedCall` as `keeps` does, and in a
+        call whose prompts are not those that the keeps are of.
+        """
+        self._check_replayable()
+        with self._hooks.replayed.let(self._hooks, tuple(keeps)):
+            yield
+
+    def _check_replayable(self) -> None:
+        evicts = self._plan.hooks.implementers("decode_cache")
+        if evicts:
+            raise UnsupportedCall(
+                f"stages.{evicts[0][0]}: evicts entries while answering, which no single forward can repeat; leave the "
+                "stage out of rollouts that are to be replayed"
+            )
 
     def record(self) -> None:
         """Keep the policy in the model's config after `detach`, so that models saved later also record it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from types import FrameType
@@ -20,6 +20,7 @@ from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.stated import Stated
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, loss_of_rows, shifted
+from dropflow.engine.decoder.keeps import Keeps, Replayed
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.records import Forward
@@ -75,6 +76,8 @@ class ModelHooks:
         self.chosen: Stated[str] = Stated("dropflow_chosen")
         self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
         """Visual tokens that a caller states for its thread's calls."""
+        self.replayed: Stated[Sequence[Keeps] | None] = Stated("dropflow_replayed")
+        """Keeps that a caller states for its thread's prompts."""
         self._prefill: Stated[object | None] = Stated("dropflow_prefill")
         """Identifies the `generate` prefill that a thread is in."""
 
@@ -447,7 +450,9 @@ class ModelHooks:
         if site.plan.reads_questions:
             prompt = replace(prompt, questions=refusals.stated_questions(embeds))
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
-        call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real)
+        keeps = self.replayed.of(self, None)
+        replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
+        call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real, replayed)
         return args, kwargs
 
     def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide_keeps
-from dropflow.engine.decoder.decide_window import decide_window
+from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
+from dropflow.engine.decoder.keeps import Replayed
 from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
@@ -27,7 +28,11 @@ from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import check_arguments
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.events import BoundaryEvent
+from dropflow.lifecycle.stage import Window
 from dropflow.operators.merging import mean_into
+
+if TYPE_CHECKING:
+    from dropflow.policy.plan import Plan
 
 
 class PromptRun:
@@ -40,11 +45,12 @@ class PromptRun:
         embeds: Tensor,
         residuals: tuple[tuple[Tensor, Tensor], ...] = (),
         real: Tensor | None = None,
+        replayed: Replayed | None = None,
     ) -> None:
         """`embeds` (batch, tokens, dim) are the raw states with which injected tokens enter.
 
         `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`). `real` is false
-        for padding in earlier calls.
+        for padding in earlier calls. With `replayed`, its keeps take the place of the stages' decisions.
         """
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
@@ -52,7 +58,8 @@ class PromptRun:
         self._caches = CacheStages(site, 0, tokens)
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | set(plan.ranking_taps)
-        decided = decide_window(plan, backbone, prompt)
+        self._replayed = replayed
+        decided = decide_window(plan, backbone, prompt) if replayed is None else _replayed_window(replayed, plan)
         self.window, self._window_edge_by = decided.window, decided.by
         if decided.keep_answer_sources:
             prompt = prompt.keeping_answer_sources()
@@ -140,9 +147,10 @@ class PromptRun:
         """Apply the policy's decisions at the boundary before layer `number` to the hidden states."""
         prompt, window, plan = self.prompt, self.window, self._site.plan
         inside = window.entry <= number < window.exit
-        stages = plan.prune_at.get(number, ()) if inside else ()
+        stages = plan.prune_at.get(number, ()) if inside and self._replayed is None else ()
         at_window_edge = number in (0, window.entry, window.exit)
-        if not (at_window_edge or stages):
+        replays = self._replayed is not None and inside and number in self._replayed.boundaries
+        if not (at_window_edge or stages or replays):
             return args, kwargs
         hidden = hidden_of(args, kwargs)
         if at_window_edge:
@@ -155,8 +163,12 @@ class PromptRun:
                 hidden = self._move(prompt.text | self._outlive, hidden, None)
         shown, decision = self.live, Decision(self.live_mask)
         merged: Tensor | None = None
-        if stages:
+        if self._replayed is not None and replays:
+            live_mask = self._replayed.live_mask(self.live_mask, number)
+            decision = Decision(live_mask, merge_into=self._replayed.merged(number, shown))
+        elif stages:
             decision = self._decide(number, layer, hidden, args, kwargs)
+        if stages or replays:
             if decision.merge_into is not None:
                 hidden = mean_into(hidden, decision.merge_into)
                 merged = shown.to_tokens(decision.merge_into.to(shown.index.device))
@@ -276,3 +288,8 @@ class PromptRun:
             merged_by=decision.merged_by,
         )
         self._site.plan.hooks.observe(event)
+
+
+def _replayed_window(replayed: Replayed, plan: Plan) -> WindowDecision:
+    """A window that is open to the end: what has left it goes as the keeps say."""
+    return WindowDecision(Window(replayed.entry, plan.shape.layers), False, {})
