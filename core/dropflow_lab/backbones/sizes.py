@@ -178,6 +178,7 @@ _GEMMA4_VISION = {
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 9}},
+    "blip-2": {"image_token_index": IMAGE, "num_query_tokens": 8, "qformer_config": {"encoder_hidden_size": 16}},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS, "vq_config": _VQ | {"num_embeddings": 8, "resolution": 16}},
     "cohere_compass": {
         "text_config": {
@@ -253,6 +254,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1, 0]}, "head_dim": 8}},
+    "instructblip": {"image_token_index": IMAGE, "num_query_tokens": 8},
+    "instructblipvideo": {"video_token_index": IMAGE, "num_query_tokens": 8},
     "janus": {"vision_config": {"projection_dim": 32}, "vq_config": _VQ | {"projection_dim": 32}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
     "molmo2": {

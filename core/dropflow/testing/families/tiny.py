@@ -70,6 +70,8 @@ class Tiny:
     """Largest allowed relative error of states, logits and losses: the round-off of the family's kernels."""
     gradient_tolerance: float = 1e-3
     """The same for gradients."""
+    mixes: bool = True
+    """Whether one call can bring images and videos."""
 
     def model(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """The model in eval mode, with weights large enough to make attention uneven."""
