@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
 
 from dropflow import Backbone
 from dropflow.errors import UnsupportedModel
@@ -52,6 +55,17 @@ class Auto(Backbone):
             return "its text decoder has no `layers` list"
         if self.text is self.core:
             return "its core is the text decoder itself, so that images become tokens while the decoder already runs"
+        if self._hands_embeddings_on():
+            return "its own `generate` hands embeddings to a text model inside it, which cannot tell images from text"
+        deepstack = {name for name in inspect.signature(self.text.forward).parameters if "deepstack" in name}
+        if deepstack - {"deepstack_visual_embeds"}:
+            return f"its text decoder adds features of images between layers by `{deepstack.pop()}`, unknown to `auto`"
         if not self.visual_ids:
             return "its config has no `image_token_id`, so visual tokens cannot be identified"
         return None
+
+    def _hands_embeddings_on(self) -> bool:
+        """Whether the model generates by a way of its own, and another model that generates is inside it."""
+        own = getattr(type(self.model), "generate", None) is not GenerationMixin.generate
+        parts = (part for part in self.model.modules() if isinstance(part, PreTrainedModel) and part is not self.model)
+        return own and any(part.can_generate() for part in parts)

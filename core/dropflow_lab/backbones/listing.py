@@ -57,7 +57,7 @@ def _asked(kind: str) -> Row:
     try:
         model = miniature(kind)
     except Exception as error:  # noqa: BLE001  # transformers raises all kinds of errors for a missing library
-        return _row("not built", reason=_first_line(str(error)))
+        return _row("not built", reason=_first_line(str(error)).partition(". ")[0])
     try:
         backbone = backbone_for(model)
     except DropflowError as error:

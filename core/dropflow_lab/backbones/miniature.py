@@ -40,7 +40,7 @@ def _small(config: PretrainedConfig, decoder: PretrainedConfig, own: Mapping[str
     inside = any(getattr(config, name, None) is decoder for name in config.sub_configs)
     sizes = COMMON | (DECODER if config is decoder else OTHERS | DECODER if inside else OTHERS)
     stated = _stated(config)
-    given: Options = {name: value for name, value in sizes.items() if _fits(value, stated.get(name))}
+    given: Options = {name: value for name, value in sizes.items() if _fits(name, value, stated)}
     given |= {name: 0.0 for name, rate in stated.items() if _is_rate(name, rate)}
     for name in config.sub_configs:
         part, more = getattr(config, name, None), own.get(name, {})
@@ -57,8 +57,11 @@ def _stated(config: PretrainedConfig) -> Options:
     return defaults | vars(config)
 
 
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a config field with this default can be given this value: numbers for numbers, lists for lists."""
+def _fits(name: str, value: Any, stated: Options) -> bool:
+    """Whether a config takes this value: a number for a number, a list for a list, a token id for one left open."""
+    default = stated.get(name)
+    if default is None:
+        return name in stated and name.endswith(("token_id", "token_index"))
     return isinstance(default, list | tuple if isinstance(value, list) else int) and not isinstance(default, bool)
 
 

@@ -147,6 +147,16 @@ _CLIP = {
     "image_size": 24,
     "patch_size": 6,
 }
+_MAPS = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "hidden_size": 16,
+    "depths": [1, 1],
+    "layer_type": "basic",
+    "image_size": 24,
+}
+"""A tower that returns maps of features, as those of the optional library timm do."""
 _LATENT_SLIDING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -178,7 +188,7 @@ _GEMMA4_VISION = {
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 9}},
-    "blip-2": {"image_token_index": IMAGE, "num_query_tokens": 8, "qformer_config": {"encoder_hidden_size": 16}},
+    "blip-2": {"num_query_tokens": 8},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS, "vq_config": _VQ | {"num_embeddings": 8, "resolution": 16}},
     "cohere_compass": {
         "text_config": {
@@ -212,16 +222,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "moe_k": 2,
         }
     },
-    "fast_vlm": {
-        "vision_config": {
-            "model_type": "resnet",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 16],
-            "depths": [1, 1],
-            "hidden_size": 16,
-            "layer_type": "basic",
-        }
-    },
+    "fast_vlm": {"vision_config": _MAPS},
     "gemma3": {"mm_tokens_per_image": 9},
     "gemma4": {"vision_config": _GEMMA4_VISION},
     "gemma4_unified": {
@@ -254,10 +255,18 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1, 0]}, "head_dim": 8}},
-    "instructblip": {"image_token_index": IMAGE, "num_query_tokens": 8},
-    "instructblipvideo": {"video_token_index": IMAGE, "num_query_tokens": 8},
+    "instructblip": {"num_query_tokens": 8},
+    "instructblipvideo": {"num_query_tokens": 8},
     "janus": {"vision_config": {"projection_dim": 32}, "vq_config": _VQ | {"projection_dim": 32}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 64,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
+        }
+    },
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [-1, -2]},
         "vision_config": {"image_size": [24, 24]},
@@ -272,7 +281,18 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "num_hidden_layers": 4,
         },
     },
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {
+        "text_config": {
+            "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+        "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 64},
+    },
     "ovis2": {"visual_indicator_token_ids": [80, 81, 82, 83, 84]},
     "paddleocr_vl": _three_positions(),
     "perception_lm": {"vision_config": _CLIP | {"model_args": {"embed_dim": 16}}},
