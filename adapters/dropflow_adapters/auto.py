@@ -35,7 +35,7 @@ class Auto(Backbone):
 
     @property
     def text(self) -> Any:
-        """The text decoder: the first module with `layers` of what `get_decoder` returns, which may be a whole model."""
+        """The text decoder: the first module with `layers` in what `get_decoder` returns, which may be a model."""
         decoder = self.model.get_decoder()
         return next((part for part in decoder.modules() if "layers" in part._modules), decoder)
 

@@ -35,7 +35,8 @@ class Ovis2(Backbone):
     def tokens_per_image(self) -> int:
         """Number of tokens in a tile, whose sides are padded to whole blocks."""
         tower = self.model.config.vision_config
-        return math.ceil(tower.image_size // tower.patch_size / self._stride) ** 2
+        side: int = math.ceil(tower.image_size // tower.patch_size / self._stride)
+        return side * side
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches or blocks."""

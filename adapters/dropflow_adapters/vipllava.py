@@ -8,7 +8,7 @@ from dropflow import Backbone, Projections, square_grid
 
 
 class VipLlava(Backbone):
-    """`VipLlavaForConditionalGeneration`; no stage can drop rows inside the tower, since each would be lost in parts."""
+    """`VipLlavaForConditionalGeneration`; a row dropped inside the tower would be lost in parts, so none can be."""
 
     @property
     def tokens_per_image(self) -> int:

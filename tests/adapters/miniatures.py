@@ -8,13 +8,19 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from dropflow.backbone.image_layout import ImageLayout
+from dropflow.testing.families import minicpmv4_6
+from dropflow.testing.families.qwen3_5 import ROUND_OFF
 from dropflow.testing.families.tiny import END, IMAGE, START, Picture, Tiny, pixels
-from dropflow_lab.backbones.miniature import miniature
+from dropflow_lab.backbones.miniature import class_name, miniature, small_config
 
 Arguments = dict[str, Tensor]
+
+IN_A_ROW = ("minicpm_ocr", "minicpmv4_7")
+"""Types whose pictures lie in one row of pixels, with Qwen3.5's decoder."""
 
 
 @cache
@@ -25,6 +31,9 @@ def model_of(kind: str) -> Any:
 
 def tiny(kind: str) -> Tiny:
     """A type in miniature; `auto` states no grid for its images."""
+    if kind in IN_A_ROW:
+        finish = partial(_finished_in_a_row, kind)
+        return Tiny(partial(_built, kind), {"image": partial(_in_a_row, kind)}, finish, **ROUND_OFF)
     return Tiny(
         partial(_built, kind),
         {"image": partial(_picture, kind)},
@@ -34,6 +43,10 @@ def tiny(kind: str) -> Tiny:
 
 
 def _built(kind: str) -> Any:
+    if kind in IN_A_ROW:  # the kit ranks at boundary 2, before the first attention of the default pattern
+        config = small_config(kind)
+        config.text_config.layer_types = ["linear_attention", "full_attention"] * 3
+        return getattr(transformers, class_name(kind))(config)
     model = miniature(kind)
     if kind == "fast_vlm":  # its tower of convolutions has no attention to choose
         model.set_attn_implementation = lambda name: type(model).set_attn_implementation(model, {"text_config": name})
@@ -47,6 +60,17 @@ def _picture(kind: str, number: int, dice: torch.Generator) -> Picture:
     entries = entries_of(core.get_image_features(**arguments, return_dict=True))
     layouts = [ImageLayout(len(rows)) for rows in entries]
     return Picture([START, *[IMAGE] * sum(map(len, entries)), END], arguments, layouts)
+
+
+def _in_a_row(kind: str, number: int, dice: torch.Generator) -> Picture:
+    """A picture of MiniCPM-V 4.6; MiniCPM-OCR joins 2 x 2 patches instead of 4 x 4."""
+    picture = minicpmv4_6.packed_patches(number, dice)
+    tokens = len(picture.arguments["pixel_values"]) // (4 if kind == "minicpm_ocr" else 16)
+    return Picture([START, *[IMAGE] * tokens, END], picture.arguments, [ImageLayout(tokens)])
+
+
+def _finished_in_a_row(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    return _finished(kind, minicpmv4_6.along_the_width(inputs))
 
 
 def entries_of(output: Any) -> list[Tensor]:

@@ -20,8 +20,6 @@ from dropflow_lab.backbones.miniature import kinds, miniature
 
 OWN = set(tiny_models())
 """Types with a family of their own in the kit, on which the whole matrix of stages runs."""
-UNPICTURED = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
-"""Types whose pictures lie in one row of pixels, which prompts made of single pictures cannot have."""
 
 
 @cache
@@ -41,7 +39,7 @@ def case(kind: str) -> Case:
 
 def served() -> list[str]:
     """Types that have no family in the kit; whether they are served is for the test to say."""
-    return sorted(set(kinds()) - OWN - UNPICTURED)
+    return sorted(set(kinds()) - OWN)
 
 
 def test_no_type_is_unknown_and_most_are_served() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+
 import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, WindowCall, backbone_for, hookimpl
 from dropflow.errors import DropflowError
@@ -46,11 +48,11 @@ PROBES: Mapping[str, type[Stage[Any]]] = {"encode": _Encodes, "prune": _Prunes, 
 
 
 def models() -> list[Row]:
-    """Every type with its model class, the adapter that serves it, its facts and its limits, or with the reason why not.
+    """Every type with its model class, and with its adapter, facts and limits or the reason why it is not served.
 
     A type is built in miniature and `attach` is asked. `status` is "served", "refused" or "not built".
     """
-    return [{"name": kind, "class": class_name(kind)} | _asked(kind) for kind in kinds()]
+    return [_summed_up({"name": kind, "class": class_name(kind)} | _asked(kind)) for kind in kinds()]
 
 
 def _asked(kind: str) -> Row:
@@ -68,6 +70,11 @@ def _asked(kind: str) -> Row:
         return _row("refused", reason=next(iter(limits.values())))
     adapter = kind if kind in registry.names(registry.ADAPTERS) else "auto"
     return _row("served", adapter, sorted(backbone.facts()), limits)
+
+
+def _summed_up(row: Row) -> Row:
+    how = f"by {row['adapter']}: {', '.join(row['facts'])}" if row["status"] == "served" else f": {row['reason']}"
+    return row | {"summary": f"{row['status']} {how}".replace(" : ", ": ")}
 
 
 def _row(
@@ -100,7 +107,7 @@ def models_in_markdown() -> str:
     rows = models()
     served = [row for row in rows if row["status"] == "served"]
     others = [row for row in rows if row["status"] != "served"]
-    head = f"{len(served)} of {len(rows)} types are served."
+    head = f"{len(rows)} types in transformers {transformers.__version__}: {len(served)} are served."
     first = table(("type", "class", "adapter", "facts", "limits"), map(_served, served))
     return "\n\n".join((head, first, table(("type", "class", "", "why"), map(_unserved, others))))
 

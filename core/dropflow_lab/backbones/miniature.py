@@ -38,7 +38,8 @@ def small_config(kind: str) -> PretrainedConfig:
 
 def _small(config: PretrainedConfig, decoder: PretrainedConfig, own: Mapping[str, Any]) -> Options:
     inside = any(getattr(config, name, None) is decoder for name in config.sub_configs)
-    sizes = COMMON | (DECODER if config is decoder else OTHERS | DECODER if inside else OTHERS)
+    own_sizes = DECODER if config is decoder else {**OTHERS, **DECODER} if inside else OTHERS
+    sizes = {**COMMON, **own_sizes}
     stated = _stated(config)
     given: Options = {name: value for name, value in sizes.items() if _fits(name, value, stated)}
     given |= {name: 0.0 for name, rate in stated.items() if _is_rate(name, rate)}
@@ -53,8 +54,7 @@ def _small(config: PretrainedConfig, decoder: PretrainedConfig, own: Mapping[str
 
 def _stated(config: PretrainedConfig) -> Options:
     """The fields of a config, with the defaults of those that differ by layer, which it cannot return."""
-    defaults = {field.name: field.default for field in fields(type(config))}  # type: ignore[arg-type]
-    return defaults | vars(config)
+    return {**{field.name: field.default for field in fields(type(config))}, **vars(config)}
 
 
 def _fits(name: str, value: Any, stated: Options) -> bool:

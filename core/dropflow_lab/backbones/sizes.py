@@ -186,6 +186,8 @@ _GEMMA4_VISION = {
     "position_embedding_size": 64,
 }
 
+_BLOCKS = ["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"]
+
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 9}},
     "blip-2": {"num_query_tokens": 8},
@@ -255,6 +257,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1, 0]}, "head_dim": 8}},
+    "hyperclovax_vision_v2": {"text_config": {"embedding_multiplier": 12.0}},
     "instructblip": {"num_query_tokens": 8},
     "instructblipvideo": {"num_query_tokens": 8},
     "janus": {"vision_config": {"projection_dim": 32}, "vq_config": _VQ | {"projection_dim": 32}},
@@ -266,6 +269,19 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "projector_output_dim": 16,
             "vision_output_dim": 16,
         }
+    },
+    "minicpm_ocr": {"insert_layer_id": 1, "vision_config": {"insert_layer_id": 1, "image_size": 64}},
+    "minicpmv4_6": {"insert_layer_id": 1, "vision_config": {"insert_layer_id": 1, "image_size": 64}},
+    "minicpmv4_7": {"insert_layer_id": 1, "vision_config": {"insert_layer_id": 1, "image_size": 64}},
+    "mllama": {
+        "vision_config": {
+            "attention_heads": 2,
+            "max_num_tiles": 1,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+            "supported_aspect_ratios": [[1, 1]],
+        },
     },
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [-1, -2]},
@@ -283,7 +299,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "nemotron_h_omni": {
         "text_config": {
-            "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"],
+            "layers_block_type": _BLOCKS,
             "mamba_num_heads": 4,
             "mamba_head_dim": 8,
             "ssm_state_size": 8,
@@ -296,6 +312,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "ovis2": {"visual_indicator_token_ids": [80, 81, 82, 83, 84]},
     "paddleocr_vl": _three_positions(),
     "perception_lm": {"vision_config": _CLIP | {"model_args": {"embed_dim": 16}}},
+    "pix2struct": {"vision_config": {"patch_embed_hidden_size": 48, "hidden_size": 32}},
     "qianfan_ocr": {"vision_config": {"image_size": [24, 24], "patch_size": [4, 4]}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": START, **_three_positions()},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": START, **_three_positions()},
@@ -303,7 +320,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "shieldgemma2": {"mm_tokens_per_image": 9},
     "step3p7": {"text_config": {"sliding_window": 9}},
-    "t5gemma2": {"encoder": {"text_config": {"hidden_size": 32}}},
+    "t5gemma2": {"encoder": {"text_config": {"hidden_size": 32}, "mm_tokens_per_image": 9}},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "vipllava": {"vision_feature_layer": [-1, -2, 1]},
 }
 """Of single types: name in the config -> value, and the name of a part of the config -> its own."""

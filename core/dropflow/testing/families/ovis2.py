@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.families.tiny import IMAGE, TEXT, VISION, Picture, Tiny, pixels
 
 INDICATORS = (80, 81, 82, 83, 84)
@@ -12,15 +15,14 @@ INDICATORS = (80, 81, 82, 83, 84)
 
 def tiny() -> Tiny:
     """An Ovis 2 with 4 x 4 patches per tile and a table of 20 visual words."""
-    import torch
     from transformers import Ovis2Config, Ovis2ForConditionalGeneration
 
-    from dropflow.backbone.image_layout import ImageLayout
+    vision: dict[str, Any] = {**VISION, "image_size": 24, "patch_size": 6, "vocab_size": 25}
 
     def build() -> Any:
         config = Ovis2Config(
             text_config={**TEXT, "model_type": "qwen2"},
-            vision_config={**VISION, "image_size": 24, "patch_size": 6, "vocab_size": 25},
+            vision_config=vision,
             image_token_id=IMAGE,
             visual_indicator_token_ids=list(INDICATORS),
             vocab_size=TEXT["vocab_size"],
@@ -29,8 +31,7 @@ def tiny() -> Tiny:
         return Ovis2ForConditionalGeneration(config)
 
     def picture(_: int, dice: torch.Generator) -> Picture:
-        first, last, *_ = INDICATORS
-        ids = [first, *[IMAGE] * 16, last]
+        ids = [INDICATORS[0], *[IMAGE] * 16, INDICATORS[1]]
         return Picture(ids, {"pixel_values": pixels(dice, 1, 3, 24, 24)}, [ImageLayout(16, (4, 4))])
 
     return Tiny(build, {"image": picture})

@@ -26,10 +26,8 @@ def tiny() -> Tiny:
         )
         return PerceptionLMForConditionalGeneration(config)
 
-    def tiles(number: int, dice: torch.Generator) -> Picture:
-        count = 2
-        layouts = [ImageLayout(4, (2, 2))] * count
-        return Picture([IMAGE] * 4 * count, {"pixel_values": pixels(dice, 1, count, 3, 24, 24)}, layouts)
+    def tiles(_: int, dice: torch.Generator) -> Picture:
+        return Picture([IMAGE] * 8, {"pixel_values": pixels(dice, 1, 2, 3, 24, 24)}, [ImageLayout(4, (2, 2))] * 2)
 
     def video(_: int, dice: torch.Generator) -> Picture:
         frames = [ImageLayout(4, (2, 2))] * 3

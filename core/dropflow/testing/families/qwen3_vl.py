@@ -11,7 +11,6 @@ from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.families.qwen2_vl import packed, packed_image, tokens_and_text, with_token_types
 from dropflow.testing.families.tiny import END, START, VIDEO, Picture, Tiny
 
-
 VISION: Mapping[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,

@@ -48,7 +48,7 @@ def list_names(
     if into is not None:
         write = {Kind.STAGES: listing.stages_in_markdown, Kind.MODELS: backbones.models_in_markdown}
         if kind not in write:
-            raise typer.BadParameter("only stages and models are written as Markdown: `dropflow list stages --into FILE`")
+            raise typer.BadParameter("only stages and models are written as Markdown: `list stages --into FILE`")
         with chatter_to_stderr():
             renew(into, f"table of {kind.value}", write[kind]())
         return
