@@ -34,4 +34,4 @@ def tiny() -> Tiny:
         ids = [INDICATORS[0], *[IMAGE] * 16, INDICATORS[1]]
         return Picture(ids, {"pixel_values": pixels(dice, 1, 3, 24, 24)}, [ImageLayout(16, (4, 4))])
 
-    return Tiny(build, {"image": picture})
+    return Tiny(build, {"image": picture}, silent=(IMAGE, *INDICATORS))
