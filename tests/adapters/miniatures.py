@@ -48,7 +48,7 @@ def _built(kind: str) -> Any:
         config.text_config.layer_types = ["linear_attention", "full_attention"] * 3
         return getattr(transformers, class_name(kind))(config)
     model = miniature(kind)
-    if kind == "fast_vlm":  # its tower of convolutions has no attention to choose
+    if kind in ("apertus1p5", "fast_vlm"):  # their towers of convolutions have no attention to choose
         model.set_attn_implementation = lambda name: type(model).set_attn_implementation(model, {"text_config": name})
     return model
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import transformers
 from miniatures import tiny
 
 import dropflow
@@ -22,6 +23,14 @@ OWN = set(tiny_models())
 """Types with a family of their own in the kit, on which the whole matrix of stages runs."""
 
 
+UNLIKE: dict[str, tuple[str, str]] = {
+    "fuyu": ("5.20", "its forward does not call `get_image_features`"),
+    "hunyuan_vl": ("5.20", "it returns the features of all pictures as one entry"),
+    "llama4": ("5.24", "its forward raises for images, with or without a policy"),
+}
+"""Type -> a minor version of transformers in which it cannot be tested, and why."""
+
+
 @cache
 def rows() -> dict[str, dict[str, Any]]:
     """The rows of the page by type."""
@@ -35,6 +44,12 @@ def adapter_of(kind: str) -> type[Backbone]:
 
 def case(kind: str) -> Case:
     return Case(kind, adapter_of(kind), tiny(kind), WINDOW)
+
+
+def skip_unlike(kind: str) -> None:
+    version, why = UNLIKE.get(kind, ("", ""))
+    if version and transformers.__version__.startswith(f"{version}."):
+        pytest.skip(f"in transformers {transformers.__version__}, {why}")
 
 
 def served() -> list[str]:
@@ -57,6 +72,7 @@ def test_types_with_an_adapter_of_their_own_name_it() -> None:
 @pytest.mark.parametrize("kind", served())
 def test_a_type_does_what_the_page_says(kind: str) -> None:
     row = rows()[kind]
+    skip_unlike(kind)
     if row["status"] == "not built":
         pytest.skip(row["reason"])
     if row["status"] == "refused":
@@ -73,6 +89,7 @@ def test_a_type_does_what_the_page_says(kind: str) -> None:
 @pytest.mark.parametrize("kind", served())
 def test_a_served_type_keeps_the_guarantees(kind: str) -> None:
     row = rows()[kind]
+    skip_unlike(kind)
     if row["status"] != "served":
         pytest.skip(row["reason"])
     assert_backbone_conforms(adapter_of(kind), tiny(kind))

@@ -189,6 +189,12 @@ _GEMMA4_VISION = {
 _BLOCKS = ["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"]
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 3,
+        "audio_token_offset": 11,
+        "vision_config": _VQ | {"codebook_size": 8, "resolution": 16, "attn_resolutions": []},
+        "audio_config": {"codebook_size": 8, "codebook_dim": 16, "num_filters": 4},
+    },
     "aria": {"projector_patch_to_query_dict": {36: 9}},
     "blip-2": {"num_query_tokens": 8},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS, "vq_config": _VQ | {"num_embeddings": 8, "resolution": 16}},
@@ -257,6 +263,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1, 0]}, "head_dim": 8}},
+    "hy_v4_vl": _three_positions(),
     "hyperclovax_vision_v2": {"text_config": {"embedding_multiplier": 12.0}},
     "instructblip": {"num_query_tokens": 8},
     "instructblipvideo": {"num_query_tokens": 8},
