@@ -269,6 +269,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "instructblipvideo": {"num_query_tokens": 8},
     "janus": {"vision_config": {"projection_dim": 32}, "vq_config": _VQ | {"projection_dim": 32}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "conv", "full_attention"] * 2}},
     "llama4": {
         "vision_config": {
             "intermediate_size": 64,
