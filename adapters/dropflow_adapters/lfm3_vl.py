@@ -13,6 +13,11 @@ class Lfm3VL(Qwen2VL):
     """`Lfm3VlForConditionalGeneration`; images and videos are laid out as in Qwen2-VL."""
 
     @property
+    def packed_tower(self) -> None:
+        """None: the tower's convolutions over the grid need every patch."""
+        return
+
+    @property
     def final_norm(self) -> Callable[[Tensor], Tensor]:
         """The norm after the last layer, which LFM3 calls `embedding_norm`."""
         norm: Callable[[Tensor], Tensor] = self.text.embedding_norm

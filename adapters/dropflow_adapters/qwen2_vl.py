@@ -15,7 +15,7 @@ class Qwen2VL(Backbone):
     gridded = True
 
     @property
-    def packed_tower(self) -> PackedTower:
+    def packed_tower(self) -> PackedTower | None:
         """The ViT; where it has deepstack mergers, they join the same units."""
         tower = self.core.visual
         unit, mergers = tower.spatial_merge_size**2, (tower.merger, *tower._modules.get("deepstack_merger_list", ()))

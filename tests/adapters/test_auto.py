@@ -82,13 +82,13 @@ def language_model() -> Any:
     ("build", "reason"),
     [
         (mllama, r"'mllama', and `auto` cannot serve it: its decoder reads images by cross-attention"),
-        (blip2, r"'blip-2', and `auto` cannot serve it: a Q-Former turns its images into queries"),
+        (blip2, r"'blip-2', and `auto` cannot serve it: its own `generate` hands embeddings to a text model inside it"),
         (t5, r"'t5', and `auto` cannot serve it: it is an encoder-decoder"),
         (gemma3n_like, r"text decoder: 2 layers share keys with other layers"),
         (indexed, r"text decoder: layer 2 is of kind 'indexed_attention', of which dropflow does not know"),
         (language_model, r"'llama', and `auto` cannot serve it: its core has no `get_image_features`"),
     ],
-    ids=["cross-attention", "Q-Former", "encoder-decoder", "shared keys", "indexed", "no vision"],
+    ids=["cross-attention", "embeddings", "encoder-decoder", "shared keys", "indexed", "no vision"],
 )
 def test_a_model_of_another_shape_is_refused_with_the_reason(build: Callable[[], Any], reason: str) -> None:
     model = build()

@@ -18,7 +18,7 @@ from dropflow_adapters.auto import Auto
 from dropflow_sparsevlm.gravity import gravity
 
 FAMILIES = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
-HYBRID = {"auto:cohere2_vision", "auto:exaone4_5"}
+HYBRID = {"aya_vision", "auto:cohere2_vision", "auto:exaone4_5"}
 """Decoders of which one kind of layer has no positions at all."""
 
 

@@ -78,29 +78,6 @@ def exaone4_5() -> Any:
     )
 
 
-def glm4v() -> Any:
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "out_hidden_size": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "patch_size": 4,
-        "image_size": 32,
-    }
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
-    return transformers.Glm4vForConditionalGeneration(
-        transformers.Glm4vConfig(
-            text_config={**TEXT, "rope_parameters": rope},
-            vision_config=vision,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_start_token_id=START,
-            image_end_token_id=END,
-        )
-    )
-
-
 def fuyu() -> Any:
     text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     return transformers.FuyuForCausalLM(
@@ -122,15 +99,10 @@ def patches(_: int, dice: torch.Generator) -> Picture:
     return Picture([IMAGE] * 9, {"pixel_values": pixels(dice, 1, 9, 3 * 4 * 4)}, [ImageLayout(9)])
 
 
-def token_types(inputs: dict[str, Any]) -> dict[str, Any]:
-    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
-
-
 UNSEEN = {
     "aria": Tiny(aria, {"image": square_pictures(24, 9, gridded=False)}),
     "cohere2_vision": Tiny(cohere2_vision, {"image": square_pictures(36, 9, gridded=False)}),
     "deepseek_vl": Tiny(deepseek_vl, {"image": square_pictures(24, 16, gridded=False)}),
     "exaone4_5": Tiny(exaone4_5, {"image": packed_image}),
     "fuyu": Tiny(fuyu, {"image": patches}),
-    "glm4v": Tiny(glm4v, {"image": packed_image}, token_types),
 }

@@ -37,7 +37,7 @@ LAB = (
     ("digits.checkpoints",),
     ("digits.training", "inputs"),
     ("measure",),
-    ("compare", "explain", "finetune", "profile", "trace"),
+    ("backbones", "compare", "explain", "finetune", "profile", "trace"),
     ("bench",),
     ("console",),
 )

@@ -22,6 +22,8 @@ from dropflow.testing.units import check_units
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
 """Samples with a video, with an image and a video, and with neither."""
+UNMIXED_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "V", 2, "V", 6), (4,))
+"""Samples with one video, two videos, and none, for families whose calls bring images or videos."""
 UNCOMPARED = "generated tokens not compared: what it evicts while decoding depends on them"
 """Detail of a cell whose decode steps cannot be described by a single mask."""
 
@@ -125,7 +127,8 @@ def assert_backbone_conforms(
         if name not in known:
             raise BrokenGuarantee(f"{name}: pass `tiny`, the family in miniature; {nearest(name, known)}")
         tiny = known[name][1]
-    batches = [SAMPLES, *([VIDEO_SAMPLES] if "video" in tiny.pictures else [])]
+    videos = VIDEO_SAMPLES if tiny.mixes else UNMIXED_SAMPLES
+    batches = [SAMPLES, *([videos] if "video" in tiny.pictures else [])]
     worst = 0.0
     for samples in batches:
         told = "images" if samples is SAMPLES else "videos"

@@ -95,4 +95,29 @@ def test_the_table_in_a_document_is_renewed_between_its_marks(cli, refused, tmp_
     assert [cell.strip() for cell in row.split("|")[3:7]] == ["`encode`", "`grid`", "by the data", "yes"]
     document.write_text("no marks")
     assert f"{document}: expected the lines" in refused("list", "stages", "--into", document)
-    assert "only stages" in refused("list", "policies", "--into", document)
+    assert "only stages and models" in refused("list", "policies", "--into", document)
+
+
+def test_model_types_are_listed_with_their_adapter_or_the_reason(cli, monkeypatch) -> None:
+    monkeypatch.setattr("dropflow_lab.backbones.listing.kinds", lambda: ["git", "llava", "qwen3_vl"])
+    rows = {row["name"]: row for row in json.loads(cli("list", "models", "--json").stdout)["models"]}
+    assert rows["llava"]["adapter"] == "llava"
+    assert {"cls", "grid", "vision_layers"} <= set(rows["llava"]["facts"])
+    assert rows["qwen3_vl"]["limits"] == {}
+    assert rows["git"]["status"] == "refused"
+    assert rows["git"]["reason"].startswith("its core has no `get_image_features`")
+    shown = cli("list", "models").stdout.splitlines()
+    assert shown[0].startswith("git       refused: its core has no")
+    assert shown[2].startswith("qwen3_vl  served by qwen3_vl: final_norm, grid, rotary")
+    assert "class: LlavaForConditionalGeneration" in cli("list", "models", "llava").stdout
+
+
+def test_the_table_of_models_in_a_document_is_renewed(cli, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("dropflow_lab.backbones.listing.kinds", lambda: ["git", "llava"])
+    document = tmp_path / "backbones.md"
+    document.write_text("<!-- table of models -->\n<!-- end of table of models -->\n")
+    assert cli("list", "models", "--into", document).exit_code == 0
+    text = document.read_text()
+    assert ": 1 are served." in text
+    assert "| `llava` | `LlavaForConditionalGeneration` | `llava` | `cls`, " in text
+    assert "| `git` | `GitForCausalLM` | refused | its core has no" in text

@@ -49,3 +49,9 @@ class Call:
     """What is recorded of the pass through the text decoder once it has ended."""
     decoder: DecoderRun | None = None
     """The current pass through the text decoder."""
+
+    def encodes(self, modality: str) -> str:
+        """What the method of `modality` encodes now: some models encode the videos of a call with that for images."""
+        brought = () if self.visual is None else self.visual.places
+        missing = [name for name in brought if name not in self.flags]
+        return missing[0] if missing and modality not in missing else modality

@@ -204,16 +204,17 @@ class ModelHooks:
                 given = signature.bind_partial(*args, **kwargs).arguments
                 call.encoding = True
                 call.vision = VisionRun(call.site) if call.site.plan.encode_at else None
+                encoded = modality if alone else call.encodes(modality)
                 output, flags = encode(
                     call.site,
                     call.vision,
-                    modality,
+                    encoded,
                     lambda: original(*args, **(kwargs | {"return_dict": True})),
                     given,
                 )
                 if alone:
                     return with_flags(output, flags)
-                call.flags[modality] = joined(flags)
+                call.flags[encoded] = joined(flags)
                 return output
             finally:
                 if call is not None:

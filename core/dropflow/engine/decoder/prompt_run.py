@@ -47,7 +47,7 @@ class PromptRun:
         real: Tensor | None = None,
         replayed: Replayed | None = None,
     ) -> None:
-        """`embeds` (batch, tokens, dim) are the raw states with which injected tokens enter.
+        """`embeds` (batch, tokens, dim) are the input embeddings of the decoder.
 
         `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`). `real` is false
         for padding in earlier calls. With `replayed`, its keeps take the place of the stages' decisions.
@@ -55,6 +55,7 @@ class PromptRun:
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
         self._site, self._embeds, self._residuals, self._real = site, embeds, residuals, real
+        self._entering = embeds
         self._caches = CacheStages(site, 0, tokens)
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | set(plan.ranking_taps)
@@ -128,6 +129,7 @@ class PromptRun:
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the arguments of the first layer before anything has run."""
         plan, known = self._site.plan, self._site.backbone.token_arguments
+        self._entering = hidden_of(args, kwargs)  # not the embeddings, which Granite scales inside its decoder
         if self.drops:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             check_arguments(given, self.live, known)
@@ -154,7 +156,7 @@ class PromptRun:
             return args, kwargs
         hidden = hidden_of(args, kwargs)
         if at_window_edge:
-            raw = self._embeds if number == window.entry > 0 else None
+            raw = self._entering if number == window.entry > 0 else None
             if inside:
                 hidden = self._move(prompt.present, hidden, raw, prompt.extents["present"])
             elif self._outlive is None or number < window.exit:

@@ -142,6 +142,9 @@ def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
     for name, value in output.items():
         if name not in ("pooler_output", "deepstack_features"):
             copy[name] = value
+    for name, value in vars(output).items():  # what a core may read, whether or not it is a key
+        if name != "known" and not hasattr(copy, name):
+            setattr(copy, name, value)
     return copy
 
 

@@ -28,7 +28,7 @@ DELTA_NET: Mapping[str, Any] = {
     "partial_rotary_factor": 1.0,
 }
 """Gated DeltaNet before every layer with full attention."""
-ROUND_OFF: Mapping[str, float] = {"tolerance": 1e-3, "gradient_tolerance": 5e-3}
+ROUND_OFF: Mapping[str, Any] = {"tolerance": 1e-3, "gradient_tolerance": 5e-3}
 """Of the DeltaNet kernel, which computes in float32 whatever the model's dtype."""
 
 

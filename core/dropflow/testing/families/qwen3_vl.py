@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,24 +11,25 @@ from dropflow.backbone.image_layout import ImageLayout
 from dropflow.testing.families.qwen2_vl import packed, packed_image, tokens_and_text, with_token_types
 from dropflow.testing.families.tiny import END, START, VIDEO, Picture, Tiny
 
+VISION: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "out_hidden_size": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [0, 1],
+    "num_position_embeddings": 64,
+}
+"""Options of a tiny vision encoder."""
+
 
 def tiny() -> Tiny:
     """A Qwen3-VL with two deepstack layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "out_hidden_size": 32,
-        "depth": 3,
-        "num_heads": 2,
-        "patch_size": 4,
-        "deepstack_visual_indexes": [0, 1],
-        "num_position_embeddings": 64,
-    }
-
     def build() -> Any:
-        config = Qwen3VLConfig(**tokens_and_text([2, 1, 1], head_dim=8), vision_config=vision)
+        config = Qwen3VLConfig(**tokens_and_text([2, 1, 1], head_dim=8), vision_config=dict(VISION))
         return Qwen3VLForConditionalGeneration(config)
 
     return Tiny(build, {"image": packed_image, "video": stamped_video}, with_token_types)

@@ -70,6 +70,10 @@ class Tiny:
     """Largest allowed relative error of states, logits and losses: the round-off of the family's kernels."""
     gradient_tolerance: float = 1e-3
     """The same for gradients."""
+    mixes: bool = True
+    """Whether one call can bring images and videos."""
+    silent: Sequence[int] = (IMAGE, VIDEO)
+    """Tokens that a random model must not generate, since they mean something only in a prompt."""
 
     def model(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """The model in eval mode, with weights large enough to make attention uneven."""
@@ -83,7 +87,7 @@ class Tiny:
                     weight.normal_(0, 0.3 if "embed_tokens" in name else 1.2 * fan_in**-0.5)
                 elif name.endswith("bias"):  # or else a bias that enters where it must not would not be seen
                     weight.normal_(0, 0.1)
-        model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would generate placeholders
+        model.generation_config.suppress_tokens = list(self.silent)
         return model
 
     def prompt(

@@ -18,9 +18,10 @@ class Kind(StrEnum):
     STAGES = "stages"
     POLICIES = "policies"
     ADAPTERS = "adapters"
+    MODELS = "models"
 
 
-_TEXT = {Kind.STAGES: "summary", Kind.POLICIES: "description", Kind.ADAPTERS: "summary"}
+_TEXT = {Kind.STAGES: "summary", Kind.POLICIES: "description", Kind.ADAPTERS: "summary", Kind.MODELS: "summary"}
 """The text shown next to a name."""
 
 
@@ -32,23 +33,32 @@ def list_names(
     as_json: AsJson = False,
     into: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Update the table of stages in a Markdown file instead."),
+        typer.Option(metavar="FILE", help="Update the table of stages or models in a Markdown file instead."),
     ] = None,
 ) -> None:
     """List the installed stages, policies or adapters, including those of third-party packages, one per line.
 
-    With a name, show its details, such as the options of a stage.
+    With a name, show its details, such as the options of a stage. `models` lists the model types of transformers that
+    turn images and text into text, by building each in miniature: which adapter serves it, or why it is refused.
     """
+    from dropflow_lab.backbones import listing as backbones
     from dropflow_lab.explain import listing
     from dropflow_lab.markdown import renew
 
     if into is not None:
-        if kind is not Kind.STAGES:
-            raise typer.BadParameter("only stages are written as Markdown: `dropflow list stages --into FILE`")
-        renew(into, "table of stages", listing.stages_in_markdown())
+        write = {Kind.STAGES: listing.stages_in_markdown, Kind.MODELS: backbones.models_in_markdown}
+        if kind not in write:
+            raise typer.BadParameter("only stages and models are written as Markdown: `list stages --into FILE`")
+        with chatter_to_stderr():
+            renew(into, f"table of {kind.value}", write[kind]())
         return
     with chatter_to_stderr():
-        find = {Kind.STAGES: listing.stages, Kind.POLICIES: listing.policies, Kind.ADAPTERS: listing.adapters}
+        find = {
+            Kind.STAGES: listing.stages,
+            Kind.POLICIES: listing.policies,
+            Kind.ADAPTERS: listing.adapters,
+            Kind.MODELS: backbones.models,
+        }
         rows = find[kind]()
         rows = rows if name is None else [_named(rows, kind, name)]
     usable = [row for row in rows if "error" not in row]

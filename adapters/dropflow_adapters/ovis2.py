@@ -1,0 +1,48 @@
+"""Ovis 2: each patch, or block of patches, becomes a mixture of visual words, looked up in a table of embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dropflow import Backbone, Projections, Sublayers, VisionEncoder, square_grid
+
+
+class Ovis2(Backbone):
+    """`Ovis2ForConditionalGeneration`; every tile is an image, and the tokens that enclose tiles are text."""
+
+    @property
+    def vision(self) -> VisionEncoder | None:
+        """The tower's encoder; `None` where blocks of patches are joined."""
+        if self._stride > 1:
+            return None
+        encoder = self.core.vision_tower.transformer.encoder
+        return VisionEncoder(
+            encoder,
+            prefix=0,
+            has_cls=False,
+            feature_layer=len(encoder.layers),
+            select_prefix=0,
+            sublayers=lambda layer: Sublayers(layer.attention, layer.ffn),
+        )
+
+    def projections(self, layer: Any) -> Projections:
+        """Projections of a decoder layer, which have the same names in Qwen2 and Llama."""
+        attention = layer.self_attn
+        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Number of tokens in a tile, whose sides are padded to whole blocks."""
+        tower = self.model.config.vision_config
+        side: int = math.ceil(tower.image_size // tower.patch_size / self._stride)
+        return side * side
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:
+        """Square grid of patches or blocks."""
+        return square_grid(tokens)
+
+    @property
+    def _stride(self) -> int:
+        """Patches along one side of a block."""
+        return int(self.model.config.vision_config.hidden_stride)

@@ -1,0 +1,23 @@
+"""Perception LM: equal tiles and video frames, encoded by one tower and pooled to a square of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dropflow import Backbone, Projections, square_grid
+
+
+class PerceptionLM(Backbone):
+    """`PerceptionLMForConditionalGeneration`; every tile or frame is a separate image."""
+
+    modalities = ("image", "video")
+    gridded = True
+
+    def projections(self, layer: Any) -> Projections:
+        """Llama's."""
+        attention = layer.self_attn
+        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:
+        """Square grid of patches after pooling."""
+        return square_grid(tokens)
