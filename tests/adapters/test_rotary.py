@@ -25,8 +25,8 @@ HYBRID = {"aya_vision", "auto:cohere2_vision", "auto:exaone4_5"}
 class Turns(Stage[Any]):
     """Computes W for all slots in the layer before either boundary, and drops tokens in between."""
 
-    prune_at = (1, 3)
-    taps = (0, 2)
+    prune_at = (2, 4)
+    taps = (1, 3)
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
@@ -61,8 +61,9 @@ def test_all_ones_vectors_turn_as_in_the_familys_own_code(name: str, monkeypatch
         case.model(**case.inputs)
     ((_, stage),) = flow.plan.stages
     head_dim = backbone.decoder_widths.head_dim
-    for layer in (0, 2):
-        product, turning = expected[layer]
+    attending = backbone.shape.attending or range(backbone.shape.layers)
+    for layer in Turns.taps:
+        product, turning = expected[list(attending).index(layer)]
         w = (product + head_dim - turning) / head_dim**0.5
         assert torch.allclose(stage.found[layer], w.expand_as(stage.found[layer]), atol=1e-4), layer
-    assert stage.found[2].shape[1] < stage.found[0].shape[1], "nothing was dropped between the two"
+    assert stage.found[3].shape[1] < stage.found[1].shape[1], "nothing was dropped between the two"

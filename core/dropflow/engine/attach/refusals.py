@@ -54,11 +54,11 @@ TENSOR_STYLES = frozenset(
 def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> None:
     """Refuse a policy whose stages need facts that the backbone cannot state, or name layers that it does not have."""
     check_compiled({"core": backbone.core, "text decoder": backbone.text})
+    check_mixers(backbone)
     for layer in {type(layer): layer for layer in backbone.text._modules["layers"]}.values():
         found = annotated_parameters(layer)
         if found is not None:
             check_parameters(type(layer).__name__, found, backbone.token_arguments)
-    check_mixers(backbone)
     facts = backbone.facts()
     faults = [
         f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
