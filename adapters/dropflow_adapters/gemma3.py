@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dropflow import Backbone, square_grid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dropflow import Backbone, VisionReader, patch_blocks, square_grid
 
 
 class Gemma3(Backbone):
@@ -16,3 +21,13 @@ class Gemma3(Backbone):
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of pooled patches."""
         return square_grid(tokens)
+
+    def reader(self, modality: str = "image") -> VisionReader:  # noqa: ARG002
+        """The tower: the patches of each picture, of which every square of neighbours is pooled."""
+        vision, tokens = self.model.config.vision_config, int(self.tokens_per_image**0.5)
+        side = int(vision.image_size // vision.patch_size)
+
+        def members(sizes: Sequence[int], _: Mapping[str, Any]) -> list[Tensor]:
+            return [patch_blocks((side, side), side // tokens) + number * side**2 for number in range(len(sizes))]
+
+        return VisionReader(self.core.vision_tower.encoder, members)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dropflow import Backbone, square_grid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dropflow import Backbone, VisionReader, feature_boundary, patch_blocks, square_grid
 
 
 class InternVL(Backbone):
@@ -11,9 +16,27 @@ class InternVL(Backbone):
     @property
     def tokens_per_image(self) -> int:
         """Number of tokens in a tile."""
-        config, vision = self.model.config, self.model.config.vision_config
-        patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
-        return int(patches * config.downsample_ratio**2)
+        rows, columns = self._patches
+        return int(rows * columns * self.model.config.downsample_ratio**2)
+
+    def reader(self, modality: str = "image") -> VisionReader:  # noqa: ARG002
+        """The tower: a CLS row and the patches of each tile, of which every square of neighbours becomes a token."""
+        config, encoder = self.model.config, self.core.vision_tower.encoder
+        (rows, columns), side = self._patches, round(1 / config.downsample_ratio)
+
+        def members(sizes: Sequence[int], _: Mapping[str, Any]) -> list[Tensor]:
+            tile = patch_blocks((rows, columns), side) + 1
+            return [tile + number * (rows * columns + 1) for number in range(len(sizes))]
+
+        last = feature_boundary(config.vision_feature_layer, len(encoder.layer))
+        return VisionReader(encoder, members, layers="layer", prefix=1, has_cls=True, feature_layer=last)
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        """Rows and columns of patches of a tile."""
+        vision = self.model.config.vision_config
+        (height, width), (down, across) = vision.image_size, vision.patch_size
+        return height // down, width // across
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches after the pixel shuffle."""

@@ -22,3 +22,6 @@ class Lfm3VL(Qwen2VL):
         """The norm after the last layer, which LFM3 calls `embedding_norm`."""
         norm: Callable[[Tensor], Tensor] = self.text.embedding_norm
         return norm
+
+    def reader(self, modality: str = "image") -> None:
+        """Nothing that stages could rely on: some layers of the tower have a convolution instead of attention."""

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, ImageLayout, Projections, Sublayers, VisionEncoder, square_grid
+from dropflow import (
+    Backbone,
+    ImageLayout,
+    Projections,
+    Sublayers,
+    VisionEncoder,
+    VisionReader,
+    feature_boundary,
+    one_to_one,
+    square_grid,
+)
 from dropflow.errors import UnsupportedModel
+from dropflow_adapters.pixtral_tower import pixtral_reader
 
 PLAIN = {"clip_vision_model", "siglip_vision_model"}
 """Towers that produce the same number of tokens for every image, row by row."""
@@ -44,6 +55,23 @@ class Llava(Backbone):
         projector = None if keeps_prefix else self.core.multi_modal_projector
         encoder = self.core.vision_tower.encoder
         return VisionEncoder(encoder, int(has_cls), has_cls, layer, int(keeps_prefix), projector, sublayers)
+
+    def reader(self, modality: str = "image") -> VisionReader | None:
+        """The tower, also where its images are packed, or where features of several layers are concatenated."""
+        config, tower = self.model.config, self.core.vision_tower
+        if self._tower.model_type == "pixtral":
+            return pixtral_reader(tower, config.vision_feature_layer, merge=1)
+        if self.vision is not None or config.vision_feature_layer == 0:
+            return super().reader(modality)
+        has_cls = self._tower.model_type == "clip_vision_model"
+        kept = int(has_cls and config.vision_feature_select_strategy == "full")
+        return VisionReader(
+            tower.encoder,
+            lambda sizes, _: one_to_one(sizes, int(has_cls), kept),
+            prefix=int(has_cls),
+            has_cls=has_cls,
+            feature_layer=feature_boundary(config.vision_feature_layer, self._tower.num_hidden_layers),
+        )
 
     def projections(self, layer: Any) -> Projections | None:
         """Projections of a decoder layer with attention, which have the same names in Llama, Mistral and Qwen."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from dropflow import Backbone, ImageLayout
+from dropflow import Backbone, ImageLayout, VisionReader, feature_boundary
+from dropflow_adapters.anyres import image_members, patches_per_side, unpadded
 
 
 class LlavaNext(Backbone):
@@ -18,8 +20,12 @@ class LlavaNext(Backbone):
     @property
     def side(self) -> int:
         """Patches along one side of a tile."""
-        vision = self.model.config.vision_config
-        return int(vision.image_size // vision.patch_size)
+        return patches_per_side(self.model.config)
+
+    @property
+    def prefix(self) -> int:
+        """Rows of the tower before the patches of each picture: the CLS row of CLIP."""
+        return int(self.model.config.vision_config.model_type == "clip_vision_model")
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """Overview and joined tiles of each image; an image of one tile is an overview with one newline."""
@@ -37,12 +43,22 @@ class LlavaNext(Backbone):
 
     def joined(self, height_width: Any) -> tuple[int, int]:
         """Grid of the joined tiles of an image of this size in pixels, computed by the model's own unpadding."""
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-        config = self.model.config
-        down, across = get_anyres_image_grid_shape(
-            height_width, config.image_grid_pinpoints, config.vision_config.image_size
-        )
-        canvas = torch.empty(1, down * self.side, across * self.side, device="meta")
-        _, rows, columns = unpad_image(canvas, height_width).shape
+        rows, columns = unpadded(self.model.config, height_width, "meta").shape
         return rows, columns
+
+    def reader(self, modality: str = "image") -> VisionReader:
+        """The tower, which encodes overviews, tiles and frames as pictures of their own."""
+        encoder, selected = self.core.vision_tower.encoder, self.model.config.vision_feature_layer
+        return VisionReader(
+            encoder,
+            partial(self.members, modality),
+            prefix=self.prefix,
+            has_cls=self.prefix > 0,
+            feature_layer=feature_boundary(selected, len(encoder.layers)),
+        )
+
+    def members(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:  # noqa: ARG002
+        """The patch of each token, through overview and joined tiles; newlines are made of none."""
+        return image_members(
+            self.model.config, sizes, arguments["image_sizes"], self.prefix, lambda own: own[..., None]
+        )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import ImageLayout
+from torch import Tensor
+
+from dropflow import ImageLayout, patch_blocks
+from dropflow_adapters.anyres import frame_members
 from dropflow_adapters.llava_next import LlavaNext
 
 
@@ -20,3 +23,12 @@ class LlavaNextVideo(LlavaNext):
             return super().layouts(modality, sizes, arguments)
         pooled = self.side // self.model.config.spatial_pool_stride
         return [[ImageLayout(pooled**2, (pooled, pooled))] * (size // pooled**2) for size in sizes]
+
+    def members(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Of a frame, every square of neighbours is pooled into a token."""
+        if modality == "image":
+            return super().members(modality, sizes, arguments)
+        config = self.model.config
+        return frame_members(
+            patch_blocks((self.side, self.side), config.spatial_pool_stride), config, sizes, self.prefix
+        )

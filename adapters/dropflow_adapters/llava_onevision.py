@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dropflow import ImageLayout
+from dropflow_adapters.anyres import frame_members, image_members
 from dropflow_adapters.llava_next import LlavaNext
 
 
@@ -25,7 +29,41 @@ class LlavaOnevision(LlavaNext):
 
     def joined(self, height_width: Any) -> tuple[int, int]:
         """Grid of the joined tiles, downscaled as by the model where they exceed `anyres_max_<tiles>`."""
-        rows, columns = super().joined(height_width)
+        return self._downscaled(*super().joined(height_width))
+
+    def _downscaled(self, rows: int, columns: int) -> tuple[int, int]:
         most = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * self.side**2))
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+    def members(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Up to four neighbours between which a token is interpolated, in frames and where tiles are downscaled."""
+        config, side = self.model.config, math.ceil(self.side / 2)
+        if modality == "image":
+            return image_members(config, sizes, arguments["image_sizes"], self.prefix, self._tiles)
+        frame = interpolated(torch.arange(self.side**2).view(self.side, self.side), (side, side))
+        return frame_members(frame.flatten(0, 1), config, sizes, self.prefix)
+
+    def _tiles(self, numbers: Tensor) -> Tensor:
+        rows, columns = numbers.shape
+        return interpolated(numbers, self._downscaled(rows, columns))
+
+
+def interpolated(numbers: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which of the numbers (rows, columns) have a share in each place of a bilinear interpolation to `size`.
+
+    Returns (size[0], size[1], members), -1 for shares of zero.
+    """
+    if tuple(numbers.shape) == size:
+        return numbers[:, :, None]
+    (rows, down), (columns, across) = (_neighbours(own, new) for own, new in zip(numbers.shape, size, strict=True))
+    members = numbers[rows[:, None, :, None], columns[None, :, None, :]]
+    shares = down[:, None, :, None] & across[None, :, None, :]
+    return torch.where(shares, members, -1).flatten(2)
+
+
+def _neighbours(own: int, new: int) -> tuple[Tensor, Tensor]:
+    """Along one side of length `own`: the two places nearest to each of `new` places, and whether they have a share."""
+    weights = torch.nn.functional.interpolate(torch.eye(own)[None], size=new, mode="linear")[0].T
+    shares = weights.topk(min(2, own))
+    return shares.indices, shares.values > 0

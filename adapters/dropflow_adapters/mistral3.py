@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, ImageLayout
+from dropflow import Backbone, ImageLayout, VisionReader
+from dropflow_adapters.pixtral_tower import pixtral_reader
 
 
 class Mistral3(Backbone):
@@ -21,3 +22,8 @@ class Mistral3(Backbone):
         side = config.vision_config.patch_size * config.spatial_merge_size
         grids = [(int(h) // side, int(w) // side) for h, w in arguments["image_sizes"]]
         return [[ImageLayout(h * w, (h, w))] for h, w in grids]
+
+    def reader(self, modality: str = "image") -> VisionReader:  # noqa: ARG002
+        """The packed tower."""
+        config = self.model.config
+        return pixtral_reader(self.core.vision_tower, config.vision_feature_layer, config.spatial_merge_size)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, ImageLayout, PackedTables, PackedTower
+import torch
+from torch import Tensor
+
+from dropflow import Backbone, ImageLayout, PackedTables, PackedTower, VisionReader
+
+Grid = tuple[int, int, int]
+"""Time steps, and rows and columns of each, in tokens of the LLM."""
 
 
 class Qwen2VL(Backbone):
@@ -41,9 +47,42 @@ class Qwen2VL(Backbone):
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per time step, from the grid (time, height, width) of patches after the merger."""
-        patches = arguments.get(f"{modality}_grid_thw")
-        if patches is None:
+        if arguments.get(f"{modality}_grid_thw") is None:
             return super().layouts(modality, sizes, arguments)
-        merge = self.model.config.vision_config.spatial_merge_size
-        grids = [(t, h // merge, w // merge) for t, h, w in patches.tolist()]
-        return [[ImageLayout(h * w, (h, w))] * t for t, h, w in grids]
+        return [[ImageLayout(h * w, (h, w))] * t for t, h, w in self._grids(modality, arguments)]
+
+    def reader(self, modality: str = "image") -> VisionReader | None:
+        """The packed tower: it holds the patches of a token side by side."""
+        vision = self.core.visual
+
+        def members(_: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+            grids = self._grids(modality, arguments)
+            units = torch.cat([self._units(grid) + first for grid, first in zip(grids, _starts(grids), strict=True)])
+            rows = units[:, None] * self._merge**2 + torch.arange(self._merge**2)
+            return list(torch.split(rows, [t * h * w for t, h, w in grids]))
+
+        def pictures(arguments: Mapping[str, Any]) -> list[int]:
+            return [h * w * self._merge**2 for t, h, w in self._grids(modality, arguments) for _ in range(t)]
+
+        return VisionReader(vision, members, layers="blocks", pictures=pictures)
+
+    @property
+    def _merge(self) -> int:
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    def _grids(self, modality: str, arguments: Mapping[str, Any]) -> list[Grid]:
+        patches = arguments[f"{modality}_grid_thw"].tolist()
+        return [(t, h // self._merge, w // self._merge) for t, h, w in patches]
+
+    def _units(self, grid: Grid) -> Tensor:
+        """For each token of an image or video, the place of its patches in the tower, counted in tokens."""
+        t, h, w = grid
+        return torch.arange(t * h * w)
+
+
+def _starts(grids: Sequence[Grid]) -> list[int]:
+    """Tokens before each image or video."""
+    found = [0]
+    for t, h, w in grids:
+        found.append(found[-1] + t * h * w)
+    return found[:-1]

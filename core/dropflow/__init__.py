@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from dropflow.backbone.image_layout import ImageLayout
     from dropflow.backbone.packed_tower import PackedTables, PackedTower
+    from dropflow.backbone.vision_reader import VisionReader, feature_boundary, one_to_one, patch_blocks
     from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
     from dropflow.engine.attach.flow import Flow, FlowSet
     from dropflow.engine.attach.pretrained import from_pretrained
@@ -63,6 +64,7 @@ else:
         ),
         "dropflow.backbone.image_layout": ("ImageLayout",),
         "dropflow.backbone.packed_tower": ("PackedTables", "PackedTower"),
+        "dropflow.backbone.vision_reader": ("VisionReader", "feature_boundary", "one_to_one", "patch_blocks"),
         "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
         "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
@@ -118,6 +120,7 @@ __all__ = [
     "Sublayers",
     "Tokens",
     "VisionEncoder",
+    "VisionReader",
     "Window",
     "WindowCall",
     "attach",
@@ -125,12 +128,15 @@ __all__ = [
     "backbone_for",
     "detach",
     "errors",
+    "feature_boundary",
     "flow_of",
     "from_pretrained",
     "hookimpl",
     "instruction_tokens",
     "load_policy",
+    "one_to_one",
     "operators",
+    "patch_blocks",
     "questions",
     "square_grid",
 ]

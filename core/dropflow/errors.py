@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 LONGEST = 200
 """Most characters of a value that a message quotes; a longer one is cut."""
+MOST_NAMES = 40
+"""Valid names that a message lists at most."""
 MOST_LINES = 20
 """Most faults that one message lists."""
 
@@ -53,12 +55,13 @@ class MissingPackage(DropflowError, ImportError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Say which valid names are closest to `name`, or list them all when none is close."""
+    """Say which valid names are closest to `name`, or list the first of them when none is close."""
     names = sorted(valid)
     close = difflib.get_close_matches(name[:LONGEST], names, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"valid: {', '.join(names)}" if names else "none is registered"
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"valid: {', '.join(names[:MOST_NAMES])}{more}" if names else "none is registered"
 
 
 def escaped(text: object, most: int = LONGEST) -> str:

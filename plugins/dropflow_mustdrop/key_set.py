@@ -23,7 +23,7 @@ class KeySetOptions(StageOptions):
     layer: int = Field(
         default=-1,
         description="vision encoder layer whose attention ranks; negative ones count from its end. The published one "
-        "(23 of 24) runs on exactly the features that the LLM gets",
+        "(23 of 24) runs on exactly the features that the LLM gets. In a tower with windowed layers, name one without",
     )
 
 
@@ -32,13 +32,14 @@ class KeySet(Stage[KeySetOptions]):
 
     Score of a row: softmax attention from CLS in one encoder layer, averaged over heads; only that row of the map is
     computed. For towers without a CLS token (SigLIP, Qwen) it is the attention a row gets from all rows, on average,
-    at the cost of one attention map. Ties go to the earlier row. Nothing is dropped here.
+    at the cost of one attention map. A row that is made of several patches has the mean of their scores. Ties go to the
+    earlier row. Nothing is dropped here.
     """
 
     Options = KeySetOptions
     summary = "the patches that CLS attends to most are protected from every later stage"
     paper = "arXiv:2411.10803, vision encoding stage"
-    needs = frozenset({"vision_layers"})
+    needs = frozenset({"vision_attention"})
 
     @property
     def vision_taps(self) -> tuple[int, ...]:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class SpatialMergeOptions(StageOptions):
     """Options of `mustdrop/spatial-merge`."""
 
-    at: int | Literal["output"] = Field(
-        default=1,
+    at: int | Literal["output"] | None = Field(
+        default=None,
         description="vision encoder boundary to merge at: `1` is after its layer 0, as published; `output` merges the "
-        "projected features, where no encoder layer can be reached",
+        "projected features; left out, 1 where the encoder's layers can be reached and `output` elsewhere",
     )
     window: tuple[PositiveInt, PositiveInt] = Field(
         default=(3, 3), description="rows and columns of a window, in patches; the published one is 3 x 3"
@@ -64,6 +64,8 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
 
     Position embeddings were added before; the encoder's later layers simply run on fewer tokens. Similarity of a
     window: mean cosine over pairs of its patches. Rows and columns after the last whole window stay as they are.
+    Other than published, on the projected features (`at: output`, and on its own where a backbone's encoder cannot be
+    reached) the encoder runs on all patches, windows count tokens of the LLM, and a smaller image stays whole.
     Raises `DecisionError` for an image without a patch grid, smaller than a window, or reduced by an earlier stage.
     """
 
@@ -79,7 +81,10 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     @property
     def encode_at(self) -> tuple[int | None, ...]:
         """The boundary `at`."""
-        return (None if self.options.at == "output" else self.options.at,)
+        at = self.options.at
+        if at is None:
+            at = 1 if self.context.provides("vision_layers") else "output"
+        return (None if at == "output" else at,)
 
     def prepare(self, backbone: Backbone) -> None:
         """Refuse to merge inside a packed tower, where rows are units whose positions follow their places."""
@@ -144,7 +149,7 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
                 "stages drop patches"
             )
         members = operators.window_members(grid, self.options.window).to(features.device)
-        if not len(members):
+        if not len(members) and call.boundary is not None:
             raise DecisionError(f"{where} has a grid of {grid}, smaller than one window of {self.options.window}")
         return members
 

@@ -7,17 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def cls_scores(
-    query: Float[Tensor, "heads dim"], keys: Float[Tensor, "heads tokens dim"], prefix: int
-) -> Float[Tensor, "patches"]:
-    """Attention from CLS to each patch as if the layer had one head of its whole width, in float32.
-
-    The softmax runs over all keys, those of the `prefix` rows included, so that values do not sum to 1.
-    """
-    logits = (query.float()[:, None] * keys.float()).sum((0, 2)) * query.numel() ** -0.5
-    return torch.softmax(logits, 0)[prefix:]
-
-
 def outliers(scores: Float[Tensor, "values"], factor: float) -> Int[Tensor, ""]:
     """Number of values above the third quartile by more than `factor` times the distance of the quartiles."""
     low, high = (torch.quantile(scores.float(), quarter) for quarter in (0.25, 0.75))

@@ -47,6 +47,11 @@ class PruneMergeOptions(StageOptions):
         description="`image`: every image counts its own outliers; `reference`: all images of a call share their mean "
         "number, as published, so that images change each other",
     )
+    at: Literal["features", "output"] | None = Field(
+        default=None,
+        description="`features`: what the projector gets, as published; `output`: the projected features, for towers "
+        "whose patches are pooled, shuffled or joined; left out, `features` where the backbone has that place",
+    )
 
 
 class PruneMerge(Stage[PruneMergeOptions]):
@@ -59,19 +64,22 @@ class PruneMerge(Stage[PruneMergeOptions]):
     first, then evenly spaced patches, then the sum.
 
     Other than the released code: an image without any outlier keeps its best patch, `plus` works for any grid and for
-    several images, never takes a patch twice, and the last token is left out where every patch stays.
+    several images, never takes a patch twice, and the last token is left out where every patch stays. On the projected
+    features (`at: output`, and on its own where a backbone has no other place) a token's score and keys are the means
+    over the patches it is made of, and of a picture in tiles the overview and the joined tiles are one image each.
     """
 
     Options = PruneMergeOptions
     summary = "patches that stand out in CLS attention stay, with those alike to them merged in"
     paper = "arXiv:2403.15388, section 3"
-    needs = frozenset({"cls", "projector", "vision_layers"})
+    needs = frozenset({"cls", "vision_attention"})
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.25}
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
-        """On what the projector gets."""
-        return ("features",)
+        """On what the projector gets, or on what it gives."""
+        at = self.options.at or ("features" if self.context.provides("projector") else "output")
+        return (None if at == "output" else at,)
 
     @property
     def vision_taps(self) -> tuple[int, ...]:
@@ -87,13 +95,12 @@ class PruneMerge(Stage[PruneMergeOptions]):
         """Reduce every image."""
         import torch
 
-        from dropflow_prumerge.outliers import cls_scores, reduced
+        from dropflow_prumerge.outliers import reduced
 
         with torch.no_grad():
-            seen = call.query_keys(self.options.layer)
-            scores = [cls_scores(query[:, 0], key, call.prefix) for query, key in seen]
+            scores = call.cls_attention(self.options.layer, joined=True)
             kept = [self._kept(s, count) for s, count in zip(scores, self._counts(scores), strict=True)]
-            keys = [key[:, call.prefix :].transpose(0, 1).flatten(1) for _, key in seen]
+            keys = call.unit_keys(self.options.layer, joined=True)
         neighbours = repeat(self.options.neighbours)
         rows = tuple(map(reduced, call.features, keys, scores, kept, neighbours))
         return Encode(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,13 @@ class DominantContextualOptions(StageOptions):
     layer: int = Field(
         default=-2,
         description="vision encoder layer whose attention and keys decide; negative ones count from its end. The "
-        "published one (22 of 24) is the layer whose output the LLM gets",
+        "published one (22 of 24) is the layer whose output the LLM gets. In a tower with windowed layers, name one "
+        "without",
+    )
+    at: Literal["features", "output"] | None = Field(
+        default=None,
+        description="`features`: what the projector gets, as published; `output`: the projected features, for towers "
+        "whose patches are pooled, shuffled or joined; left out, `features` where the backbone has that place",
     )
 
 
@@ -69,13 +75,17 @@ class DominantContextual(Stage[DominantContextualOptions]):
     so that the projector runs on fewer rows. For towers without a CLS token (SigLIP) the score is the attention a patch
     gets from all of them, and there is no CLS row to keep. Where more tokens are asked for than the image has patches,
     contextual ones are left out. Rows fill the image's first placeholders, in the published order.
+
+    Other than published, on the projected features (`at: output`, and on its own where a backbone has no other place):
+    a token's score and key are the means over the patches it is made of, no CLS row is kept, and of a picture in tiles
+    the overview and the joined tiles are one image each.
     """
 
     Options = DominantContextualOptions
     summary = "the patches CLS attends to most stay, the others are merged into a few contextual tokens"
     paper = "arXiv:2412.04467, section 3"
     example: ClassVar[Mapping[str, Any]] = {"dominant": 0.3, "contextual": 0.2}
-    needs = frozenset({"vision_layers", "projector"})
+    needs = frozenset({"vision_attention"})
 
     def __init__(self, options: DominantContextualOptions, context: StageContext) -> None:
         super().__init__(options, context)
@@ -86,8 +96,9 @@ class DominantContextual(Stage[DominantContextualOptions]):
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
-        """On what the projector gets."""
-        return ("features",)
+        """On what the projector gets, or on what it gives."""
+        at = self.options.at or ("features" if self.context.provides("projector") else "output")
+        return (None if at == "output" else at,)
 
     @property
     def vision_taps(self) -> tuple[int, ...]:
@@ -108,7 +119,7 @@ class DominantContextual(Stage[DominantContextualOptions]):
         layer = self.options.layer
         with torch.no_grad():
             scores = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
-            metric = [key[:, call.prefix :].mean(0) for _, key in call.query_keys(layer)]
+            metric = call.unit_keys(layer)
         counts = [self._reduced_to.counts(len(features)) for features in call.features]
         rows = tuple(map(reduced, call.features, call.prefix_rows, scores, metric, counts))
         return Encode(

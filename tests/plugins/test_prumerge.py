@@ -12,18 +12,22 @@ from method_goldens import FEW, recorded
 from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
+from dropflow.engine.model.attention import QueryKey
+from dropflow.engine.vision.tower_layer import TowerLayer
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import top
-from dropflow_prumerge.outliers import cls_scores, grid_step, left_over, merge_neighbours, outliers, with_grid
+from dropflow.testing import tiny_models
+from dropflow_prumerge.outliers import grid_step, left_over, merge_neighbours, outliers, with_grid
 
 STAGE = {"use": "prumerge/prune-merge"}
 
 
 def single_headed(golden: dict[str, Any], image: int) -> torch.Tensor:
     """Scores from the recorded q of CLS and keys, split into two heads as a tower has them."""
-    query = golden["q_cls"][image].unflatten(0, (2, -1))
+    query = golden["q_cls"][image].unflatten(0, (2, 1, -1))
     keys = golden["keys_with_cls"][image].unflatten(1, (2, -1)).transpose(0, 1)
-    return cls_scores(query, keys, 1)
+    layer = QueryKey(query[None], keys[None], None, scaling=1.0, causal=False)
+    return TowerLayer((layer,), (len(keys[0]) - 1,), 1).cls(joined=True)[1:]
 
 
 def reduced(golden: dict[str, Any], image: int, kept: torch.Tensor) -> torch.Tensor:
@@ -149,6 +153,29 @@ def test_an_image_that_nothing_stands_out_of_and_one_that_is_kept_whole() -> Non
     assert kept_numbers(model, inputs, variant="prumerge", outlier_factor=1e6) == [2]  # the best patch, and the rest
     assert kept_numbers(model, inputs, variant="plus", ratio=1.0) == [16]
     assert kept_numbers(model, inputs, variant="prumerge", ratio=0.25) == [5]
+
+
+@torch.no_grad()
+def test_after_the_projector_tokens_have_the_mean_score_of_their_patches() -> None:
+    _, tiny = tiny_models()["internvl"]
+    model, (inputs, _) = tiny.model(), tiny.prompt(((3, "I", 5),))
+    tower, hidden = model.model.vision_tower, []
+    layer = tower.encoder.layer[-1]
+    handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    (plain,) = model.get_image_features(inputs["pixel_values"]).pooler_output
+    handle.remove()
+    normed = layer.layernorm_before(hidden[0])[0]
+    query, keys = layer.attention.q_proj(normed)[0], layer.attention.k_proj(normed)
+    weights = torch.softmax((keys @ query) * 16**-0.5, 0)[1:]
+    blocks = torch.arange(36).view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)  # 6 x 6 patches, 2 x 2 of them a token
+    scores, mean_keys = weights[blocks].mean(1), keys[1:][blocks].mean(1)
+    kept = top(scores, 3)
+    expected = torch.cat((merge_neighbours(plain, mean_keys, scores, kept, 2), left_over(plain, scores, kept)))
+    options = {"variant": "prumerge", "ratio": 0.34, "neighbours": 2}
+    with dropflow.attach(model, policy(merge=STAGE | options)):
+        (got,) = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert relative_error(got[:4], expected) < 1e-5
+    assert not got[4:].any()
 
 
 def test_towers_without_cls_are_refused() -> None:

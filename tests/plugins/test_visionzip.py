@@ -12,9 +12,11 @@ from method_goldens import FEW, recorded
 from tiny import IMAGE, policy, prompt, relative_error, tiny_llava
 
 import dropflow
+from dropflow.backbone import image_layout
 from dropflow.errors import PolicyError
 from dropflow.operators.selection import top
 from dropflow.policy.plan import resolve
+from dropflow.testing import tiny_models
 from dropflow.units import BackboneShape
 from dropflow_visionzip.contextual import contextual_tokens, split, targets
 
@@ -92,6 +94,40 @@ def test_the_projector_gets_the_reduced_rows(tower: str) -> None:
         assert relative_error(got[0][image], expected) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "llava_next"])
+@torch.no_grad()
+def test_after_the_projector_tokens_count_the_patches_they_are_made_of(family: str) -> None:
+    adapter, tiny = tiny_models()[family]
+    model, (inputs, _) = tiny.model(), tiny.prompt(((3, "I", 5),))
+    backbone, name = adapter(model), "get_image_features"
+    encode, given = getattr(backbone.core, name), {k: v for k, v in inputs.items() if k.startswith(("pixel", "image"))}
+    plain = list(encode(**given).pooler_output)
+    layouts = [one for own in backbone.layouts("image", [len(own) for own in plain], given) for one in own]
+    images = [rows[layout.patch_rows(rows.device)] for layout, rows in image_layout.split(plain, [layouts])]
+
+    class Asks(dropflow.Stage[Any]):
+        needs = frozenset({"vision_attention"})
+        vision_taps = (-1,)
+
+        @dropflow.hookimpl
+        def encode(self, call: dropflow.EncodeCall) -> None:
+            seen.append(call.cls_attention(-1) if call.has_cls else call.received_attention(-1))
+            seen.append(call.unit_keys(-1))
+
+    seen: list[tuple[torch.Tensor, ...]] = []
+    zipped = {"use": STAGE, "dominant": 4, "contextual": 2, "layer": -1}
+    with dropflow.attach(model, policy(asks={"use": Asks}, zip=zipped)):
+        model(**inputs)
+        got = list(getattr(backbone.core, name)(**given).pooler_output)
+    reduced = [rows[layout.patch_rows(rows.device)] for layout, rows in image_layout.split(got, [layouts])]
+    assert len(images) > (family == "llava_next")
+    for rows, left, scores, keys in zip(images, reduced, seen[0], seen[1], strict=True):
+        kept, rest = split(scores, 4)
+        expected = torch.cat((rows[kept], contextual_tokens(rows[rest], keys[rest], 2)))
+        assert relative_error(left[:6], expected) < 1e-5
+        assert not left[6:].any()
+
+
 @torch.no_grad()
 def test_there_are_never_more_tokens_than_placeholders() -> None:
     model, inputs = tiny_llava(), prompt([("I", 2)])
@@ -101,8 +137,13 @@ def test_there_are_never_more_tokens_than_placeholders() -> None:
             assert (flow.live()[0] & (inputs["input_ids"] == IMAGE)).sum() == kept
 
 
-def test_models_whose_features_hold_the_cls_row_are_refused() -> None:
+@torch.no_grad()
+def test_models_whose_features_hold_the_cls_row_are_reduced_after_the_projector() -> None:
     model: Any = tiny_llava()
     model.config.vision_feature_select_strategy = "full"
-    with pytest.raises(PolicyError, match=r"stages\.zip: needs projector"):
-        dropflow.attach(model, policy(zip={"use": STAGE}))
+    with pytest.raises(PolicyError, match=r"stages\.zip: works on what the projector gets, which this adapter"):
+        dropflow.attach(model, policy(zip={"use": STAGE, "at": "features"}))
+    with dropflow.attach(model, policy(zip={"use": STAGE, "dominant": 6, "contextual": 3})) as flow:
+        assert flow.plan.encode_at.keys() == {None}
+        rows = model.get_image_features(prompt()["pixel_values"]).pooler_output
+    assert [int((own != 0).any(1).sum()) for own in rows] == [9] * 3

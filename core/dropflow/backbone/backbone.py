@@ -17,6 +17,7 @@ from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.backbone.mixers import Mixer, attending, mixers_of
 from dropflow.backbone.packed_tower import PackedTower
+from dropflow.backbone.vision_reader import VisionReader, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
 from dropflow.policy.registry import ADAPTERS, load, names
@@ -26,6 +27,7 @@ MODALITIES = ("image", "video")
 """What a core encodes with `get_image_features` and `get_video_features`."""
 FACTS = {
     "vision_layers": "the layers of the vision encoder, before which stages can work",
+    "vision_attention": "the attention of the vision encoder, for every row that the LLM gets",
     "cls": "a CLS row in the vision encoder, whose attention ranks patches",
     "projector": "a projector that maps the patch rows of the features one by one",
     "sublayers": "the attention and feed-forward parts of a vision layer, between which stages can work",
@@ -143,6 +145,24 @@ class Backbone:
         Stages can then leave whole units out of its run, before it (place `pixels`) or before one of its blocks.
         """
         return None
+
+    def reader(self, modality: str = "image") -> VisionReader | None:  # noqa: ARG002
+        """The tower that encodes a modality, so that stages after the projector can read its attention.
+
+        `None` where it is unknown of which rows of the tower the LLM's rows are made. By default the encoder in
+        `vision`, whose rows reach the LLM one by one.
+        """
+        encoder = self.vision
+        if encoder is None:
+            return None
+        prefix, kept = encoder.prefix, encoder.select_prefix
+        return VisionReader(
+            encoder.owner,
+            lambda sizes, _: one_to_one(sizes, prefix, kept),
+            prefix=prefix,
+            has_cls=encoder.has_cls,
+            feature_layer=encoder.feature_layer,
+        )
 
     def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
         """Where a decoder layer with attention projects q, k and v, so that ranking computes only what it reads.
@@ -288,6 +308,11 @@ class Backbone:
             known |= {fact for fact, given in found.items() if given}
         if self.packed_tower is not None:
             known.add("units")
+        readers = [self.reader(modality) for modality in self.modalities]
+        if all(reader is not None for reader in readers):
+            known.add("vision_attention")
+            if all(reader is not None and reader.has_cls for reader in readers):
+                known.add("cls")
         if self.final_norm is not None:
             known.add("final_norm")
         if self.rotates_pairs:

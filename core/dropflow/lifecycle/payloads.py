@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.model.attention import QueryKey
+    from dropflow.engine.vision.tower_layer import TowerLayer
     from dropflow.lifecycle.stage import EncodeBoundary, Window
     from dropflow.units import Budget
 
     RowAttention = Callable[[int, Tensor], Tensor]
-    Columns = Callable[[int], tuple[Tensor, ...]]
+    Members = Callable[[int], tuple[Int[Tensor, "rows members"], ...]]
+    Tower = Callable[[int], TowerLayer]
     Lazily = Callable[[], tuple[Tensor, ...]]
     Tapped = Callable[[int], QueryKey]
 
@@ -213,74 +215,90 @@ class EncodeCall:
     """Rows (such as CLS) that the vision encoder holds before the patches."""
     has_cls: bool
     """Whether the encoder's first row is a CLS row, whose attention ranks patches."""
-    attention: RowAttention
-    """Called by `attention_rows`, `cls_attention` and `received_attention`."""
-    columns: Columns
-    """For a tapped layer, the key numbers that the present rows of each image had there."""
-    tapped: Tapped
-    """Called by `query_keys`."""
+    tower: Tower
+    """Called by the methods below: what a tapped layer of the encoder computed."""
+    members: Members
+    """For a tapped layer, the rows of the encoder that each present row of each image is made of; -1 for none."""
+    separate: bool = True
+    """Whether every row is one row of the encoder (fact `vision_layers`), rather than made of several (see
+    `VisionReader`)."""
 
     def query_keys(
         self, layer: int
     ) -> tuple[tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads rows dim"]], ...]:
         """q and k of a tapped vision layer for the prefix and the present rows of each image, before any scaling.
 
-        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention` does.
+        A negative `layer` counts from the encoder's end. Raises `DecisionError` as `cls_attention` does, and where rows
+        are made of several rows of the encoder: only `unit_keys` knows those.
         """
         import torch
 
-        seen, columns = self.tapped(layer), self.columns(layer)
-        first = torch.arange(self.prefix, device=seen.key.device)
-        own = [torch.cat((first, of_image)) for of_image in columns]
-        return tuple((seen.query[i, :, rows], seen.key[i, :, rows]) for i, rows in enumerate(own))
+        self._check_separate("query_keys", "ask for `unit_keys`")
+        seen = self.tower(layer).parts[0].whole()
+        first, found = torch.arange(self.prefix, device=seen.key.device), []
+        for image, members in enumerate(self.members(layer)):
+            own = torch.cat((first, members[:, 0].to(first.device) % seen.key.shape[2]))
+            found.append(tuple(part[image, :, own].to(members.device) for part in (seen.query, seen.key)))
+        return tuple((query, key) for query, key in found)
+
+    def unit_keys(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows dim"], ...]:
+        """Keys of a tapped vision layer for the present rows of each image, averaged over heads.
+
+        With `joined` the heads stay side by side, in float32. A row that is made of several rows of the encoder has the
+        mean of their keys. Raises `DecisionError` as `cls_attention` does.
+        """
+        return self._means(layer, self.tower(layer).keys(joined=joined))
 
     def attention_rows(self, layer: int, rows: Int[Tensor, "images rows"]) -> Float[Tensor, "images heads rows keys"]:
         """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
 
         Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0. A
-        negative `layer` counts from the encoder's end.
+        negative `layer` counts from the encoder's end. Raises `DecisionError` as `query_keys` does.
         """
-        return self.attention(layer, rows)
+        self._check_separate("attention_rows", "ask for `cls_attention` or `received_attention`")
+        return self.tower(layer).attention(rows).to(rows.device)
 
-    def cls_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
+    def cls_attention(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows"], ...]:
         """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.
 
-        One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. Raises
-        `DecisionError` where rows were merged since that layer ran, and for an encoder without a CLS row.
+        One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. With `joined`
+        the layer counts as one head of its whole width, in float32. A row that is made of several rows of the encoder
+        has the mean of theirs. Raises `DecisionError` where a stage has merged rows since that layer ran without
+        saying which (`Encode.shares`), and for an encoder without a CLS row.
         """
-        import torch
-
         if not self.has_cls:
             raise DecisionError(
                 "the vision encoder has no CLS row; list `cls` in the stage's `needs`, or ask for `received_attention`"
             )
-        rows = torch.zeros(len(self.features), 1, dtype=torch.long, device=self.features[0].device)
-        weights = self.attention(layer, rows).mean(1)[:, 0]  # (images, keys)
-        return tuple(weights[i, own] for i, own in enumerate(self.columns(layer)))
+        return self._means(layer, self.tower(layer).cls(joined=joined))
 
     def received_attention(self, layer: int) -> tuple[Float[Tensor, "rows"], ...]:
-        """Attention that each present row receives from all present rows of a tapped vision layer, on average.
+        """Attention that each present row received from the patches of its picture in a tapped vision layer.
 
-        The mean is over rows and heads. For encoders without a CLS row. It costs the work of one attention map, done in
-        slices much smaller than the map. Raises `DecisionError` where rows were merged since that layer ran.
+        The sum over these patches, averaged over heads and divided by their number. In a layer with window attention
+        the sum runs over the row's window and the divisor stays, so that windows compete only inside themselves: name a
+        layer with full attention. A row that is made of several rows of the encoder has the mean of theirs; the time
+        steps of a video are pictures. For encoders without a CLS row. It costs the work of one attention map, done in
+        slices much smaller than the map. Raises `DecisionError` where a stage has merged rows since that
+        layer ran without saying which.
         """
-        import torch
+        return self._means(layer, self.tower(layer).received())
 
-        columns = self.columns(layer)
-        longest = max(len(own) for own in columns)
-        asks = torch.stack([torch.nn.functional.pad(own, (0, longest - len(own)), value=-1) for own in columns])
-        total: Tensor | None = None
-        heads = 1
-        start = 0
-        while start < longest:  # the first step is one row, which gives the number of heads
-            part = asks[:, start : start + max(1, longest // (4 * heads))] if start else asks[:, :1]
-            weights = self.attention(layer, part.clamp(min=0))
-            heads, start = weights.shape[1], start + part.shape[1]
-            seen = (weights.mean(1) * (part >= 0)[:, :, None]).sum(1)  # (images, keys)
-            total = seen if total is None else total + seen
-        if total is None:
-            raise ValueError("received_attention: no image has any row")
-        return tuple(total[i, own] / max(len(own), 1) for i, own in enumerate(columns))
+    def _means(self, layer: int, values: Tensor) -> tuple[Tensor, ...]:
+        """The mean of the values (encoder rows, ...) over the members of each present row."""
+        found = []
+        for members in self.members(layer):
+            own, real = values.to(members.device)[members.clamp(min=0)], members >= 0
+            real = real.view(*real.shape, *[1] * (own.dim() - 2))
+            found.append((own * real).sum(1) / real.sum(1).clamp(min=1))
+        return tuple(found)
+
+    def _check_separate(self, asked: str, instead: str) -> None:
+        if not self.separate:
+            raise DecisionError(
+                f"{asked}: on this backbone a row is made of several rows of the vision encoder; {instead}, or list "
+                "`vision_layers` in the stage's `needs`"
+            )
 
 
 @dataclass(frozen=True)
@@ -307,7 +325,10 @@ class Encode:
     """Numbers that each row present after this decision carries to `prune` of the same stage, as many as its
     `Stage.carries` says. When another stage replaces a row, the new row carries the numbers of the one it replaces."""
     shares: Lazily | None = None
-    """For observers: returns a matrix (new rows, old rows) per image, with the weights of the old rows in `rows`.
+    """Returns a matrix (new rows, old rows) per image, with the weights of the old rows in `rows`.
+
+    For observers, and for later stages that ask what an earlier layer of the encoder says of the new rows: the mean
+    over the old rows that have a weight.
 
     Where `prefix_rows` contribute too, their columns follow those of the old rows.
     """

@@ -89,10 +89,16 @@ class StageContext:
     """Where vision enters and exits; a stage that sets it itself is given the whole depth."""
     positions: Literal["persistent", "compact"] = "persistent"
     """Position ids of survivors under the policy: the original ones, or renumbered without gaps."""
+    facts: frozenset[str] | None = None
+    """What the backbone states, keys of `dropflow.FACTS`; `None` where no model is known, as in `dropflow explain`."""
 
     def path(self, option: str) -> str:
         """Path of one of this stage's options in the policy file, for error messages."""
         return f"stages.{self.name}.{option}"
+
+    def provides(self, fact: str) -> bool:
+        """Whether the backbone states a fact; true where no model is known, so that the published place is shown."""
+        return self.facts is None or fact in self.facts
 
     def boundaries(self, option: str, depths: Iterable[int | float]) -> tuple[int, ...]:
         """An option that lists boundaries, ascending; raises `PolicyError` as `budgets` does."""

@@ -136,9 +136,10 @@ class Plan:
         return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes, on_pixels)
 
 
-def resolve(policy: Policy, shape: BackboneShape) -> Plan:
+def resolve(policy: Policy, shape: BackboneShape, facts: frozenset[str] | None = None) -> Plan:
     """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
 
+    `facts` are those of the backbone; `None` without a model.
     Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
     pruning outside the layers in which vision takes part, and ranking where no layer has attention. No weights are
     touched.
@@ -149,11 +150,11 @@ def resolve(policy: Policy, shape: BackboneShape) -> Plan:
     made: dict[str, Stage[Any]] = {}
     for name, use in policy.stages.items():
         if _sets_window(use.stage):
-            made[name] = use.stage(use.options, StageContext(name, scale, whole, policy.positions))
+            made[name] = use.stage(use.options, StageContext(name, scale, whole, policy.positions, facts))
     window = _window({name: stage.forecast() for name, stage in made.items()}, whole)
     for name, use in policy.stages.items():
         if name not in made:
-            made[name] = use.stage(use.options, StageContext(name, scale, window, policy.positions))
+            made[name] = use.stage(use.options, StageContext(name, scale, window, policy.positions, facts))
     stages = tuple((name, made[name]) for name in policy.stages)
     plan = Plan(policy, shape, stages, Hooks(stages), window)
     _check_order(plan)

@@ -26,6 +26,7 @@ from dropflow.testing.guarantees import (
 from dropflow.testing.kit import Cell, assert_backbone_conforms, assert_stage_conforms, run_cell, stage_entry
 from dropflow.testing.oracle import MaskedOracle
 from dropflow.testing.oracle_absent import AbsentOracle
+from dropflow.testing.reading import check_reader
 
 __all__ = [
     "END",
@@ -47,6 +48,7 @@ __all__ = [
     "check_facts",
     "check_isolation",
     "check_no_op",
+    "check_reader",
     "check_refusals",
     "pixels",
     "run_cell",

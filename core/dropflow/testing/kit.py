@@ -18,6 +18,7 @@ from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, UNITS, WINDOW
+from dropflow.testing.reading import check_reader
 from dropflow.testing.units import check_units
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
@@ -135,6 +136,7 @@ def assert_backbone_conforms(
         case = Case(f"{name} ({told})", family, tiny, WINDOW, attention, side, samples)
         check_facts(case)
         check_vision(case)
+        check_reader(case)
     kinds, facts = {"window": WINDOW, "ragged": RAGGED}, family(tiny.build()).facts()
     if "vision_layers" in facts:
         kinds["inside the encoder"] = INSIDE

@@ -11,7 +11,7 @@ from torch import nn
 
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.backbone.versions import warn_if_untested
-from dropflow.backbone.wrapped import check_is_model, leave_uncompiled, unwrapped
+from dropflow.backbone.wrapped import check_compiled, check_is_model, leave_uncompiled, unwrapped
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.model_hooks import ModelHooks
@@ -20,6 +20,7 @@ from dropflow.engine.model.turns import Turns
 from dropflow.engine.vision.encoding import attached_plans
 from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.policy.plan import Plan, resolve
+from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import Source, load_policy
 from dropflow.policy.recorded import Recording, recorded_policy
 
@@ -81,7 +82,7 @@ def attach(
     if logits == "labelled":
         refusals.check_loss_function(found.model)
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
-    plan = resolve(load_policy(source, overrides), found.shape)
+    plan = _resolved(found, load_policy(source, overrides))
     hooks = _attach(found, {"": plan}, "", labelled_only=logits == "labelled")
     flow = hooks.flows[""]
     assert flow is not None
@@ -107,7 +108,7 @@ def attach_set(
         )
     found = backbone_for(model, adapter)
     plans = {
-        name: None if source is None else resolve(load_policy(source), found.shape) for name, source in policies.items()
+        name: None if source is None else _resolved(found, load_policy(source)) for name, source in policies.items()
     }
     hooks = _attach(found, plans, default)
     hooks.handle = flows = FlowSet(hooks.flows, hooks, lambda: _detach(found.core))
@@ -136,6 +137,12 @@ def _attachment_of(model: Any) -> _Attachment | None:
     if found is None:
         check_is_model(inner)
     return found
+
+
+def _resolved(backbone: Backbone, policy: Policy) -> Plan:
+    """The policy's plan for the backbone, after refusing parts that nobody can look into."""
+    check_compiled({"core": backbone.core, "text decoder": backbone.text})
+    return resolve(policy, backbone.shape, backbone.facts())
 
 
 def _attach(

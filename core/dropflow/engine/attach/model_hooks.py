@@ -113,6 +113,9 @@ class ModelHooks:
             self._standing.lay(packed.owner.__dict__, "forward", self._running_tower(packed.owner))
             for merger in packed.mergers:
                 self._standing.lay(merger.__dict__, "forward", self._merging(merger.forward))
+        if encoder is None and any(stage.vision_taps for plan in plans for _, stage in plan.stages):
+            for reader in filter(None, map(self.backbone.reader, self.backbone.modalities)):
+                stand_in(self._standing, reader.owner, self._vision_run, reader.layers)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
         for modality in MODALITIES:
@@ -203,7 +206,7 @@ class ModelHooks:
                     raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
                 given = signature.bind_partial(*args, **kwargs).arguments
                 call.encoding = True
-                call.vision = VisionRun(call.site) if call.site.plan.encode_at else None
+                call.vision = VisionRun(call.site, modality, given) if call.site.plan.encode_at else None
                 encoded = modality if alone else call.encodes(modality)
                 output, flags = encode(
                     call.site,

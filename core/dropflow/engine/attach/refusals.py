@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
-from dropflow.backbone.wrapped import check_compiled
 from dropflow.engine.attach.mixer_refusals import check_mixers
 from dropflow.engine.attach.packed_refusals import place_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
@@ -53,7 +52,6 @@ TENSOR_STYLES = frozenset(
 
 def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> None:
     """Refuse a policy whose stages need facts that the backbone cannot state, or name layers that it does not have."""
-    check_compiled({"core": backbone.core, "text decoder": backbone.text})
     check_mixers(backbone)
     for layer in {type(layer): layer for layer in backbone.text._modules["layers"]}.values():
         found = annotated_parameters(layer)
@@ -123,18 +121,14 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
     """Errors for stages at encoder layers that do not exist, or after the layer whose output goes to the LLM."""
     boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
     taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
-    vision = backbone.vision
+    vision, joined = backbone.vision, _joined_layers(backbone.model.config)
     faults = place_faults(backbone.packed_tower, boundaries, taps)
     if faults or (backbone.packed_tower is not None and boundaries):
         return faults
     if vision is None:
-        names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
-        return [
-            f"stages.{name}: works inside the vision encoder, which this adapter cannot reach; leave the stage out or "
-            "extend the adapter"
-            for name in names
-        ]
-    joined = _joined_layers(backbone.model.config)
+        known = "vision_attention"  # a stage that lists it as needed is refused for that
+        unlisted = [name for name, stage in plan.stages if stage.vision_taps and known not in stage.needs]
+        return _reading_faults(backbone, dict.fromkeys(name for name, _ in boundaries), taps, unlisted, joined)
     if joined:
         names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
         return [
@@ -165,9 +159,36 @@ def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
         f"stages.{name}: works {what}, which this adapter does not name; see `VisionEncoder`"
         for name, what in lacking.items()
     ]
-    beyond = [(name, layer) for name, layer in taps if not -vision.depth <= layer < vision.depth]
-    return faults + [
-        f"stages.{name}: reads vision layer {layer}{more}, expected 0 to {vision.depth - 1}; name a layer that exists"
+    return faults + _depth_faults(taps, vision.depth)
+
+
+def _reading_faults(
+    backbone: Backbone, inside: Collection[str], taps: Sequence[tuple[str, int]], unlisted: Iterable[str], joined: str
+) -> list[str]:
+    """Errors for stages that work inside an encoder that can at most be read, or name layers that it does not have."""
+    readers = [backbone.reader(modality) for modality in backbone.modalities]
+    if joined:
+        why = (
+            f", but this model joins the features of several of its layers ({joined}), of which each would have to "
+            "lose the same rows; leave the stage out"
+        )
+    else:
+        why = ", which this adapter cannot reach; leave the stage out or extend the adapter"
+    faults = [f"stages.{name}: works inside the vision encoder{why}" for name in inside]
+    if None in readers:
+        return faults + [
+            f"stages.{name}: reads the attention of the vision encoder, which this adapter does not name; leave the "
+            "stage out or extend the adapter (see `VisionReader`)"
+            for name in unlisted
+            if name not in inside
+        ]
+    return faults + _depth_faults(taps, min(reader.depth for reader in readers if reader is not None))
+
+
+def _depth_faults(taps: Sequence[tuple[str, int]], depth: int) -> list[str]:
+    beyond = [(name, layer) for name, layer in taps if not -depth <= layer < depth]
+    return [
+        f"stages.{name}: reads vision layer {layer}{more}, expected 0 to {depth - 1}; name a layer that exists"
         for name, layer, more in _first_of_each(beyond)
     ]
 
@@ -200,6 +221,8 @@ def check_unshared(backbone: Backbone) -> None:
         lists["vision encoder"] = backbone.vision.owner._modules["layers"]
     if backbone.packed_tower is not None:
         lists["vision tower"] = backbone.packed_tower.owner._modules[backbone.packed_tower.blocks]
+    for reader in filter(None, map(backbone.reader, backbone.modalities)):
+        lists["vision encoder"] = reader.owner._modules[reader.layers]
     for name, layers in lists.items():
         if isinstance(layers, StandIn):
             raise UnsupportedModel(

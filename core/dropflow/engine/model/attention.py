@@ -41,6 +41,8 @@ class QueryKey:
     softcap: float | None = None
     sliding_window: int | None = None
     """Set only where the kernel itself enforces the window (with a two-dimensional mask or none)."""
+    borders: Int[Tensor, "segments+1"] | None = None
+    """Where segments of a packed sequence begin and end, if the kernel itself keeps them apart."""
     rotary: Any = None
     """The `position_embeddings` that a decoder layer received for its queries; `None` if it received none."""
     shards: HeadShards | None = None

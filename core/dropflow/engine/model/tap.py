@@ -148,4 +148,5 @@ def _query_key(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
         causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
         softcap=kwargs.get("softcap"),
         sliding_window=kwargs.get("sliding_window") if mask is None or mask.dim() == 2 else None,
+        borders=kwargs.get("cu_seq_lens_q"),
     )

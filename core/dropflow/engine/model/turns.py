@@ -50,14 +50,14 @@ class Turn:
     def over(self) -> bool:
         """Whether the turn was ended, or the frame it was taken for is gone."""
         if not self._ended and not self._runs():
-            self._ended = True
             self._frame = self.call = None  # a turn left by an interrupt must not keep a model alive
+            self._ended = True  # last, so that an interrupt in between leaves no turn that is over but holds a call
         return self._ended
 
     def end(self) -> None:
         """End the turn, so that the next one can begin; does nothing if already ended."""
-        self._ended = True
         self._frame = self.call = None
+        self._ended = True
         if self._gate.locked():
             self._gate.release()
 

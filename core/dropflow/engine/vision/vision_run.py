@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,32 +17,40 @@ from torch.nn.utils.rnn import pad_sequence
 from dropflow.backbone.image_layout import ImageLayout, split
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.model.arguments import Arguments, with_hidden
-from dropflow.engine.model.attention import QueryKey, row_attention
+from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.sublayers import in_two
 from dropflow.engine.model.tap import tapped, uncompiled, untapped
 from dropflow.engine.model.turns import refuse_own_model
 from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.merges import Merges
 from dropflow.engine.vision.packed_run import PackedRun
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
+from dropflow.engine.vision.tower_layer import TowerLayer
+from dropflow.engine.vision.tower_reading import TowerReading
 from dropflow.errors import DecisionError, UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.events import EncodeStep
 from dropflow.lifecycle.payloads import EncodeCall
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import VisionEncoder
+    from dropflow.backbone.vision_reader import VisionReader
     from dropflow.lifecycle.stage import EncodeBoundary
 
 
 class VisionRun:
-    """State of one call of `get_image_features`."""
+    """State of one call of `get_image_features` or `get_video_features`, with its arguments."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, modality: str, arguments: Mapping[str, Any]) -> None:
         plan = site.plan
         self._site, self._plan = site, plan
         self._vision: VisionEncoder | None = site.backbone.vision
         tower = site.backbone.packed_tower if any(map(in_tower, plan.encode_at)) else None
         self.packed = None if tower is None else PackedRun(tower, self._decide_units, frozenset(plan.encode_at))
         """The pass through a packed tower; `None` for other towers, or if no stage works before or inside it."""
+        reader = site.backbone.reader(modality) if self._vision is None and self.packed is None else None
+        self._reading = None if reader is None else TowerReading(reader, arguments)
+        """What a tower shows in which no stage can work; `None` where stages can, or nothing is known."""
+        self._tower: VisionEncoder | VisionReader | None = self._vision or reader
         self._taps = {self._absolute(layer) for _, stage in plan.stages for layer in stage.vision_taps}
         self._extra = 0
         """Number of prefix tokens that are still present in the encoder's output and become rows."""
@@ -54,6 +62,7 @@ class VisionRun:
         self._prefix_rows: Tensor | None = None
         """Prefix rows (images, prefix, dim) of these features."""
         self._rows: list[Rows] = []
+        self._merges = Merges()
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
         self._ran: list[Tensor] = []
@@ -95,9 +104,9 @@ class VisionRun:
         self._grids = [layout.grid for layout in layouts]
         return packed.forward(forward, arguments)
 
-    def leaves(self, number: int) -> bool:  # noqa: ARG002
-        """Always false: every layer needs to know which rows remain."""
-        return False
+    def leaves(self, number: int) -> bool:
+        """Whether no stage reads a layer of a tower in which none works; in others every layer counts its rows."""
+        return self._reading is not None and number not in self._taps and not self.asking
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run vision layer `number` on the rows that the stages kept."""
@@ -106,7 +115,8 @@ class VisionRun:
         if self.packed is not None:
             return self.packed.layer(number, layer, args, kwargs)
         vision = self._vision
-        assert vision is not None
+        if vision is None:
+            return self._read(number, layer, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if number == 0:
             self._begin([hidden.shape[1] - vision.prefix] * hidden.shape[0], hidden)
@@ -125,6 +135,13 @@ class VisionRun:
         if number == vision.feature_layer - 1:
             self._features, self._prefix_rows = list(self._rows), output[:, : vision.prefix]
         return output
+
+    def _read(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a tapped layer of a tower in which no stage works."""
+        assert self._reading is not None
+        config = self._reading.reader.owner.config
+        keep, call = partial(self._keep_tapped, number), uncompiled(layer)
+        return tapped(config._attn_implementation, keep, lambda: call(*args, **kwargs))
 
     def _run(self, number: int, layer: nn.Module, arguments: Arguments, *, tapped: bool) -> Any:
         args, kwargs = arguments
@@ -164,6 +181,8 @@ class VisionRun:
             features = [rows[layout.patch_rows(rows.device)] if layout.has_extra else rows for layout, rows in parts]
             if self.packed is None:
                 self._begin([layout.patches for own in layouts for layout in own], entries[0])
+                if self._reading is not None:
+                    self._reading.begin([len(rows) for rows in entries], layouts)
             else:
                 self.packed.check_ran()
                 features = [own[rows.places.to(own.device)] for own, rows in zip(features, self._rows, strict=True)]
@@ -171,7 +190,8 @@ class VisionRun:
         if stages:
             self._grids = [layout.grid for own in layouts for layout in own]
             none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
-            features = self._decide(None, features, stages, none, 0 if vision is None else vision.prefix - extra)
+            prefix = 0 if self._reading is None else self._reading.reader.prefix
+            features = self._decide(None, features, stages, none, prefix if vision is None else vision.prefix - extra)
         raise_faults(self._faults)
         return self._refilled(layouts, whole, features, entries[0][:0])
 
@@ -206,11 +226,14 @@ class VisionRun:
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
         seen = replace(seen, causal=False)
-        if self._site.shards is not None and self._vision is not None:
-            config = self._vision.owner.config
+        if self._site.shards is not None and self._tower is not None:
+            config = self._tower.owner.config
             heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
             seen = replace(seen, shards=self._site.shards, heads=heads, kv_heads=heads)
-        self._tapped[number] = seen
+        if self._reading is not None:
+            self._reading.keep(number, seen)
+        else:
+            self._tapped[number] = seen
 
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
@@ -290,15 +313,15 @@ class VisionRun:
                 sizes=tuple(rows.sizes for rows in self._rows),
                 grids=tuple(self._grids),
                 prefix=prefix,
-                has_cls=self._vision is not None and self._vision.has_cls,
-                attention=lambda layer, rows: row_attention(self._query_key(layer), rows).to(device),
-                columns=self._columns,
-                tapped=lambda layer: self._query_key(layer).whole().to(device),
+                has_cls=self._tower is not None and self._tower.has_cls,
+                tower=self._layer,
+                members=self._members,
+                separate=self._reading is None,
             )
             with self._asked():
                 answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
-                before = tuple(rows.places for rows in self._rows)
+                present, before = self._rows, tuple(rows.places for rows in self._rows)
                 if answer.proportional and self.packed is not None and boundary is not None:
                     raise DecisionError(
                         f"stages.{name}: `encode` returned proportional=True, but the blocks of a packed vision tower "
@@ -307,6 +330,8 @@ class VisionRun:
                 decided = Decided(answer, f"stages.{name}", self._plan.carries[name])
                 features, self._rows = decided.apply(features, self._rows)
                 self._faults += decided.faults
+                if answer.rows is not None:
+                    self._merges.add(name, present, self._rows, answer)
                 if boundary is not None and (answer.keep is not None or answer.rows is not None):
                     self._leave(self._share(boundary), before)
                 if self.steps is not None and answer.decides:
@@ -355,31 +380,39 @@ class VisionRun:
         self.asking = False
 
     def _absolute(self, layer: int) -> int:
-        return layer if layer >= 0 or self._vision is None else layer + self._vision.depth
+        return layer if layer >= 0 or self._tower is None else layer + self._tower.depth
 
-    def _query_key(self, layer: int) -> QueryKey:
-        number = self._absolute(layer)
-        if number not in self._tapped:
+    def _layer(self, layer: int) -> TowerLayer:
+        """What vision layer `layer` computed."""
+        number, found = self._absolute(layer), None
+        if self._reading is not None:
+            found = self._reading.layer(number)
+        elif number in self._tapped and self._vision is not None:
+            counts = tuple(len(rows.places) for rows in self._seen[number])
+            found = TowerLayer((self._tapped[number],), counts, self._vision.prefix)
+        if found is None:
             raise DecisionError(
                 f"attention of vision layer {layer}: list the layer in the stage's `vision_taps`, and ask for it at a "
                 "boundary after it"
             )
-        return self._tapped[number]
+        return found
 
-    def _columns(self, layer: int) -> tuple[Tensor, ...]:
-        """Columns of vision layer `layer` that held the present rows when it ran."""
-        vision, number = self._vision, self._absolute(layer)
-        assert vision is not None  # a policy with vision taps is refused without one
-        found = []
-        for now, then in zip(self._rows, self._seen[number], strict=True):
-            if now.rewritten != then.rewritten:
-                raise DecisionError(
-                    f"attention of vision layer {layer}: rows were merged since it ran, so no key represents "
-                    "them; read a layer after the merge, or ask before it"
-                )
-            places = then.after(self._extra).places.to(now.places.device)
-            found.append(torch.searchsorted(places, now.places) + vision.prefix - self._extra)
-        return tuple(found)
+    def _members(self, layer: int) -> tuple[Tensor, ...]:
+        """Rows of vision layer `layer` that the present rows of each image are, or are made of."""
+        seen = self._layer(layer)
+        if self._reading is not None:
+            tables = self._reading.members(seen)
+            then = [Rows.whole(len(table), table) for table in tables]
+        else:
+            assert self._vision is not None  # a policy with vision taps is refused without one
+            then = [rows.after(self._extra) for rows in self._seen[self._absolute(layer)]]
+            first, width = self._vision.prefix - self._extra, seen.parts[0].key.shape[2]
+            tables = tuple(
+                torch.arange(len(rows.places), device=rows.places.device)[:, None] + first + image * width
+                for image, rows in enumerate(then)
+            )
+        present = enumerate(zip(tables, then, self._rows, strict=True))
+        return tuple(self._merges.followed(image, *own) for image, own in present)
 
 
 def in_tower(boundary: EncodeBoundary) -> bool:

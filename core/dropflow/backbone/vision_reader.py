@@ -1,0 +1,79 @@
+"""Where the layers of a vision tower are, and of which of its rows each row that the LLM gets is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+MembersOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Int[Tensor, 'rows members']]"]
+"""Rows of each entry of the features and arguments of the method that encodes -> one table per entry."""
+
+
+@dataclass(frozen=True)
+class VisionReader:
+    """A vision tower whose attention stages may read, and how its rows become those that the LLM gets.
+
+    Rows of the tower are numbered picture after picture, in the order in which its layers hold them, prefix rows
+    included. Nothing is changed inside the tower, so its rows may be pooled, shuffled or packed on their way.
+    """
+
+    owner: Any
+    """Module that holds the list of layers and iterates over it once per forward; its `config` names the attention
+    implementation."""
+    members: MembersOf
+    """Given the number of rows of each entry of the features and the arguments of `get_image_features` or
+    `get_video_features`: for each entry the numbers (rows, members) of the tower rows that each of its rows is made of,
+    -1 where it is made of fewer, or of none, as a newline is."""
+    layers: str = "layers"
+    """Name of the list in `owner`."""
+    prefix: int = 0
+    """Rows of every picture before its patches, such as 1 for a CLS row."""
+    has_cls: bool = False
+    """Whether the first of them is a CLS row whose attention ranks patches."""
+    feature_layer: int | None = None
+    """Boundary whose rows are handed on, the deepest where features of several are concatenated; `None` is the end."""
+    pictures: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    """For a tower that packs all its rows into one sequence: given the arguments, the rows of each picture, or of each
+    time step of a video, in order. `None` where every picture is an entry of a batch."""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the tower."""
+        return len(self.owner._modules[self.layers])
+
+
+def feature_boundary(selected: int | Sequence[int], depth: int) -> int:
+    """The boundary whose rows a model hands on that selects these of its tower's `depth` + 1 hidden states.
+
+    Entry 0 is the embedding and entry i the output of layer i - 1, so that an entry is a boundary. Of several entries,
+    whose features are concatenated, it is the deepest.
+    """
+    entries = [selected] if isinstance(selected, int) else list(selected)
+    return max(entry if entry >= 0 else entry + depth + 1 for entry in entries)
+
+
+def one_to_one(sizes: Sequence[int], prefix: int = 0, kept: int = 0) -> list[Int[Tensor, "rows 1"]]:
+    """Members of entries that are one picture each, whose rows reach the LLM one by one.
+
+    `prefix` counts the rows of the tower before the patches, `kept` those of them that become rows of the features.
+    """
+    found, first = [], 0
+    for size in sizes:
+        found.append(torch.arange(first + prefix - kept, first + prefix - kept + size)[:, None])
+        first += prefix + size - kept
+    return found
+
+
+def patch_blocks(grid: tuple[int, int], side: int) -> Int[Tensor, "blocks members"]:
+    """Numbers of the patches in each `side` x `side` block of a grid, both in raster order.
+
+    Rows and columns after the last whole block belong to none, as in pooling and in pixel shuffles.
+    """
+    rows, columns = grid
+    numbers = torch.arange(rows * columns).view(rows, columns)
+    return numbers.unfold(0, side, side).unfold(1, side, side).reshape(-1, side**2)

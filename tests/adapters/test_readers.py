@@ -1,0 +1,134 @@
+"""Readers of towers in forms that the tiny models do not have, checked by the Jacobian and by whole maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import policy
+
+import dropflow
+from dropflow import Backbone, ImageLayout
+from dropflow.errors import PolicyError
+from dropflow.policy.registry import ADAPTERS, load
+from dropflow.testing import END, IMAGE, START, TEXT, VISION, Picture, Tiny, check_reader, pixels, tiny_models
+from dropflow.testing.case import Case
+from dropflow.testing.families.llava_next import anyres_image, small
+
+LLAVA: type[Backbone] = load(ADAPTERS, "llava")
+PIXTRAL = {**VISION, "head_dim": 8, "image_size": 32, "patch_size": 8, "model_type": "pixtral"}
+
+
+def llava(**changes: Any) -> Any:
+    """A builder of a LLaVA with these options of its config."""
+
+    def build() -> Any:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        vision = CLIPVisionConfig(**VISION, image_size=24, patch_size=6)
+        options = {"text_config": LlamaConfig(**TEXT), "vision_config": vision, "image_token_id": IMAGE}
+        return LlavaForConditionalGeneration(LlavaConfig(**(options | changes)))
+
+    return build
+
+
+def ragged(number: int, dice: torch.Generator) -> Picture:
+    """An image of 2 x 4 or 4 x 4 patches of a Pixtral tower, padded to one size."""
+    rows = 2 + 2 * (number % 2)
+    padded = torch.nn.functional.pad(pixels(dice, 1, 3, 8 * rows, 32), (0, 0, 0, 32 - 8 * rows))
+    size = torch.tensor([[8 * rows, 32]])
+    return Picture(
+        [IMAGE] * 4 * rows, {"pixel_values": padded, "image_sizes": size}, [ImageLayout(4 * rows, (rows, 4))]
+    )
+
+
+def square(tokens: int) -> Any:
+    """Makes images of that many tokens."""
+
+    def make(_: int, dice: torch.Generator) -> Picture:
+        ids = [START, *[IMAGE] * tokens, END]
+        return Picture(ids, {"pixel_values": pixels(dice, 1, 3, 24, 24)}, [ImageLayout(tokens)])
+
+    return make
+
+
+def onevision(most: int) -> Any:
+    """A builder of a LLaVA-OneVision that downscales images of more than `most` tiles."""
+
+    def build() -> Any:
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+        config = LlavaOnevisionConfig(**small("siglip_vision_model", "full"), video_token_id=97)
+        config.vision_aspect_ratio = f"anyres_max_{most}"
+        return LlavaOnevisionForConditionalGeneration(config)
+
+    return build
+
+
+def large(number: int, dice: torch.Generator) -> Picture:
+    """An image on 2 x 2 tiles, downscaled from 8 x 8 or 8 x 6 to about 4 x 4 tokens."""
+    height, width = ((48, 48), (48, 36))[number % 2]
+    side = (8 * (width // 6) / 16) ** 0.5
+    rows, columns = int(8 // side), int(width // 6 // side)
+    layouts = [ImageLayout(16, (4, 4)), ImageLayout(rows * (columns + 1), (rows, columns), line_ends=True)]
+    arguments = {"pixel_values": pixels(dice, 1, 5, 3, 24, 24), "image_sizes": torch.tensor([[height, width]])}
+    return Picture([IMAGE] * sum(layout.tokens for layout in layouts), arguments, layouts)
+
+
+FORMS: dict[str, tuple[str, Tiny]] = {
+    "LLaVA with a Pixtral tower": (
+        "llava",
+        Tiny(
+            llava(vision_config=PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"),
+            {"image": ragged},
+        ),
+    ),
+    "features of two layers": ("llava", Tiny(llava(vision_feature_layer=[-3, -2]), {"image": square(16)})),
+    "features of two layers with CLS": (
+        "llava",
+        Tiny(llava(vision_feature_layer=[1, -1], vision_feature_select_strategy="full"), {"image": square(17)}),
+    ),
+    "features of two layers in tiles": (
+        "llava_next",
+        Tiny(
+            lambda: _llava_next(small("clip_vision_model", "default") | {"vision_feature_layer": [-3, -2]}),
+            {"image": anyres_image},
+        ),
+    ),
+    "tiles that are downscaled": ("llava_onevision", Tiny(onevision(1), {"image": large})),
+}
+
+
+def _llava_next(options: dict[str, Any]) -> Any:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(**options))
+
+
+@pytest.mark.parametrize(("family", "tiny"), FORMS.values(), ids=FORMS)
+def test_members_and_attention(family: str, tiny: Tiny) -> None:
+    adapter = load(ADAPTERS, family)
+    assert "vision_attention" in adapter(tiny.model()).facts()
+    check_reader(Case(family, adapter, tiny, {}))
+
+
+def test_what_joins_several_layers_can_be_read_but_not_cut() -> None:
+    model = FORMS["features of two layers"][1].model()
+    assert "vision_layers" not in LLAVA(model).facts()
+    inside = policy(merge={"use": "mustdrop/spatial-merge", "at": 1})
+    with pytest.raises(PolicyError, match=r"works inside the vision encoder, but this model joins the features of sev"):
+        dropflow.attach(model, inside)
+    deep = policy(keys={"use": "mustdrop/key-set", "layer": 3})
+    with pytest.raises(PolicyError, match=r"stages\.keys: reads vision layer 3, expected 0 to 2; name a layer"):
+        dropflow.attach(model, deep)
+
+
+@torch.no_grad()
+def test_onevision_images_of_a_sample_with_several_are_overviews() -> None:
+    adapter, tiny = tiny_models()["llava_onevision"]
+    reader = adapter(tiny.model()).reader()
+    assert reader is not None
+    first, second = reader.members([17, 17], {"image_sizes": torch.tensor([[24, 24], [24, 24]])})
+    assert first[:, 0].tolist() == [*range(16), -1]
+    assert second[:, 0].tolist() == [*range(16, 32), -1]
