@@ -89,7 +89,7 @@ class SpatialMerge(Stage[SpatialMergeOptions]):
     def prepare(self, backbone: Backbone) -> None:
         """Refuse to merge inside a packed tower, where rows are units whose positions follow their places."""
         tower = backbone.packed_tower
-        if tower is not None and self.options.at != "output":
+        if tower is not None and self.encode_at != (None,):
             raise PolicyError(
                 f"{self.context.path('at')}: merges rows inside units of {tower.unit} that this model joins; merge "
                 "whole units of the vision encoder's output, with `at: output`"
