@@ -437,7 +437,7 @@ def test_half_precision_keeps_the_same_units(dtype: torch.dtype) -> None:
         ({"use": leaving_out(half, -1)}, r"stages\.s: works at boundary -1 of the vision encoder, expected 0 to 3"),
         ({"use": "tome/token-merging", "r": 2}, r"stages\.s: works at 0\.5 of the vision encoder, on rows inside"),
         (
-            {"use": "mustdrop/spatial-merge"},
+            {"use": "mustdrop/spatial-merge", "at": 1},
             r"stages\.s\.at: merges rows inside units of 4 that this model joins; merge",
         ),
     ],
