@@ -59,10 +59,23 @@ class BackboneShape:
     """Visual tokens of one image at entry to the LLM; `None` where the number differs between images."""
     attending: tuple[int, ...] | None = None
     """Decoder layers with attention, ascending; `None` for all. The others are recurrent, or mix no tokens."""
+    producers: tuple[tuple[int, int], ...] = ()
+    """Pairs of a decoder layer that reads the keys of an earlier one, and that layer, which makes them."""
 
     def attends(self, layer: int) -> bool:
         """Whether a decoder layer has attention."""
         return self.attending is None or layer in self.attending
+
+    def producer(self, layer: int) -> int | None:
+        """The layer whose keys a decoder layer reads; `None` where it makes its own, or has none."""
+        return dict(self.producers).get(layer)
+
+    @property
+    def holding(self) -> tuple[int, ...]:
+        """Decoder layers that make keys, ascending: those whose caches have entries."""
+        sharers = dict(self.producers)
+        attending = range(self.layers) if self.attending is None else self.attending
+        return tuple(layer for layer in attending if layer not in sharers)
 
     def ranks_by(self, layer: int) -> int | None:
         """The last layer up to `layer` with attention, whose rows stand for those of `layer`; `None` for none."""

@@ -82,10 +82,11 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
                 f"{context.path('at')}: no visual token is left from boundary {context.window.exit} on; expected a "
                 f"boundary from 0 to {self._last}"
             )
-        self._layers = tuple(filter(context.scale.target.attends, range(self._first, self._last + 1)))
+        own = range(self._first, self._last + 1)
+        self._layers = tuple(layer for layer in context.scale.target.holding if layer in own)
         if not self._layers:
             raise PolicyError(
-                f"{context.path('at')}: no layer from {self._first} to {self._last} has attention, so that none holds "
+                f"{context.path('at')}: no layer from {self._first} to {self._last} makes keys, so that none holds "
                 "entries; lower the boundary"
             )
         self._budget = _count(options, context)
@@ -97,7 +98,7 @@ class OutputAwareCache(Stage[OutputAwareCacheOptions]):
 
     @property
     def decode_taps(self) -> tuple[int, ...]:
-        """The layers that evict while decoding: those with attention."""
+        """The layers that evict while decoding: those that make keys."""
         return self._layers if self.options.interval else ()
 
     @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from unseen import UNSEEN
 
 from dropflow import Backbone
@@ -82,7 +83,12 @@ def test_with_either_attention_and_padding_on_either_side(adapter: str, side: st
 
 
 def test_every_shipped_adapter_but_auto_has_a_tiny_model() -> None:
-    assert set(tiny_models()) == set(registry.names(registry.ADAPTERS)) - {"auto"}
+    lacking = {
+        "lfm3_vl": not hasattr(transformers, "Lfm3VlConfig"),
+        "llama4": transformers.__version__ == "5.24.0",  # it cannot read images
+    }
+    absent = {"auto", *(name for name, lacks in lacking.items() if lacks)}
+    assert set(tiny_models()) == set(registry.names(registry.ADAPTERS)) - absent
     assert len(tiny_models()) >= 14
 
 

@@ -66,7 +66,8 @@ def test_no_type_is_unknown_and_most_are_served() -> None:
 
 
 def test_types_with_an_adapter_of_their_own_name_it() -> None:
-    assert {name: rows()[name]["adapter"] for name in OWN & set(kinds())} == {name: name for name in OWN & set(kinds())}
+    built = {name for name in OWN & set(kinds()) if rows()[name]["status"] != "not built"}
+    assert {name: rows()[name]["adapter"] for name in built} == {name: name for name in built}
 
 
 @pytest.mark.parametrize("kind", served())

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.backbone.mixers import Mixer, attending, mixers_of
+from dropflow.backbone.mixers import Mixer, PlaceScale, attending, mixers_of, producers
 from dropflow.backbone.packed_tower import PackedTower
 from dropflow.backbone.vision_reader import VisionReader, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
@@ -130,6 +130,11 @@ class Backbone:
         """What mixes the tokens of each decoder layer, from the config of the text decoder."""
         return mixers_of(self.text.config, self.text._modules.get("layers", ()))
 
+    @property
+    def place_scale(self) -> PlaceScale | None:
+        """Decoder layers that scale queries by their place in a call; `None` where positions alone count."""
+        return PlaceScale.of(self.text.config)
+
     def neutral_padding(self, layer: Any) -> bool:
         """Whether padding before a sample leaves the state of this recurrent layer empty.
 
@@ -163,6 +168,10 @@ class Backbone:
             has_cls=encoder.has_cls,
             feature_layer=encoder.feature_layer,
         )
+
+    def seen_states(self, hidden: Tensor) -> Float[Tensor, "batch tokens dim"]:
+        """What stages see of the states that one decoder layer hands to the next; the same unless these are several."""
+        return hidden
 
     def projections(self, layer: Any) -> Projections | None:  # noqa: ARG002
         """Where a decoder layer with attention projects q, k and v, so that ranking computes only what it reads.
@@ -207,7 +216,7 @@ class Backbone:
     def shape(self) -> BackboneShape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
         mixers = self.mixers
-        return BackboneShape(len(mixers), self.tokens_per_image, attending(mixers))
+        return BackboneShape(len(mixers), self.tokens_per_image, attending(mixers), producers(mixers))
 
     @property
     def tokens_per_image(self) -> int | None:

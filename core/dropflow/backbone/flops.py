@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,16 +31,24 @@ class DecoderWidths:
 
     @classmethod
     def of(cls, config: Any) -> DecoderWidths:
-        """The widths in a text decoder's transformers config."""
+        """The widths in a text decoder's transformers config; where layers differ in heads, the mean over layers."""
         heads = config.num_attention_heads
+        layers = getattr(config, "per_layer_config", None) or ()
+        own = [config.per_layer_config[number] for number in range(config.num_hidden_layers)] if layers else [config]
         return cls(
             hidden=config.hidden_size,
             intermediate=_intermediate(config),
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=_mean(own, "num_key_value_heads", heads),
+            head_dim=_mean(own, "head_dim", config.hidden_size // heads),
             vocabulary=config.vocab_size,
         )
+
+
+def _mean(layers: Sequence[Any], name: str, otherwise: int) -> int:
+    """The mean of an entry of the layers' configs, rounded."""
+    values = [getattr(layer, name, None) or otherwise for layer in layers]
+    return round(sum(values) / len(values))
 
 
 LLAVA_7B = DecoderWidths(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32064)
@@ -51,7 +60,8 @@ def _intermediate(config: Any) -> int:
     if experts and width:
         shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
         return int(experts * width + shared)
-    return int(config.intermediate_size)
+    size = config.intermediate_size
+    return round(sum(size) / len(size)) if isinstance(size, list | tuple) else int(size)
 
 
 def vision_only(tokens: float, shape: DecoderWidths) -> float:

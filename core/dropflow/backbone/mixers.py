@@ -30,6 +30,27 @@ class Mixer:
     """The layer whose keys a `shared` layer reads."""
 
 
+@dataclass(frozen=True)
+class PlaceScale:
+    """Decoder layers that scale a query by its place among the tokens of a call, which dropping tokens changes."""
+
+    layers: tuple[int, ...]
+    """Those layers, ascending."""
+    tokens: int
+    """The number of tokens, earlier ones included, from which on the scale is not 1 everywhere."""
+    option: str
+    """The entry of the config that switches the scale on."""
+
+    @classmethod
+    def of(cls, config: Any) -> PlaceScale | None:
+        """The scale that a text decoder's transformers config states; `None` for none."""
+        if not getattr(config, "attn_temperature_tuning", False) or not hasattr(config, "floor_scale"):
+            return None
+        rotating = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+        layers = tuple(number for number, rotates in enumerate(rotating[: config.num_hidden_layers]) if not rotates)
+        return cls(layers, int(config.floor_scale), "attn_temperature_tuning") if layers else None
+
+
 def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
     """The mixer of every layer of a text decoder, from its transformers config.
 
@@ -43,8 +64,9 @@ def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
     found: list[Mixer] = []
     for number, name in enumerate(names):
         if number in sharers:
-            producers = [i for i, other in enumerate(names[:number]) if other == name and i not in sharers]
-            found.append(Mixer("shared" if producers else "other", name, producers[-1] if producers else None))
+            made = [i for i, other in enumerate(names[:number]) if other == name and i not in sharers]
+            shares = name in ATTENTION and bool(made)
+            found.append(Mixer("shared" if shares else "other", name, made[-1] if shares else None))
         else:
             found.append(Mixer(_kind(name), name))
     return tuple(found)
@@ -54,6 +76,11 @@ def attending(mixers: Sequence[Mixer]) -> tuple[int, ...] | None:
     """Numbers of the layers with attention, as `BackboneShape.attending` holds them; `None` for all."""
     found = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
     return None if len(found) == len(mixers) else found
+
+
+def producers(mixers: Sequence[Mixer]) -> tuple[tuple[int, int], ...]:
+    """Pairs of a layer that shares keys and the layer that makes them, ascending."""
+    return tuple((number, mixer.producer) for number, mixer in enumerate(mixers) if mixer.producer is not None)
 
 
 def _kind(name: str) -> MixerKind:

@@ -12,6 +12,7 @@ from dropflow.errors import PolicyError
 from dropflow.lifecycle.hooks import HOOKS, Hooks
 from dropflow.lifecycle.lazy import lazy
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
+from dropflow.policy.late_entry import window_faults
 from dropflow.policy.policy import Policy
 from dropflow.policy.ranking import ranking_faults
 from dropflow.policy.schedule import Schedule, encoded, schedule
@@ -158,7 +159,7 @@ def resolve(policy: Policy, shape: BackboneShape, facts: frozenset[str] | None =
     stages = tuple((name, made[name]) for name in policy.stages)
     plan = Plan(policy, shape, stages, Hooks(stages), window)
     _check_order(plan)
-    faults = ranking_faults(plan)
+    faults = [*ranking_faults(plan), *window_faults(plan)]
     if faults:
         raise PolicyError("\n".join(faults))
     return plan

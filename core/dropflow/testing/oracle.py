@@ -51,7 +51,7 @@ class MaskedOracle:
         self._merges, self._deepstack = merges or {}, deepstack
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
-        """Input of every layer in the last forward, each (batch, tokens, dim)."""
+        """Input of every layer in the last forward, each (*streams, batch, tokens, dim)."""
         self._raw = torch.empty(0)
 
     def __enter__(self) -> MaskedOracle:
@@ -61,6 +61,7 @@ class MaskedOracle:
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in enumerate(layers)
         ]
         self._handles.append(text.register_forward_hook(self._read))
+        self._handles.append(text.register_forward_pre_hook(self._whole, with_kwargs=True))
         if self._embeds is not None:
             self._handles.append(text.register_forward_pre_hook(self._replace, with_kwargs=True))
         return self
@@ -95,6 +96,8 @@ class MaskedOracle:
     @staticmethod
     def _merged(hidden: Tensor, into: Tensor) -> Tensor:
         """Hidden states in which every merge target holds the mean of its own state and those merged into it."""
+        if hidden.dim() > 3:
+            return torch.stack([MaskedOracle._merged(stream, into) for stream in hidden])
         into = into.repeat_interleave(hidden.shape[0] // into.shape[0], 0)
         rows = list(hidden.unbind(0))
         for sample, own in enumerate(into.tolist()):
@@ -103,6 +106,11 @@ class MaskedOracle:
                 mean = torch.stack([hidden[sample, member] for member in members]).mean(0)
                 rows[sample] = torch.cat((rows[sample][:target], mean[None], rows[sample][target + 1 :]))
         return torch.stack(rows)
+
+    @staticmethod
+    def _whole(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keeps a decoder from cutting its states to the last tokens between two layers."""
+        return args, kwargs | dict.fromkeys(kwargs.keys() & {"logits_to_keep"}, 0)
 
     def _replace(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self._embeds is not None
@@ -116,11 +124,11 @@ class MaskedOracle:
     def _of(self, number: int, hidden: Tensor, lives: Tensor | None = None) -> Bool[Tensor, "batch tokens"]:
         """A layer's row of `lives` for this forward, expanded over beams and true after the prompt."""
         live = (self._live if lives is None else lives)[number].to(hidden.device)
-        live = live.repeat_interleave(hidden.shape[0] // live.shape[0], 0)
-        return torch.nn.functional.pad(live, (0, hidden.shape[1] - live.shape[1]), value=True)
+        live = live.repeat_interleave(hidden.shape[-3] // live.shape[0], 0)
+        return torch.nn.functional.pad(live, (0, hidden.shape[-2] - live.shape[1]), value=True)
 
     def _mask(self, mask: Tensor | None, live: Tensor, hidden: Tensor, number: int) -> Tensor | None:
-        tokens = hidden.shape[1]
+        tokens = hidden.shape[-2]
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]
         if mask.dim() == 2:

@@ -7,6 +7,7 @@ shares no code with the engine.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -35,7 +36,10 @@ class AbsentOracle(MaskedOracle):
         super().__enter__()
         layers: Any = self._backbone.text.layers
         self._shadowed = list(layers)
+        self._shared: dict[int, dict[Any, tuple[Tensor, ...]]] = {}
+        self._made: dict[tuple[int, Any], Tensor] = {}
         for number, layer in enumerate(self._shadowed):
+            self._names = list(inspect.signature(layer.forward).parameters)[1:]
             layer.forward = partial(self._forward, number, layer.forward)
         return self
 
@@ -53,17 +57,36 @@ class AbsentOracle(MaskedOracle):
         """The layer's output, in which tokens that are not live keep their input."""
         live = self._of(number, hidden)
         samples = []
+        if number == 0:
+            self._shared, self._made = {sample: {} for sample in range(len(live))}, {}
         for sample, own in enumerate(live):
-            rows, tokens = hidden[sample : sample + 1], own.nonzero()[:, 0]
+            rows, tokens = hidden.narrow(-3, sample, 1), own.nonzero()[:, 0]
             if len(tokens):
                 cut = {name: self._cut(name, value, sample, tokens, len(own)) for name, value in kwargs.items()}
+                if "shared_kv_states" in kwargs:
+                    cut["shared_kv_states"] = shared = self._read_shared(sample, tokens)
                 if "attention_mask" in kwargs:
                     cut["attention_mask"] = self._seen(number, kwargs["attention_mask"], sample, tokens, own)
-                found = forward(rows[:, tokens], *args, **cut)
+                moved = [
+                    self._cut(name, value, sample, tokens, len(own))
+                    for name, value in zip(self._names, args, strict=False)
+                ]
+                found = forward(rows.index_select(-2, tokens), *moved, **cut)
                 found = found[0] if isinstance(found, tuple) else found
-                rows = rows.index_copy(1, tokens, found)
+                rows = rows.index_copy(rows.dim() - 2, tokens, found)
+                if "shared_kv_states" in kwargs:
+                    for kind in shared.keys() - self._shared[sample].keys():
+                        self._shared[sample][kind], self._made[sample, kind] = shared[kind], tokens
             samples.append(rows)
-        return torch.cat(samples)
+        return torch.cat(samples, -3)
+
+    def _read_shared(self, sample: int, tokens: Int[Tensor, "live"]) -> dict[Any, tuple[Tensor, ...]]:
+        """The keys and values that earlier layers made of a sample, without those of tokens that are not live."""
+        found = {}
+        for kind, states in self._shared[sample].items():
+            columns = torch.isin(self._made[sample, kind], tokens).nonzero()[:, 0]
+            found[kind] = tuple(part.index_select(2, columns) for part in states)
+        return found
 
     def _cut(self, name: str, value: Any, sample: int, tokens: Int[Tensor, "live"], total: int) -> Any:
         """The part of a per-token argument (..., batch or 1, tokens[, dim]) that belongs to the tokens of a sample."""

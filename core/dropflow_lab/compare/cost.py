@@ -218,7 +218,8 @@ def _attached(backbone: Backbone, policy: Policy | None) -> Iterator[tuple[Flow 
 
 
 def _held(cache: Any) -> int:
-    return sum(held.numel() * held.element_size() for layer in cache.layers for held in (layer.keys, layer.values))
+    kept = (held for layer in cache.layers for held in (layer.keys, layer.values) if held is not None)
+    return sum(held.numel() * held.element_size() for held in kept)
 
 
 def _times(splits: Sequence[tuple[Split, Split]], prompts: int) -> Times:

@@ -292,7 +292,8 @@ class ModelHooks:
             keep = call.logits_to_keep
             if not text and isinstance(keep, int) and keep > 1 and inside_generate():
                 forward.drafts = keep - 1
-        forward.seen, forward.before = seen_by(cache), indices_of(cache)
+        assert call.site is not None
+        forward.seen, forward.before = seen_by(cache), indices_of(cache, call.site.plan.shape)
         forward.stated = isinstance(mask, Tensor) and mask.dim() == 2
         if forward.stated and mask.shape[1] >= forward.seen + tokens:
             forward.real = mask[:, : forward.seen].bool()
@@ -355,6 +356,8 @@ class ModelHooks:
             check_called(self._model)
             call = self._open(core, calling_frame())
             if call is not None and call.site is not None:
+                # a core may have the head itself
+                call.labels, call.logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
                 refusals.check_call(self.backbone, call.site.plan, kwargs, self._brings_images(kwargs))
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
@@ -435,6 +438,9 @@ class ModelHooks:
             embeds = text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
         refusals.check_positions(site.plan, kwargs.get("position_ids"))
+        if site.plan.shape.producers and "logits_to_keep" in kwargs:
+            # a decoder that shares keys may cut its states to these tokens between two layers
+            kwargs = kwargs | {"logits_to_keep": 0}
         if call.visual is None:
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)

@@ -52,7 +52,7 @@ TENSOR_STYLES = frozenset(
 
 def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> None:
     """Refuse a policy whose stages need facts that the backbone cannot state, or name layers that it does not have."""
-    check_mixers(backbone)
+    check_mixers(backbone)  # before the arguments of its layers, because it has the better reason
     for layer in {type(layer): layer for layer in backbone.text._modules["layers"]}.values():
         found = annotated_parameters(layer)
         if found is not None:
@@ -82,6 +82,12 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
         faults.append(
             "positions: `compact` renumbers one position per token, but this backbone's positions have several "
             "dimensions or differ by kind of layer; use `positions: persistent`"
+        )
+    elif plan.policy.positions == "compact" and plan.shape.producers:
+        layer, producer = plan.shape.producers[0]
+        faults.append(
+            f"positions: `compact` renumbers the tokens of every layer, but layer {layer} reads keys that layer "
+            f"{producer} has rotated by its own numbers; use `positions: persistent`"
         )
     if faults:
         raise PolicyError("\n".join(faults))
@@ -275,6 +281,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
         ("output_hidden_states", "layers hold different tokens; use an `observe` stage"),
         ("output_attentions", "it needs eager attention and full maps; use `attention_rows` in a stage"),
         ("output_router_logits", "router logits of dropped tokens do not exist; leave it out"),
+        ("return_shared_kv_states", "layers share keys of different tokens; leave it out"),
     ):
         asked = arguments.get(name)
         if asked if asked is not None else getattr(config, name, False):

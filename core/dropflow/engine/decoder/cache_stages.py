@@ -11,10 +11,12 @@ from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
 from dropflow.engine.decoder.layer_arguments import Held
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
+from dropflow.engine.model.arguments import parameters_of
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.tap import tapped, uncompiled
 from dropflow.engine.tokens.cache import entries_of, flow_layers, is_flow_cache, keys_of
 from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.events import CacheEvent, Eviction
 from dropflow.lifecycle.stage import Stage
@@ -27,10 +29,19 @@ class CacheStages:
         self._site, self._step, self._tokens = site, step, tokens
         self.stages = [stage for stage in site.cache_stages if _asks(stage, step)]
         self._tapped: dict[int, TappedLayer] = {}
+        self._shared: dict[int, FlowShared] = {}
+        self.begin(cache)
+
+    def begin(self, cache: Any) -> None:
+        """Take the cache of the call, before any layer has run."""
         self.cache = cache
+        if is_flow_cache(cache):
+            self._shared = FlowShared.before(flow_layers(cache), self._site.plan.shape)
 
     def held(self, number: int) -> Held:
-        """The cache layer of a decoder layer; `None` for one without attention."""
+        """What the cache holds for a decoder layer; `None` for one without attention."""
+        if number in self._shared:
+            return self._shared[number]
         return flow_layers(self.cache).get(number) if is_flow_cache(self.cache) else None
 
     def has_state(self, number: int) -> bool:
@@ -59,7 +70,8 @@ class CacheStages:
         live: LiveSet | None = None,
     ) -> Any:
         """Run a layer on the call's tokens in `live` (`None` for all of them), and keep its q and k."""
-        rotary = kwargs.get("position_embeddings")
+        given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
+        rotary = given.get("position_embeddings")
 
         def keep(seen: QueryKey) -> None:
             self._tapped[number] = TappedLayer(self._site.sharded(replace(seen, rotary=rotary)), live)

@@ -12,6 +12,7 @@ from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.tokens.cache import flow_layers, note_padding
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
+from dropflow.engine.tokens.shared_entries import FlowShared
 
 
 class ContinuedRun:
@@ -23,8 +24,12 @@ class ContinuedRun:
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
         """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
-        self._held = flow_layers(cache)
-        self._caches = CacheStages(site, _generated(next(iter(self._held.values()))), embeds.shape[1], cache)
+        held = flow_layers(cache)
+        self._held: dict[int, FlowLayer | UniformLayer | FlowShared] = {
+            **held,
+            **FlowShared.before(held, site.plan.shape),
+        }
+        self._caches = CacheStages(site, _generated(next(iter(held.values()))), embeds.shape[1], cache)
         stages = self._caches.stages
         self._taps = {layer for stage in stages for layer in (*stage.taps, *stage.decode_taps)}
         self._arguments = ContinuedArguments(site, embeds)

@@ -10,6 +10,7 @@ from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.payloads import Exit, WindowCall
 from dropflow.lifecycle.stage import Window
+from dropflow.policy.late_entry import late_entry
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
@@ -35,6 +36,9 @@ def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecis
     answered = {name: one if isinstance(one, Exit) else Exit(one) for name, one in plan.hooks.exit(call)}
     exits = _boundaries(((name, one.boundary) for name, one in answered.items()), "exit", layers)
     window = Window(max(entries.values(), default=0), min(exits.values(), default=layers))
+    late = late_entry(plan.shape, window)
+    if late is not None:
+        raise DecisionError("; ".join(f"stages.{name}: {late}" for name, one in entries.items() if one == window.entry))
     by = {
         boundary: tuple(name for name, answer in answers.items() if answer == boundary)
         for boundary, answers in ((window.entry, entries), (window.exit, exits))

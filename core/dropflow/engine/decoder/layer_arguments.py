@@ -20,9 +20,10 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.masks import causal_mask, continued_mask, gather_mask
 from dropflow.engine.tokens.positions import renumbered
 from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
+from dropflow.engine.tokens.shared_entries import FlowShared
 
-Held = FlowLayer | UniformLayer | None
-"""The cache layer of a decoder layer; `None` where there is no cache."""
+Held = FlowLayer | UniformLayer | FlowShared | None
+"""What the cache holds for a decoder layer; `None` where there is no cache."""
 
 
 class Once:
@@ -48,11 +49,11 @@ class ContinuedArguments:
     def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
         self._site, self._embeds, self._once = site, embeds, Once()
 
-    def fit(self, held: FlowLayer | UniformLayer) -> bool:
+    def fit(self, held: FlowLayer | UniformLayer | FlowShared) -> bool:
         """Whether the model's own arguments already fit the layer."""
         return held.index is None or (held.index.complete and not self._site.compact)
 
-    def arguments(self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer) -> dict[str, Any]:
+    def arguments(self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer | FlowShared) -> dict[str, Any]:
         """Keyword arguments with the mask and the positions that the layer's cache needs."""
         index = held.index
         if index is None:

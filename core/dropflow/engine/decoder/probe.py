@@ -77,8 +77,9 @@ class LayerProbe:
 
     def _query(self, rows: Tensor, projections: Projections) -> Tensor:
         rows = rows.to(self._hidden.device)
-        hidden = self._hidden.gather(1, rows[:, :, None].expand(-1, -1, self._hidden.shape[2]))
-        some, known = LiveSet(rows, None, self._hidden.shape[1]), TOKEN_DIMS
+        index = rows[:, :, None].expand(*self._hidden.shape[:-2], rows.shape[1], self._hidden.shape[-1])
+        hidden = self._hidden.gather(-2, index)
+        some, known = LiveSet(rows, None, self._hidden.shape[-2]), TOKEN_DIMS
         args, kwargs = self._arguments
         names = parameters_of(self._layer)
         args = (*args[:1], *(_some(name, value, some) for name, value in zip(names[1:], args[1:], strict=False)))
@@ -114,7 +115,8 @@ def _unread(projections: tuple[Any, ...], shadows: Shadows) -> Iterator[None]:
 
 
 def _zeros_of_width(width: int) -> Callable[..., Tensor]:
-    return lambda hidden, *_, **__: hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
+    # a row rather than one number, because complex RoPE (`view_as_complex`) needs the last stride to be 1
+    return lambda hidden, *_, **__: hidden.new_zeros(width).expand(*hidden.shape[:-1], width)
 
 
 @contextmanager

@@ -11,21 +11,24 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide_keeps
 from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
 from dropflow.engine.decoder.keeps import Replayed
-from dropflow.engine.decoder.layer_arguments import LayerArguments
+from dropflow.engine.decoder.layer_arguments import Held, LayerArguments
+from dropflow.engine.decoder.places import check_places
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.recurrent import run_without_attention
+from dropflow.engine.decoder.shared_keys import SharedKeys
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
-from dropflow.engine.tokens.cache import convert_cache
+from dropflow.engine.tokens.cache import convert_cache, seen_by
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import check_arguments
+from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.events import BoundaryEvent
 from dropflow.lifecycle.stage import Window
@@ -55,8 +58,10 @@ class PromptRun:
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
         self._site, self._embeds, self._residuals, self._real = site, embeds, residuals, real
-        self._entering = embeds
         self._caches = CacheStages(site, 0, tokens)
+        self._shared = SharedKeys(site)
+        self._entering = embeds
+        """What the first layer receives, with which tokens enter late."""
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | set(plan.ranking_taps)
         self._replayed = replayed
@@ -111,16 +116,26 @@ class PromptRun:
             return run_without_attention(number, layer, args, kwargs, self._arguments, live=live, continues=continues)
         held, arguments = self._caches.held(number), self._arguments
         keys = arguments.keys(held)
-        args, kwargs = arguments.arguments(layer, args, kwargs, held, keys)
+        args, kwargs = self._fitted(number, layer, args, kwargs, held)
         if arguments.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
             output = self._caches.tap(number, layer, args, kwargs, self.live)
         else:
             output = layer(*args, **kwargs)
-        if held is not None and held.is_initialized:
+        self._shared.note_made(number, arguments)
+        if isinstance(held, FlowShared):
+            self._shared.note_seen(number, held, self.live, self.live_mask)
+        elif held is not None and held.is_initialized:
             held.set_index(keys)
         return output
+
+    def _fitted(
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held
+    ) -> Arguments:
+        """The layer's arguments, adjusted to the live tokens, its cache and the keys that it shares."""
+        kwargs = self._shared.restricted(number, kwargs, self.live)
+        return self._arguments.arguments(layer, args, kwargs, held, self._arguments.keys(held))
 
     def finish(self) -> None:
         """Ask the cache stages."""
@@ -129,14 +144,16 @@ class PromptRun:
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the arguments of the first layer before anything has run."""
         plan, known = self._site.plan, self._site.backbone.token_arguments
-        self._entering = hidden_of(args, kwargs)  # not the embeddings, which Granite scales inside its decoder
+        self._entering = hidden_of(args, kwargs)  # Granite scales the embeddings, Gemma 3n makes streams of them
         if self.drops:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             check_arguments(given, self.live, known)
+            seen = seen_by(cache_in(kwargs)[1])
+            check_places(self._site.backbone, plan, self.prompt, self.window, self.live.total + seen)
         _, cache = cache_in(kwargs)
-        self._caches.cache = cache
         if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
-            convert_cache(cache, plan.shape.layers, uniform=plan.uniform, written_by=plan.identity, real=self._real)
+            convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)
+        self._caches.begin(cache)
 
     def _with_residual(self, number: int, hidden: Tensor) -> Tensor:
         """Add to live visual tokens what the model itself adds to all visual tokens after layer `number`."""
@@ -172,7 +189,7 @@ class PromptRun:
             decision = self._decide(number, layer, hidden, args, kwargs)
         if stages or replays:
             if decision.merge_into is not None:
-                hidden = mean_into(hidden, decision.merge_into)
+                hidden = _merged(hidden, decision.merge_into)
                 merged = shown.to_tokens(decision.merge_into.to(shown.index.device))
             hidden = self._move(decision.live_mask, hidden, None, None, decision)
             self._arguments = self._arguments.weighed(decision.log_weights)
@@ -201,7 +218,7 @@ class PromptRun:
             self.window,
             self.live,
             self.live_mask,
-            hidden,
+            site.backbone.seen_states(hidden),
             site.backbone.final_norm,
             self._embeds,
             training,
@@ -212,12 +229,12 @@ class PromptRun:
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LayerProbe:
-        site, held, arguments = self._site, self._caches.held(number), self._arguments
+        site, held = self._site, self._caches.held(number)
         return LayerProbe(
             number,
             layer,
             hidden,
-            lambda: arguments.arguments(layer, args, kwargs, held, arguments.keys(held)),
+            lambda: self._fitted(number, layer, args, kwargs, held),
             implementation=site.implementation,
             projections=site.backbone.projections(layer),
             past=self._caches.past(number),
@@ -295,3 +312,8 @@ class PromptRun:
 def _replayed_window(replayed: Replayed, plan: Plan) -> WindowDecision:
     """A window that is open to the end: what has left it goes as the keeps say."""
     return WindowDecision(Window(replayed.entry, plan.shape.layers), False, {})
+
+
+def _merged(hidden: Tensor, into: Tensor) -> Tensor:
+    """Hidden states (*streams, batch, slots, dim) with the mean of those merged at the slots in `into`."""
+    return mean_into(hidden, into) if hidden.dim() == 3 else torch.stack([mean_into(one, into) for one in hidden])

@@ -105,9 +105,14 @@ class PromptRecord:
 
     @property
     def attending(self) -> Sequence[int]:
-        """Decoder layers with attention, whose caches have entries."""
+        """Decoder layers with attention, which read cache entries: their own, or those of the layer they share with."""
         shape = self.plan.shape
         return range(shape.layers) if shape.attending is None else shape.attending
+
+    @property
+    def holding(self) -> Sequence[int]:
+        """Decoder layers whose caches have entries: those that make keys."""
+        return self.plan.shape.holding
 
     @property
     def cache(self) -> Any:
@@ -164,8 +169,8 @@ class PromptRecord:
             self.history.note(self.held(), self._seen(self.history.length + tokens))
 
     def held(self) -> Sequence[KeyIndex]:
-        """Index of what the cache of each layer with attention holds."""
-        return indices_of(self.cache) or self._dense()
+        """Index of the cache entries that each layer with attention reads."""
+        return indices_of(self.cache, self.plan.shape) or self._dense()
 
     def seen_now(self) -> int:
         """Number of logical tokens the cache has seen, or had seen when it was last used."""

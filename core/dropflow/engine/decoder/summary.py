@@ -20,6 +20,7 @@ def summed_up(record: PromptRecord) -> Report:
     depth = record.plan.shape.layers
     visual, (work, dense_work) = _visual_tokens(record), _flops(record)
     held, after, end = _kv(record)
+    held_after, held_end = _own_entries(record, after), _own_entries(record, end)
     kv, kv_end = (_every_layer(record, one) for one in (after, end))
     bytes_per_entry = flops.kv_bytes(1, record.widths, max(part.bytes_per_number for part in record.parts))
     brought = [part.prompt for part in record.parts if part.prompt is not None]
@@ -44,12 +45,12 @@ def summed_up(record: PromptRecord) -> Report:
         tower_visual_tokens_dense=_patches(brought) if encoded else None,
         flops=sum(work),
         flops_dense=dense_work,
-        kv_bytes=sum(after.entries) / after.rows * bytes_per_entry,
-        kv_bytes_dense=after.dense * len(record.attending) / after.rows * bytes_per_entry,
+        kv_bytes=held_after * bytes_per_entry,
+        kv_bytes_dense=after.dense * len(record.holding) / after.rows * bytes_per_entry,
         steps=max(record.seen_now() - record.length, 0),
-        kv_bytes_end=sum(end.entries) / end.rows * bytes_per_entry,
-        kv_bytes_end_dense=end.dense * len(record.attending) / end.rows * bytes_per_entry,
-        kv_entries_over_time=tuple(sum(one.entries) / one.rows for one in held),
+        kv_bytes_end=held_end * bytes_per_entry,
+        kv_bytes_end_dense=end.dense * len(record.holding) / end.rows * bytes_per_entry,
+        kv_entries_over_time=tuple(_own_entries(record, one) for one in held),
         average_visual_tokens_answer=_attended(record, visual, held),
     )
 
@@ -80,6 +81,12 @@ def _flops(record: PromptRecord) -> tuple[list[float], float]:
             seen = whole + part.past.dense.to(live.device)
         layers, whole_layers = flops.layer(live, keys, record.widths), flops.layer(whole, seen, record.widths)
         whole_layers = whole_layers.repeat(depth, 1)
+        for number, _ in record.plan.shape.producers:  # no projections of k and v
+            saved = 2 * record.widths.hidden * record.widths.kv_heads * record.widths.head_dim
+            layers[number], whole_layers[number] = (
+                layers[number] - live[number] * saved,
+                whole_layers[number] - whole * saved,
+            )
         for number, per_token in work.items():
             layers[number], whole_layers[number] = live[number] * per_token, whole * per_token
         own.append(layers)
@@ -93,17 +100,22 @@ def _numbers(record: PromptRecord, like: Tensor) -> Tensor:
 
 
 def _every_layer(record: PromptRecord, held: Held) -> Held:
-    """What was held, for every decoder layer: nothing in those without attention."""
+    """What was held, for every decoder layer: nothing in those without keys of their own."""
     entries, visual = (
         dict(zip(record.attending, held.entries, strict=True)),
         dict(zip(record.attending, held.visual, strict=True)),
     )
-    depth = record.plan.shape.layers
+    depth, holding = record.plan.shape.layers, set(record.holding)
     return replace(
         held,
-        entries=tuple(entries.get(layer, 0) for layer in range(depth)),
-        visual=tuple(visual.get(layer, 0) for layer in range(depth)),
+        entries=tuple(entries[layer] if layer in holding else 0 for layer in range(depth)),
+        visual=tuple(visual[layer] if layer in holding else 0 for layer in range(depth)),
     )
+
+
+def _own_entries(record: PromptRecord, held: Held) -> float:
+    """Entries of all layers' caches, as the mean over samples; layers that share keys hold none."""
+    return sum(_every_layer(record, held).entries) / held.rows
 
 
 def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:

@@ -43,18 +43,24 @@ def check_cache(cache: Any, shape: BackboneShape, *, uniform: bool) -> None:
             f"{CACHE_ARGUMENT}: expected at most {shape.layers} layers, got {len(cache.layers)}; start with a fresh "
             "cache"
         )
-    missing = range(len(cache.layers), shape.layers)
-    unfit = [number for number, layer in enumerate(cache.layers) if _has_entries(layer) != shape.attends(number)]
-    if unfit or not all(map(shape.attends, missing)):
+    holding = shape.holding
+    missing = range(len(cache.layers), holding[-1] + 1)
+    unfit = [number for number, layer in enumerate(cache.layers) if _has_entries(layer) != (number in holding)]
+    if unfit or not set(missing) <= set(holding):
         raise UnsupportedModel(
-            f"{CACHE_ARGUMENT}: some layers of this model have no attention, and the cache does not know which; make "
-            "it by DynamicCache(config=model.config)"
+            f"{CACHE_ARGUMENT}: some layers of this model have no attention, or share the keys of others, and the "
+            "cache does not know which; make it by DynamicCache(config=model.config)"
         )
     _adopted(cache, uniform=uniform, written_by=None)
 
 
 def convert_cache(
-    cache: Cache, layers: int, *, uniform: bool, written_by: Any, real: Bool[Tensor, "batch tokens"] | None = None
+    cache: Cache,
+    shape: BackboneShape,
+    *,
+    uniform: bool,
+    written_by: Any,
+    real: Bool[Tensor, "batch tokens"] | None = None,
 ) -> None:
     """Replace the layers of the caller's cache that have entries, in place, by layers that record their tokens.
 
@@ -62,7 +68,7 @@ def convert_cache(
     """
     adopted = _adopted(cache, uniform=uniform, written_by=written_by, real=real)
     replicated = cache.layer_class_to_replicate or DynamicLayer
-    for _ in range(layers - len(adopted)):
+    for _ in range(len(adopted), shape.holding[-1] + 1):
         adopted.append(
             FlowLayer(written_by=written_by) if replicated is DynamicLayer else UniformLayer(replicated(), written_by)
         )
@@ -105,13 +111,17 @@ def flow_layers(cache: Cache) -> dict[int, FlowLayer | UniformLayer]:
     return {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, FlowLayer | UniformLayer)}
 
 
-def indices_of(cache: Any) -> tuple[KeyIndex, ...] | None:
-    """Index of each layer with entries of a cache written under a policy; `None` for other caches."""
+def indices_of(cache: Any, shape: BackboneShape) -> tuple[KeyIndex, ...] | None:
+    """Index of the entries that each layer with attention reads in a cache written under a policy.
+
+    `None` for other caches.
+    """
     if not is_flow_cache(cache):
         return None
-    held = flow_layers(cache).values()
-    found = tuple(layer.index for layer in held if layer.index is not None)
-    return found if len(found) == len(held) else None
+    held, producers = flow_layers(cache), dict(shape.producers)
+    read = sorted((*held, *producers))
+    found = tuple(index for layer in read if (index := held[producers.get(layer, layer)].seen_by(layer)) is not None)
+    return found if len(found) == len(read) else None
 
 
 def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
@@ -122,6 +132,7 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
             if layer.index not in made:
                 made[layer.index] = layer.index.upto(length, real)
             layer.index = made[layer.index]
+            layer.each_shared(lambda seen: seen.upto(length, real))
 
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:

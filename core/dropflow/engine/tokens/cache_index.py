@@ -141,6 +141,12 @@ class KeyIndex:
         index.dropped = _sum(self.dropped, self.tokens - index.tokens)
         return index
 
+    def narrowed(self, seen: Bool[Tensor, "batch last"]) -> KeyIndex:
+        """The same entries for a layer that sees, of the last ones, only those where `seen` is true."""
+        seen = torch.nn.functional.pad(seen, (len(self) - seen.shape[1], 0), value=True).to(self.logical.device)
+        valid = seen if self.valid is None else self.valid & seen
+        return KeyIndex(self.logical, valid, self.image_id, self.length, self.dropped, self.images)
+
     @lazy
     def tokens(self) -> Int[Tensor, "batch"]:
         """Number of tokens held for each sample, excluding padding."""

@@ -35,6 +35,9 @@ class Indexed:
     """Number of logical tokens seen when the last prompt was recorded."""
     written_by: Any
     """Identifies the writer: any value that is equal for equal policies on equal backbones."""
+    shared: dict[int, KeyIndex]
+    """The same entries as another decoder layer that reads them sees them, by its number; a layer without an entry here
+    sees them all."""
 
     @property
     def length(self) -> int:
@@ -44,6 +47,15 @@ class Indexed:
     def set_index(self, index: KeyIndex) -> None:
         """Record which tokens the entries hold, after a call that stored fewer tokens than it saw."""
         self.index, self.prompt = index, index.length
+
+    def seen_by(self, layer: int) -> KeyIndex | None:
+        """The index as another decoder layer sees the entries that it reads here."""
+        return self.shared.get(layer, self.index)
+
+    def each_shared(self, change: Callable[[KeyIndex], KeyIndex]) -> None:
+        """Change what other layers see as the entries change; layers that see the same keep one index."""
+        made = {index: change(index) for index in dict.fromkeys(self.shared.values())}
+        self.shared = {layer: made[index] for layer, index in self.shared.items()}
 
     def width(self, entries: int) -> int:
         """Number of entries passed to attention when `entries` are held."""
@@ -90,7 +102,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
     def __init__(self, is_sliding: bool = False, written_by: Any = None) -> None:
         super().__init__()
         self.is_sliding = is_sliding
-        self.index, self.prompt, self.written_by = None, 0, written_by
+        self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
         self._notes: dict[str, Tensor] = {}
 
     @classmethod
@@ -146,6 +158,8 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         order = kept.index[:, None, :, None].to(self.keys.device)
         take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
+        length = self.length
+        self.each_shared(lambda seen: seen.upto(length).compacted(kept))
         self.index = index
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
 
@@ -164,7 +178,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index, self.prompt, self._notes = None, 0, {}
+        self.index, self.prompt, self._notes, self.shared = None, 0, {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
@@ -178,6 +192,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         explicit = count - (self.length - self.index.length)
         if explicit > 0:
             self.index = self.index.without_last(explicit)
+            self.each_shared(lambda seen: seen.without_last(explicit))
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -198,6 +213,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
     def _pick(self, key: Any, rows: Any, picked: Tensor) -> None:
         if self.index is not None:
             self.index = self.index.rows(key, rows)
+            self.each_shared(lambda seen: seen.rows(key, rows))
             self.keys, self.values = self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)]
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
 
@@ -213,7 +229,7 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
 
     def __init__(self, inner: Any, written_by: Any = None) -> None:
         self._inner = inner
-        self.index, self.prompt, self.written_by = None, 0, written_by
+        self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
 
     @classmethod
     def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> UniformLayer:

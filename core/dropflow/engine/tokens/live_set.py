@@ -78,12 +78,17 @@ class LiveSet:
         own = torch.arange(self.total, device=slots.device).repeat(len(slots), 1)
         return own.scatter_(1, self.index, self.index.gather(1, slots))
 
-    def restrict(self, previous: LiveSet, states: Float[Tensor, "batch slots dim"], raw: Tensor | None) -> Tensor:
+    def restrict(
+        self, previous: LiveSet, states: Float[Tensor, "*streams batch slots dim"], raw: Tensor | None
+    ) -> Tensor:
         """Move states from the slots of `previous` to the slots of this set.
 
-        With `raw` (batch, tokens, dim), tokens that were not live before enter with their untransformed row of it;
-        without `raw`, this set must be a subset of `previous`.
+        With `raw` (*streams, batch, tokens, dim), tokens that were not live before enter with their untransformed row
+        of it; without `raw`, this set must be a subset of `previous`.
         """
+        if states.dim() > 3:
+            rows = [None] * len(states) if raw is None else list(raw)
+            return torch.stack([self.restrict(previous, *stream) for stream in zip(states, rows, strict=True)])
         source = previous.slot.gather(1, self.index).to(states.device)
         if raw is not None:
             held = previous.index if previous.valid is None else torch.where(previous.valid, previous.index, -1)

@@ -21,10 +21,13 @@ TOKEN_DIMS: Mapping[str, int] = {
     "per_layer_input": -2,
     "moe_mm_token_type_ids": -1,
     "input_ids": -1,
+    "labels": -1,
     "ple_input_ids": -1,
 }
 """Argument of a decoder layer -> the token dimension of its tensors."""
-OWN_WAY = frozenset({"attention_mask", "hidden_states"})
+SHARED_KEYS = "shared_kv_states"
+"""Argument of a decoder layer in which some layers leave keys and values for others, by kind of layer."""
+OWN_WAY = frozenset({"attention_mask", "hidden_states", SHARED_KEYS})
 """Arguments that the engine adjusts separately, as it does the cache."""
 CACHES = frozenset({"past_key_values", "past_key_value", "cache", "layer_past"})
 """Names of the cache parameter of decoder layers, used if their annotations do not identify it."""

@@ -51,7 +51,11 @@ class FlowFeatures(Features):
     """
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "pooler_output" and _read_by_a_model(sys._getframe(1)) and self.flags().plan not in attached_plans:
+        if (
+            name in ("pooler_output", "last_hidden_state")
+            and _read_by_a_model(sys._getframe(1))
+            and self.flags().plan not in attached_plans
+        ):
             raise UnsupportedCall(
                 "mm_encoder_outputs: these features were encoded under a policy that has since been detached; encode "
                 "the images again"

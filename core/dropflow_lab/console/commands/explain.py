@@ -38,7 +38,7 @@ def explain(
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B
-    from dropflow.backbone.mixers import attending
+    from dropflow.backbone.mixers import attending, producers
     from dropflow.units import BackboneShape
     from dropflow_lab.explain.forecast import explain as forecast
     from dropflow_lab.inputs.widths import read_widths
@@ -52,6 +52,7 @@ def explain(
             depth,
             visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
             attending(mixers) if depth == len(mixers) else None,
+            producers(mixers) if depth == len(mixers) else (),
         )
         explanation = forecast(loaded, shape, widths, text_tokens)
     emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation, widths))

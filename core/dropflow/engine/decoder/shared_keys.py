@@ -1,0 +1,77 @@
+"""Keys that several decoder layers share: each sees those of its own live tokens, whichever layer made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dropflow.engine.decoder.layer_arguments import LayerArguments, Once
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.restricting import SHARED_KEYS
+from dropflow.engine.tokens.shared_entries import FlowShared
+from dropflow.errors import UnsupportedModel
+
+
+class SharedKeys:
+    """The tokens on which the layers that make shared keys ran in one call, and what of them other layers see.
+
+    A layer that shares keys gets those of the earlier turns and of its own live tokens, so that its mask and its
+    attention rows are those of a layer that made them itself. The cache keeps every key that was made, and records for
+    each such layer which of them it sees.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self._producers = dict(site.plan.shape.producers)
+        self._kinds = [mixer.name for mixer in site.backbone.mixers] if self._producers else []
+        self._made: dict[int, LayerArguments] = {}
+        self._once = Once()
+
+    def note_made(self, number: int, arguments: LayerArguments) -> None:
+        """Record on which tokens a layer ran, if others share its keys."""
+        if number in self._producers.values():
+            self._made[number] = arguments
+
+    def restricted(self, number: int, kwargs: dict[str, Any], live: LiveSet) -> dict[str, Any]:
+        """Keyword arguments of a layer, in which the keys and values that it shares are those of `live` tokens."""
+        producer = self._producers.get(number)
+        if producer is None or self._made[producer].live is live:
+            return kwargs
+        shared = kwargs.get(SHARED_KEYS)
+        kind = self._kinds[number]
+        name = kind if shared is not None and kind in shared else producer  # up to transformers 5.20, a number
+        if shared is None or name not in shared:
+            raise UnsupportedModel(
+                f"layer {number}: shares the keys of layer {producer}, but does not receive them as `{SHARED_KEYS}`; "
+                "use a version of transformers that dropflow is tested with"
+            )
+        made = self._made[producer].live
+        taken = self._once(
+            ("keys", *shared[name], live), lambda: tuple(_taken(one, made, live) for one in shared[name])
+        )
+        return kwargs | {SHARED_KEYS: type(shared)({**shared, name: taken})}
+
+    def note_seen(self, number: int, held: FlowShared, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> None:
+        """Record in the cache which of the entries a layer that shares them sees; call it after the layer ran."""
+        made = self._made[self._producers[number]]
+        index = made.keys(held)
+        if made.live is not live:
+            index = self._once(
+                ("seen", index, live), lambda: index.narrowed(live_mask.gather(1, made.live.index.to(live_mask.device)))
+            )
+        if index is not held.layer.index:
+            held.layer.shared[number] = index
+
+
+def _taken(states: Tensor, made: LiveSet, live: LiveSet) -> Tensor:
+    """Keys or values (batch, kv_heads, keys, dim) of earlier turns, and of the tokens that are `live`."""
+    columns = _columns(states.shape[2] - made.slots, made.slot.gather(1, live.index).clamp(min=0)).to(states.device)
+    return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def _columns(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch keys"]:
+    before = torch.arange(past, device=slots.device).expand(len(slots), -1)
+    return torch.cat((before, past + slots), 1)
