@@ -68,7 +68,9 @@ def test_a_scoring_pass_is_ranked_as_the_prompt_was(llava: Any, more: int) -> No
 
 
 @pytest.mark.parametrize("as_positions", [False, True])
-def test_a_scoring_pass_over_packed_rows_ranks_the_scored_document_as_its_prompt(llava: Any, as_positions: bool) -> None:
+def test_a_scoring_pass_over_packed_rows_ranks_the_scored_document_as_its_prompt(
+    llava: Any, as_positions: bool
+) -> None:
     documents = [prompt([(3, "I", 5)]), prompt([(2, "I", 6)], seed=4)]
     (first, second), answer = [one["input_ids"].shape[1] for one in documents], 4
     packed = {

@@ -336,8 +336,8 @@ def check_packed(backbone: Backbone, implementation: str, starts: Tensor | None)
     states = [number for number, mixer in enumerate(backbone.mixers) if mixer.kind == "recurrent"]
     if states:
         raise UnsupportedCall(
-            f"position_ids: restart within a row, but layer {states[0]} ({backbone.mixers[states[0]].name}) has a state "
-            "or a convolution that runs on from one document into the next; pad the batch"
+            f"position_ids: restart within a row, but layer {states[0]} ({backbone.mixers[states[0]].name}) has a "
+            "state or a convolution that runs on from one document into the next; pad the batch"
         )
 
 
