@@ -258,6 +258,20 @@ def test_labels_taken_out_of_the_call_are_stated(more: dict[str, Any]) -> None:
     assert torch.equal(live, expected)
 
 
+def test_nobody_asks_where_every_token_is_labelled() -> None:
+    """TRL labels whole conversations; stages that rank then keep everything, as the training page says."""
+
+    def conversations(model: Any, processor: Any, folder: str, **more: Any) -> Any:
+        data = rows("completion").map(lambda row: {"messages": row["prompt"] + row["completion"]})
+        data = data.remove_columns(["prompt", "completion"])
+        arguments = trl.SFTConfig(folder, max_length=None, **COMMON | {"max_steps": 1} | more)
+        return trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=processor)
+
+    ((ids, live),) = Run(conversations, PYRAMID).calls
+    assert (ids == IMAGE).any(1).all()
+    assert live.all(0).equal(ids != VOCABULARY.index("<pad>"))
+
+
 def test_the_smoothed_loss_of_preferences_is_the_masked_runs() -> None:
     more = {"label_smoothing": 0.1, "loss_type": ["robust"]}
     assert_masked(Run(dpo, PYRAMID, **more), dpo, **more)
