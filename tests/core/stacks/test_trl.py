@@ -240,6 +240,15 @@ def test_scoring_passes_keep_the_tokens_of_the_rollout(which: str) -> None:
     assert len({len([token for token in answer if token]) for answer in answers}) > 1, "answers are of one length"
 
 
+def test_both_answers_of_a_preference_are_read_after_the_same_tokens() -> None:
+    """By the model and its reference: the last token of their prompt asks, not that of an answer."""
+    for ids, live in under(dpo, "pyramid").calls[:2]:
+        (chosen, rejected), (first, second) = ids.chunk(2), live.chunk(2, 1)
+        shared = (chosen == rejected).all(0).long().cumprod(0).bool()
+        assert not shared.all()
+        assert torch.equal(first[:, :, shared], second[:, :, shared])
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     run = Run(sft, PYRAMID, **halves)
