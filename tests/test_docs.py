@@ -172,7 +172,8 @@ def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Trainer, PEFT and the CPU: this is about our lines
         for block in blocks("docs/training.md", "python"):
-            exec(block.text, known)
+            if "from trl" not in block.text:  # these run where TRL is installed: tests/core/stacks/test_trl.py
+                exec(block.text, known)
     assert known["flow"].policy == dropflow.load_policy(HIDROP)
     assert known["scored"].logits.shape[1] == known["kept"] + 1
     for folder in ("trained", "trained-again", "merged"):

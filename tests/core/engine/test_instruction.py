@@ -67,6 +67,29 @@ def test_a_scoring_pass_is_ranked_as_the_prompt_was(llava: Any, more: int) -> No
     assert asked(llava, inputs, logits_to_keep=positions.flip(0)[: keep - more].sort().values)[0] == [length - 1 + more]
 
 
+@pytest.mark.parametrize("as_positions", [False, True])
+def test_a_scoring_pass_over_packed_rows_ranks_the_scored_document_as_its_prompt(
+    llava: Any, as_positions: bool
+) -> None:
+    documents = [prompt([(3, "I", 5)]), prompt([(2, "I", 6)], seed=4)]
+    (first, second), answer = [one["input_ids"].shape[1] for one in documents], 4
+    packed = {
+        "input_ids": torch.cat([one["input_ids"] for one in documents], 1),
+        "pixel_values": torch.cat([one["pixel_values"] for one in documents]),
+        "position_ids": torch.cat([torch.arange(first), torch.arange(second)])[None],
+        "use_cache": False,
+    }
+    keep: Any = torch.arange(first + second)[-answer - 1 :] if as_positions else answer + 1
+    assert asked(llava, packed) == [[first - 1, first + second - 1]]
+    assert asked(llava, packed, logits_to_keep=keep) == [[first - 1, first + second - answer - 1]]
+    with torch.no_grad(), dropflow.attach(llava, PYRAMID) as flow:
+        scored, live = llava(**packed, logits_to_keep=keep).logits, flow.live()
+        own, keep = documents[1], torch.arange(second)[-answer - 1 :] if as_positions else keep
+        alone = llava(**own, logits_to_keep=keep, use_cache=False).logits
+        assert torch.equal(live[:, :, first:], flow.live())
+    assert relative_error(scored, alone) < 1e-5
+
+
 @torch.no_grad()
 def test_a_scoring_pass_gives_the_log_probabilities_of_the_rollout(llava: Any) -> None:
     inputs = prompt([(3, "I", 5), (1, "I", 2)])

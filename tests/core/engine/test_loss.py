@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -169,3 +170,30 @@ def test_labelled_logits_are_refused_where_the_loss_is_computed_otherwise() -> N
     assert not model._forward_hooks
     with pytest.raises(ValueError, match="logits: expected 'all' or 'labelled', got 'some'"):
         dropflow.attach(model, HIDROP, logits="some")  # type: ignore[arg-type]
+
+
+def test_labelled_logits_are_refused_where_the_forward_is_replaced_on_the_model_afterwards() -> None:
+    """As by trainers with fused heads, which may present their forward as the class's own."""
+    model, inputs = tiny_llava().train(), labelled()
+    original = model.forward
+
+    @wraps(type(model).forward)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    @wraps(type(model).forward)
+    def fused(labels: Tensor | None = None, **arguments: Any) -> Any:
+        return Fused.forward(model, labels, **arguments)
+
+    with dropflow.attach(model, HIDROP, logits="labelled"):
+        expected = model(**inputs)
+        model.forward = passing
+        assert torch.equal(model(**inputs).loss, expected.loss)
+        model.forward = fused
+        with pytest.raises(UnsupportedModel, match=r"logits: 'labelled', but the forward .* leave `logits` out"):
+            model(**inputs)
+        del model.forward
+        assert torch.equal(model(**inputs).loss, expected.loss)
+    model.forward = fused
+    with dropflow.attach(model, HIDROP):
+        assert loss_of(model(**inputs)).item() == pytest.approx(expected.loss.item(), rel=1e-5)

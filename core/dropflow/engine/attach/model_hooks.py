@@ -362,6 +362,8 @@ class ModelHooks:
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
             return args, kwargs
+        if call.labelled_only:
+            refusals.check_loss_call(self._model)
         call.core_runs = True
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
@@ -452,7 +454,7 @@ class ModelHooks:
         starts = None
         if call.attention_mask is None and cache is None:  # only in this case does transformers treat rows as packed
             starts = document_starts(kwargs.get("position_ids"))
-            refusals.check_packed(site.implementation, starts)
+            refusals.check_packed(self.backbone, site.implementation, starts)
         stated = refusals.stated_instruction_tokens(embeds, forward.seen)
         instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
         visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,6 +16,7 @@ from dropflow.engine.attach.packed_refusals import place_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
+from dropflow.engine.model.turns import names_inside
 from dropflow.engine.tokens.cache import check_cache, is_flow_cache
 from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
@@ -214,10 +215,20 @@ def check_loss_function(model: Any) -> None:
     forwards = [vars(kind).get("forward") for kind in type(model).__mro__] if own is None else [own]
     names = (getattr(inspect.unwrap(one), "__code__", None) for one in forwards if one is not None)
     if not any(code is not None and "loss_function" in code.co_names for code in names):
-        raise UnsupportedModel(
-            f"logits: 'labelled', but the forward of {type(model).__name__} does not compute its loss by "
-            "`model.loss_function`, such as one with a fused loss; leave `logits` out, so that it gets all of them"
-        )
+        _refuse_labelled(model)
+
+
+def check_loss_call(model: Any) -> None:
+    """The same for a call in progress, whose forward another library may have replaced on the model since."""
+    if "forward" in model.__dict__ and "loss_function" not in names_inside(model):
+        _refuse_labelled(model)
+
+
+def _refuse_labelled(model: Any) -> NoReturn:
+    raise UnsupportedModel(
+        f"logits: 'labelled', but the forward of {type(model).__name__} does not compute its loss by "
+        "`model.loss_function`, such as one with a fused loss; leave `logits` out, so that it gets all of them"
+    )
 
 
 def check_unshared(backbone: Backbone) -> None:
@@ -313,12 +324,20 @@ def check_dense(arguments: dict[str, Any]) -> None:
             )
 
 
-def check_packed(implementation: str, starts: Tensor | None) -> None:
-    """Refuse packed rows if the attention finds document boundaries by position ids, which get gaps under a policy."""
-    if starts is not None and "flash" in implementation:
+def check_packed(backbone: Backbone, implementation: str, starts: Tensor | None) -> None:
+    """Refuse packed rows if a layer cannot tell documents apart once tokens are gone."""
+    if starts is None:
+        return
+    if "flash" in implementation:
         raise UnsupportedCall(
             f"position_ids: restart within a row, and {implementation!r} finds document boundaries by the remaining "
             "positions, so documents would run together; load the model with 'sdpa' or 'eager', or pad the batch"
+        )
+    states = [number for number, mixer in enumerate(backbone.mixers) if mixer.kind == "recurrent"]
+    if states:
+        raise UnsupportedCall(
+            f"position_ids: restart within a row, but layer {states[0]} ({backbone.mixers[states[0]].name}) has a "
+            "state or a convolution that runs on from one document into the next; pad the batch"
         )
 
 

@@ -145,6 +145,17 @@ def inside_of(module: nn.Module) -> bool:
     return False
 
 
+def names_inside(module: nn.Module) -> set[str]:
+    """Names that the code of this thread's frames uses, up to the innermost call of the module."""
+    names: set[str] = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not (frame.f_code is _CALL and frame.f_locals.get("self") is module):
+        if not _is_between(frame):
+            names.update(frame.f_code.co_names)
+        frame = frame.f_back
+    return names
+
+
 def inside_generate() -> bool:
     """Whether this thread is inside a `generate` of transformers."""
     frame: FrameType | None = sys._getframe(1)

@@ -266,23 +266,26 @@ def instruction_tokens(
     one per round (HiDrop, section 3.2) and none for a sample without labels. Otherwise it is the last token of the
     prompt, or of every document if `starts` says that rows are packed. A call that asks for the logits of several
     positions, to score an answer or to verify drafts, has its prompt before the second of them: then the last token up
-    to the first of these positions asks.
+    to the first of these positions asks, in packed rows in the document that holds it.
     """
     if stated is not None:
         return _columns(stated.to(valid.device) & valid)
     if labels is not None:
         labels = labels.to(valid.device)
         return _columns(torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid)
+    number = torch.arange(valid.shape[1], device=valid.device)
+    first: int | Tensor = valid.shape[1] - 1
+    if isinstance(logits_to_keep, Tensor):
+        first = logits_to_keep.to(valid.device).min()
+    elif logits_to_keep > 1:
+        first = valid.shape[1] - logits_to_keep
     if starts is not None:
         starts = starts.to(valid.device)
         following = torch.nn.functional.pad(starts[:, 1:] | ~valid[:, 1:], (0, 1), value=True)
-        return _columns(following & valid)
-    number = torch.arange(valid.shape[1], device=valid.device)
-    asked = valid
-    if isinstance(logits_to_keep, Tensor):
-        asked = valid & (number <= logits_to_keep.to(valid.device).min())
-    elif logits_to_keep > 1:
-        asked = valid & (number <= valid.shape[1] - logits_to_keep)
+        document = starts.cumsum(1)
+        scored = document == torch.where(number == first, document, 0).amax(1, keepdim=True)
+        return _columns(torch.where(scored, number == first, following) & valid)
+    asked = valid & (number <= first)
     return torch.where(asked, number, 0).amax(1, keepdim=True), asked.any(1, keepdim=True)
 
 

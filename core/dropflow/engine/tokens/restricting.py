@@ -57,7 +57,8 @@ def check_arguments(arguments: Mapping[str, Any], live: LiveSet, more: Mapping[s
         if name in PACKED and value is not None:
             raise UnsupportedCall(
                 f"{name}: states where the documents of a padding-free batch begin, which changes from layer to layer "
-                "under a policy; pad the batch, or pack it with `position_ids` that restart"
+                "under a policy; pad the batch, or, if all layers have attention, pack it with `position_ids` that "
+                "restart"
             )
         tensors = [] if name in OWN_WAY else list(_tensors(value))
         if tensors and name not in TOKEN_DIMS and name not in more:

@@ -180,6 +180,24 @@ def test_padding_that_would_enter_a_convolution_is_refused_and_one_sample_is_not
     assert check_prefill(own.with_samples([(3, "I", 5)])) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2_vl"])
+def test_packed_rows_are_refused_by_name(family: str) -> None:
+    """A state runs on from one document into the next, and lengths of documents are counted in tokens that go."""
+    own = case(family, policy(keep={"use": EveryThird})["stages"], samples=((3, "I", 5),))
+    inputs, tokens = dict(own.inputs), own.inputs["input_ids"].shape[1]
+    with own.attach():
+        for name in ("cu_seq_lens_q", "seq_idx"):
+            with pytest.raises(UnsupportedCall, match=f"{name}: states where the documents of a padding-free batch"):
+                own.model(**inputs, **{name: torch.tensor([0, tokens], dtype=torch.int32)})
+        del inputs["attention_mask"]
+        positions = torch.cat((torch.arange(tokens - 4), torch.arange(4)))[None]
+        if family == "qwen3_5":  # whose first plane holds the text positions
+            positions = positions.expand(4, -1, -1)
+        with pytest.raises(UnsupportedCall, match=r"position_ids: restart within a row, but layer 0 \((linear|conv)"):
+            own.model(**inputs, position_ids=positions, use_cache=False)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no attention before the boundary": (
         "llava with qwen3_5",
