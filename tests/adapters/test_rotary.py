@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ from dropflow_adapters.auto import Auto
 from dropflow_sparsevlm.gravity import gravity
 
 FAMILIES = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
-HYBRID = {"aya_vision", "auto:cohere2_vision", "auto:exaone4_5"}
+HYBRID = {"aya_vision", "llama4", "auto:cohere2_vision", "auto:exaone4_5"}
 """Decoders of which one kind of layer has no positions at all."""
 
 
@@ -50,20 +51,35 @@ def test_all_ones_vectors_turn_as_in_the_familys_own_code(name: str, monkeypatch
     module = sys.modules[type(backbone.text).__module__]
     turn, expected = module.apply_rotary_pos_emb, []
 
-    def seen(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Any:
-        ones = turn(torch.ones_like(q), torch.ones_like(k), *rest, **more)
-        expected.append((ones[0][:, 0] @ ones[1][:, 0].mT, q.shape[-1]))
-        return turn(q, k, *rest, **more)
+    halves: list[Tensor] = []
+    inside: list[bool] = []
+    backbone.text.register_forward_pre_hook(lambda *_: inside.append(True))
+    own = inspect.signature(turn)
+    apart = "k" not in own.parameters  # Gemma 3n and 4 turn q, then k, each (batch, tokens, heads, dim)
+
+    def seen(*given: Any, **more: Any) -> Any:
+        given = own.bind(*given, **more).args
+        q = given[0]
+        if not inside or len(expected) > max(Turns.taps):
+            return turn(*given)
+        if apart:
+            halves.append(turn(torch.ones_like(q), *given[1:])[:, :, 0])
+            if len(halves) % 2 == 0:
+                expected.append((halves[-2] @ halves[-1].mT, q.shape[-1]))
+        else:
+            ones = turn(torch.ones_like(q), torch.ones_like(given[1]), *given[2:])
+            expected.append((ones[0][:, 0] @ ones[1][:, 0].mT, q.shape[-1]))
+        return turn(*given)
 
     positions = "compact" if backbone.linear_positions else "persistent"
     with case.attach(policy(turns={"use": Turns}) | {"positions": positions}) as flow:
         monkeypatch.setattr(module, "apply_rotary_pos_emb", seen)
         case.model(**case.inputs)
     ((_, stage),) = flow.plan.stages
-    head_dim = backbone.decoder_widths.head_dim
     attending = backbone.shape.attending or range(backbone.shape.layers)
     for layer in Turns.taps:
         product, turning = expected[list(attending).index(layer)]
+        head_dim = turning if apart else backbone.decoder_widths.head_dim  # Gemma 4 turns whole heads of different size
         w = (product + head_dim - turning) / head_dim**0.5
         assert torch.allclose(stage.found[layer], w.expand_as(stage.found[layer]), atol=1e-4), layer
     assert stage.found[3].shape[1] < stage.found[1].shape[1], "nothing was dropped between the two"

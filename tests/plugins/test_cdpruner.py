@@ -251,6 +251,5 @@ def test_what_cannot_be_right_is_refused_and_the_model_goes_on(clip: str, tmp_pa
 
 def test_with_clip_it_conforms_where_the_tower_is_clips(clip: str) -> None:
     families = {name: own for name, own in tiny_models().items() if name in ("llava", "qwen2_vl")}
-    with dropflow.questions(["what colour is the bus"]):
-        cells = assert_stage_conforms(STAGE, {"keep": 0.4, "clip": clip}, families)
+    cells = assert_stage_conforms(STAGE, {"keep": 0.4, "clip": clip}, families)
     assert {cell.adapter: cell.outcome for cell in cells} == {"llava": "run", "qwen2_vl": "refused"}

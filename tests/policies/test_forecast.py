@@ -9,6 +9,7 @@ import torch
 from tiny import policy, prompt, tiny_llava
 
 import dropflow
+from dropflow import Encode, EncodeCall, Stage, hookimpl
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
@@ -73,9 +74,19 @@ def test_rescaled_keeps_count_the_whole_image_also_behind_encode_stages() -> Non
 
 @torch.no_grad()
 def test_what_a_stage_cannot_read_names_the_stage() -> None:
+    class Untold(Stage[Any]):
+        """Merges pairs of rows, and does not say which."""
+
+        @hookimpl
+        def encode(self, call: EncodeCall) -> Encode:
+            rows = tuple((own[::2] + own[1::2]) / 2 for own in call.features)
+            return Encode(rows=rows, places=tuple(places[::2] for places in call.places))
+
     model = tiny_llava()
-    both = policy(v=MERGED, again={"use": "prumerge/prune-merge"})
-    merged = pytest.raises(DecisionError, match=r"^stages\.again: attention of vision layer -1: rows were merged")
+    both = policy(v={"use": Untold}, again={"use": "mustdrop/key-set", "share": 0.5})
+    merged = pytest.raises(
+        DecisionError, match=r"^stages\.again: attention of the vision encoder: stages\.v has merged"
+    )
     with dropflow.attach(model, both), merged:
         model(**prompt([(3, "I", 5)]))
 

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 from dropflow.errors import UnsupportedCall
 
-_asked: ContextVar[tuple[str, ...] | None] = ContextVar("dropflow_asked", default=None)
+_asked: ContextVar[tuple[str, ...] | str | None] = ContextVar("dropflow_asked", default=None)
 
 
 @contextmanager
@@ -27,12 +27,24 @@ def questions(texts: Sequence[str]) -> Iterator[None]:
         _asked.reset(token)
 
 
+@contextmanager
+def question_of_every_sample(text: str) -> Iterator[None]:
+    """State one question for every sample, whatever the prompts; for the conformance kit."""
+    token = _asked.set(text)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def stated_questions_of(batch: int) -> tuple[str, ...]:
     """The questions that this thread states, of which each is for as many of `batch` samples as the others.
 
     Raises `UnsupportedCall` if none or a wrong number was stated.
     """
     asked = _asked.get()
+    if isinstance(asked, str):
+        return (asked,) * batch
     if not asked or batch % len(asked):
         stated = f"{len(asked)} stated" if asked else "none stated"
         raise UnsupportedCall(

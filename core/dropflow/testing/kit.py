@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dropflow.backbone.backbone import Backbone
 from dropflow.errors import PolicyError, UnsupportedModel, nearest
+from dropflow.lifecycle.questions import question_of_every_sample
 from dropflow.lifecycle.stage import Stage
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
@@ -53,7 +54,7 @@ def run_cell(
     """Check all guarantees for a policy of one stage (`entry`, with its options) on one family.
 
     With `thorough`, also between an `encode` stage and a `prune` stage, and without facts the stage does not list;
-    otherwise only that prefill and decoding equal those of the oracle.
+    otherwise only that prefill and decoding equal those of the oracle. Stages that read questions are told one.
     """
     name = f"{stage} x {adapter}"
     case = Case(name, family, tiny, {"name": "conformance", "stages": {"stage": entry}})
@@ -67,14 +68,18 @@ def run_cell(
     except (PolicyError, UnsupportedModel) as refusal:
         return Cell(stage, adapter, "refused", str(refusal))
     try:
-        if not thorough:
-            return Cell(stage, adapter, "run", note, check_inference(case), case.oracle.name)
-        worst = max(check(case) for check in CHECKS.values())
-        check_needs(case)
-        worst = max(worst, check_beside(case))
+        with question_of_every_sample("What is in the picture?"):
+            worst = _error(case) if thorough else check_inference(case)
     except BrokenGuarantee as broken:
         return Cell(stage, adapter, "failed", str(broken))
     return Cell(stage, adapter, "run", note, worst, case.oracle.name)
+
+
+def _error(case: Case) -> float:
+    """The largest relative error of all checks."""
+    worst = max(check(case) for check in CHECKS.values())
+    check_needs(case)
+    return max(worst, check_beside(case))
 
 
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

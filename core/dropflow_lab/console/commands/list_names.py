@@ -41,12 +41,11 @@ def list_names(
     With a name, show its details, such as the options of a stage. `models` lists the model types of transformers that
     turn images and text into text, by building each in miniature: which adapter serves it, or why it is refused.
     """
-    from dropflow_lab.backbones import listing as backbones
     from dropflow_lab.explain import listing
     from dropflow_lab.markdown import renew
 
     if into is not None:
-        write = {Kind.STAGES: listing.stages_in_markdown, Kind.MODELS: backbones.models_in_markdown}
+        write = {Kind.STAGES: listing.stages_in_markdown, Kind.MODELS: _models_in_markdown}
         if kind not in write:
             raise typer.BadParameter("only stages and models are written as Markdown: `list stages --into FILE`")
         with chatter_to_stderr():
@@ -57,7 +56,7 @@ def list_names(
             Kind.STAGES: listing.stages,
             Kind.POLICIES: listing.policies,
             Kind.ADAPTERS: listing.adapters,
-            Kind.MODELS: backbones.models,
+            Kind.MODELS: _models,
         }
         rows = find[kind]()
         rows = rows if name is None else [_named(rows, kind, name)]
@@ -97,3 +96,15 @@ def _text(value: Any) -> str:
     if value is None:
         return "any shape"
     return ", ".join(value) or "nothing" if isinstance(value, list) else str(value)
+
+
+def _models() -> list[dict[str, Any]]:
+    from dropflow_lab.backbones.listing import models  # which imports torch, unlike the other lists
+
+    return models()
+
+
+def _models_in_markdown() -> str:
+    from dropflow_lab.backbones.listing import models_in_markdown
+
+    return models_in_markdown()
