@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dropflow
 from dropflow import Encode, EncodeCall, Stage, VisionReader, hookimpl
-from dropflow.errors import DecisionError, PolicyError, UnsupportedModel
+from dropflow.errors import DecisionError, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.testing import tiny_models
 from dropflow.testing.case import relative_error
 from dropflow.testing.families.tiny import Part, Tiny
@@ -229,7 +229,11 @@ def test_the_tower_is_as_it_was(family: str) -> None:
     lists = [reader.owner._modules[reader.layers] for reader in readers if reader is not None]
     kinds = [type(one) for one in lists]
     with dropflow.attach(model, policy(read=use(Reads))), torch.no_grad():
-        assert torch.equal(model(**inputs).logits, plain)
+        try:
+            assert torch.equal(model(**inputs).logits, plain)
+        except UnsupportedCall as refusal:
+            assert "were made without it" in str(refusal)
+            pytest.skip("this transformers encodes images past the core's methods")
         standing = [reader.owner._modules[reader.layers] for reader in readers if reader is not None]
         assert all(new is not old for new, old in zip(standing, lists, strict=True))
     found = [reader.owner._modules[reader.layers] for reader in readers if reader is not None]
