@@ -227,8 +227,9 @@ def test_every_public_field_and_method_has_a_text(package: str) -> None:
 def test_help_shows_the_text_of_every_public_field(package: str) -> None:
     from dropflow.lifecycle.field_texts import field_texts
 
-    public = vars(importlib.import_module(package))
-    fields = {public[name]: field_texts(public[name]) for name in public["__all__"] if inspect.isclass(public[name])}
+    public = importlib.import_module(package)
+    kinds = [kind for name in public.__all__ if inspect.isclass(kind := getattr(public, name))]
+    fields = {kind: field_texts(kind) for kind in kinds}
     for kind, texts in fields.items():
         shown = " ".join(pydoc.plain(pydoc.render_doc(kind)).replace("|", "").split())
         missing = [name for name, (_, text) in texts.items() if " ".join(text.split()) not in shown]

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import dropflow
 from dropflow import PruneCall, Stage, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import UnsupportedCall
 
 PYRAMID = policy(p={"use": "pyramiddrop/pyramid", "keep": {2: 0.5, 4: 0.2}})
@@ -134,9 +135,10 @@ def test_a_statement_covers_every_chunk_of_a_prompt(llava: Any) -> None:
     with torch.no_grad(), dropflow.attach(llava, policy(asks={"use": Asks})) as flow, dropflow.instruction_tokens(mask):
         cut = first_image + 5
         half = inputs | {"input_ids": inputs["input_ids"][:, :cut], "pixel_values": inputs["pixel_values"][:1]}
-        cache = llava(**half | {"attention_mask": inputs["attention_mask"][:, :cut]}).past_key_values
+        out = llava(**half | {"attention_mask": inputs["attention_mask"][:, :cut]})
+        cache = getattr(out, CACHE_ARGUMENT)
         rest = inputs | {"input_ids": inputs["input_ids"][:, cut:], "pixel_values": inputs["pixel_values"][1:]}
-        llava(**rest, past_key_values=cache)
+        llava(**rest, **{CACHE_ARGUMENT: cache})
         stage: Any = flow.plan.stages[0][1]
     assert stage.seen == [[[first_image + 2]], [[mask.shape[1] - 2 - cut]]]
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow import Backbone
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DecisionError, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.testing import AbsentOracle, BrokenGuarantee, Tiny, tiny_models
 from dropflow.testing.case import Case, relative_error, text_inputs
@@ -136,8 +137,8 @@ def test_a_second_turn_with_a_picture_goes_on_from_the_states(family: str) -> No
     whole = joined(first, second)
     cache = DynamicCache(config=own.adapter(own.model).text.config)
     with own.attach() as flow:
-        own.model(**first, past_key_values=cache)
-        got = own.model(**second | {"attention_mask": whole["attention_mask"]}, past_key_values=cache).logits
+        own.model(**first, **{CACHE_ARGUMENT: cache})
+        got = own.model(**second | {"attention_mask": whole["attention_mask"]}, **{CACHE_ARGUMENT: cache}).logits
         live = flow.live()
     with AbsentOracle(own.model, live, own.adapter) as oracle:
         expected = own.model(**whole, use_cache=False).logits[:, -got.shape[1] :]
@@ -165,11 +166,11 @@ def test_a_ragged_batch_does_not_go_on_from_a_state() -> None:
     own = case("lfm2_vl", policy(keep={"use": EveryThird})["stages"])
     cache = DynamicCache(config=own.adapter(own.model).text.config)
     first = own.tiny.prompt([[4], [4]])[0]
-    own.model(**first, past_key_values=cache)
+    own.model(**first, **{CACHE_ARGUMENT: cache})
     second, _ = own.tiny.prompt([["I", 3], [1, "I", 2, "I"]], seed=2)
     second["attention_mask"] = torch.cat((first["attention_mask"], second["attention_mask"]), 1)
     with own.attach(), pytest.raises(UnsupportedCall, match=r"layer 0: goes on from a recurrent state, but samples"):
-        own.model(**second, past_key_values=cache)
+        own.model(**second, **{CACHE_ARGUMENT: cache})
 
 
 @torch.no_grad()
@@ -258,7 +259,7 @@ def test_an_injection_that_the_data_decides_is_refused_at_the_ranking() -> None:
 def test_a_cache_that_does_not_know_its_layers_is_refused() -> None:
     own = case("lfm2_vl", WINDOW["stages"])
     with own.attach(), pytest.raises(UnsupportedModel, match=r"make it by DynamicCache\(config=model\.config\)"):
-        own.model(**own.inputs, past_key_values=DynamicCache())
+        own.model(**own.inputs, **{CACHE_ARGUMENT: DynamicCache()})
 
 
 @torch.no_grad()
@@ -267,7 +268,7 @@ def test_the_report_counts_entries_only_where_there_are_some(family: str) -> Non
     own = case(family, WINDOW["stages"])
     attends = own.adapter(own.model).shape.attends
     with own.attach() as flow:
-        cache = own.model(**own.inputs).past_key_values
+        cache = getattr(own.model(**own.inputs), CACHE_ARGUMENT)
         report = flow.report()
     held = [
         sum(layer.full_index().tokens.tolist()) / 2 if attends(number) else 0
