@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from dropflow import Backbone, ImageLayout
@@ -27,8 +28,7 @@ class Gemma4(Backbone):
         images = [ImageLayout(height * width, (height, width)) for height, width in grids]
         frames = arguments.get("num_frames_per_video") if modality == "video" else None
         counts = [1] * len(images) if frames is None else frames.tolist()
-        starts = [sum(counts[:entry]) for entry in range(len(counts))]
-        return [images[start : start + count] for start, count in zip(starts, counts, strict=True)]
+        return [images[start:end] for start, end in pairwise(accumulate(counts, initial=0))]
 
     @property
     def _pool(self) -> int:

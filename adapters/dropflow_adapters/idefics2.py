@@ -23,5 +23,4 @@ class Idefics2(Backbone):
 
     def projections(self, layer: Any) -> Projections:
         """Mistral's."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return Projections.of(layer.self_attn)

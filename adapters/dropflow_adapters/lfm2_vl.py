@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from dropflow import Backbone, DecoderWidths, ImageLayout
 
@@ -14,13 +12,8 @@ from dropflow import Backbone, DecoderWidths, ImageLayout
 class Lfm2VL(Backbone):
     """`Lfm2VlForConditionalGeneration`; every entry is a picture or a tile, and images vary in size."""
 
+    final_norm_name = "embedding_norm"
     gridded = True
-
-    @property
-    def final_norm(self) -> Callable[[Tensor], Tensor]:
-        """The norm after the last layer, which LFM2 calls `embedding_norm`."""
-        norm: Callable[[Tensor], Tensor] = self.text.embedding_norm
-        return norm
 
     @property
     def decoder_widths(self) -> DecoderWidths:

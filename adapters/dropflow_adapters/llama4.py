@@ -23,8 +23,7 @@ class Llama4(Backbone):
 
     def projections(self, layer: Any) -> Projections:
         """Projections of a decoder layer."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return Projections.of(layer.self_attn)
 
     @property
     def tokens_per_image(self) -> int:

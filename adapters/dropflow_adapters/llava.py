@@ -76,7 +76,7 @@ class Llava(Backbone):
     def projections(self, layer: Any) -> Projections | None:
         """Projections of a decoder layer with attention, which have the same names in Llama, Mistral and Qwen."""
         attention = getattr(layer, "self_attn", None)
-        return None if attention is None else Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return None if attention is None else Projections.of(attention)
 
     @property
     def tokens_per_image(self) -> int | None:

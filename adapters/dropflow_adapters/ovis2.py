@@ -28,8 +28,7 @@ class Ovis2(Backbone):
 
     def projections(self, layer: Any) -> Projections:
         """Projections of a decoder layer, which have the same names in Qwen2 and Llama."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return Projections.of(layer.self_attn)
 
     @property
     def tokens_per_image(self) -> int:

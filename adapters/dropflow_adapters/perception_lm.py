@@ -15,8 +15,7 @@ class PerceptionLM(Backbone):
 
     def projections(self, layer: Any) -> Projections:
         """Llama's."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return Projections.of(layer.self_attn)
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches after pooling."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dropflow import VisionReader, feature_boundary, patch_blocks
@@ -22,7 +22,7 @@ def pixtral_reader(tower: Any, selected: int | Sequence[int], merge: int) -> Vis
         return [rows * columns for rows, columns in grids(arguments)]
 
     def members(_: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
-        starts = torch.tensor([0, *pictures(arguments)]).cumsum(0).tolist()
+        starts = accumulate(pictures(arguments), initial=0)  # and the total, which no grid takes
         return [patch_blocks(grid, merge) + start for grid, start in zip(grids(arguments), starts, strict=False)]
 
     return VisionReader(

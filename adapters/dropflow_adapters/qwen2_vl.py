@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ class Qwen2VL(Backbone):
 
         def members(_: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
             grids = self._grids(modality, arguments)
-            units = torch.cat([self._units(grid) + first for grid, first in zip(grids, _starts(grids), strict=True)])
+            counts = [t * h * w for t, h, w in grids]
+            starts = accumulate(counts, initial=0)  # and the total, which no grid takes
+            units = torch.cat([self._units(grid) + start for grid, start in zip(grids, starts, strict=False)])
             rows = units[:, None] * self._merge**2 + torch.arange(self._merge**2)
-            return list(torch.split(rows, [t * h * w for t, h, w in grids]))
+            return list(torch.split(rows, counts))
 
         def pictures(arguments: Mapping[str, Any]) -> list[int]:
             return [h * w * self._merge**2 for t, h, w in self._grids(modality, arguments) for _ in range(t)]
@@ -78,11 +81,3 @@ class Qwen2VL(Backbone):
         """For each token of an image or video, the place of its patches in the tower, counted in tokens."""
         t, h, w = grid
         return torch.arange(t * h * w)
-
-
-def _starts(grids: Sequence[Grid]) -> list[int]:
-    """Tokens before each image or video."""
-    found = [0]
-    for t, h, w in grids:
-        found.append(found[-1] + t * h * w)
-    return found[:-1]

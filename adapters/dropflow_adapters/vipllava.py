@@ -22,5 +22,4 @@ class VipLlava(Backbone):
 
     def projections(self, layer: Any) -> Projections:
         """Llama's."""
-        attention = layer.self_attn
-        return Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        return Projections.of(layer.self_attn)

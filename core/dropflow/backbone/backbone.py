@@ -87,6 +87,11 @@ class Projections:
     value: Any
     """Returns v (..., kv_heads * head_dim)."""
 
+    @classmethod
+    def of(cls, attention: Any) -> Projections:
+        """Those of an attention module that has them under the names of Llama: `q_proj`, `k_proj` and `v_proj`."""
+        return cls(attention.q_proj, attention.k_proj, attention.v_proj)
+
 
 class Backbone:
     """One model, as the engine sees it. Subclass it per family and register it under the config's `model_type`.
@@ -100,6 +105,8 @@ class Backbone:
     token_arguments: ClassVar[Mapping[str, int]] = {}
     """Other per-token arguments of a decoder layer: name of the argument -> its token dimension, from the end
     (-1 for (..., tokens), -2 for (..., tokens, dim)). The engine already knows positions, masks and caches."""
+    final_norm_name: ClassVar[str] = "norm"
+    """Name of the text decoder's module after its last layer; `final_norm` is this module."""
     gridded: bool = False
     """Whether `layouts` gives every image a patch grid although images differ in size."""
 
@@ -182,8 +189,8 @@ class Backbone:
 
     @property
     def final_norm(self) -> Callable[[Tensor], Tensor] | None:
-        """The norm after the text decoder's last layer; `None` where the decoder has no module `norm`."""
-        norm: Callable[[Tensor], Tensor] | None = self.text._modules.get("norm")
+        """The norm after the text decoder's last layer; `None` where the decoder has no module `final_norm_name`."""
+        norm: Callable[[Tensor], Tensor] | None = self.text._modules.get(self.final_norm_name)
         return norm
 
     @property
