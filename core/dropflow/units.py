@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -62,6 +63,11 @@ class BackboneShape:
     producers: tuple[tuple[int, int], ...] = ()
     """Pairs of a decoder layer that reads the keys of an earlier one, and that layer, which makes them."""
 
+    @property
+    def with_attention(self) -> Sequence[int]:
+        """Decoder layers with attention, ascending."""
+        return range(self.layers) if self.attending is None else self.attending
+
     def attends(self, layer: int) -> bool:
         """Whether a decoder layer has attention."""
         return self.attending is None or layer in self.attending
@@ -74,8 +80,7 @@ class BackboneShape:
     def holding(self) -> tuple[int, ...]:
         """Decoder layers that make keys, ascending: those whose caches have entries."""
         sharers = dict(self.producers)
-        attending = range(self.layers) if self.attending is None else self.attending
-        return tuple(layer for layer in attending if layer not in sharers)
+        return tuple(layer for layer in self.with_attention if layer not in sharers)
 
     def ranks_by(self, layer: int) -> int | None:
         """The last layer up to `layer` with attention, whose rows stand for those of `layer`; `None` for none."""

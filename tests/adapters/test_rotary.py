@@ -76,9 +76,8 @@ def test_all_ones_vectors_turn_as_in_the_familys_own_code(name: str, monkeypatch
         monkeypatch.setattr(module, "apply_rotary_pos_emb", seen)
         case.model(**case.inputs)
     ((_, stage),) = flow.plan.stages
-    attending = backbone.shape.attending or range(backbone.shape.layers)
     for layer in Turns.taps:
-        product, turning = expected[list(attending).index(layer)]
+        product, turning = expected[backbone.shape.with_attention.index(layer)]
         head_dim = turning if apart else backbone.decoder_widths.head_dim  # Gemma 4 turns whole heads of different size
         w = (product + head_dim - turning) / head_dim**0.5
         assert torch.allclose(stage.found[layer], w.expand_as(stage.found[layer]), atol=1e-4), layer

@@ -15,11 +15,12 @@ from torch import Tensor
 from dropflow.backbone import flops
 from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
-from dropflow.backbone.mixers import Mixer, PlaceScale, attending, mixers_of, producers
+from dropflow.backbone.mixers import Mixer, PlaceScale, mixers_of, shape_of
 from dropflow.backbone.packed_tower import PackedTower
 from dropflow.backbone.vision_reader import VisionReader, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnsupportedModel, nearest
+from dropflow.lifecycle.lazy import lazy
 from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
 
@@ -132,7 +133,7 @@ class Backbone:
         """
         return None
 
-    @property
+    @lazy
     def mixers(self) -> tuple[Mixer, ...]:
         """What mixes the tokens of each decoder layer, from the config of the text decoder."""
         return mixers_of(self.text.config, self.text._modules.get("layers", ()))
@@ -222,8 +223,7 @@ class Backbone:
     @property
     def shape(self) -> BackboneShape:
         """Depth of the text decoder and visual tokens of one image, if that is the same for all images."""
-        mixers = self.mixers
-        return BackboneShape(len(mixers), self.tokens_per_image, attending(mixers), producers(mixers))
+        return shape_of(self.mixers, self.tokens_per_image)
 
     @property
     def tokens_per_image(self) -> int | None:

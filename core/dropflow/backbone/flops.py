@@ -90,14 +90,13 @@ def without_attention(layer: Any, config: Any) -> int:
     An estimate from the layer's weights: its matrices, its convolution, of its experts those that a token passes
     through, and 4 heads d_k d_v for reading and writing a recurrent state. The past costs nothing.
     """
-    work = 0
-    for name, weight in layer.named_parameters():
-        matrix = weight.dim() == 2 or "conv" in name
-        if weight.dim() == 3 and "conv" not in name:  # (experts, out, in)
-            work += int(weight.numel() * (getattr(config, "num_experts_per_tok", 1) or 1) / weight.shape[0])
-        elif matrix:
+    work, weights = 0, dict(layer.named_parameters())
+    for name, weight in weights.items():
+        if weight.dim() == 2 or "conv" in name:
             work += weight.numel()
-    return work + (_state(config) if any("A_log" in name for name, _ in layer.named_parameters()) else 0)
+        elif weight.dim() == 3:  # (experts, out, in)
+            work += int(weight.numel() * (getattr(config, "num_experts_per_tok", 1) or 1) / weight.shape[0])
+    return work + (_state(config) if any("A_log" in name for name in weights) else 0)
 
 
 def _state(config: Any) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dropflow.units import BackboneShape
+
 MixerKind = Literal["attention", "recurrent", "none", "shared", "other"]
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers with softmax attention over their own keys, for which dropping a token equals masking it."""
@@ -72,15 +74,11 @@ def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
     return tuple(found)
 
 
-def attending(mixers: Sequence[Mixer]) -> tuple[int, ...] | None:
-    """Numbers of the layers with attention, as `BackboneShape.attending` holds them; `None` for all."""
-    found = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
-    return None if len(found) == len(mixers) else found
-
-
-def producers(mixers: Sequence[Mixer]) -> tuple[tuple[int, int], ...]:
-    """Pairs of a layer that shares keys and the layer that makes them, ascending."""
-    return tuple((number, mixer.producer) for number, mixer in enumerate(mixers) if mixer.producer is not None)
+def shape_of(mixers: Sequence[Mixer], visual_tokens: int | None) -> BackboneShape:
+    """The shape of a backbone with these decoder layers and this number of visual tokens per image."""
+    attending = tuple(number for number, mixer in enumerate(mixers) if mixer.kind in ("attention", "shared"))
+    producers = tuple((number, mixer.producer) for number, mixer in enumerate(mixers) if mixer.producer is not None)
+    return BackboneShape(len(mixers), visual_tokens, None if len(attending) == len(mixers) else attending, producers)
 
 
 def _kind(name: str) -> MixerKind:

@@ -37,7 +37,7 @@ def instruction_tokens(
     if (mask is None) == (labels is None) or given is None or given.dim() != 2:
         raise UnsupportedCall("instruction_tokens: expected either a mask or `labels`, of shape (batch, tokens)")
     if labels is not None:
-        mask = torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1))
+        mask = before_labels(labels)
     elif given.dtype != torch.bool:
         raise UnsupportedCall(f"instruction_tokens: expected a torch.bool mask, got {given.dtype}; compare it first")
     token = _stated.set(mask)
@@ -45,6 +45,13 @@ def instruction_tokens(
         yield
     finally:
         _stated.reset(token)
+
+
+def before_labels(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """The last token before every labelled span, so one per round (HiDrop, section 3.2)."""
+    import torch
+
+    return torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1))
 
 
 def stated_instruction() -> Bool[Tensor, "batch tokens"] | None:

@@ -73,8 +73,8 @@ def _asked(kind: str) -> Row:
 
 
 def _summed_up(row: Row) -> Row:
-    how = f"by {row['adapter']}: {', '.join(row['facts'])}" if row["status"] == "served" else f": {row['reason']}"
-    return row | {"summary": f"{row['status']} {how}".replace(" : ", ": ")}
+    how = f" by {row['adapter']}: {', '.join(row['facts'])}" if row["status"] == "served" else f": {row['reason']}"
+    return row | {"summary": row["status"] + how}
 
 
 def _row(

@@ -10,7 +10,7 @@ from hybrids import llava_nemotron_h
 
 from dropflow import backbone_for
 from dropflow.backbone import flops
-from dropflow.backbone.mixers import Mixer, attending, mixers_of
+from dropflow.backbone.mixers import Mixer, mixers_of, shape_of
 from dropflow.testing import tiny_models
 from dropflow.units import BackboneShape
 
@@ -57,11 +57,11 @@ def test_modules_tell_recurrent_layers_where_the_config_lists_no_kinds() -> None
 
 def test_layers_without_attention_rank_by_the_last_one_before_them() -> None:
     mixers = [Mixer("recurrent", "conv"), Mixer("attention", "full_attention"), Mixer("none", "moe")]
-    shape = BackboneShape(3, None, attending(mixers))
+    shape = shape_of(mixers, None)
     assert shape.attending == (1,)
     assert [shape.ranks_by(layer) for layer in range(3)] == [None, 1, 1]
     assert [shape.attends(layer) for layer in range(3)] == [False, True, False]
-    assert attending(mixers[1:2] * 2) is None
+    assert shape_of(mixers[1:2] * 2, 9) == BackboneShape(2, 9)
     assert BackboneShape(3, None).ranks_by(2) == 2
 
 

@@ -233,14 +233,14 @@ def _refuse_labelled(model: Any) -> NoReturn:
 
 def check_unshared(backbone: Backbone) -> None:
     """Refuse a model that shares layers with another model to which a policy is attached."""
-    lists = {"text decoder": backbone.text._modules["layers"]}
+    lists = [("text decoder", backbone.text._modules["layers"])]
     if backbone.vision is not None:
-        lists["vision encoder"] = backbone.vision.owner._modules["layers"]
+        lists.append(("vision encoder", backbone.vision.owner._modules["layers"]))
     if backbone.packed_tower is not None:
-        lists["vision tower"] = backbone.packed_tower.owner._modules[backbone.packed_tower.blocks]
-    for reader in filter(None, map(backbone.reader, backbone.modalities)):
-        lists["vision encoder"] = reader.owner._modules[reader.layers]
-    for name, layers in lists.items():
+        lists.append(("vision tower", backbone.packed_tower.owner._modules[backbone.packed_tower.blocks]))
+    for reader in filter(None, map(backbone.reader, backbone.modalities)):  # there may be one for each modality
+        lists.append(("vision encoder", reader.owner._modules[reader.layers]))
+    for name, layers in lists:
         if isinstance(layers, StandIn):
             raise UnsupportedModel(
                 f"{type(backbone.model).__name__}: shares its {name} with a model that has a policy attached, and each "

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
-from dropflow.engine.decoder.layer_arguments import Held
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import parameters_of
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.tap import tapped, uncompiled
 from dropflow.engine.tokens.cache import entries_of, flow_layers, is_flow_cache, keys_of
+from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import DecisionError
@@ -29,20 +30,16 @@ class CacheStages:
         self._site, self._step, self._tokens = site, step, tokens
         self.stages = [stage for stage in site.cache_stages if _asks(stage, step)]
         self._tapped: dict[int, TappedLayer] = {}
-        self._shared: dict[int, FlowShared] = {}
+        self.held: Mapping[int, FlowLayer | UniformLayer | FlowShared] = {}
+        """What a cache written under a policy holds for each decoder layer with attention, before the call."""
         self.begin(cache)
 
     def begin(self, cache: Any) -> None:
         """Take the cache of the call, before any layer has run."""
         self.cache = cache
         if is_flow_cache(cache):
-            self._shared = FlowShared.before(flow_layers(cache), self._site.plan.shape)
-
-    def held(self, number: int) -> Held:
-        """What the cache holds for a decoder layer; `None` for one without attention."""
-        if number in self._shared:
-            return self._shared[number]
-        return flow_layers(self.cache).get(number) if is_flow_cache(self.cache) else None
+            layers = flow_layers(cache)
+            self.held = {**layers, **FlowShared.before(layers, self._site.plan.shape)}
 
     def has_state(self, number: int) -> bool:
         """Whether a decoder layer without attention goes on from a state of earlier calls."""

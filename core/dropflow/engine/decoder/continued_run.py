@@ -12,7 +12,6 @@ from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.tokens.cache import flow_layers, note_padding
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
-from dropflow.engine.tokens.shared_entries import FlowShared
 
 
 class ContinuedRun:
@@ -24,23 +23,19 @@ class ContinuedRun:
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
         """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
-        held = flow_layers(cache)
-        self._held: dict[int, FlowLayer | UniformLayer | FlowShared] = {
-            **held,
-            **FlowShared.before(held, site.plan.shape),
-        }
-        self._caches = CacheStages(site, _generated(next(iter(held.values()))), embeds.shape[1], cache)
+        self._caches = CacheStages(site, _generated(next(iter(flow_layers(cache).values()))), embeds.shape[1], cache)
         stages = self._caches.stages
         self._taps = {layer for stage in stages for layer in (*stage.taps, *stage.decode_taps)}
         self._arguments = ContinuedArguments(site, embeds)
 
     def leaves(self, number: int) -> bool:
         """Whether the layer runs unchanged: it has no attention, or its cache holds every token."""
-        return number not in self._held or (number not in self._taps and self._arguments.fit(self._held[number]))
+        held = self._caches.held
+        return number not in held or (number not in self._taps and self._arguments.fit(held[number]))
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on all tokens of the call."""
-        kwargs = self._arguments.arguments(kwargs, self._held[number])
+        kwargs = self._arguments.arguments(kwargs, self._caches.held[number])
         if number in self._taps:
             return self._caches.tap(number, layer, args, kwargs)
         return layer(*args, **kwargs)

@@ -97,9 +97,8 @@ class Replayed:
         if len(entries) > 1:
             raise _misfit(f"vision enter at different boundaries ({sorted(entries)}); run these samples apart")
         until, into = torch.full(prompt.valid.shape, layers), dict[int, Tensor]()
-        for sample, (own, real, visual) in enumerate(
-            zip(keeps, prompt.valid.cpu(), (prompt.visual & prompt.valid).cpu(), strict=True)
-        ):
+        valid, present, all_visual = (own.cpu() for own in (prompt.valid, prompt.present, prompt.visual))
+        for sample, (own, real, visual) in enumerate(zip(keeps, valid, all_visual & valid, strict=True)):
             at = real.nonzero()[:, 0]
             if visual.nonzero()[:, 0].tolist() != [int(at[place]) for place in own.visual if place < len(at)]:
                 raise _misfit(
@@ -111,12 +110,10 @@ class Replayed:
                     into[boundary] = torch.arange(until.shape[1]).repeat(len(keeps), 1)
                 for token, target in pairs:
                     into[boundary][sample, at[token]] = at[target]
-        device = prompt.valid.device
-        present = prompt.present.cpu()
-        entry = next(iter(entries), 0)
-        if bool(((until > entry) & prompt.visual.cpu() & ~present).any()):
+        entry, device = next(iter(entries), 0), prompt.valid.device
+        if bool(((until > entry) & all_visual & ~present).any()):
             raise _misfit("tokens that an `encode` stage drops now; the pictures or the vision tower have changed")
-        going = {boundary for boundary in until[prompt.visual.cpu()].tolist() if entry <= boundary < layers}
+        going = {boundary for boundary in until[all_visual].tolist() if entry <= boundary < layers}
         into = {boundary: own.to(device) for boundary, own in into.items()}
         return cls(entry, until.to(device), into, frozenset(going | into.keys()))
 

@@ -11,7 +11,7 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide_keeps
 from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
 from dropflow.engine.decoder.keeps import Replayed
-from dropflow.engine.decoder.layer_arguments import Held, LayerArguments
+from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.places import check_places
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
@@ -23,7 +23,7 @@ from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.tokens.cache import convert_cache, seen_by
-from dropflow.engine.tokens.cache_index import PADDING, PROTECTED
+from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
@@ -114,9 +114,9 @@ class PromptRun:
         if not self._site.plan.shape.attends(number):
             live, continues = self._count, self._caches.has_state(number)
             return run_without_attention(number, layer, args, kwargs, self._arguments, live=live, continues=continues)
-        held, arguments = self._caches.held(number), self._arguments
+        held, arguments = self._caches.held.get(number), self._arguments
         keys = arguments.keys(held)
-        args, kwargs = self._fitted(number, layer, args, kwargs, held)
+        args, kwargs = self._fitted(number, layer, args, kwargs, keys)
         if arguments.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
@@ -131,11 +131,11 @@ class PromptRun:
         return output
 
     def _fitted(
-        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex
     ) -> Arguments:
-        """The layer's arguments, adjusted to the live tokens, its cache and the keys that it shares."""
+        """The layer's arguments, adjusted to the live tokens, its cache, which will hold `keys`, and shared keys."""
         kwargs = self._shared.restricted(number, kwargs, self.live)
-        return self._arguments.arguments(layer, args, kwargs, held, self._arguments.keys(held))
+        return self._arguments.arguments(layer, args, kwargs, self._caches.held.get(number), keys)
 
     def finish(self) -> None:
         """Ask the cache stages."""
@@ -144,13 +144,13 @@ class PromptRun:
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the arguments of the first layer before anything has run."""
         plan, known = self._site.plan, self._site.backbone.token_arguments
+        _, cache = cache_in(kwargs)
         self._entering = hidden_of(args, kwargs)  # Granite scales the embeddings, Gemma 3n makes streams of them
         if self.drops:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             check_arguments(given, self.live, known)
-            seen = seen_by(cache_in(kwargs)[1])
-            check_places(self._site.backbone, plan, self.prompt, self.window, self.live.total + seen)
-        _, cache = cache_in(kwargs)
+            length = seen_by(cache) + self.live.total
+            check_places(self._site.backbone, plan, self.prompt, self.window, length)
         if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
             convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)
         self._caches.begin(cache)
@@ -166,10 +166,11 @@ class PromptRun:
         """Apply the policy's decisions at the boundary before layer `number` to the hidden states."""
         prompt, window, plan = self.prompt, self.window, self._site.plan
         inside = window.entry <= number < window.exit
-        stages = plan.prune_at.get(number, ()) if inside and self._replayed is None else ()
+        replayed = self._replayed
+        stages = plan.prune_at.get(number, ()) if inside and replayed is None else ()
+        decides = bool(stages) if replayed is None else inside and number in replayed.boundaries
         at_window_edge = number in (0, window.entry, window.exit)
-        replays = self._replayed is not None and inside and number in self._replayed.boundaries
-        if not (at_window_edge or stages or replays):
+        if not (at_window_edge or decides):
             return args, kwargs
         hidden = hidden_of(args, kwargs)
         if at_window_edge:
@@ -180,14 +181,13 @@ class PromptRun:
                 hidden = self._move(prompt.text, hidden, None, prompt.extents["text"])
             else:
                 hidden = self._move(prompt.text | self._outlive, hidden, None)
-        shown, decision = self.live, Decision(self.live_mask)
+        shown, shown_mask, decision = self.live, self.live_mask, Decision(self.live_mask)
         merged: Tensor | None = None
-        if self._replayed is not None and replays:
-            live_mask = self._replayed.live_mask(self.live_mask, number)
-            decision = Decision(live_mask, merge_into=self._replayed.merged(number, shown))
-        elif stages:
-            decision = self._decide(number, layer, hidden, args, kwargs)
-        if stages or replays:
+        if decides:
+            if replayed is None:
+                decision = self._decide(number, layer, hidden, args, kwargs)
+            else:
+                decision = Decision(replayed.live_mask(shown_mask, number), merge_into=replayed.merged(number, shown))
             if decision.merge_into is not None:
                 hidden = _merged(hidden, decision.merge_into)
                 merged = shown.to_tokens(decision.merge_into.to(shown.index.device))
@@ -229,12 +229,12 @@ class PromptRun:
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LayerProbe:
-        site, held = self._site, self._caches.held(number)
+        site, held = self._site, self._caches.held.get(number)
         return LayerProbe(
             number,
             layer,
             hidden,
-            lambda: self._fitted(number, layer, args, kwargs, held),
+            lambda: self._fitted(number, layer, args, kwargs, self._arguments.keys(held)),
             implementation=site.implementation,
             projections=site.backbone.projections(layer),
             past=self._caches.past(number),

@@ -106,8 +106,7 @@ class PromptRecord:
     @property
     def attending(self) -> Sequence[int]:
         """Decoder layers with attention, which read cache entries: their own, or those of the layer they share with."""
-        shape = self.plan.shape
-        return range(shape.layers) if shape.attending is None else shape.attending
+        return self.plan.shape.with_attention
 
     @property
     def holding(self) -> Sequence[int]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from dropflow.engine.decoder.layer_arguments import LayerArguments, Once
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, after_past
 from dropflow.engine.tokens.restricting import SHARED_KEYS
 from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import UnsupportedModel
@@ -68,10 +67,5 @@ class SharedKeys:
 
 def _taken(states: Tensor, made: LiveSet, live: LiveSet) -> Tensor:
     """Keys or values (batch, kv_heads, keys, dim) of earlier turns, and of the tokens that are `live`."""
-    columns = _columns(states.shape[2] - made.slots, made.slot.gather(1, live.index).clamp(min=0)).to(states.device)
+    columns = after_past(states.shape[2] - made.slots, made.slots_of(live)).to(states.device)
     return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-
-
-def _columns(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch keys"]:
-    before = torch.arange(past, device=slots.device).expand(len(slots), -1)
-    return torch.cat((before, past + slots), 1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dropflow.engine.model.attention import QueryKey, row_attention, row_bias
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, after_past
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class TappedLayer:
         """Attention rows of slots of `now`, a subset of what was live; keys are those of the cache, then of `now`."""
         if self.live is None or now is self.live:
             return row_attention(self.seen, slots)
-        source = self._source(self.live, now)
+        source = self.live.slots_of(now)
         rows = row_attention(self.seen, source.gather(1, slots.to(source.device)))
         return _taken(rows, 3, self._columns(source).to(rows.device))
 
@@ -42,7 +41,7 @@ class TappedLayer:
         """q and k of only the slots of `now`, and the keys that the cache held."""
         if self.live is None or now is self.live:
             return self.seen
-        seen, source = self.seen, self._source(self.live, now)
+        seen, source = self.seen, self.live.slots_of(now)
         rows = source.to(seen.query.device)
         columns = self._columns(source).to(seen.key.device)
         mask = seen.mask if seen.mask is None or seen.mask.dim() == 2 else row_bias(seen, rows)
@@ -58,13 +57,7 @@ class TappedLayer:
 
     def _columns(self, source: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch keys"]:
         """Columns of the keys in the cache before the call, then those of the slots in `source`."""
-        past = self.seen.key.shape[2] - self.seen.query.shape[2]
-        before = torch.arange(past, device=source.device).expand(len(source), -1)
-        return torch.cat((before, past + source), 1)
-
-    @staticmethod
-    def _source(live: LiveSet, now: LiveSet) -> Int[Tensor, "batch slots"]:
-        return live.slot.gather(1, now.index).clamp(min=0)
+        return after_past(self.seen.key.shape[2] - self.seen.query.shape[2], source)
 
 
 def _rotary(rotary: Any, rows: Int[Tensor, "batch slots"]) -> Any:

@@ -12,6 +12,12 @@ from dropflow.engine.tokens.host import Extent
 from dropflow.lifecycle.lazy import lazy
 
 
+def after_past(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch keys"]:
+    """Columns of the `past` keys that a cache held before a call, then those of the call's keys in `slots`."""
+    before = torch.arange(past, device=slots.device).expand(len(slots), -1)
+    return torch.cat((before, past + slots), 1)
+
+
 @dataclass(frozen=True, eq=False)
 class LiveSet:
     """The tokens of one call that are live before a sequence of layers, right-aligned in each sample.
@@ -72,6 +78,10 @@ class LiveSet:
         if kept.valid is not None:
             valid = kept.valid if valid is None else valid & kept.valid
         return LiveSet(kept.take(self.index), valid, self.total)
+
+    def slots_of(self, now: LiveSet) -> Int[Tensor, "batch slots"]:
+        """The slots here of the tokens in the slots of `now`, a later live set of the same call."""
+        return self.slot.gather(1, now.index).clamp(min=0)
 
     def to_tokens(self, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "batch tokens"]:
         """Translate a map between slots into one between tokens; tokens without a slot map to themselves."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.errors import UnsupportedModel
+from dropflow.lifecycle.instruction import before_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,8 +272,7 @@ def instruction_tokens(
     if stated is not None:
         return _columns(stated.to(valid.device) & valid)
     if labels is not None:
-        labels = labels.to(valid.device)
-        return _columns(torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1)) & valid)
+        return _columns(before_labels(labels).to(valid.device) & valid)
     number = torch.arange(valid.shape[1], device=valid.device)
     first: int | Tensor = valid.shape[1] - 1
     if isinstance(logits_to_keep, Tensor):

@@ -341,12 +341,11 @@ class VisionRun:
 
     def _share(self, boundary: EncodeBoundary) -> float:
         """Share of the encoder's layers that come before a place."""
-        if isinstance(boundary, str):
+        if not isinstance(boundary, int | float):
             return float(boundary == "features")
-        depth = (
-            self.packed.tower.depth if self.packed is not None else 0 if self._vision is None else self._vision.depth
-        )
-        return 0.0 if boundary is None else boundary / depth
+        encoder = self._vision if self.packed is None else self.packed.tower
+        assert encoder is not None  # or else no stage works before a layer
+        return boundary / encoder.depth
 
     def _leave(self, share: float, before: Sequence[Tensor]) -> None:
         """Note for rows that are gone that only this share of the layers ran on them; `before` are all places."""

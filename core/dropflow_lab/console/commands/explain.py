@@ -38,7 +38,7 @@ def explain(
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B
-    from dropflow.backbone.mixers import attending, producers
+    from dropflow.backbone.mixers import shape_of
     from dropflow.units import BackboneShape
     from dropflow_lab.explain.forecast import explain as forecast
     from dropflow_lab.inputs.widths import read_widths
@@ -48,12 +48,8 @@ def explain(
         widths, mixers = (LLAVA_7B, ()) if config is None else read_widths(config)
         tuned = loaded.tuned_for
         depth = layers or len(mixers) or (tuned.layers if tuned else _LAYERS)
-        shape = BackboneShape(
-            depth,
-            visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS),
-            attending(mixers) if depth == len(mixers) else None,
-            producers(mixers) if depth == len(mixers) else (),
-        )
+        tokens = visual_tokens or (tuned.visual_tokens if tuned else _VISUAL_TOKENS)
+        shape = shape_of(mixers, tokens) if depth == len(mixers) else BackboneShape(depth, tokens)
         explanation = forecast(loaded, shape, widths, text_tokens)
     emit(explanation.to_json(), as_json, _table(explanation), _summary(explanation, widths))
 
