@@ -5,6 +5,8 @@ CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 TESTS  := tests/core
+# A worker that crashes ends the run: with its tests given to a new one, `loadgroup` waits for them for ever.
+PYTEST := -m pytest --numprocesses auto --dist loadgroup --max-worker-restart 0
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
 .PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older docs troubleshooting results check format clean
@@ -15,7 +17,7 @@ demo: $(VENV)/.wheel
 # The suite runs on the installed wheel, not on the source tree, file by file on every core. FLAGS="-m slow" runs the
 # heavy matrices.
 test: check
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(FLAGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(FLAGS)
 
 # An environment of other versions or with more packages, `.venvs/NAME`; environments/NAME.txt says which.
 env-%: .venvs/%.txt
@@ -29,7 +31,7 @@ env-%: .venvs/%.txt
 
 # The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
 test-oldest test-newest test-quantized test-trl test-trl-older: test-%: env-%
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist loadgroup $(TESTS) $(FLAGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python $(PYTEST) $(TESTS) $(FLAGS)
 
 # Models with quantised weights, with the libraries that make them.
 test-quantized: TESTS := tests/core/stacks/test_quantized.py

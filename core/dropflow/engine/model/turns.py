@@ -8,6 +8,7 @@ middle of another thread's forward all end a turn automatically.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from types import FrameType
@@ -28,10 +29,10 @@ _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENE
 class Turn:
     """One thread's right to run a model for as long as a given frame runs."""
 
-    __slots__ = ("_depths", "_ended", "_frame", "_gate", "_next", "_thread", "call")
+    __slots__ = ("_depths", "_ended", "_frame", "_gate", "_next", "_process", "_thread", "call")
 
     def __init__(self, frame: FrameType | None, depths: list[int]) -> None:
-        self._thread = threading.get_ident()
+        self._process, self._thread = os.getpid(), threading.get_ident()
         self._frame = frame
         self._depths = depths
         self._ended = frame is None
@@ -85,7 +86,7 @@ class Turn:
             return False
         if self._thread == threading.get_ident():
             return _runs_here(frame, self._depths)
-        return _runs_there(frame, self._thread)
+        return self._process == os.getpid() and _runs_there(frame)  # a fork leaves only the thread that forks
 
 
 class Turns:
@@ -120,9 +121,9 @@ class Turns:
 
 
 def calling_frame() -> FrameType:
-    """The innermost frame outside this package and Dynamo: the call in which our hook runs."""
+    """The innermost frame outside this package and Dynamo, and not of a generator: the call in which our hook runs."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _is_between(frame):
+    while frame.f_back is not None and (_is_between(frame) or frame.f_code.co_flags & _SUSPENDED):
         frame = frame.f_back
     return frame
 
@@ -193,14 +194,14 @@ def _at(depth: int) -> FrameType | None:
         return None
 
 
-def _runs_there(frame: FrameType, thread: int) -> bool:
-    """Whether a frame is on the stack of another thread."""
-    while True:
-        top = last = sys._current_frames().get(thread)
-        while top is not None and top is not frame:
-            last, top = top, top.f_back
-        if top is not None:
-            return True
-        if last is None or not last.f_code.co_flags & _SUSPENDED:
-            return False
-        # no stack ends at a generator: it yielded while we were looking, and so lost the frames below it
+def _runs_there(frame: FrameType) -> bool:
+    """Whether a frame, not of a generator, is on the stack of another thread.
+
+    A frame that has ended loses its variables. It is not looked for on that stack: in Python 3.11 a frame that a thread
+    is just leaving can be seen there when it is already half freed, and the process crashes.
+    """
+    try:
+        frame.clear()
+    except RuntimeError:  # it is executing
+        return True
+    return False
