@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlava
 
 import dropflow
 from dropflow import Backbone, VisionEncoder, square_grid
-from dropflow.engine.attach import refusals
+from dropflow.engine.attach import vision_refusals
 from dropflow.errors import PolicyError
 from dropflow.testing import (
     IMAGE,
@@ -78,6 +78,8 @@ def test_the_kit_finds_an_adapter_that_takes_them_for_one_layers(monkeypatch: py
     inside = r"the fact 'vision_layers' is wrong: rows cannot be dropped inside the encoder: .*; see `vision`"
     with pytest.raises(BrokenGuarantee, match=inside):
         assert_backbone_conforms(Unprojected, TINY)
-    monkeypatch.setattr(refusals, "_joined_layers", lambda _: "")  # as for a model whose config names it differently
+    monkeypatch.setattr(
+        vision_refusals, "_joined_layers", lambda _: ""
+    )  # as for a model whose config names it differently
     with pytest.raises(BrokenGuarantee, match=inside):
         assert_backbone_conforms(Unprojected, TINY)

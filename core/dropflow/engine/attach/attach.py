@@ -14,6 +14,7 @@ from dropflow.backbone.versions import warn_if_untested
 from dropflow.backbone.wrapped import check_compiled, check_is_model, leave_uncompiled, unwrapped
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
+from dropflow.engine.attach.labelled_logits import check_loss_function
 from dropflow.engine.attach.model_hooks import ModelHooks
 from dropflow.engine.model.tap import sweep
 from dropflow.engine.model.turns import Turns
@@ -80,7 +81,7 @@ def attach(
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
     found = backbone_for(model, adapter)
     if logits == "labelled":
-        refusals.check_loss_function(found.model)
+        check_loss_function(found.model)
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
     plan = _resolved(found, load_policy(source, overrides))
     hooks = _attach(found, {"": plan}, "", labelled_only=logits == "labelled")

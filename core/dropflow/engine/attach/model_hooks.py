@@ -17,9 +17,10 @@ from dropflow.backbone.backbone import MODALITIES
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.call import Call
-from dropflow.engine.attach.stated import Stated
+from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
+from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, stated_questions, stated_tokens
 from dropflow.engine.decoder.continued_run import ContinuedRun
-from dropflow.engine.decoder.head import live_states, loss_of_rows, shifted
+from dropflow.engine.decoder.head import live_states, shifted
 from dropflow.engine.decoder.keeps import Keeps, Replayed
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.record import CallRecord
@@ -59,13 +60,12 @@ class ModelHooks:
         self, backbone: Backbone, turns: Turns, shards: HeadShards | None, *, labelled_only: bool = False
     ) -> None:
         """With `labelled_only`, training forwards with labels compute no logits but those that predict a label."""
-        self.backbone, self._turns, self._shards, self._labelled_only = backbone, turns, shards, labelled_only
+        self.backbone, self._turns, self._shards = backbone, turns, shards
         self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
-        self._loss: Any = object()
-        """The loss function that stands for the model's own where labelled logits alone are computed."""
+        self._labelled = LabelledLoss(self._standing, self._live_rows) if labelled_only else None
         self.flows: Mapping[str, Flow | None] = {}
         """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
         self._sites: Mapping[str, Site] = {}
@@ -314,28 +314,15 @@ class ModelHooks:
         brings = self._brings_images(kwargs)
         refusals.check_call(self.backbone, call.site.plan, kwargs, brings)
         whole = "shift_labels" in kwargs or isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep
-        if self._labelled_only and call.labels is not None and brings and model.training and not whole:
+        if self._labelled is not None and call.labels is not None and brings and model.training and not whole:
             call.labelled_only = True
-            self._lay_loss(model)
+            self._labelled.lay(model)
         return args, kwargs
 
-    def _lay_loss(self, model: Any) -> None:
-        """Let the model's loss function take the rows that a call computes; again, if the user has set another one."""
-        if model.__dict__.get("_loss_function") is not self._loss:
-            self._loss = self._labelled_loss(model.loss_function)
-            self._standing.lay(model.__dict__, "_loss_function", self._loss)
-
-    def _labelled_loss(self, original: Any) -> Any:
-        """The model's loss function, given logits of the rows in `Call.live_rows` and labels of every token."""
-
-        @wraps(original)
-        def loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
-            call = self._mine()
-            if call is None or call.live_rows is None:  # nothing was dropped
-                return original(logits, labels, *args, **kwargs)
-            return loss_of_rows(partial(original, *args), logits, call.live_rows, labels, **kwargs)
-
-        return loss
+    def _live_rows(self) -> Tensor | None:
+        """`Call.live_rows` of this thread's call."""
+        call = self._mine()
+        return None if call is None else call.live_rows
 
     def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         if output is not None:  # a call that raised has already ended, and the open call may be another one
@@ -363,7 +350,7 @@ class ModelHooks:
             self._check_dense(call, kwargs)
             return args, kwargs
         if call.labelled_only:
-            refusals.check_loss_call(self._model)
+            check_loss_call(self._model)
         call.core_runs = True
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
@@ -414,7 +401,7 @@ class ModelHooks:
             return None
         embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)[1]
         given: Any = kwargs.get("input_ids") if embeds is None else embeds
-        return refusals.stated_tokens(visual, given, continues=bool(cache and cache.get_seq_length()))
+        return stated_tokens(visual, given, continues=bool(cache and cache.get_seq_length()))
 
     # Hooks of the text decoder: layers
 
@@ -455,12 +442,12 @@ class ModelHooks:
         if call.attention_mask is None and cache is None:  # only in this case does transformers treat rows as packed
             starts = document_starts(kwargs.get("position_ids"))
             refusals.check_packed(self.backbone, site.implementation, starts)
-        stated = refusals.stated_instruction_tokens(embeds, forward.seen)
+        stated = stated_instruction_tokens(embeds, forward.seen)
         instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
         visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
         prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
         if site.plan.reads_questions:
-            prompt = replace(prompt, questions=refusals.stated_questions(embeds))
+            prompt = replace(prompt, questions=stated_questions(embeds))
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
         keeps = self.replayed.of(self, None)
         replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)

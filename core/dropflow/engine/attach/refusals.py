@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.mixer_refusals import check_mixers
-from dropflow.engine.attach.packed_refusals import place_faults
+from dropflow.engine.attach.vision_refusals import vision_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
-from dropflow.engine.model.turns import names_inside
 from dropflow.engine.tokens.cache import check_cache, is_flow_cache
 from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.encoding import FlowFeatures
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
-from dropflow.lifecycle.instruction import stated_instruction
 from dropflow.lifecycle.questions import stated_questions_of
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
-    from dropflow.lifecycle.stage import EncodeBoundary
     from dropflow.policy.plan import Plan
 
 
@@ -72,7 +68,7 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
             f"stages.{name}: names layer {layer}, expected 0 to {depth - 1}; name a layer that exists"
             for layer in wrong
         ]
-    faults += _vision_faults(backbone, plan)
+    faults += vision_faults(backbone, plan)
     faults += [
         f"stages.{name}: trains its selection, for which gradients would have to cross the ranks of `tp_plan`; use "
         "FSDP2 or DistributedDataParallel, or set a hard selection in this stage"
@@ -124,113 +120,6 @@ def head_shards(backbone: Backbone) -> HeadShards | None:
     return HeadShards((mesh["tp"] if "tp" in names else mesh).get_group(), size)
 
 
-def _vision_faults(backbone: Backbone, plan: Plan) -> list[str]:
-    """Errors for stages at encoder layers that do not exist, or after the layer whose output goes to the LLM."""
-    boundaries = [(name, b) for b, stages in plan.encode_at.items() if b is not None for name, _ in stages]
-    taps = [(name, layer) for name, stage in plan.stages for layer in stage.vision_taps]
-    vision, joined = backbone.vision, _joined_layers(backbone.model.config)
-    faults = place_faults(backbone.packed_tower, boundaries, taps)
-    if faults or (backbone.packed_tower is not None and boundaries):
-        return faults
-    if vision is None:
-        known = "vision_attention"  # a stage that lists it as needed is refused for that
-        unlisted = [name for name, stage in plan.stages if stage.vision_taps and known not in stage.needs]
-        return _reading_faults(backbone, dict.fromkeys(name for name, _ in boundaries), taps, unlisted, joined)
-    if joined:
-        names = dict.fromkeys(name for name, _ in (*boundaries, *taps))
-        return [
-            f"stages.{name}: works inside the vision encoder, but this model joins the features of several of its "
-            f"layers ({joined}), of which each would have to lose the same rows; leave the stage out"
-            for name in names
-        ]
-    outside = [
-        (name, b)
-        for name, b in boundaries
-        if not isinstance(b, str) and not (0 <= b < vision.feature_layer and b % 1 in (0, 0.5))
-    ]
-    faults = [
-        f"stages.{name}: works at boundary {b} of the vision encoder{more}, expected 0 to {vision.feature_layer - 1}, "
-        "before the layers that the features for the LLM pass through"
-        for name, b, more in _first_of_each(outside)
-    ]
-    lacking = {
-        name: what
-        for name, b in boundaries
-        for what, lacks in (
-            ("on what the projector gets", b == "features" and vision.projector is None),
-            ("between attention and feed-forward part of a layer", _inside_layer(b) and vision.sublayers is None),
-        )
-        if lacks
-    }
-    faults += [
-        f"stages.{name}: works {what}, which this adapter does not name; see `VisionEncoder`"
-        for name, what in lacking.items()
-    ]
-    return faults + _depth_faults(taps, vision.depth)
-
-
-def _reading_faults(
-    backbone: Backbone, inside: Collection[str], taps: Sequence[tuple[str, int]], unlisted: Iterable[str], joined: str
-) -> list[str]:
-    """Errors for stages that work inside an encoder that can at most be read, or name layers that it does not have."""
-    readers = [backbone.reader(modality) for modality in backbone.modalities]
-    if joined:
-        why = (
-            f", but this model joins the features of several of its layers ({joined}), of which each would have to "
-            "lose the same rows; leave the stage out"
-        )
-    else:
-        why = ", which this adapter cannot reach; leave the stage out or extend the adapter"
-    faults = [f"stages.{name}: works inside the vision encoder{why}" for name in inside]
-    if None in readers:
-        return faults + [
-            f"stages.{name}: reads the attention of the vision encoder, which this adapter does not name; leave the "
-            "stage out or extend the adapter (see `VisionReader`)"
-            for name in unlisted
-            if name not in inside
-        ]
-    return faults + _depth_faults(taps, min(reader.depth for reader in readers if reader is not None))
-
-
-def _depth_faults(taps: Sequence[tuple[str, int]], depth: int) -> list[str]:
-    beyond = [(name, layer) for name, layer in taps if not -depth <= layer < depth]
-    return [
-        f"stages.{name}: reads vision layer {layer}{more}, expected 0 to {depth - 1}; name a layer that exists"
-        for name, layer, more in _first_of_each(beyond)
-    ]
-
-
-def _joined_layers(config: Any) -> str:
-    """The config entry that selects features of several layers of the vision encoder; "" if there is none."""
-    for name in ("vision_feature_layer", "vision_feature_layers"):
-        selected = getattr(config, name, None)
-        if isinstance(selected, list | tuple) and len(selected) > 1:
-            return f"`{name}` is {list(selected)}"
-    return ""
-
-
-def check_loss_function(model: Any) -> None:
-    """Refuse `logits="labelled"` for a model whose forward does not compute its loss by `loss_function`."""
-    own = getattr(model, "__dict__", {}).get("forward")
-    forwards = [vars(kind).get("forward") for kind in type(model).__mro__] if own is None else [own]
-    names = (getattr(inspect.unwrap(one), "__code__", None) for one in forwards if one is not None)
-    if not any(code is not None and "loss_function" in code.co_names for code in names):
-        _refuse_labelled(model)
-
-
-def check_loss_call(model: Any) -> None:
-    """The same for a call in progress, whose forward another library may have replaced on the model since."""
-    if "forward" in model.__dict__ and "loss_function" not in names_inside(model):
-        _refuse_labelled(model)
-
-
-def _refuse_labelled(model: Any) -> NoReturn:
-    raise UnsupportedModel(
-        f"logits: 'labelled', but the forward of {type(model).__name__} does not compute its loss by "
-        "`model.loss_function`, such as one with a fused loss; leave `logits` out, so that it gets all of them"
-    )
-
-
 def check_unshared(backbone: Backbone) -> None:
     """Refuse a model that shares layers with another model to which a policy is attached."""
     lists = [("text decoder", backbone.text._modules["layers"])]
@@ -246,18 +135,6 @@ def check_unshared(backbone: Backbone) -> None:
                 f"{type(backbone.model).__name__}: shares its {name} with a model that has a policy attached, and each "
                 "would take the other's calls for its own; detach that one, or give each model its own"
             )
-
-
-def _first_of_each(found: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, str]]:
-    """The first place of each stage, with a note on how many more there are."""
-    places: dict[str, list[Any]] = {}
-    for name, place in found:
-        places.setdefault(name, []).append(place)
-    return [(name, own[0], f" and {len(own) - 1} more" if len(own) > 1 else "") for name, own in places.items()]
-
-
-def _inside_layer(boundary: EncodeBoundary) -> bool:
-    return isinstance(boundary, float) and boundary % 1 == 0.5
 
 
 def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings_images: bool) -> None:
@@ -381,63 +258,6 @@ def check_placeholders(backbone: Backbone, input_ids: Int[Tensor, "batch tokens"
             "or leave the placeholders out. (In assisted generation the draft model gets no images from transformers, "
             "so no policy can be attached to it)"
         )
-
-
-def stated_tokens(
-    visual: Bool[Tensor, "batch tokens"], given: Tensor, *, continues: bool
-) -> Bool[Tensor, "batch tokens"] | None:
-    """The visual tokens a caller stated, for each row of a call; `None` in later steps of the prompt.
-
-    `given` are the call's ids or embeddings. Refuses a mask that does not fit the call.
-    """
-    batch, tokens = given.shape[:2]
-    if visual.shape[1] == tokens and (copies := _copies(visual, given)):
-        return visual.repeat_interleave(copies, 0)
-    if continues:
-        return None
-    raise UnsupportedCall(
-        f"visual: stated for {tuple(visual.shape)} (batch, tokens), but this call has {(batch, tokens)}; state the "
-        "tokens of the whole prompt, and keep `use_cache` on in `generate`"
-    )
-
-
-def stated_instruction_tokens(embeds: Tensor, seen: int) -> Bool[Tensor, "batch tokens"] | None:
-    """The instruction tokens a caller stated, for each row of a call; `None` if none were stated.
-
-    `embeds` (batch, tokens, dim) are those of the call, before which its cache has `seen` tokens. Refuses a mask that
-    does not fit the call.
-    """
-    stated, tokens = stated_instruction(), embeds.shape[1]
-    if stated is None:
-        return None
-    first = 0 if stated.shape[1] == tokens else seen
-    if stated.shape[1] >= first + tokens and (copies := _copies(stated, embeds)):
-        return stated[:, first : first + tokens].repeat_interleave(copies, 0)
-    raise UnsupportedCall(
-        f"instruction_tokens: stated for {tuple(stated.shape)} (batch, tokens), but this call has "
-        f"{tuple(embeds.shape[:2])} after {seen} tokens; state one row for each sample, and a column for each token"
-    )
-
-
-def stated_questions(embeds: Tensor) -> tuple[str, ...]:
-    """The question a caller stated for each row of `embeds`; refuses a number of questions that does not fit them."""
-    asked = stated_questions_of(len(embeds))
-    copies = _copies(asked, embeds)
-    if not copies:
-        raise UnsupportedCall(
-            f"questions: {len(asked)} stated for a batch of {len(embeds)} different prompts; state one for each sample"
-        )
-    return tuple(question for question in asked for _ in range(copies))
-
-
-def _copies(stated: Sequence[Any] | Tensor, given: Tensor) -> int:
-    """How many rows of a call each stated row is for: more than one only if these are copies; 0 if they do not fit."""
-    batch, rows = len(given), len(stated)
-    if not rows or batch % rows:
-        return 0
-    copies = batch // rows
-    own = given.reshape(rows, copies, *given.shape[1:])
-    return copies if copies == 1 or bool((own == own[:, :1]).all()) else 0
 
 
 def check_encoded(plan: Plan, flags: Mapping[str, RowFlags] | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dropflow.backbone.image_layout import ImageLayout
+from dropflow.testing.families.qwen2_vl import with_token_types
 from dropflow.testing.families.tiny import END, IMAGE, START, TEXT, VIDEO, VISION, Picture, Tiny, pixels
 
 POOL, PATCH, ROWS = 2, 4, 48
@@ -83,9 +84,3 @@ def _patches(grid: Sequence[int], dice: torch.Generator, pool: int, patch: int) 
     values = torch.zeros(ROWS, 3 * patch**2)
     values[: height * width] = pixels(dice, height * width, 3 * patch**2)
     return values[None], places[None]
-
-
-def with_token_types(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Adds `mm_token_type_ids`: 1 for images, 2 for videos."""
-    ids = inputs["input_ids"]
-    return inputs | {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from dropflow.testing.families.gemma4 import TEXT_4, padded_frames, padded_image, with_token_types
+from dropflow.testing.families.gemma4 import TEXT_4, padded_frames, padded_image
+from dropflow.testing.families.qwen2_vl import with_token_types
 from dropflow.testing.families.tiny import IMAGE, VIDEO, Tiny
 
 PATCH = 8

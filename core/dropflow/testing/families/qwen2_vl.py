@@ -54,6 +54,6 @@ def packed_video(_: int, dice: torch.Generator) -> Picture:
 
 
 def with_token_types(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Adds what multimodal RoPE reads: 0 for text, 1 for images, 2 for videos."""
+    """Adds `mm_token_type_ids`, which multimodal RoPE and some masks read: 0 for text, 1 for images, 2 for videos."""
     ids = inputs["input_ids"]
     return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}

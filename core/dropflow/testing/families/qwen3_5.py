@@ -6,18 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dropflow.testing.families.qwen2_vl import packed_image, tokens_and_text, with_token_types
+from dropflow.testing.families.qwen3_vl import VISION as WITH_DEEPSTACK
 from dropflow.testing.families.qwen3_vl import stamped_video
 from dropflow.testing.families.tiny import Tiny
 
-VISION: Mapping[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "out_hidden_size": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "patch_size": 4,
-    "num_position_embeddings": 64,
-}
+VISION: Mapping[str, Any] = {name: size for name, size in WITH_DEEPSTACK.items() if "deepstack" not in name}
+"""Options of a tiny vision encoder."""
 DELTA_NET: Mapping[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"] * 3,
     "linear_num_key_heads": 2,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from watching import rows_at
 
 import dropflow
 from dropflow import Stage
@@ -112,17 +113,8 @@ def test_earlier_turns_count() -> None:
 def test_attention_rows_equal_the_eager_map(boundary: int) -> None:
     """Ranking projects only what it reads, and rotates the zeros of what it does not as complex numbers."""
 
-    class Rows(Stage[Any]):
-        @property
-        def prune_at(self) -> tuple[int, ...]:
-            return (boundary,)
-
-        @dropflow.hookimpl
-        def prune(self, call: PruneCall) -> None:
-            self.rows = call.attention_rows(boundary, call.instruction_slots)[:, :, -1]
-
     model, inputs, maps = model_of(8192, "eager"), TINY.prompt(LONG)[0], list[Tensor]()
-    with dropflow.attach(model, policy(a=late(1)["stages"]["a"], rows={"use": Rows})) as flow:
+    with dropflow.attach(model, policy(a=late(1)["stages"]["a"], rows={"use": rows_at(boundary)})) as flow:
         model(**inputs)
         found, live = dict(flow.plan.stages)["rows"].rows[0], flow.live()
     attention = model.language_model.model.layers[boundary].self_attn

@@ -12,6 +12,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from transformers import DynamicCache
+from watching import rows_at
 
 import dropflow
 from dropflow import Stage
@@ -24,7 +25,7 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep
 from dropflow.lifecycle.events import CacheEvent
-from dropflow.lifecycle.payloads import PruneCall, WindowCall
+from dropflow.lifecycle.payloads import WindowCall
 from dropflow.testing import AbsentOracle, MaskedOracle, tiny_models
 from dropflow.testing.case import relative_error
 from dropflow.testing.probes import policy
@@ -275,17 +276,8 @@ def test_taken_back_drafts_and_caches_without_config(name: str) -> None:
 @pytest.mark.parametrize("name", SHARING)
 @torch.no_grad()
 def test_attention_rows_equal_the_eager_map_of_the_live_tokens(name: str, boundary: int) -> None:
-    class Rows(Stage[Any]):
-        @property
-        def prune_at(self) -> tuple[int, ...]:
-            return (boundary,)
-
-        @dropflow.hookimpl
-        def prune(self, call: PruneCall) -> None:
-            self.rows = call.attention_rows(boundary, call.instruction_slots)[:, :, -1]
-
     model, inputs = model_of(name, "eager"), prompt(name, [(3, "I", 5)])
-    with dropflow.attach(model, policy(a=random(1, 3), rows={"use": Rows})) as flow:
+    with dropflow.attach(model, policy(a=random(1, 3), rows={"use": rows_at(boundary)})) as flow:
         model(**inputs)
         found, live = dict(flow.plan.stages)["rows"].rows[0], flow.live()
     maps: list[Tensor] = []
