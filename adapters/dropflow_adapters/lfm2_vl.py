@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dropflow import Backbone, DecoderWidths, ImageLayout
+import torch
+from torch import Tensor
+
+from dropflow import Backbone, DecoderWidths, ImageLayout, VisionReader, patch_blocks
 
 
 class Lfm2VL(Backbone):
@@ -29,3 +32,17 @@ class Lfm2VL(Backbone):
         merge = self.model.config.downsample_factor
         grids = [(-(-height // merge), -(-width // merge)) for height, width in shapes.tolist()]
         return [[ImageLayout(size, grid)] for size, grid in zip(sizes, grids, strict=True)]
+
+    def reader(self, modality: str = "image") -> VisionReader:  # noqa: ARG002
+        """The tower, whose pictures are padded; every block of neighbours becomes a token."""
+        merge = self.model.config.downsample_factor
+
+        def members(_: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+            padded, shapes = arguments["pixel_values"].shape[1], arguments["spatial_shapes"].tolist()
+            return [patch_blocks((rows, columns), merge) + i * padded for i, (rows, columns) in enumerate(shapes)]
+
+        def pictures(arguments: Mapping[str, Any]) -> list[int]:
+            counts: list[int] = torch.as_tensor(arguments["spatial_shapes"]).prod(1).tolist()
+            return counts
+
+        return VisionReader(self.core.vision_tower.encoder, members, pictures=pictures, padded=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, ImageLayout
+from torch import Tensor
+
+from dropflow import Backbone, ImageLayout, VisionReader, feature_boundary
 
 
 class Molmo2(Backbone):
@@ -30,3 +32,15 @@ class Molmo2(Backbone):
             [ImageLayout(h * w, (h, w)) for h, w in (grid[:2], grid[2:]) if h * w]  # a picture may be an overview only
             for grid in grids.tolist()
         ]
+
+    def reader(self, modality: str = "image") -> VisionReader:
+        """The tower: the patches of every crop or frame, of which the call says which are pooled into a token."""
+        tower = self.core.vision_tower
+        features = self.model.config.adapter_config.vision_feature_layer
+        entries = [layer + 1 if layer >= 0 else layer for layer in features]  # a layer's own output, or a hidden state
+
+        def members(sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+            table = arguments[f"{modality}_token_pooling"]
+            return list((table[(table >= 0).any(-1)]).split(list(sizes)))
+
+        return VisionReader(tower, members, feature_layer=feature_boundary(entries, len(tower.layers)))

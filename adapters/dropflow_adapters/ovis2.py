@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropflow import Backbone, Projections, Sublayers, VisionEncoder, square_grid
+from torch import Tensor
+
+from dropflow import Backbone, Projections, Sublayers, VisionEncoder, VisionReader, patch_blocks, square_grid
 
 
 class Ovis2(Backbone):
@@ -26,16 +28,25 @@ class Ovis2(Backbone):
             sublayers=lambda layer: Sublayers(layer.attention, layer.ffn),
         )
 
+    def reader(self, modality: str = "image") -> VisionReader | None:
+        """The tower, also where blocks of patches are joined."""
+        if self._stride == 1:
+            return super().reader(modality)
+
+        def members(sizes: Sequence[int], _: Mapping[str, Any]) -> list[Tensor]:
+            tile = patch_blocks((self._side, self._side), self._stride)
+            return [tile + number * self._side**2 for number in range(len(sizes))]
+
+        return VisionReader(self.core.vision_tower.transformer.encoder, members)
+
     def projections(self, layer: Any) -> Projections:
         """Projections of a decoder layer, which have the same names in Qwen2 and Llama."""
         return Projections.of(layer.self_attn)
 
     @property
     def tokens_per_image(self) -> int:
-        """Number of tokens in a tile, whose sides are padded to whole blocks."""
-        tower = self.model.config.vision_config
-        side: int = math.ceil(tower.image_size // tower.patch_size / self._stride)
-        return side * side
+        """Number of tokens in a tile."""
+        return (self._side // self._stride) ** 2
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches or blocks."""
@@ -45,3 +56,9 @@ class Ovis2(Backbone):
     def _stride(self) -> int:
         """Patches along one side of a block."""
         return int(self.model.config.vision_config.hidden_stride)
+
+    @property
+    def _side(self) -> int:
+        """Patches along one side of a tile."""
+        tower = self.model.config.vision_config
+        return int(tower.image_size // tower.patch_size)

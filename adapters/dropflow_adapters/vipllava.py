@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dropflow import Backbone, Projections, square_grid
+from dropflow import Backbone, Projections, VisionReader, feature_boundary, one_to_one, square_grid
 
 
 class VipLlava(Backbone):
@@ -23,3 +23,11 @@ class VipLlava(Backbone):
     def projections(self, layer: Any) -> Projections:
         """Llama's."""
         return Projections.of(layer.self_attn)
+
+    def reader(self, modality: str = "image") -> VisionReader:  # noqa: ARG002
+        """The tower: a CLS row and the patches of each picture, which become tokens one by one."""
+        encoder = self.core.vision_tower.encoder
+        last = feature_boundary(self.model.config.vision_feature_layers, len(encoder.layers))
+        return VisionReader(
+            encoder, lambda sizes, _: one_to_one(sizes, prefix=1), prefix=1, has_cls=True, feature_layer=last
+        )

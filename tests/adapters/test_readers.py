@@ -15,6 +15,7 @@ from dropflow.policy.registry import ADAPTERS, load
 from dropflow.testing import END, IMAGE, START, TEXT, VISION, Picture, Tiny, check_reader, pixels, tiny_models
 from dropflow.testing.case import Case
 from dropflow.testing.families.llava_next import anyres_image, small
+from dropflow.testing.families.ovis2 import INDICATORS
 
 LLAVA: type[Backbone] = load(ADAPTERS, "llava")
 PIXTRAL = {**VISION, "head_dim": 8, "image_size": 32, "patch_size": 8, "model_type": "pixtral"}
@@ -76,6 +77,19 @@ def large(number: int, dice: torch.Generator) -> Picture:
     return Picture([IMAGE] * sum(layout.tokens for layout in layouts), arguments, layouts)
 
 
+def ovis2_blocks() -> Any:
+    """An Ovis 2 that joins 2 x 2 of its 4 x 4 patches."""
+    model = tiny_models()["ovis2"][1].build()
+    model.config.vision_config.hidden_stride = 2
+    return type(model)(model.config)
+
+
+def block_tile(_: int, dice: torch.Generator) -> Picture:
+    """A tile of 2 x 2 blocks."""
+    ids = [INDICATORS[0], *[IMAGE] * 4, INDICATORS[1]]
+    return Picture(ids, {"pixel_values": pixels(dice, 1, 3, 24, 24)}, [ImageLayout(4, (2, 2))])
+
+
 FORMS: dict[str, tuple[str, Tiny]] = {
     "LLaVA with a Pixtral tower": (
         "llava",
@@ -95,6 +109,10 @@ FORMS: dict[str, tuple[str, Tiny]] = {
             lambda: _llava_next(small("clip_vision_model", "default") | {"vision_feature_layer": [-3, -2]}),
             {"image": anyres_image},
         ),
+    ),
+    "blocks of patches as mixtures of words": (
+        "ovis2",
+        Tiny(ovis2_blocks, {"image": block_tile}, silent=(IMAGE, *INDICATORS)),
     ),
     "tiles that are downscaled": ("llava_onevision", Tiny(onevision(1), {"image": large})),
 }

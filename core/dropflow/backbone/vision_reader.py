@@ -38,8 +38,11 @@ class VisionReader:
     feature_layer: int | None = None
     """Boundary whose rows are handed on, the deepest where features of several are concatenated; `None` is the end."""
     pictures: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
-    """For a tower that packs all its rows into one sequence: given the arguments, the rows of each picture, or of each
-    time step of a video, in order. `None` where every picture is an entry of a batch."""
+    """For a tower that packs all its rows into one sequence, or pads them: given the arguments, the rows of each
+    picture, or of each time step of a video, in order. `None` where every picture is an entry of a batch without
+    padding."""
+    padded: bool = False
+    """Whether every picture is an entry of a batch, padded at its end to the rows of the longest."""
 
     @property
     def depth(self) -> int:

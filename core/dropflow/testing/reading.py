@@ -74,11 +74,15 @@ class Encoded:
             return torch.cat([key.mean(1).flatten(0, 1) for _, key in self.calls[layer]])
         if what == "cls_attention":
             return torch.cat([weights.mean(1)[:, 0].flatten() for weights, _ in self.calls[layer]])
+        counts = None if pictures is None else torch.tensor(list(pictures(self.arguments)))
+        if counts is None or self.reader.padded:
+            ((weights, _),) = self.calls[layer]
+            patches = weights.shape[-1] - prefix
+            counts = torch.full((len(weights),), patches) if counts is None else counts
+            asks = torch.arange(patches) < counts[:, None]
+            batch = (weights.mean(1)[:, prefix:] * asks[..., None]).sum(1)
+            return (batch / counts[:, None]).flatten()
         sums = [weights.mean(1)[:, prefix:].sum(1) for weights, _ in self.calls[layer]]
-        if pictures is None:
-            (batch,) = sums
-            return (batch / (batch.shape[1] - prefix)).flatten()
-        counts = torch.tensor(list(pictures(self.arguments)))
         return torch.cat([own.flatten() for own in sums]) / counts.repeat_interleave(counts)
 
 
@@ -120,6 +124,12 @@ def _check_pictures(case: Case, encoded: Encoded) -> None:
     if encoded.reader.pictures is None:
         return
     counts = list(encoded.reader.pictures(encoded.arguments))
+    if encoded.reader.padded:
+        for (weights, _), *_ in encoded.calls.values():
+            seen = (weights.mean(1)[:, 0] > 0).sum(1).tolist()
+            if seen != counts:
+                raise _wrong(case, encoded.modality, f"`pictures` has {counts} rows, but a row attends to {seen}")
+        return
     maps = [_diagonal([weights.mean(1)[0] for weights, _ in calls]) for calls in encoded.calls.values()]
     attends = torch.stack(maps).sum(0) > 0
     if sum(counts) != len(attends):

@@ -71,6 +71,11 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
         r"received_attention\(0\) of image 0 is .* off the mean of its whole maps",
     ),
     "pictures run together": ("mistral3", one_picture, r"rows that attend to each other are not those of one of the"),
+    "padding forgotten": (
+        "lfm2_vl",
+        lambda _, reader, __: replace(reader, pictures=lambda arguments: [48] * len(arguments["pixel_values"])),
+        r"`pictures` has \[48(, 48)*\] rows, but a row attends to \[32",
+    ),
     "time steps run together": (
         "qwen3_vl",
         lambda b, reader, m: one_picture(b, reader, m) if m == "video" else reader,

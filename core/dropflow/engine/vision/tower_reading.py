@@ -56,8 +56,9 @@ class TowerReading:
         return self._members
 
     def _made(self, number: int, calls: list[QueryKey]) -> TowerLayer:
-        if self.reader.pictures is not None:
-            counts = tuple(map(int, self.reader.pictures(self._arguments)))
+        stated = self.reader.pictures
+        counts = None if stated is None else tuple(map(int, stated(self._arguments)))
+        if counts is not None and not self.reader.padded:
             found = TowerLayer(segments(calls, counts), counts, packed=True)
             self._check(sum(counts) == found.rows, f"{sum(counts)} rows in `pictures`", found)
             return found
@@ -67,7 +68,11 @@ class TowerReading:
                 "no `pictures` in its `reader`; state the rows of each picture"
             )
         batch, prefix = calls[0], self.reader.prefix
-        return TowerLayer(tuple(calls), (batch.key.shape[2] - prefix,) * len(batch.key), prefix)
+        patches = batch.key.shape[2] - prefix
+        found = TowerLayer(tuple(calls), (patches,) * len(batch.key) if counts is None else counts, prefix)
+        fits = len(found.counts) == len(batch.key) and max(found.counts, default=0) <= patches
+        self._check(fits, f"pictures of {list(found.counts)} rows in `pictures`", found)
+        return found
 
     def _check(self, fits: bool, what: str, layer: TowerLayer) -> None:
         if not fits:
