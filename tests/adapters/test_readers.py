@@ -14,6 +14,7 @@ from dropflow.errors import PolicyError
 from dropflow.policy.registry import ADAPTERS, load
 from dropflow.testing import END, IMAGE, START, TEXT, VISION, Picture, Tiny, check_reader, pixels, tiny_models
 from dropflow.testing.case import Case
+from dropflow.testing.families import minicpmv4_6
 from dropflow.testing.families.llava_next import anyres_image, small
 from dropflow.testing.families.ovis2 import INDICATORS
 
@@ -90,6 +91,24 @@ def block_tile(_: int, dice: torch.Generator) -> Picture:
     return Picture(ids, {"pixel_values": pixels(dice, 1, 3, 24, 24)}, [ImageLayout(4, (2, 2))])
 
 
+def minicpm_fine() -> Any:
+    """A MiniCPM-V 4.6 that leaves out the merger between two layers of its tower."""
+    model = minicpmv4_6.tiny().build()
+    model.config.downsample_mode = "4x"
+    return model
+
+
+def fine(number: int, dice: torch.Generator) -> Picture:
+    """A picture of 4 x 8 or 8 x 6 tokens, each of 2 x 2 patches."""
+    rows, columns = ((4, 8), (8, 6))[number % 2]
+    arguments = {
+        "pixel_values": pixels(dice, 4 * rows * columns, 3, minicpmv4_6.SIDE, minicpmv4_6.SIDE),
+        "target_sizes": torch.tensor([[2 * rows, 2 * columns]], dtype=torch.int32),
+    }
+    ids = [START, *[IMAGE] * rows * columns, END]
+    return Picture(ids, arguments, [ImageLayout(rows * columns, (rows, columns))])
+
+
 FORMS: dict[str, tuple[str, Tiny]] = {
     "LLaVA with a Pixtral tower": (
         "llava",
@@ -113,6 +132,10 @@ FORMS: dict[str, tuple[str, Tiny]] = {
     "blocks of patches as mixtures of words": (
         "ovis2",
         Tiny(ovis2_blocks, {"image": block_tile}, silent=(IMAGE, *INDICATORS)),
+    ),
+    "no merger inside the tower": (
+        "minicpmv4_6",
+        Tiny(minicpm_fine, {"image": fine}, minicpmv4_6.along_the_width, **minicpmv4_6.ROUND_OFF),
     ),
     "tiles that are downscaled": ("llava_onevision", Tiny(onevision(1), {"image": large})),
 }
@@ -150,3 +173,12 @@ def test_onevision_images_of_a_sample_with_several_are_overviews() -> None:
     first, second = reader.members([17, 17], {"image_sizes": torch.tensor([[24, 24], [24, 24]])})
     assert first[:, 0].tolist() == [*range(16), -1]
     assert second[:, 0].tolist() == [*range(16, 32), -1]
+
+
+def test_layers_before_a_merger_cannot_be_read() -> None:
+    adapter, tiny = tiny_models()["minicpmv4_6"]
+    early = policy(keys={"use": "mustdrop/key-set", "layer": 0})
+    with pytest.raises(
+        PolicyError, match=r"stages\.keys: reads vision layer 0, expected 1 to 2; name a layer after the"
+    ):
+        dropflow.attach(tiny.model(), early, adapter=adapter)

@@ -35,6 +35,8 @@ class VisionReader:
     """Rows of every picture before its patches, such as 1 for a CLS row."""
     has_cls: bool = False
     """Whether the first of them is a CLS row whose attention ranks patches."""
+    first: int = 0
+    """First layer whose rows are numbered so, as where a merger joins rows between two layers."""
     feature_layer: int | None = None
     """Boundary whose rows are handed on, the deepest where features of several are concatenated; `None` is the end."""
     pictures: Callable[[Mapping[str, Any]], Sequence[int]] | None = None

@@ -32,7 +32,7 @@ class Reads(Stage[Any]):
     """Records what every layer of the tower shows of every row after the projector, and decides nothing."""
 
     needs = frozenset({FACT})
-    depth = 1
+    depth, first = 1, 0
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
@@ -42,7 +42,7 @@ class Reads(Stage[Any]):
     @property
     def vision_taps(self) -> tuple[int, ...]:
         """All layers."""
-        return tuple(range(self.depth))
+        return tuple(range(self.first, self.depth))
 
     @hookimpl
     def encode(self, call: EncodeCall) -> None:
@@ -130,7 +130,9 @@ def _check_pictures(case: Case, encoded: Encoded) -> None:
             if seen != counts:
                 raise _wrong(case, encoded.modality, f"`pictures` has {counts} rows, but a row attends to {seen}")
         return
-    maps = [_diagonal([weights.mean(1)[0] for weights, _ in calls]) for calls in encoded.calls.values()]
+    first = encoded.reader.first
+    calls = [calls for layer, calls in encoded.calls.items() if layer >= first]
+    maps = [_diagonal([weights.mean(1)[0] for weights, _ in own]) for own in calls]
     attends = torch.stack(maps).sum(0) > 0
     if sum(counts) != len(attends):
         what = f"`pictures` has {sum(counts)} rows, the tower {len(attends)}"
@@ -148,8 +150,9 @@ def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def _check_shown(case: Case, model: Any, found: Sequence[Encoded]) -> None:
     backbone = case.adapter(model)
-    depths = [encoded.reader.depth for encoded in found]
-    kind = type("Reads", (Reads,), {"depth": min(depths, default=1), "__doc__": Reads.__doc__})
+    depth = min((encoded.reader.depth for encoded in found), default=1)
+    first = max((encoded.reader.first for encoded in found), default=0)
+    kind = type("Reads", (Reads,), {"depth": depth, "first": first, "__doc__": Reads.__doc__})
     with attach(model, policy(read=use(kind)), adapter=case.adapter) as flow:
         model(**case.inputs)
         seen_by = cast(Reads, flow.plan.stages[0][1]).seen

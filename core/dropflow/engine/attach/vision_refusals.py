@@ -78,13 +78,16 @@ def _reading_faults(
             for name in unlisted
             if name not in inside
         ]
-    return faults + _depth_faults(taps, min(reader.depth for reader in readers if reader is not None))
+    known = [reader for reader in readers if reader is not None]
+    depth, first = min(reader.depth for reader in known), max(reader.first for reader in known)
+    return faults + _depth_faults(taps, depth, first)
 
 
-def _depth_faults(taps: Sequence[tuple[str, int]], depth: int) -> list[str]:
-    beyond = [(name, layer) for name, layer in taps if not -depth <= layer < depth]
+def _depth_faults(taps: Sequence[tuple[str, int]], depth: int, first: int = 0) -> list[str]:
+    beyond = [(name, layer) for name, layer in taps if not first <= (layer + depth if layer < 0 else layer) < depth]
+    why = " after the one whose rows are merged" if first else " that exists"
     return [
-        f"stages.{name}: reads vision layer {layer}{more}, expected 0 to {depth - 1}; name a layer that exists"
+        f"stages.{name}: reads vision layer {layer}{more}, expected {first} to {depth - 1}; name a layer{why}"
         for name, layer, more in _first_of_each(beyond)
     ]
 

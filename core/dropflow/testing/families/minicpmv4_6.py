@@ -26,7 +26,7 @@ def tiny() -> Tiny:
             vision_config={**VISION, "image_size": 64, "patch_size": SIDE},
             image_token_id=IMAGE,
             video_token_id=VIDEO,
-            insert_layer_id=1,
+            insert_layer_id=0,
         )
         return MiniCPMV4_6ForConditionalGeneration(config)
 
