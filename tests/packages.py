@@ -12,6 +12,7 @@ PACKAGES = [
     "dropflow_mustdrop",
     "dropflow_prumerge",
     "dropflow_pyramiddrop",
+    "dropflow_scope",
     "dropflow_sparsevlm",
     "dropflow_tome",
     "dropflow_visionzip",
