@@ -10,6 +10,7 @@ PACKAGES = [
     "dropflow_fastv",
     "dropflow_hidrop",
     "dropflow_mustdrop",
+    "dropflow_pixelprune",
     "dropflow_prumerge",
     "dropflow_pyramiddrop",
     "dropflow_scope",
