@@ -3,6 +3,7 @@
 PACKAGES = [
     "dropflow",
     "dropflow_lab",
+    "dropflow_anchorprune",
     "dropflow_cdpruner",
     "dropflow_control",
     "dropflow_dart",

@@ -1,4 +1,4 @@
-"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, and dividing a budget."""
+"""What methods share: pure functions that choose, merge, rank, relax and divide a budget, and CLIP's joint space."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from dropflow.lifecycle.lazy import lazy_names
 from dropflow.operators.budgets import divide, first_keep
 
 if TYPE_CHECKING:
+    from dropflow.operators.joint_space import JointSpace
     from dropflow.operators.merging import (
         first_places,
         mean_into,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dropflow.operators.selection import keep_top, top
 else:
     _HOMES = {
+        "dropflow.operators.joint_space": ("JointSpace",),
         "dropflow.operators.merging": (
             "first_places",
             "mean_into",
@@ -37,6 +39,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "JointSpace",
     "columns_of",
     "divide",
     "first_keep",
