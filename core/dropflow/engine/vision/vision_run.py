@@ -228,7 +228,7 @@ class VisionRun:
         return full, flags
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
-        seen = replace(seen, causal=False)
+        seen = replace(seen, causal=False, value=None)
         if self._site.shards is not None and self._tower is not None:
             config = self._tower.owner.config
             heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
