@@ -4,6 +4,7 @@ PACKAGES = [
     "dropflow",
     "dropflow_lab",
     "dropflow_anchorprune",
+    "dropflow_autoprune",
     "dropflow_cdpruner",
     "dropflow_control",
     "dropflow_dart",

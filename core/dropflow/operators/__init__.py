@@ -1,4 +1,4 @@
-"""What methods share: pure functions that choose, merge, rank, relax and divide a budget, and CLIP's joint space."""
+"""What methods share: pure functions of tensors, by kind, the dividing of a budget, and CLIP's joint space."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from dropflow.lifecycle.lazy import lazy_names
 from dropflow.operators.budgets import divide, first_keep
 
 if TYPE_CHECKING:
+    from dropflow.operators.clustering import clusters
     from dropflow.operators.joint_space import JointSpace
     from dropflow.operators.merging import (
         first_places,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dropflow.operators.selection import keep_top, top
 else:
     _HOMES = {
+        "dropflow.operators.clustering": ("clusters",),
         "dropflow.operators.joint_space": ("JointSpace",),
         "dropflow.operators.merging": (
             "first_places",
@@ -40,6 +42,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "JointSpace",
+    "clusters",
     "columns_of",
     "divide",
     "first_keep",
