@@ -16,7 +16,7 @@ EPSILON = 1e-6
 
 
 def information(
-    rows: Float[Tensor, "*any texts visual"], received: Float[Tensor, "*any visual"], texts: float
+    rows: Float[Tensor, "*any texts visual"], received: Float[Tensor, "*any visual"], texts: float | Tensor
 ) -> Float[Tensor, "*any visual"]:
     """What each visual token adds to the mutual information of text and picture, in bits, as far as `rows` tell.
 

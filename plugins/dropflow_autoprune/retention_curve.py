@@ -194,9 +194,9 @@ class RetentionCurve(Stage[RetentionCurveOptions]):
         from dropflow_autoprune.curve import information
 
         texts = asks.sum(1).clamp(min=1)[:, None, None, None]
-        parts = operators.row_parts(call, call.boundary - 1, rows, asks)
-        by_slot = sum(information(part.float(), received, texts) for part in parts)
-        assert isinstance(by_slot, torch.Tensor)
+        by_slot = torch.zeros_like(received)
+        for part in operators.row_parts(call, call.boundary - 1, rows, asks):
+            by_slot += information(part.float(), received, texts)
         group, images = call.image_id.clamp(min=-1) + 1, len(call.image_sizes) + 1
         sums = by_slot.new_zeros(len(group), images).scatter_add(1, group, by_slot.sum(1))
         return sums.gather(1, group)
@@ -259,7 +259,7 @@ def _received(
     """What the text attends to in the layer before the boundary, summed over its tokens."""
     import torch
 
-    parts = operators.row_parts(call, call.boundary - 1, rows, asks)
-    found = sum(part.float().sum(2) for part in parts)
-    assert isinstance(found, torch.Tensor)
+    found = torch.zeros(())
+    for part in operators.row_parts(call, call.boundary - 1, rows, asks):
+        found = found.to(part.device) + part.float().sum(2)
     return found

@@ -23,12 +23,15 @@ def alike(metric: Metric, threshold: float) -> Same:
     """
     if threshold == 0:
         return lambda own, other: (own == other).all(-1)
-    size = {
-        "max": lambda difference: difference.abs().amax(-1),
-        "mae": lambda difference: difference.abs().mean(-1),
-        "rmse": lambda difference: difference.square().mean(-1).sqrt(),
-    }[metric]
-    return lambda own, other: size(own - other) <= threshold
+
+    def near(own: Tensor, other: Tensor) -> Tensor:
+        difference = own - other
+        if metric == "max":
+            return difference.abs().amax(-1) <= threshold
+        size = difference.abs().mean(-1) if metric == "mae" else difference.square().mean(-1).sqrt()
+        return size <= threshold
+
+    return near
 
 
 def kept(

@@ -45,5 +45,5 @@ def greedy(
 def _gains(similar: Float[Tensor, "tokens tokens"], covered: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
     """What each token would add to the coverage; in slices, so that no second map of all tokens is held."""
     step = max(1, len(covered) // 8)
-    parts = zip(similar.split(step), covered.split(step), strict=True)
+    parts = zip(torch.split(similar, step), torch.split(covered, step), strict=True)
     return torch.stack([(own - least[:, None]).clamp(min=0).sum(0) for own, least in parts]).sum(0)

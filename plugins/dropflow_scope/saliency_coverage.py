@@ -92,8 +92,10 @@ class SaliencyCoverage(Stage[SaliencyCoverageOptions]):
             scores = self._saliency(call)
             for features, saliency in zip(call.features, scores, strict=True):
                 count = self._budget.of(len(features))
-                how = {"alpha": options.alpha, "combine": options.combine, "fill": options.fill}
-                chosen = greedy(features, saliency.to(features.device), count, **how)
+                saliency = saliency.to(features.device)
+                chosen = greedy(
+                    features, saliency, count, alpha=options.alpha, combine=options.combine, fill=options.fill
+                )
                 mask = torch.zeros(len(features), dtype=torch.bool, device=features.device)
                 masks.append(mask.index_fill(0, chosen, True))
         return Encode(keep=tuple(masks), scores=lambda: scores)
