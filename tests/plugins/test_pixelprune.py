@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llm_goldens import stage_of
 from method_goldens import FEW
+from syncs import HostSyncs
 from tiny import policy, relative_error, tiny_llava
 from torch import Tensor
 
@@ -150,6 +151,15 @@ def test_a_slow_gradient_vanishes_without_anchors_alone() -> None:
     for order in ("raster", "serpentine", "pred_2d"):
         counts = [int(kept(units, (1, 64), "max", 0.02, order, anchored=anchored).sum()) for anchored in (True, False)]
         assert counts == [64 // 2, 1]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05])
+def test_the_host_never_waits_for_a_prediction(threshold: float) -> None:
+    units = drawn(1, 5, 6)
+    with HostSyncs() as syncs:
+        for options in ORDERS.values():
+            kept(units, (5, 6), "max", threshold, **options)
+    assert syncs.places == []
 
 
 def test_components_that_touch_at_corners_alone_are_two() -> None:
