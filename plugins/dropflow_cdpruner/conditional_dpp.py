@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dropflow import Backbone
-    from dropflow_cdpruner.joint_space import JointSpace
+    from dropflow.operators import JointSpace
 
 
 class ConditionalDPPOptions(StageOptions):
@@ -86,7 +86,7 @@ class ConditionalDPP(Stage[ConditionalDPPOptions]):
 
     def prepare(self, backbone: Backbone) -> None:
         """Load CLIP, if the options name one; raises `PolicyError` if it is no CLIP model, or not that of the tower."""
-        from dropflow_cdpruner.joint_space import JointSpace
+        from dropflow.operators import JointSpace
 
         if self.options.clip is not None:
             self._space = JointSpace(self.options.clip, backbone, self.context.path("clip"))

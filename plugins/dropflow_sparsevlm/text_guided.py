@@ -158,7 +158,7 @@ class TextGuided(Stage[TextGuidedOptions]):
         """The best of the dropped tokens merged into the centres of their clusters, which stay, or after all others."""
         import torch
 
-        from dropflow_sparsevlm.recycling import clusters
+        from dropflow.operators import clusters
 
         keep = keep.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)

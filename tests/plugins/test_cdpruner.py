@@ -19,9 +19,9 @@ from transformers import CLIPConfig, CLIPModel
 import dropflow
 from dropflow.backbone.backbone import backbone_for
 from dropflow.errors import PolicyError, UnsupportedCall
+from dropflow.operators import JointSpace
 from dropflow.testing import assert_stage_conforms, tiny_models
 from dropflow_cdpruner.dpp import greedy_map, mean_cosine, rescaled, sharpened
-from dropflow_cdpruner.joint_space import JointSpace
 
 STAGE = "cdpruner/conditional-dpp"
 QUESTIONS = ["how many dogs", "what colour is the bus", "who"]

@@ -17,13 +17,13 @@ from watching import told, watched
 import dropflow
 from dropflow import Entry, PruneCall
 from dropflow.errors import PolicyError
+from dropflow.operators import clusters
 from dropflow.operators.merging import mean_into
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
 from dropflow.units import BackboneShape
 from dropflow_sparsevlm import TextGuided
 from dropflow_sparsevlm.rating import adaptive_count, raters, relevance
-from dropflow_sparsevlm.recycling import clusters
 from dropflow_sparsevlm.survivors import recycled
 
 RATERS, SELECT, RECYCLE = (golden(f"sparsevlm_{name}") for name in ("raters", "select", "recycle"))

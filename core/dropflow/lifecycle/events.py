@@ -6,7 +6,7 @@ No event is built, and no scores are read, unless a stage of the policy implemen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class BoundaryEvent:
     where it is neither, `None` if no stage merged."""
     merged_by: str | None = None
     """Name of the stage that merged."""
+    notes: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
+    """What stages noted about each sample at this boundary (`Keep.notes`), by stage name."""
 
 
 @dataclass(frozen=True)

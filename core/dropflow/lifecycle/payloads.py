@@ -7,7 +7,8 @@ torch is imported only where it is used, since validating a policy loads plug-in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dropflow.errors import DecisionError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Tower = Callable[[int], TowerLayer]
     Lazily = Callable[[], tuple[Tensor, ...]]
     Tapped = Callable[[int], QueryKey]
+    States = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class PruneCall:
     """`image_sizes` on the device (see `counts`)."""
     most_text: int | None = None
     """Upper bound on the text tokens that follow a sample's first visual token."""
+    notes: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
+    """Numbers about each sample that stages noted at earlier boundaries of this call (`Keep.notes`), the last ones of
+    each stage, by its name in the policy: its own are at `self.context.name`. Not to be changed."""
+    returned: States | None = None
+    """Called by `states`."""
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
@@ -128,6 +135,28 @@ class PruneCall:
         Raises `DecisionError` for a layer before the one in which vision enters.
         """
         return self.tapped(layer).key[:, :, -self.index.shape[1] :]
+
+    def values(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
+        """Values of an earlier layer that the stage lists in `taps`, for the slots, as `keys`.
+
+        For stages with `reads_states`. Raises `DecisionError` as `keys` does.
+        """
+        value = self.tapped(layer).value
+        if value is None:
+            raise DecisionError(
+                f"values of layer {layer}: let the stage's `reads_states` be true, so that they are kept"
+            )
+        return value[:, :, -self.index.shape[1] :]
+
+    def states(self, layer: int) -> Float[Tensor, "batch slots dim"]:
+        """States that an earlier layer in `taps` handed to the layer after it, for the slots.
+
+        Nothing that was decided after it ran has changed them. For stages with `reads_states`. Raises `DecisionError`
+        for other layers, and for one before the one in which vision enters.
+        """
+        if self.returned is None:
+            raise DecisionError(f"states of layer {layer}: list the layer in `taps` and let `reads_states` be true")
+        return self.returned(layer)
 
     def rotary(self, layer: int) -> tuple[Float[Tensor, "batch slots dims"], Float[Tensor, "batch slots dims"]]:
         """cos and sin with which an earlier layer that the stage lists in `taps` rotated q and k of the slots.
@@ -179,6 +208,9 @@ class Keep:
     From this boundary on, every attention softmax counts the token's key as this many keys (see `weights.py`); 1
     leaves the forward pass unchanged, and 0 would equal dropping the token. Other entries are ignored.
     """
+    notes: Float[Tensor, "batch ..."] | None = None
+    """Numbers about each sample for stages at later boundaries of this call (`PruneCall.notes`), in place of those that
+    the stage noted before; `None` leaves these."""
     merge_into: Int[Tensor, "batch slots"] | None = None
     """For each slot, the slot of a token of the same image into which its state is merged; its own if it is not merged.
 

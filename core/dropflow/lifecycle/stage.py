@@ -185,6 +185,11 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def reads_states(self) -> bool:
+        """Whether `prune` reads values and states of the layers in `taps`, which are kept only where it does."""
+        return False
+
+    @property
     def ranks(self) -> bool:
         """Whether `prune` reads attention rows of the layer after its boundary (`attention_rows(call.boundary, ...)`).
 

@@ -1,4 +1,4 @@
-"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, and dividing a budget."""
+"""What methods share: pure functions of tensors, by kind, the dividing of a budget, and CLIP's joint space."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,8 @@ from dropflow.lifecycle.lazy import lazy_names
 from dropflow.operators.budgets import divide, first_keep
 
 if TYPE_CHECKING:
+    from dropflow.operators.clustering import clusters
+    from dropflow.operators.joint_space import JointSpace
     from dropflow.operators.merging import (
         first_places,
         mean_into,
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from dropflow.operators.selection import keep_top, top
 else:
     _HOMES = {
+        "dropflow.operators.clustering": ("clusters",),
+        "dropflow.operators.joint_space": ("JointSpace",),
         "dropflow.operators.merging": (
             "first_places",
             "mean_into",
@@ -37,6 +41,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "JointSpace",
+    "clusters",
     "columns_of",
     "divide",
     "first_keep",

@@ -67,6 +67,12 @@ class Plan:
         return tuple(sorted({layer for layer in taps if layer is not None} | set(self.ranked_by.values())))
 
     @lazy
+    def states_taps(self) -> frozenset[int]:
+        """Decoder layers whose values and states `prune` reads after they ran."""
+        stages = (stage for asked in self.prune_at.values() for _, stage in asked)
+        return frozenset(layer for stage in stages if stage.reads_states for layer in stage.taps)
+
+    @lazy
     def encode_at(self) -> dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]]:
         """Place on the vision side -> stages asked to encode there, in policy order."""
         asked: dict[EncodeBoundary, tuple[tuple[str, Stage[Any]], ...]] = {}

@@ -28,6 +28,9 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "random before the LLM": {MEASURED: {"use": "control/random", "encode": 192}},
     "max-min diversity to 192": {MEASURED: {"use": "divprune/max-min", "keep": 192}},
     "conditional DPP to 192": {MEASURED: {"use": "cdpruner/conditional-dpp", "keep": 192}},
+    "saliency and coverage to 192": {MEASURED: {"use": "scope/saliency-coverage", "keep": 192}},
+    "anchor and expansion to 192": {MEASURED: {"use": "anchorprune/anchor-expansion", "keep": 192}},
+    "retention curve to 64": {MEASURED: {"use": "autoprune/retention-curve", "target": 64}},
     "dominant and contextual, 192": {
         MEASURED: {"use": "visionzip/dominant-contextual", "dominant": 162, "contextual": 30},
     },

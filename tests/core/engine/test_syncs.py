@@ -94,11 +94,12 @@ def test_the_host_waits_once_per_boundary_and_never_while_decoding(
         (policy(prune={"use": "divprune/max-min", "keep": 6}), 12),
         (policy(merge={"use": "tome/token-merging", "r": 1, "layers": 3}), SET_UP + 1),  # no more for more layers
         (policy(keep={"use": "visionzip/dominant-contextual", "dominant": 5, "contextual": 2}), SET_UP + 1),
+        (policy(cover={"use": "scope/saliency-coverage", "keep": 6}), SET_UP + 1),
         (policy(keep={"use": "mustdrop/key-set"}), SET_UP),
         (policy(merge={"use": "mustdrop/spatial-merge"}), SET_UP + 1),
         (policy(merge={"use": "prumerge/prune-merge"}), 12),
     ],
-    ids=["divprune", "tome", "visionzip", "key-set", "spatial-merge", "prumerge"],
+    ids=["divprune", "tome", "visionzip", "scope", "key-set", "spatial-merge", "prumerge"],
 )
 def test_encode_stages_of_eight_images_wait_a_few_times(llava: Any, which: Any, most: int) -> None:
     inputs = prompt(EIGHT)

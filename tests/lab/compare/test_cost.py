@@ -26,8 +26,10 @@ from dropflow_lab.measure.stopwatch import Stopwatch
 
 SHIPPED = sorted(registry.policy_files())
 TOO_DEEP = {"tome-r8", "tome-r16"}  # they merge in 23 layers of the vision encoder, and this one has 4
-OTHER_TOWER = {"cdpruner-64", "cdpruner-128"}  # they read the question with the CLIP that LLaVA's tower was taken from
-UNFIT = TOO_DEEP | OTHER_TOWER
+OTHER_TOWER = {"cdpruner-64", "cdpruner-128", "anchorprune-32", "anchorprune-64", "anchorprune-128"}
+"""They read the question with the CLIP that LLaVA's tower was taken from."""
+NO_UNITS = {"pixelprune-documents"}  # it leaves units out of a packed tower
+UNFIT = TOO_DEEP | OTHER_TOWER | NO_UNITS
 
 
 @pytest.fixture(scope="module")

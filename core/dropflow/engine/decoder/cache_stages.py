@@ -65,13 +65,16 @@ class CacheStages:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         live: LiveSet | None = None,
+        *,
+        values: bool = False,
     ) -> Any:
-        """Run a layer on the call's tokens in `live` (`None` for all of them), and keep its q and k."""
+        """Run a layer on the call's tokens in `live` (`None` for all of them), and keep its q, k and, if asked, v."""
         given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
         rotary = given.get("position_embeddings")
 
         def keep(seen: QueryKey) -> None:
-            self._tapped[number] = TappedLayer(self._site.sharded(replace(seen, rotary=rotary)), live)
+            own = replace(seen, rotary=rotary, value=seen.value if values else None)
+            self._tapped[number] = TappedLayer(self._site.sharded(own), live)
 
         return tapped(self._site.implementation, keep, lambda: uncompiled(layer)(*args, **kwargs))
 

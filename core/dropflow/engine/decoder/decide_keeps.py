@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from dropflow.lifecycle.payloads import Entry, Keep, PruneCall
 from dropflow.lifecycle.stage import Window
 
 if TYPE_CHECKING:
-    from dropflow.lifecycle.payloads import RowAttention, Tapped
+    from dropflow.lifecycle.payloads import RowAttention, States, Tapped
     from dropflow.policy.plan import Plan
 
 
@@ -38,6 +39,10 @@ class BoundaryState:
     """Whether the model is training, so that stages that ask for gradients get them."""
     weighted: bool = False
     """Whether soft weights of earlier boundaries apply."""
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What stages noted at earlier boundaries of the call, by stage name."""
+    returned: States | None = None
+    """States that tapped layers returned, for the live tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,8 @@ class Decision:
     """Slot into which each slot's state is merged; `None` where no stage merges."""
     merged_by: str | None = None
     """Name of the stage that merges."""
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    """What stages noted, by stage name."""
     log_weights: Float[Tensor, "batch tokens"] | None = None
     """Logarithm of the soft weights, 0 for tokens without one; `None` if no stage returned weights."""
     faults: tuple[tuple[Bool[Tensor, ""], DecisionError], ...] = ()
@@ -73,6 +80,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     merge_into: Tensor | None = None
     merged_by: str | None = None
     keeps: dict[str, Tensor] = {}
+    notes: dict[str, Tensor] = {}
     log_weights: Tensor | None = None
     faults: list[tuple[Tensor, DecisionError]] = []
     for name, stage in plan.prune_at[boundary]:
@@ -87,6 +95,8 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
         keeps[name] = mask
         if answer.scores is not None:
             scores[name] = answer.scores.detach()
+        if answer.notes is not None:
+            notes[name] = _checked_notes(answer.notes, len(valid), name, boundary)
         if answer.merge_into is not None:
             if merge_into is not None:
                 raise DecisionError(
@@ -112,7 +122,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     if log_weights is not None:  # padding slots repeat some token's index, so they must add 0
         log_weights = log_weights.to(index.device)
         log_weights = log_weights.new_zeros(live_mask.shape).scatter_add(1, index, log_weights)
-    return Decision(live_mask, scores, keeps, merge_into, merged_by, log_weights, tuple(faults))
+    return Decision(live_mask, scores, keeps, merge_into, merged_by, notes, log_weights, tuple(faults))
 
 
 def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> PruneCall:
@@ -140,6 +150,8 @@ def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapp
         final_norm=state.final_norm,
         questions=prompt.questions,
         patches=prompt.patches.to(device),
+        notes=MappingProxyType({name: noted.to(device) for name, noted in state.notes.items()}),
+        returned=state.returned,
         most_text=prompt.extents["after"].high,
     )
 
@@ -152,6 +164,15 @@ def _checked_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> Bool
             f"expected torch.bool {tuple(valid.shape)} (batch, slots)"
         )
     return mask.to(valid.device)
+
+
+def _checked_notes(notes: Tensor, batch: int, name: str, boundary: int) -> Float[Tensor, "batch ..."]:
+    if not notes.dim() or len(notes) != batch:
+        raise DecisionError(
+            f"stages.{name}: at boundary {boundary} `prune` returned notes of {tuple(notes.shape)}, expected numbers "
+            f"for each of {batch} samples (batch, ...)"
+        )
+    return notes.detach()
 
 
 def _checked_merge(

@@ -70,7 +70,7 @@ class LayerProbe:
 
     def _all_keys(self) -> QueryKey:
         unread = () if self._projections is None else (self._projections.query, self._projections.value)
-        found = self._sharded(self._run_layer(self._hidden, self._arguments, unread))
+        found = replace(self._sharded(self._run_layer(self._hidden, self._arguments, unread)), value=None)
         if self._past is None:
             return found
         return replace(found, key=torch.cat((self._past.to(found.key.device), found.key), 2))

@@ -64,6 +64,10 @@ class PromptRun:
         """What the first layer receives, with which tokens enter late."""
         cache_taps = {layer for stage in self._caches.stages for layer in stage.taps}
         self._taps = cache_taps | set(plan.ranking_taps)
+        self._states: dict[int, tuple[LiveSet, Tensor]] = {}
+        """What layers whose states are read returned, and on which tokens they ran."""
+        self._notes: dict[str, Tensor] = {}
+        """What stages noted about the samples, by stage name."""
         self._replayed = replayed
         decided = decide_window(plan, backbone, prompt) if replayed is None else _replayed_window(replayed, plan)
         self.window, self._window_edge_by = decided.window, decided.by
@@ -108,7 +112,11 @@ class PromptRun:
             self._begin(layer, args, kwargs)
         args, kwargs = self._cross(number, layer, args, kwargs)
         output = self._run(number, layer, args, kwargs)
-        return output if number >= len(self._residuals) else self._with_residual(number, output)
+        output = output if number >= len(self._residuals) else self._with_residual(number, output)
+        if number in self._site.plan.states_taps:
+            states = output[0] if isinstance(output, tuple) else output
+            self._states[number] = self.live, self._site.backbone.seen_states(states)
+        return output
 
     def _run(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._site.plan.shape.attends(number):
@@ -120,7 +128,8 @@ class PromptRun:
         if arguments.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
-            output = self._caches.tap(number, layer, args, kwargs, self.live)
+            values = number in self._site.plan.states_taps
+            output = self._caches.tap(number, layer, args, kwargs, self.live, values=values)
         else:
             output = layer(*args, **kwargs)
         self._shared.note_made(number, arguments)
@@ -193,6 +202,7 @@ class PromptRun:
                 merged = shown.to_tokens(decision.merge_into.to(shown.index.device))
             hidden = self._move(decision.live_mask, hidden, None, None, decision)
             self._arguments = self._arguments.weighed(decision.log_weights)
+            self._notes |= decision.notes
         if self.record is not None:
             self.record.add(number, self.live_mask, merged)
         if plan.hooks.watched("observe"):
@@ -212,6 +222,9 @@ class PromptRun:
         def tapped(asked: int) -> QueryKey:
             return self._tapped(asked).on(self.live).whole().to(hidden.device)
 
+        def returned(asked: int) -> Tensor:
+            return self._returned(asked).to(hidden.device)
+
         training = torch.is_grad_enabled() and site.backbone.text.training
         state = BoundaryState(
             number,
@@ -223,6 +236,8 @@ class PromptRun:
             self._embeds,
             training,
             arguments.log_weights is not None,
+            self._notes,
+            returned,
         )
         return decide_keeps(site.plan, self.prompt, state, rows, tapped)
 
@@ -253,6 +268,16 @@ class PromptRun:
                 f"{self.window.entry}; rank after the first layer that has"
             )
         return self._caches.seen(ranks_by)
+
+    def _returned(self, layer: int) -> Tensor:
+        """States that a layer returned, for the tokens that are live now."""
+        if layer not in self._states or layer < self.window.entry:
+            raise DecisionError(
+                f"states of layer {layer}: list the layer in `taps` and let `reads_states` be true; vision took part "
+                f"from layer {self.window.entry} on"
+            )
+        then, states = self._states[layer]
+        return states if then is self.live else self.live.restrict(then, states, None)
 
     def _move(
         self,
@@ -305,6 +330,7 @@ class PromptRun:
             keeps=decision.keeps,
             merged_into=merged,
             merged_by=decision.merged_by,
+            notes=decision.notes,
         )
         self._site.plan.hooks.observe(event)
 

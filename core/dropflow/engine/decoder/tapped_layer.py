@@ -51,6 +51,7 @@ class TappedLayer:
             seen,
             query=_taken(seen.query, 2, rows),
             key=_taken(seen.key, 2, columns),
+            value=None if seen.value is None else _taken(seen.value, 2, columns),
             mask=mask,
             rotary=_rotary(seen.rotary, rows),
         )

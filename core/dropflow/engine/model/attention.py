@@ -30,7 +30,7 @@ class HeadShards:
 
 @dataclass(frozen=True)
 class QueryKey:
-    """The inputs of one attention computation: q and k after q/k-norm and RoPE, and the mask."""
+    """The inputs of one attention computation: q and k after q/k-norm and RoPE, the mask, and v where it is read."""
 
     query: Float[Tensor, "batch heads queries dim"]
     key: Float[Tensor, "batch kv_heads keys dim"]
@@ -49,17 +49,21 @@ class QueryKey:
     """Set where this rank holds only some of the model's `heads` and `kv_heads`."""
     heads: int = 0
     kv_heads: int = 0
+    value: Float[Tensor, "batch kv_heads keys dim"] | None = None
+    """Values of the keys; `None` where nobody reads them."""
 
     def whole(self) -> QueryKey:
         """The same with q and k of all heads."""
         if self.shards is None:
             return self
         query, key = self.shards.whole(self.query, self.heads), self.shards.whole(self.key, self.kv_heads)
-        return replace(self, query=query, key=key, shards=None)
+        value = None if self.value is None else self.shards.whole(self.value, self.kv_heads)
+        return replace(self, query=query, key=key, value=value, shards=None)
 
     def to(self, device: torch.device) -> QueryKey:
-        """The same with q and k moved to `device`, which may not be the one the layer ran on."""
-        return replace(self, query=self.query.to(device), key=self.key.to(device))
+        """The same with its tensors moved to `device`, which may not be the one the layer ran on."""
+        value = None if self.value is None else self.value.to(device)
+        return replace(self, query=self.query.to(device), key=self.key.to(device), value=value)
 
 
 def row_attention(layer: QueryKey, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows keys"]:

@@ -1,4 +1,4 @@
-"""Reads q and k of an attention layer as it runs, with any attention implementation, without changing the model.
+"""Reads q, k and v of an attention layer as it runs, with any attention implementation, without changing the model.
 
 Every attention layer of transformers 5 looks up its kernel in `ALL_ATTENTION_FUNCTIONS`. While a tap is open, the entry
 in use is shadowed by a dispatcher that passes q and k to the tap of the *current thread* and then delegates to the
@@ -126,7 +126,7 @@ class _Dispatcher:
         tap = _here.get()
         if tap is not None and tap.mine:
             with span(TAP):
-                tap.call(_query_key(module, query, key, attention_mask, kwargs))
+                tap.call(_query_key(module, query, key, value, attention_mask, kwargs))
         if self._original is not None:
             return self._original(module, query, key, value, attention_mask, **kwargs)
         # "eager" has no entry: each modeling file brings its own function
@@ -138,7 +138,9 @@ _dispatchers: dict[str, _Dispatcher] = {}
 """Attention implementation -> the dispatcher that replaces it."""
 
 
-def _query_key(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> QueryKey:
+def _query_key(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> QueryKey:
     causal = kwargs.get("is_causal")
     return QueryKey(
         query,
@@ -149,4 +151,5 @@ def _query_key(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
         softcap=kwargs.get("softcap"),
         sliding_window=kwargs.get("sliding_window") if mask is None or mask.dim() == 2 else None,
         borders=kwargs.get("cu_seq_lens_q"),
+        value=value,
     )

@@ -55,12 +55,12 @@ class RowFlags:
         protected: Sequence[Bool[Tensor, "patches"]] | None = None,
         carried: Sequence[Float[Tensor, "patches carries"]] = (),
         tower: Sequence[Float[Tensor, "patches"]] | None = None,
+        carries: int = 0,
     ) -> RowFlags:
-        """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected, and
-        the whole tower ran on them."""
+        """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected, carry
+        `carries` zeros, and the whole tower ran on them."""
         empty = torch.zeros(0, dtype=torch.long, device=device)
-        width = carried[0].shape[1] if carried else 0
-        none = torch.zeros(0, width, device=device)
+        none = torch.zeros(0, carried[0].shape[1] if carried else carries, device=device)
         last = first + len(layouts)
         whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), last, 0, plan)
         return whole.joined(

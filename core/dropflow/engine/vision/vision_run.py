@@ -63,6 +63,8 @@ class VisionRun:
         """Prefix rows (images, prefix, dim) of these features."""
         self._rows: list[Rows] = []
         self._merges = Merges()
+        self._carries = max((columns.stop for columns in plan.carries.values()), default=0)
+        """Numbers that every row carries for stages, those of all stages together."""
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
         self._ran: list[Tensor] = []
@@ -219,13 +221,14 @@ class VisionRun:
                     [_scattered(r.protected, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [_scattered(r.carried, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [pad(share, (self._extra, 0), value=1.0) for share in self._ran[first:last]],
+                    self._carries,
                 )
             )
             first = last
         return full, flags
 
     def _keep_tapped(self, number: int, seen: QueryKey) -> None:
-        seen = replace(seen, causal=False)
+        seen = replace(seen, causal=False, value=None)
         if self._site.shards is not None and self._tower is not None:
             config = self._tower.owner.config
             heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
@@ -238,8 +241,7 @@ class VisionRun:
     def _begin(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes = list(sizes)
         self._grids = [self._site.backbone.grid(size) for size in sizes]
-        carries = max((columns.stop for columns in self._plan.carries.values()), default=0)
-        self._rows = [Rows.whole(n, like, carries) for n in sizes]
+        self._rows = [Rows.whole(n, like, self._carries) for n in sizes]
         self._ran = [torch.ones(n, device=like.device) for n in sizes]
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:

@@ -12,6 +12,7 @@ from tiny import CHUNKS_IMAGES, IMAGE, policy, prompt, tiny_llava
 import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, hookimpl
 from dropflow.errors import DecisionError, UnsupportedCall
+from dropflow.testing import tiny_models
 
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
@@ -183,3 +184,23 @@ def test_questions_are_one_per_sample_and_the_copies_of_a_sample_share_its() -> 
             thread.join()
     assert "questions: none stated" in str(failed[0])
     Reader.seen.clear()
+
+
+@torch.no_grad()
+def test_a_picture_without_tiles_of_its_own_carries_nothing() -> None:
+    """Idefics3 fills up samples that have fewer tiles than others with empty entries of the features."""
+
+    class Tiles(Numbered):
+        seen: ClassVar[list[PruneCall]] = []
+
+    _, tiny = tiny_models()["idefics3"]
+    model, (inputs, shown) = tiny.model(), tiny.prompt(((3, "I", 5), (1, "I", 2, "I", 5), (4,)))
+    with dropflow.attach(model, policy(n={"use": Tiles})):
+        model(**inputs)
+    (call, _), sizes = Tiles.seen, [len(layout.layouts) for own in shown for layout in own]
+    assert sizes == [1, 2, 1]
+    assert call.carried is not None
+    for image in range(4):
+        own = call.carried[call.image_id == image]
+        assert torch.equal(own[:, 0] - own[0, 0], torch.arange(9.0))
+        assert torch.equal(own[:, 1], torch.arange(9.0) ** 2)

@@ -1,4 +1,4 @@
-"""Recycling: the best of the dropped tokens are clustered, and every cluster stays as one token (SparseVLM)."""
+"""Pure functions that find clusters of tokens by density peaks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NOISE = 1e-6
-"""Largest amount by which the released code disturbs densities to separate ties."""
+"""Largest amount by which released codes of methods disturb densities to separate ties."""
 
 
 def clusters(
@@ -18,7 +18,8 @@ def clusters(
     Distances are Euclidean, over sqrt(dim). Density: exp(-mean squared distance to the `count` nearest tokens, itself
     included). Centres are those with the largest density times distance to the nearest token of higher density; for
     the densest, the largest distance of all. Every other token joins its nearest centre, ties to the first. Equal
-    densities count as falling in token order; the released code disturbs them by `noise` in [0, 1) times 1e-6 instead.
+    densities count as falling in token order; with `noise` in [0, 1), 1e-6 times as much disturbs them instead,
+    as in the released codes of methods that recycle tokens.
     """
     states = states.float()
     distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5

@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dropflow import Backbone
 from dropflow.errors import PolicyError, escaped, quoted
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
 
 
 class JointSpace:
@@ -33,7 +35,7 @@ class JointSpace:
                 raise ValueError(f"it is a model of type {self._config.model_type!r}")
         _check_tower(self._config.vision_config.hidden_size, source, backbone, path)
         with _told_of(source, path):
-            self._tokenizer, self._clip = _load(source, backbone.model.device)
+            self._tokenizer, self._model = _load(source, backbone.model.device)
         self._device = backbone.model.device
 
     @property
@@ -41,11 +43,16 @@ class JointSpace:
         """Numbers per vector."""
         return int(self._config.projection_dim)
 
+    @property
+    def tower_width(self) -> int:
+        """Numbers per patch of the vision tower."""
+        return int(self._config.vision_config.hidden_size)
+
     @torch.no_grad()
     def patches(self, features: Float[Tensor, "rows tower"]) -> Float[Tensor, "rows width"]:
         """Patches of the tower as the projector gets them, after CLIP's last norm and visual projection."""
-        normed = self._clip.vision_model.post_layernorm(features.to(self._device, torch.float32))
-        projected: Tensor = self._clip.visual_projection(normed)
+        normed = self._model.vision_model.post_layernorm(features.to(self._device, torch.float32))
+        projected: Tensor = self._model.visual_projection(normed)
         return projected
 
     @torch.no_grad()
@@ -66,21 +73,21 @@ class JointSpace:
         size = max(len(segment) for segment in segments)
         table = torch.tensor([segment + [0] * (size - len(segment)) for segment in segments], device=self._device)
         mask = torch.tensor([[1] * len(s) + [0] * (size - len(s)) for s in segments], device=self._device)
-        pooled = self._clip.text_model(input_ids=table, attention_mask=mask).pooler_output
-        projected: Tensor = self._clip.text_projection(pooled)
+        pooled = self._model.text_model(input_ids=table, attention_mask=mask).pooler_output
+        projected: Tensor = self._model.text_projection(pooled)
         return projected
 
 
 @lru_cache(maxsize=1)
 def _load(source: str, device: torch.device) -> tuple[Any, Any]:
     """Tokenizer and model; the last one is kept, since policies are attached again and again to compare them."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoModel, AutoTokenizer
 
     local = {"local_files_only": os.path.isdir(source)}  # a folder must not lead to a hub, whatever it names
     tokenizer = AutoTokenizer.from_pretrained(source, **local)
-    clip = CLIPModel.from_pretrained(source, dtype=torch.float32, **local)
-    clip.vision_model.encoder = clip.vision_model.embeddings = None  # neither runs
-    return tokenizer, clip.to(device).eval().requires_grad_(requires_grad=False)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32, **local)
+    model.vision_model.encoder = model.vision_model.embeddings = None  # neither runs
+    return tokenizer, model.to(device).eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
