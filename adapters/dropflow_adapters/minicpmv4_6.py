@@ -15,6 +15,7 @@ class MiniCPMV46(Backbone):
     """`MiniCPMV4_6ForConditionalGeneration`; every entry is a picture, a slice or a frame, and images vary in size."""
 
     modalities = ("image", "video")
+    unstated_videos = frozenset({"video"})
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:

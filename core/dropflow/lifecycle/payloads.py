@@ -219,6 +219,12 @@ class EncodeCall:
     """Called by the methods below: what a tapped layer of the encoder computed."""
     members: Members
     """For a tapped layer, the rows of the encoder that each present row of each image is made of; -1 for none."""
+    videos: tuple[tuple[int, ...], ...] | None = ()
+    """For each video, the numbers of its frames among the images, in the order of time; images in none are pictures.
+
+    `None` where nobody says, which cannot be for stages with `reads_videos`. A frame of a video may be left without any
+    row.
+    """
     separate: bool = True
     """Whether every row is one row of the encoder (fact `vision_layers`), rather than made of several (see
     `VisionReader`)."""
@@ -237,8 +243,10 @@ class EncodeCall:
         seen = self.tower(layer).parts[0].whole()
         first, found = torch.arange(self.prefix, device=seen.key.device), []
         for image, members in enumerate(self.members(layer)):
-            own = torch.cat((first, members[:, 0].to(first.device) % seen.key.shape[2]))
-            found.append(tuple(part[image, :, own].to(members.device) for part in (seen.query, seen.key)))
+            own, width = members[:, 0].to(first.device), seen.key.shape[2]
+            of_rows = (part[own // width, :, own % width].transpose(0, 1) for part in (seen.query, seen.key))
+            of_prefix = (part[image, :, first] for part in (seen.query, seen.key))
+            found.append(tuple(torch.cat(pair, 1).to(members.device) for pair in zip(of_prefix, of_rows, strict=True)))
         return tuple((query, key) for query, key in found)
 
     def unit_keys(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows dim"], ...]:
@@ -332,6 +340,9 @@ class Encode:
 
     Where `prefix_rows` contribute too, their columns follow those of the old rows.
     """
+    across_frames: bool = False
+    """Whether new rows are made of rows of several frames: for the frames of a video, the columns of `shares` then are
+    the old rows of all its frames, one after the other in the order of time. Rows of other images cannot be merged."""
     scores: Lazily | None = None
     """For observers: returns the score that the stage gave each old row, per image; NaN for rows it did not rank."""
 

@@ -219,6 +219,11 @@ class Stage(Generic[O_co]):
         return False
 
     @property
+    def reads_videos(self) -> bool:
+        """Whether `encode` needs to know which images are frames of which video (see `EncodeCall.videos`)."""
+        return False
+
+    @property
     def decode_every(self) -> int:
         """Generated tokens after which `decode_cache` is asked again; with 0 it is asked only after prefill."""
         return 0

@@ -1,4 +1,4 @@
-"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, and dividing a budget."""
+"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, frames of videos, and dividing a budget."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from dropflow.lifecycle.lazy import lazy_names
 from dropflow.operators.budgets import divide, first_keep
 
 if TYPE_CHECKING:
+    from dropflow.operators.frames import frame_keeps, frame_scores, whole_frames
     from dropflow.operators.merging import (
         first_places,
         mean_into,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dropflow.operators.selection import keep_top, top
 else:
     _HOMES = {
+        "dropflow.operators.frames": ("frame_keeps", "frame_scores", "whole_frames"),
         "dropflow.operators.merging": (
             "first_places",
             "mean_into",
@@ -41,6 +43,8 @@ __all__ = [
     "divide",
     "first_keep",
     "first_places",
+    "frame_keeps",
+    "frame_scores",
     "instruction_scores",
     "keep_best",
     "keep_top",
@@ -52,6 +56,7 @@ __all__ = [
     "straight_through",
     "text_rows",
     "top",
+    "whole_frames",
     "window_members",
     "window_similarity",
 ]
