@@ -61,6 +61,6 @@ class Temporal(Stage[TemporalOptions]):
 
         drop, last = self.options.drop, self.options.last_group
         with torch.no_grad():
-            videos = [operators.whole_frames(call, video, self.context.name) for video in call.videos or ()]
+            videos = [operators.whole_frames(call, video) for video in call.videos or ()]
             keeps = [thinned(frames, drop, last_group=last) for frames in videos]
         return Encode(keep=operators.frame_keeps(call, keeps))

@@ -58,7 +58,7 @@ class Retention(Stage[RetentionOptions]):
         keeps, scores = [], []
         with torch.no_grad():
             for video in call.videos or ():
-                frames = operators.whole_frames(call, video, self.context.name)
+                frames = operators.whole_frames(call, video)
                 scores.append(change(frames))
                 keeps.append(most_changed(scores[-1], retained(*frames.shape[:2], self.options.rate)))
         return Encode(keep=operators.frame_keeps(call, keeps), scores=lambda: operators.frame_scores(call, scores))

@@ -60,7 +60,7 @@ class FrameCompensation(Stage[FrameCompensationOptions]):
         keeps, scores, retention = [], [], self.options.retention
         with torch.no_grad():
             for video in call.videos or ():
-                frames = operators.whole_frames(call, video, self.context.name)
+                frames = operators.whole_frames(call, video)
                 usual, (length, rows) = Usual.of(frames), frames.shape[:2]
                 keep = least(usual.both, counts(usual.shares(retention), rows))
                 if self.options.exact_count:

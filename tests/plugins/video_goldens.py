@@ -1,4 +1,4 @@
-"""What the published code of the video methods computed, on small random tensors, and payloads that show it to a stage."""
+"""What the published code of the video methods computed, on small random tensors, and payloads that show it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def goldens(kind: str) -> list[str]:
 
 
 def encode_call(*videos: Tensor, attention: tuple[Tensor, ...] | None = None, **more: Any) -> EncodeCall:
-    """The projected frames of `videos`, (frames, rows, dim) each, and the attention (frames, rows) that they received."""
+    """Projected frames of `videos`, (frames, rows, dim) each, and the attention (frames, rows) they received."""
     features = tuple(frame for video in videos for frame in video)
     first, groups = 0, []
     for video in videos:

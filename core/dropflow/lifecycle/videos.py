@@ -1,10 +1,11 @@
-"""Videos: which images of a call are frames of which video, stated by callers where processors join pictures and frames."""
+"""Videos: which images of a call are frames of which video, as callers state it where processors do not tell."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Literal
 
 from dropflow.errors import UnsupportedCall
@@ -12,7 +13,8 @@ from dropflow.errors import UnsupportedCall
 Frames = tuple[tuple[int, ...], ...]
 """For each video, the numbers of its frames among the images of a call of the encoder, in the order of time."""
 
-_stated: ContextVar[Mapping[str, Frames | None]] = ContextVar("dropflow_videos", default={})
+_NOTHING: Mapping[str, Frames | None] = MappingProxyType({})
+_stated: ContextVar[Mapping[str, Frames | None]] = ContextVar("dropflow_videos", default=_NOTHING)
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def videos(frames: Sequence[Sequence[int]], modality: Literal["image", "video"] 
     numbers = [number for video in own for number in video]
     if not all(own) or len(set(numbers)) < len(numbers) or any(number < 0 for number in numbers):
         raise ValueError(
-            f"videos: expected one list of frames for each video, with numbers from 0 of which none appears twice, such "
+            "videos: expected one list of frames for each video, with numbers from 0 of which none appears twice, such "
             f"as [[0, 1, 2], [4, 5]], got {[list(video) for video in own]}"
         )
     with _stating({modality: own}):

@@ -1,4 +1,4 @@
-"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, frames of videos, and dividing a budget."""
+"""Pure functions of tensors that methods share: choosing, merging, ranking, relaxing, frames, and dividing a budget."""
 
 from typing import TYPE_CHECKING
 
