@@ -109,6 +109,10 @@ class PruneCall:
     """The question of each sample, as text, for stages with `reads_questions`."""
     patches: Int[Tensor, "images"] | None = None
     """`image_sizes` on the device (see `counts`)."""
+    videos: Int[Tensor, "batch slots"] | None = None
+    """Read by `video_id`."""
+    video_count: int = 0
+    """Upper bound (exclusive) of the numbers in `video_id`."""
     most_text: int | None = None
     """Upper bound on the text tokens that follow a sample's first visual token."""
     differentiable: bool = False
@@ -121,6 +125,16 @@ class PruneCall:
 
         sizes = self.patches
         return budget.of_each(torch.tensor(self.image_sizes, device=self.index.device) if sizes is None else sizes)
+
+    @property
+    def video_id(self) -> Int[Tensor, "batch slots"]:
+        """Number, over the whole batch, of the video a patch belongs to; -1 for all other tokens, and of pictures.
+
+        For stages with `reads_videos`. Copies of a sample have videos of their own, as they have images.
+        """
+        if self.videos is None:
+            raise DecisionError("the videos of this call are not known; let `reads_videos` of the stage be true")
+        return self.videos
 
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, after k-norm and RoPE, for the slots.
@@ -181,6 +195,7 @@ class Keep:
     """
     merge_into: Int[Tensor, "batch slots"] | None = None
     """For each slot, the slot of a token of the same image into which its state is merged; its own if it is not merged.
+    For stages with `reads_videos`, the frames of a video count as one image.
 
     Before this boundary's layer, a token whose slot is named gets the plain mean of the states that name it, and keeps
     its index and position. `mask` decides whether a merged token itself stays. The state of a named token that stays

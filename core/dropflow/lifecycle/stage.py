@@ -220,7 +220,11 @@ class Stage(Generic[O_co]):
 
     @property
     def reads_videos(self) -> bool:
-        """Whether `encode` needs to know which images are frames of which video (see `EncodeCall.videos`)."""
+        """Whether the stage needs to know which images are frames of which video.
+
+        See `EncodeCall.videos` and `PruneCall.video_id`. Callers state it where a processor hands over pictures and
+        frames alike (see `dropflow.videos`); a call without is refused.
+        """
         return False
 
     @property

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.frames import check_videos, frames_of, video_of
 from dropflow.engine.vision.vision_run import VisionRun
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.events import EncodeEvent, EncodeStep
@@ -117,11 +118,13 @@ def _tell(site: Site, modality: str, layouts: Sequence[Sequence[ImageLayout]], s
 
 def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[RowFlags]:
     """Flags of features from which no stage has dropped any rows."""
-    found, first = [], 0
-    for own, rows in zip(
-        _layouts_of(site.backbone, modality, output, arguments), _entries(_features(output)[1]), strict=True
-    ):
-        found.append(RowFlags.of(own, first, site.plan.serial, rows.device))
+    found, first, videos = [], 0, {}
+    layouts = _layouts_of(site.backbone, modality, output, arguments)
+    if site.plan.reads_videos:
+        check_videos(site.backbone, site.plan, modality)
+        videos = video_of(frames_of(site.backbone, modality, list(map(len, layouts)), arguments))
+    for own, rows in zip(layouts, _entries(_features(output)[1]), strict=True):
+        found.append(RowFlags.of(own, first, site.plan.serial, rows.device, videos=videos))
         first += len(own)
     return found
 

@@ -25,6 +25,11 @@ def check_videos(backbone: Backbone, plan: Plan, modality: str) -> None:
         )
 
 
+def video_of(videos: Frames | None) -> dict[int, int]:
+    """Number of a frame among the images -> number of its video."""
+    return {frame: video for video, frames in enumerate(videos or ()) for frame in frames}
+
+
 def frames_of(backbone: Backbone, modality: str, entries: Sequence[int], arguments: Mapping[str, Any]) -> Frames | None:
     """The videos among the images of a call, of which the entries of its features hold so many each.
 

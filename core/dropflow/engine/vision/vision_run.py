@@ -22,7 +22,7 @@ from dropflow.engine.model.sublayers import in_two
 from dropflow.engine.model.tap import tapped, uncompiled, untapped
 from dropflow.engine.model.turns import refuse_own_model
 from dropflow.engine.tokens.row_flags import RowFlags
-from dropflow.engine.vision.frames import check_videos, frames_of
+from dropflow.engine.vision.frames import check_videos, frames_of, video_of
 from dropflow.engine.vision.merges import Merges
 from dropflow.engine.vision.packed_run import PackedRun
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
@@ -212,7 +212,7 @@ class VisionRun:
         empty: Tensor,
     ) -> tuple[list[Tensor], list[RowFlags]]:
         """Entries with a row for every placeholder (zeros for dropped rows, which are never live), and their flags."""
-        full, flags, first = [], [], 0
+        full, flags, first, videos = [], [], 0, video_of(self._videos)
         for own in layouts:
             last = first + len(own)
             rows = [left.to(empty.device) for left in self._rows[first:last]]
@@ -228,6 +228,7 @@ class VisionRun:
                     [_scattered(r.protected, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [_scattered(r.carried, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [pad(share, (self._extra, 0), value=1.0) for share in self._ran[first:last]],
+                    videos,
                 )
             )
             first = last
