@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dropflow.operators import Blend, density_peaks, top
-from dropflow_holitom.windows import similarity, windows
+from dropflow_holitom.windows import LONGEST, similarity, windows
 
 NEIGHBOURS = 7
 """Nearest rows, itself included, by which the density of a row is measured."""
@@ -21,16 +21,17 @@ def blend(
     retention: float,
     threshold: float,
     beta: float,
+    longest: int = LONGEST,
 ) -> Blend:
     """The rows that stay of a video, about the share `retention`.
 
     Places are static where the cosine from frame to frame is above `threshold`. Tokens that windows of static places
     save raise the rate of what is left. A row of a cluster is `beta` of its centre and 1 - `beta` of the mean of its
-    other members.
+    other members. No window has more than `longest` frames.
     """
     length, rows = frames.shape[:2]
     static = similarity(frames) > threshold
-    tiling, saved = windows(static)
+    tiling, saved = windows(static, longest)
     every = length * rows
     rate = min(1.0, retention / ((every - saved) / every))
     parts = []

@@ -79,7 +79,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
         asked = replace(call, differentiable=state.training and stage.differentiable)
         if stage.reads_videos and prompt.video_id is not None:
             video = torch.where(valid, live.take(prompt.video_id).to(valid.device), -1)
-            asked = replace(asked, videos=video, video_count=len(prompt.image_sizes))
+            asked = replace(asked, videos=video, video_count=prompt.videos)
         if prompt.carried is not None and stage.carries:
             asked = replace(asked, carried=live.take(prompt.carried[:, :, plan.carries[name]]).to(valid.device))
         answer = plan.hooks.prune(asked, stage)

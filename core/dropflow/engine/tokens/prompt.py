@@ -86,6 +86,8 @@ class Prompt:
     observe the encoding."""
     video_id: Int[Tensor, "batch tokens"] | None = None
     """Number of the video of each patch, -1 for other tokens; `None` if the engine did not observe the encoding."""
+    videos: int = 0
+    """Upper bound (exclusive) of the numbers of videos."""
     questions: tuple[str, ...] | None = None
     """The question of each sample as text, if a stage reads it."""
 
@@ -230,6 +232,7 @@ class _Placed:
             carried=self._carried,
             tower=self._tower,
             video_id=self._video,
+            videos=self._most_images,
         )
 
 
