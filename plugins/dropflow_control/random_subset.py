@@ -71,4 +71,4 @@ class RandomSubset(Subset[RandomSubsetOptions]):
         """Random rows of the whole video."""
         import torch
 
-        return self.rows(torch.cat(list(frames)), count, None).split([len(rows) for rows in frames])
+        return torch.split(self.rows(torch.cat(list(frames)), count, None), [len(rows) for rows in frames])

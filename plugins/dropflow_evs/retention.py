@@ -60,5 +60,6 @@ class Retention(Stage[RetentionOptions]):
             for video in call.videos or ():
                 frames = operators.whole_frames(call, video)
                 scores.append(change(frames))
-                keeps.append(most_changed(scores[-1], retained(*frames.shape[:2], self.options.rate)))
+                count = retained(frames.shape[0], frames.shape[1], self.options.rate)
+                keeps.append(most_changed(scores[-1], count))
         return Encode(keep=operators.frame_keeps(call, keeps), scores=lambda: operators.frame_scores(call, scores))

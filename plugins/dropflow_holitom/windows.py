@@ -14,7 +14,8 @@ def similarity(frames: Float[Tensor, "frames rows dim"]) -> Float[Tensor, "steps
     """Cosine of each row and the row at its place in the next frame, in float32; norms are at least 1e-8."""
     wide = frames.float()
     unit = wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    return (unit[1:] * unit[:-1]).sum(-1)
+    cosine: Tensor = (unit[1:] * unit[:-1]).sum(-1)
+    return cosine
 
 
 def windows(static: Bool[Tensor, "steps rows"], longest: int = LONGEST) -> tuple[list[tuple[int, int]], int]:

@@ -30,6 +30,7 @@ from dropflow.lifecycle.events import EncodeEvent, EncodeStep
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
+    from dropflow.lifecycle.videos import Frames
 
 
 F = TypeVar("F", bound="Features")
@@ -94,12 +95,13 @@ def encode(
     output = features()
     if run is None:
         if hooks.watched("observe_encode"):
-            _tell(site, modality, _layouts_of(backbone, modality, output, arguments), ())
+            own = _layouts_of(backbone, modality, output, arguments)
+            _tell(site, modality, own, (), frames_of(backbone, modality, list(map(len, own)), arguments))
         return output, plain_flags(site, modality, output, arguments)
     name, pooled = _features(output)
     full, flags = run.finish(_entries(pooled))
     if run.steps is not None:
-        _tell(site, modality, layouts, run.steps)
+        _tell(site, modality, layouts, run.steps, run.videos)
     if isinstance(pooled, Tensor):
         output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
     else:
@@ -109,11 +111,17 @@ def encode(
     return output, flags
 
 
-def _tell(site: Site, modality: str, layouts: Sequence[Sequence[ImageLayout]], steps: Sequence[EncodeStep]) -> None:
+def _tell(
+    site: Site,
+    modality: str,
+    layouts: Sequence[Sequence[ImageLayout]],
+    steps: Sequence[EncodeStep],
+    videos: Frames | None,
+) -> None:
     encoder = site.backbone.vision
     flat = tuple(layout for own in layouts for layout in own)
     prefix = 0 if encoder is None else encoder.select_prefix
-    site.plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
+    site.plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix, videos or ()))
 
 
 def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[RowFlags]:

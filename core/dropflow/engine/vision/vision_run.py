@@ -69,7 +69,8 @@ class VisionRun:
         self._merges = Merges()
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
-        self._videos: Frames | None = ()
+        self.videos: Frames | None = ()
+        """Frames of each video among the images; `None` where nobody says."""
         self._ran: list[Tensor] = []
         """For each patch of each image, the share of the encoder's layers that run on it."""
         self._faults: list[tuple[Tensor, DecisionError]] = []
@@ -194,10 +195,10 @@ class VisionRun:
             else:
                 self.packed.check_ran()
                 features = [own[rows.places.to(own.device)] for own, rows in zip(features, self._rows, strict=True)]
+        self._group([len(own) for own in layouts])
         stages = self._plan.encode_at.get(None, ())
         if stages:
             self._grids = [layout.grid for own in layouts for layout in own]
-            self._group([len(own) for own in layouts])
             none = features[0].new_zeros(len(features), 0, features[0].shape[-1]) if features else entries[0][None, :0]
             prefix = 0 if self._reading is None else self._reading.reader.prefix
             features = self._decide(None, features, stages, none, prefix if vision is None else vision.prefix - extra)
@@ -212,7 +213,7 @@ class VisionRun:
         empty: Tensor,
     ) -> tuple[list[Tensor], list[RowFlags]]:
         """Entries with a row for every placeholder (zeros for dropped rows, which are never live), and their flags."""
-        full, flags, first, videos = [], [], 0, video_of(self._videos)
+        full, flags, first, videos = [], [], 0, video_of(self.videos)
         for own in layouts:
             last = first + len(own)
             rows = [left.to(empty.device) for left in self._rows[first:last]]
@@ -254,7 +255,7 @@ class VisionRun:
 
     def _group(self, entries: Sequence[int]) -> None:
         """Note which images are frames of which video; `entries` are the images in each entry of the features."""
-        self._videos = frames_of(self._site.backbone, self._modality, entries, self._arguments)
+        self.videos = frames_of(self._site.backbone, self._modality, entries, self._arguments)
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
         """Arguments of a layer with the mask that its rows require, if any."""
@@ -330,7 +331,7 @@ class VisionRun:
                 has_cls=self._tower is not None and self._tower.has_cls,
                 tower=self._layer,
                 members=self._members,
-                videos=self._videos,
+                videos=self.videos,
                 separate=self._reading is None,
             )
             with self._asked():
@@ -346,7 +347,7 @@ class VisionRun:
                 features, self._rows = decided.apply(features, self._rows)
                 self._faults += decided.faults
                 if answer.rows is not None:
-                    self._merges.add(name, present, self._rows, answer, self._videos or ())
+                    self._merges.add(name, present, self._rows, answer, self.videos or ())
                 if boundary is not None and (answer.keep is not None or answer.rows is not None):
                     self._leave(self._share(boundary), before)
                 if self.steps is not None and answer.decides:
