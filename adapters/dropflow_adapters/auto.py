@@ -22,6 +22,7 @@ class Auto(Backbone):
     """
 
     modalities = ("image", "video")
+    unstated_videos = frozenset({"image", "video"})
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -12,7 +12,7 @@ from dropflow import Backbone, ImageLayout, VisionReader, patch_blocks, square_g
 
 
 class Idefics3(Backbone):
-    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; every tile is a separate image."""
+    """`Idefics3ForConditionalGeneration`; every tile is a separate image."""
 
     @property
     def tokens_per_image(self) -> int:
@@ -43,3 +43,9 @@ class Idefics3(Backbone):
         """Patches along one side of a tile."""
         vision = self.model.config.vision_config
         return int(vision.image_size // vision.patch_size)
+
+
+class SmolVLM(Idefics3):
+    """`SmolVLMForConditionalGeneration`; every tile or video frame is a separate image, and the caller says which."""
+
+    unstated_videos = frozenset({"image"})

@@ -11,7 +11,9 @@ from dropflow import Backbone, VisionReader, feature_boundary, patch_blocks, squ
 
 
 class InternVL(Backbone):
-    """`InternVLForConditionalGeneration`; every tile or video frame is a separate image."""
+    """`InternVLForConditionalGeneration`; every tile or video frame is a separate image, and the caller says which."""
+
+    unstated_videos = frozenset({"image"})
 
     @property
     def tokens_per_image(self) -> int:

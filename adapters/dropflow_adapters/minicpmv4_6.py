@@ -15,6 +15,7 @@ class MiniCPMV46(Backbone):
     """`MiniCPMV4_6ForConditionalGeneration`; every entry is a picture, a slice or a frame, and images vary in size."""
 
     modalities = ("image", "video")
+    unstated_videos = frozenset({"video"})
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
@@ -54,7 +55,8 @@ class MiniCPMV46(Backbone):
 
     def _merges(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the call joins 2 x 2 rows inside the tower."""
-        return (arguments.get("downsample_mode") or self.model.config.downsample_mode) != "4x"
+        mode: str = arguments.get("downsample_mode") or self.model.config.downsample_mode
+        return mode != "4x"
 
     def _patches(self, modality: str, arguments: Mapping[str, Any]) -> list[list[int]] | None:
         """Patches of every image in either direction, where the call gives them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropflow import Backbone, Projections, square_grid
@@ -16,6 +17,11 @@ class PerceptionLM(Backbone):
     def projections(self, layer: Any) -> Projections:
         """Llama's."""
         return Projections.of(layer.self_attn)
+
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+        """From the pixels (videos, frames, channels, height, width), which come by the name of those of images."""
+        videos, frames = arguments["pixel_values"].shape[:2]
+        return [frames] * videos
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches after pooling."""

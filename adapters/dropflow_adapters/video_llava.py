@@ -23,6 +23,11 @@ class VideoLlava(Backbone):
         full = self._keeps_cls(modality)
         return [[ImageLayout(size, square_grid(size - full), head=int(full))] for size in sizes]
 
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+        """From the pixels (videos, frames, channels, height, width); every frame is an entry of the features."""
+        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        return [frames] * videos
+
     def reader(self, modality: str = "image") -> VisionReader:
         """The tower of the modality: a CLS row and the patches of each image or frame."""
         kept, selected = int(self._keeps_cls(modality)), self.model.config.vision_feature_layer

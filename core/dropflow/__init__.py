@@ -29,6 +29,7 @@ from dropflow.lifecycle.stage import (
     StageOptions,
     Window,
 )
+from dropflow.lifecycle.videos import videos
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy
 from dropflow.units import BackboneShape, Budget, Depth, Rounding, Scale, Tokens
@@ -139,6 +140,7 @@ __all__ = [
     "patch_blocks",
     "questions",
     "square_grid",
+    "videos",
 ]
 
 for _name in __all__:

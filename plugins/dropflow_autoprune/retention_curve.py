@@ -239,7 +239,7 @@ class RetentionCurve(Stage[RetentionCurveOptions]):
             keep[sample, gone] = False
             pool, made = self._recycling.of(len(gone))
             if made:
-                centres, cluster = operators.clusters(call.hidden[sample, gone[:pool]], made)
+                centres, cluster = operators.density_peaks(call.hidden[sample, gone[:pool]], made, made)
                 into[sample, gone[:pool]] = gone[centres][cluster]
                 keep[sample, gone[centres]] = True
         return Keep(keep, scores, notes=notes, merge_into=into)

@@ -11,6 +11,8 @@ from dropflow import PruneCall
 from dropflow_control.subset import Subset, SubsetOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -25,6 +27,7 @@ class RandomSubset(Subset[RandomSubsetOptions]):
     """A random subset of each image's tokens stays; every boundary draws anew among the tokens that are left.
 
     The same seed keeps the same tokens of an image, alone or in any batch; other images of the same size keep others.
+    Per video, the tokens of all its frames are drawn together.
     Tokens that an earlier `encode` stage protects stay on top of the number that `encode` says.
     """
 
@@ -58,3 +61,14 @@ class RandomSubset(Subset[RandomSubsetOptions]):
         mask = torch.zeros(len(features), dtype=torch.bool)
         mask[draw(self.options.seed, self.encode_at[0], features).topk(count).indices] = True
         return mask
+
+    def video_rows(
+        self,
+        frames: Sequence[Float[Tensor, "rows dim"]],
+        count: int,
+        grids: Sequence[tuple[int, int] | None],  # noqa: ARG002
+    ) -> Sequence[Bool[Tensor, "rows"]]:
+        """Random rows of the whole video."""
+        import torch
+
+        return torch.split(self.rows(torch.cat(list(frames)), count, None), [len(rows) for rows in frames])

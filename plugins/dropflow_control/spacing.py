@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +22,14 @@ def spread(count: int, grid: tuple[int, int]) -> Bool[Tensor, "patches"]:
         here = count * (number + 1) // used - count * number // used
         mask[row] = evenly(torch.arange(columns), here, columns)
     return mask.flatten()
+
+
+def divided(count: int, sizes: Sequence[int]) -> list[int]:
+    """`count` things (at most all) divided evenly among groups of these `sizes`, in their order, as whole numbers."""
+    ends = list(accumulate(sizes, initial=0))
+    return (
+        [count * end // ends[-1] - count * start // ends[-1] for start, end in pairwise(ends)] if ends[-1] else ends[1:]
+    )
 
 
 def evenly(rank: Int[Tensor, "..."], count: int | Tensor, size: int | Tensor) -> Bool[Tensor, "..."]:

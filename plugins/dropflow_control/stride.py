@@ -9,6 +9,8 @@ from dropflow import PruneCall
 from dropflow_control.subset import Subset, SubsetOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -17,7 +19,8 @@ class Stride(Subset[SubsetOptions]):
     """Tokens at even distances stay.
 
     With `encode` they are evenly spread over the rows and columns of the patch grid, where the image has all of it: a
-    quarter of 24 x 24 patches is every second one of every second row. With `keep`, and for images without a grid, they
+    quarter of 24 x 24 patches is every second one of every second row. Per video, they are divided evenly among its
+    frames, and spread in each. With `keep`, and for images without a grid, they
     are every n-th of the tokens that are left, in their order.
     """
 
@@ -46,3 +49,11 @@ class Stride(Subset[SubsetOptions]):
         from dropflow_control.spacing import spread
 
         return spread(count, grid or (1, len(features)))
+
+    def video_rows(
+        self, frames: Sequence[Float[Tensor, "rows dim"]], count: int, grids: Sequence[tuple[int, int] | None]
+    ) -> Sequence[Bool[Tensor, "rows"]]:
+        """As many rows of every frame, give or take one, spread over it."""
+        from dropflow_control.spacing import divided
+
+        return list(map(self.rows, frames, divided(count, [len(rows) for rows in frames]), grids))

@@ -24,6 +24,8 @@ from dropflow import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -40,6 +42,11 @@ class SubsetOptions(StageOptions):
         default=None, description="instead of `keep`: visual tokens of each image that reach the LLM"
     )
 
+    per: Literal["image", "video"] = Field(
+        default="image",
+        description="what the number of `encode` counts for: every `image`, so that each frame of a video keeps as "
+        "many; or every `video`, and pictures stay whole, as video methods leave them",
+    )
     place: Literal["pixels", "output"] | Annotated[int, Field(ge=0)] = Field(
         default="output",
         description="where `encode` works: on the vision encoder's `output`; before its layer of that number, counted "
@@ -52,6 +59,8 @@ class SubsetOptions(StageOptions):
             raise ValueError("expected either `keep` (at boundaries of the LLM) or `encode` (before it)")
         if self.encode is None and self.place != "output":
             raise ValueError("`place` says where `encode` works, which is missing; give `encode` instead of `keep`")
+        if self.encode is None and self.per != "image":
+            raise ValueError("`per` says what `encode` counts for, which is missing; give `encode` instead of `keep`")
         return self
 
 
@@ -79,6 +88,12 @@ class Subset(Stage[O_co], Generic[O_co]):
     ) -> Bool[Tensor, "rows"]:
         """Which `count` rows of one image stay; `grid` is that of the image, if all its patches are present."""
 
+    @abstractmethod
+    def video_rows(
+        self, frames: Sequence[Float[Tensor, "rows dim"]], count: int, grids: Sequence[tuple[int, int] | None]
+    ) -> Sequence[Bool[Tensor, "rows"]]:
+        """Which `count` rows of all frames of a video stay, frame by frame; `grids` as in `rows`."""
+
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """The option `place`, with `encode`."""
@@ -90,20 +105,37 @@ class Subset(Stage[O_co], Generic[O_co]):
         """False: it reads no attention."""
         return False
 
+    @property
+    def reads_videos(self) -> bool:
+        """True where whole videos have a budget."""
+        return self.options.per == "video"
+
     def forecast(self) -> Forecast:
-        """The budgets."""
-        return Forecast(encoded=self._encoded, keeps=self._keeps)
+        """The budgets; how much of each frame stays, the data decide."""
+        return Forecast(encoded="data" if self.reads_videos else self._encoded, keeps=self._keeps)
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode | None:
-        """Keep rows of every image."""
-        if self._encoded is None:
+        """Keep rows of every image, or of every video."""
+        budget = self._encoded
+        if budget is None:
             return None
-        masks = []
-        for features, grid in zip(call.features, call.grids, strict=True):
-            whole = grid if grid is not None and len(features) == grid[0] * grid[1] else None
-            masks.append(self.rows(features, self._encoded.of(len(features)), whole).to(features.device))
-        return Encode(keep=tuple(masks))
+        whole = [
+            grid if grid is not None and len(features) == grid[0] * grid[1] else None
+            for features, grid in zip(call.features, call.grids, strict=True)
+        ]
+        if not self.reads_videos:
+            masks = [
+                self.rows(features, budget.of(len(features)), grid).to(features.device)
+                for features, grid in zip(call.features, whole, strict=True)
+            ]
+            return Encode(keep=tuple(masks))
+        keeps = []
+        for video in call.videos or ():
+            frames = [call.features[frame] for frame in video]
+            own = self.video_rows(frames, budget.of(sum(map(len, frames))), [whole[frame] for frame in video])
+            keeps.append([mask.to(call.places[0].device) for mask in own])
+        return Encode(keep=operators.frame_keeps(call, keeps))
 
     @hookimpl
     def prune(self, call: PruneCall) -> Keep:

@@ -158,7 +158,7 @@ class TextGuided(Stage[TextGuidedOptions]):
         """The best of the dropped tokens merged into the centres of their clusters, which stay, or after all others."""
         import torch
 
-        from dropflow.operators import clusters
+        from dropflow.operators import density_peaks
 
         keep = keep.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
@@ -168,7 +168,7 @@ class TextGuided(Stage[TextGuidedOptions]):
                 slots = (own & (call.image_id[sample] == image)).nonzero()[:, 0]
                 size, count = recycled(len(slots), self.options.recycle_share, self.options.cluster_size)
                 slots = slots[torch.sort(scores[sample, slots], descending=True, stable=True).indices[:size]]
-                centres, cluster = clusters(call.hidden[sample, slots], count)
+                centres, cluster = density_peaks(call.hidden[sample, slots], count, count)
                 places = slots[centres]
                 if self.options.reference:
                     survivors = (keep[sample] & (call.image_id[sample] == image)).nonzero()[:, 0]

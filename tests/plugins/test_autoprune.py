@@ -20,7 +20,7 @@ from torch import Tensor
 import dropflow
 from dropflow import BoundaryEvent, PruneCall, Stage, hookimpl
 from dropflow.errors import PolicyError
-from dropflow.operators import clusters
+from dropflow.operators import density_peaks
 from dropflow.policy.plan import resolve
 from dropflow.testing import tiny_models
 from dropflow.units import BackboneShape
@@ -113,25 +113,25 @@ def test_steeper_curves_leave_more_tokens_early_and_fewer_late(one: float, other
 def test_recorded_clusters(case: str) -> None:
     recorded = golden(case)
     rows, count = recorded["rows"], recorded["meta"]["clusters"]
-    _, cluster = clusters(rows, count, recorded["noise"])
+    _, cluster = density_peaks(rows, count, count, 1e-6 * recorded["noise"])
     means = torch.stack([rows[cluster == number].mean(0) for number in range(count)])
     torch.testing.assert_close(means, recorded["out_rows"], rtol=1e-4, atol=1e-5)
     if recorded["meta"]["noise_independent"]:
-        assert torch.equal(clusters(rows, count)[1], cluster)
+        assert torch.equal(density_peaks(rows, count, count)[1], cluster)
 
 
 def test_two_clusters_are_the_same_from_run_to_run() -> None:
     """Mutual nearest neighbours are equally dense; in the released code random noise decides which is the centre."""
     rows = golden("auto_cluster_two")["rows"]
-    runs = [clusters(rows, 2)[0].tolist() for _ in range(3)]
+    runs = [density_peaks(rows, 2, 2)[0].tolist() for _ in range(3)]
     assert runs[0] == runs[1] == runs[2]
     noisy = {
-        tuple(clusters(rows, 2, torch.rand(17, generator=torch.Generator().manual_seed(s)))[0].tolist())
+        tuple(density_peaks(rows, 2, 2, 1e-6 * torch.rand(17, generator=torch.Generator().manual_seed(s)))[0].tolist())
         for s in range(20)
     }
     assert len(noisy) > 1
     pair = torch.tensor([[0.0], [0.1], [5.0], [5.1], [9.0]])
-    assert clusters(pair, 2)[0][0] in (0, 2), "of equal density, the lower row counts as denser"
+    assert density_peaks(pair, 2, 2)[0][0] in (0, 2), "of equal density, the lower row counts as denser"
 
 
 class Recorded:

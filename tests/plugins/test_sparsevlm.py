@@ -17,7 +17,7 @@ from watching import told, watched
 import dropflow
 from dropflow import Entry, PruneCall
 from dropflow.errors import PolicyError
-from dropflow.operators import clusters
+from dropflow.operators import density_peaks
 from dropflow.operators.merging import mean_into
 from dropflow.policy.plan import resolve
 from dropflow.testing import MaskedOracle, assert_stage_conforms, tiny_models
@@ -129,8 +129,8 @@ def test_clusters_are_the_recorded_ones(case: str, noisy: bool) -> None:
     count = int(RECYCLE[f"{case}/k"])
     expected = RECYCLE[f"{case}/merged_noise" if noisy else f"{case}/merged_no_noise"]
     for sample, states in enumerate(RECYCLE[f"{case}/x"]):
-        noise = RECYCLE[f"{case}/noise01"][sample] if noisy else None
-        centres, cluster = clusters(states, count, noise)
+        noise = 1e-6 * RECYCLE[f"{case}/noise01"][sample] if noisy else None
+        centres, cluster = density_peaks(states, count, count, noise)
         merged = mean_into(states[None], centres[cluster][None])[0, centres]
         assert relative_error(merged, expected[sample]) < 2e-4
         assert torch.equal(cluster[centres], torch.arange(count))
@@ -139,7 +139,8 @@ def test_clusters_are_the_recorded_ones(case: str, noisy: bool) -> None:
 def test_copies_of_one_token_share_a_cluster() -> None:
     """Ties fall in token order, so that no second copy becomes a centre; the released code leaves it to noise."""
     states = RECYCLE["f_duplicates/x"][0]
-    centres, cluster = clusters(states, int(RECYCLE["f_duplicates/k"]))
+    count = int(RECYCLE["f_duplicates/k"])
+    centres, cluster = density_peaks(states, count, count)
     copies = (states[:, None] == states[None]).all(-1)
     assert (copies.sum(1) > 1).any()
     assert not copies[centres][:, centres].fill_diagonal_(False).any()
@@ -167,7 +168,7 @@ def test_clusters_by_the_formula_written_out(tokens: int, seed: int, data: st.Da
         higher = [row[j] for j in range(tokens) if density[j] > density[i] or (density[j] == density[i] and j < i)]
         apart.append(min(higher) if higher else max(map(max, away)))
     best = sorted(range(tokens), key=lambda i: -density[i] * apart[i])[:count]
-    centres, cluster = clusters(states, count)
+    centres, cluster = density_peaks(states, count, count)
     assert centres.tolist() == best
     for i, row in enumerate(away):
         assert cluster[i] == (best.index(i) if i in best else min(range(count), key=lambda c: row[best[c]]))

@@ -103,6 +103,9 @@ class Backbone:
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     """Modalities with placeholder tokens, `image` or `video`; the config holds their ids as `<modality>_token_id`."""
+    unstated_videos: ClassVar[frozenset[str]] = frozenset()
+    """Modalities in which a call does not say which images are frames of which video, as where a processor hands over
+    frames as images; stages that work on videos then need `dropflow.videos`."""
     token_arguments: ClassVar[Mapping[str, int]] = {}
     """Other per-token arguments of a decoder layer: name of the argument -> its token dimension, from the end
     (-1 for (..., tokens), -2 for (..., tokens, dim)). The engine already knows positions, masks and caches."""
@@ -301,6 +304,14 @@ class Backbone:
         empty where the features were encoded elsewhere. By default every entry is one image.
         """
         return [[ImageLayout(size, self.grid(size))] for size in sizes]
+
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+        """How many frames each video of a call has, in the order of its features; by default each entry is a video.
+
+        `entries` counts the images in each entry of the features, `arguments` are those of `get_video_features`. Not
+        asked for a modality in `unstated_videos`.
+        """
+        return entries
 
     def deepstack_residuals(
         self, arguments: Mapping[str, Any]

@@ -51,6 +51,8 @@ class EncodeEvent:
     prefix: int
     """Prefix rows of the encoder, such as CLS, that the LLM gets before an image's patches: inside the encoder
     patches are numbered without them, on its output with them."""
+    videos: tuple[tuple[int, ...], ...] = ()
+    """For each video, the numbers of its frames among the images, in the order of time, as far as they are known."""
 
 
 @dataclass(frozen=True)

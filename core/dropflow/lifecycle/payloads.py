@@ -111,6 +111,10 @@ class PruneCall:
     """The question of each sample, as text, for stages with `reads_questions`."""
     patches: Int[Tensor, "images"] | None = None
     """`image_sizes` on the device (see `counts`)."""
+    videos: Int[Tensor, "batch slots"] | None = None
+    """Read by `video_id`."""
+    video_count: int = 0
+    """Upper bound (exclusive) of the numbers in `video_id`."""
     most_text: int | None = None
     """Upper bound on the text tokens that follow a sample's first visual token."""
     notes: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
@@ -128,6 +132,16 @@ class PruneCall:
 
         sizes = self.patches
         return budget.of_each(torch.tensor(self.image_sizes, device=self.index.device) if sizes is None else sizes)
+
+    @property
+    def video_id(self) -> Int[Tensor, "batch slots"]:
+        """Number, over the whole batch, of the video a patch belongs to; -1 for all other tokens, and of pictures.
+
+        For stages with `reads_videos`. Copies of a sample have videos of their own, as they have images.
+        """
+        if self.videos is None:
+            raise DecisionError("the videos of this call are not known; let `reads_videos` of the stage be true")
+        return self.videos
 
     def keys(self, layer: int) -> Float[Tensor, "batch kv_heads slots dim"]:
         """Keys of an earlier layer that the stage lists in `taps`, after k-norm and RoPE, for the slots.
@@ -213,6 +227,7 @@ class Keep:
     the stage noted before; `None` leaves these."""
     merge_into: Int[Tensor, "batch slots"] | None = None
     """For each slot, the slot of a token of the same image into which its state is merged; its own if it is not merged.
+    For stages with `reads_videos`, the frames of a video count as one image.
 
     Before this boundary's layer, a token whose slot is named gets the plain mean of the states that name it, and keeps
     its index and position. `mask` decides whether a merged token itself stays. The state of a named token that stays
@@ -251,6 +266,12 @@ class EncodeCall:
     """Called by the methods below: what a tapped layer of the encoder computed."""
     members: Members
     """For a tapped layer, the rows of the encoder that each present row of each image is made of; -1 for none."""
+    videos: tuple[tuple[int, ...], ...] | None = ()
+    """For each video, the numbers of its frames among the images, in the order of time; images in none are pictures.
+
+    `None` where nobody says, which cannot be for stages with `reads_videos`. A frame of a video may be left without any
+    row.
+    """
     separate: bool = True
     """Whether every row is one row of the encoder (fact `vision_layers`), rather than made of several (see
     `VisionReader`)."""
@@ -269,8 +290,10 @@ class EncodeCall:
         seen = self.tower(layer).parts[0].whole()
         first, found = torch.arange(self.prefix, device=seen.key.device), []
         for image, members in enumerate(self.members(layer)):
-            own = torch.cat((first, members[:, 0].to(first.device) % seen.key.shape[2]))
-            found.append(tuple(part[image, :, own].to(members.device) for part in (seen.query, seen.key)))
+            own, width = members[:, 0].to(first.device), seen.key.shape[2]
+            of_rows = (part[own // width, :, own % width].transpose(0, 1) for part in (seen.query, seen.key))
+            of_prefix = (part[image, :, first] for part in (seen.query, seen.key))
+            found.append(tuple(torch.cat(pair, 1).to(members.device) for pair in zip(of_prefix, of_rows, strict=True)))
         return tuple((query, key) for query, key in found)
 
     def unit_keys(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows dim"], ...]:
@@ -364,6 +387,9 @@ class Encode:
 
     Where `prefix_rows` contribute too, their columns follow those of the old rows.
     """
+    across_frames: bool = False
+    """Whether new rows are made of rows of several frames: for the frames of a video, the columns of `shares` then are
+    the old rows of all its frames, one after the other in the order of time. Rows of other images cannot be merged."""
     scores: Lazily | None = None
     """For observers: returns the score that the stage gave each old row, per image; NaN for rows it did not rank."""
 

@@ -224,6 +224,15 @@ class Stage(Generic[O_co]):
         return False
 
     @property
+    def reads_videos(self) -> bool:
+        """Whether the stage needs to know which images are frames of which video.
+
+        See `EncodeCall.videos` and `PruneCall.video_id`. Callers state it where a processor hands over pictures and
+        frames alike (see `dropflow.videos`); a call without is refused.
+        """
+        return False
+
+    @property
     def decode_every(self) -> int:
         """Generated tokens after which `decode_cache` is asked again; with 0 it is asked only after prefill."""
         return 0

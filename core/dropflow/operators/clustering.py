@@ -1,4 +1,4 @@
-"""Pure functions that find clusters of tokens by density peaks."""
+"""Pure functions that cluster tokens by density peaks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-NOISE = 1e-6
-"""Largest amount by which released codes of methods disturb densities to separate ties."""
 
-
-def clusters(
-    states: Float[Tensor, "tokens dim"], count: int, noise: Float[Tensor, "tokens"] | None = None
+def density_peaks(
+    states: Float[Tensor, "tokens dim"], count: int, neighbours: int, noise: Float[Tensor, "tokens"] | None = None
 ) -> tuple[Int[Tensor, "clusters"], Int[Tensor, "tokens"]]:
-    """Density peaks: the tokens that are centres of `count` clusters, best first, and the cluster of every token.
+    """The tokens that are centres of `count` clusters (at most all), best first, and the cluster of every token.
 
-    Distances are Euclidean, over sqrt(dim). Density: exp(-mean squared distance to the `count` nearest tokens, itself
-    included). Centres are those with the largest density times distance to the nearest token of higher density; for
-    the densest, the largest distance of all. Every other token joins its nearest centre, ties to the first. Equal
-    densities count as falling in token order; with `noise` in [0, 1), 1e-6 times as much disturbs them instead,
-    as in the released codes of methods that recycle tokens.
+    Distances are Euclidean, over sqrt(dim), in float32. Density: exp(-mean squared distance to the `neighbours` nearest
+    tokens, itself included), plus `noise`. Centres are those with the largest density times distance to the nearest
+    token of higher density; for the densest, the largest distance of all. Every other token joins its nearest centre,
+    ties to the better one. Equal densities count as falling in token order (DPC-kNN).
     """
     states = states.float()
     distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5
-    nearest = distance.topk(count, largest=False).values
+    nearest = distance.topk(min(neighbours, len(states)), largest=False).values
     density = torch.exp(-(nearest**2).mean(-1))
     if noise is not None:
-        density = density + NOISE * noise
+        density = density + noise
     order = torch.sort(density, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -56,6 +56,24 @@ def first_places(
     For methods whose rows have no place in the raster. Rows keep their order; no image may have more rows than places.
     """
     return tuple(held[: len(new)] for held, new in zip(places, rows, strict=True))
+
+
+def most_alike(
+    states: Float[Tensor, "batch slots dim"], stays: Bool[Tensor, "batch slots"], group: Int[Tensor, "batch slots"]
+) -> Int[Tensor, "batch slots"]:
+    """For every slot that does not stay, the slot of its group (number; -1 for none) that does and is most alike.
+
+    Likeness is the cosine in float32, ties going to the first; a slot that stays, is in no group, or has no other one
+    to go to names itself. Works sample by sample, so that no more than one map of slots is held.
+    """
+    own = torch.arange(states.shape[1], device=states.device)
+    found = []
+    for state, stay, number in zip(states.float(), stays, group, strict=True):
+        unit = torch.nn.functional.normalize(state, dim=1)
+        open_to = (number[:, None] == number) & stay & (number >= 0)
+        cosine = torch.where(open_to, unit @ unit.T, -torch.inf)
+        found.append(torch.where(stay | ~open_to.any(1), own, cosine.argmax(1)))
+    return torch.stack(found)
 
 
 def mean_into(

@@ -37,6 +37,21 @@ def keep_best(call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Bud
     return best | ~call.instruction_valid.any(1, keepdim=True)
 
 
+def keep_best_of_videos(
+    call: PruneCall, scores: Float[Tensor, "batch slots"], budget: Budget
+) -> Bool[Tensor, "batch slots"]:
+    """Keep the highest-scored live tokens of each video, over all its frames, up to the budget, ties to the first.
+
+    All tokens of pictures stay. The budget is one of the live tokens; protected ones always stay and count against it.
+    For stages with `reads_videos`. A sample that has no instruction token is not pruned.
+    """
+    video, count = call.video_id, call.video_count
+    sizes = torch.zeros(count + 1, dtype=torch.long, device=video.device)
+    sizes.index_add_(0, video.flatten() + 1, torch.ones_like(video).flatten())
+    best = keep_top(scores.masked_fill(call.protected, torch.inf), video, budget.of_each(sizes[1:]))
+    return best | (video < 0) | ~call.instruction_valid.any(1, keepdim=True)
+
+
 def text_rows(call: PruneCall) -> tuple[Int[Tensor, "batch rows"], Bool[Tensor, "batch rows"]]:
     """Slots of the text tokens after each sample's first visual token, up to its last instruction token.
 

@@ -102,6 +102,11 @@ class Plan:
         """Whether some stage reads the questions as text."""
         return any(stage.reads_questions for _, stage in self.stages)
 
+    @lazy
+    def reads_videos(self) -> bool:
+        """Whether some stage works on videos."""
+        return any(stage.reads_videos for _, stage in self.stages)
+
     @property
     def identity(self) -> tuple[Policy, BackboneShape]:
         """Equal for plans that do the same, so that one may continue a cache that the other has written."""

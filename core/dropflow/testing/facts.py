@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dropflow.backbone.image_layout import ImageLayout
 from dropflow.errors import DecisionError, PolicyError, UnsupportedModel
 from dropflow.testing.case import BrokenGuarantee, Case
-from dropflow.testing.families.tiny import IMAGE, VIDEO, Picture
+from dropflow.testing.families.tiny import IMAGE, VIDEO
 from dropflow.testing.probes import INSIDE, Witness, policy, use
 
-TOKENS, OWNER, GRID, VISION_LAYERS = "token ids", "image owner", "grid", "vision_layers"
+TOKENS, OWNER, GRID, VIDEOS = "token ids", "image owner", "grid", "videos"
+VISION_LAYERS = "vision_layers"
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,26 @@ class Truth:
     """Number (batch, tokens) of the image of which a token is a patch; -1 for all other tokens."""
     grids: Sequence[tuple[int, int] | None]
     """Grid of every image, those of still images before those of videos, in the order of encoding."""
+    videos: Sequence[tuple[int, ...]]
+    """The images that are the frames of every video."""
 
 
 def truth(case: Case) -> Truth:
     """Number the patches of the case's pictures."""
     ids, shown = case.inputs["input_ids"], case.drawn[1]
-    owner, grids, first = torch.full_like(ids, -1), [], 0
+    owner, grids, videos, first = torch.full_like(ids, -1), [], [], 0
     for token in (IMAGE, VIDEO):
         for sample, pictures in enumerate(shown):
             places = iter((ids[sample] == token).nonzero()[:, 0].tolist())
-            for layout in _layouts(pictures, token):
-                own = [next(places) for _ in range(layout.tokens)]
-                owner[sample, torch.tensor(own)[~layout.extra(ids.device)]] = first
-                grids.append(layout.grid)
-                first += 1
-    return Truth(owner, grids)
-
-
-def _layouts(pictures: Sequence[Picture], token: int) -> list[ImageLayout]:
-    return [layout for picture in pictures if token in picture.ids for layout in picture.layouts]
+            for picture in (picture for picture in pictures if token in picture.ids):
+                if "pixel_values_videos" in picture.arguments:
+                    videos.append(tuple(range(first, first + len(picture.layouts))))
+                for layout in picture.layouts:
+                    own = [next(places) for _ in range(layout.tokens)]
+                    owner[sample, torch.tensor(own)[~layout.extra(ids.device)]] = first
+                    grids.append(layout.grid)
+                    first += 1
+    return Truth(owner, grids, videos)
 
 
 @torch.no_grad()
@@ -68,6 +69,9 @@ def check_facts(case: Case) -> None:
             raise _wrong(
                 case, GRID, f"image {image} has the grid {true}, the adapter says {said}", "`grid` or `layouts`"
             )
+    if not case.adapter.unstated_videos and witness.videos != list(expected.videos):
+        what = f"the videos have the frames {expected.videos}, the adapter says {witness.videos}"
+        raise _wrong(case, VIDEOS, what, "`video_lengths` or `unstated_videos`")
 
 
 @torch.no_grad()

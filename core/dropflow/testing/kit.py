@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from dropflow.backbone.backbone import Backbone
 from dropflow.errors import PolicyError, UnsupportedModel, nearest
 from dropflow.lifecycle.questions import question_of_every_sample
 from dropflow.lifecycle.stage import Stage
+from dropflow.lifecycle.videos import every_image_a_video
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
 from dropflow.testing.beside import check_beside, check_needs
@@ -54,7 +56,8 @@ def run_cell(
     """Check all guarantees for a policy of one stage (`entry`, with its options) on one family.
 
     With `thorough`, also between an `encode` stage and a `prune` stage, and without facts the stage does not list;
-    otherwise only that prefill and decoding equal those of the oracle. Stages that read questions are told one.
+    otherwise only that prefill and decoding equal those of the oracle. Stages that read questions are told one. Stages
+    that work on videos get prompts with videos; where the adapter knows of none, every image is a video of one frame.
     """
     name = f"{stage} x {adapter}"
     case = Case(name, family, tiny, {"name": "conformance", "stages": {"stage": entry}})
@@ -65,10 +68,16 @@ def run_cell(
     try:
         with case.attach() as flow:
             note = UNCOMPARED if evicts_while_decoding(flow) else ""
+            reads_videos = any(own.reads_videos for _, own in flow.plan.stages)
     except (PolicyError, UnsupportedModel) as refusal:
         return Cell(stage, adapter, "refused", str(refusal))
+    told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if reads_videos and "video" in tiny.pictures and not family.unstated_videos:
+        case = case.with_samples(VIDEO_SAMPLES if tiny.mixes else UNMIXED_SAMPLES)
+    elif reads_videos:
+        told = every_image_a_video()
     try:
-        with question_of_every_sample("What is in the picture?"):
+        with question_of_every_sample("What is in the picture?"), told:
             worst = _error(case) if thorough else check_inference(case)
     except BrokenGuarantee as broken:
         return Cell(stage, adapter, "failed", str(broken))

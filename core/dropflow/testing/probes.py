@@ -118,6 +118,7 @@ class Witness(Stage[Any]):
         super().__init__(options, context)
         self.grids: list[tuple[int, int] | None] = []
         self.sizes: list[int] = []
+        self.videos: list[tuple[int, ...]] | None = []
         self.images: Tensor | None = None
         self.index: Tensor | None = None
 
@@ -133,7 +134,12 @@ class Witness(Stage[Any]):
 
     @hookimpl
     def encode(self, call: EncodeCall) -> None:
-        """Record the grid and the number of rows of each image."""
+        """Record the grid and the number of rows of each image, and the frames of each video."""
+        first = len(self.grids)
+        if call.videos is None:
+            self.videos = None
+        elif self.videos is not None:
+            self.videos += [tuple(first + frame for frame in video) for video in call.videos]
         self.grids += call.grids
         self.sizes += [len(places) for places in call.places]
 

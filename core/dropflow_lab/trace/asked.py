@@ -12,9 +12,9 @@ import dropflow
 from dropflow import Policy
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.prompts import build_inputs
-from dropflow_lab.trace.build import traced_images, traced_run
+from dropflow_lab.trace.build import traced_images, traced_run, traced_videos
 from dropflow_lab.trace.recorder import NAME, Recorder, watched
-from dropflow_lab.trace.schema import Trace, TracedImage, TracedPrompt, TracedRun
+from dropflow_lab.trace.schema import Trace, TracedPrompt, TracedRun
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,19 +47,19 @@ def record_inputs(
     Raises `InputError` for inputs that cannot be traced, and what `dropflow.attach` raises.
     """
     done = [_record(model, processor, inputs, policy, max_new_tokens) for policy in policies]
-    images, first = done[0]
+    prompt, first = done[0]
     return Trace(
         model=model.config.model_type,
         depth=len(first.layers),
-        prompt=TracedPrompt(question="", tokens=inputs["input_ids"].shape[1], images=images),
+        prompt=prompt,
         runs=[run for _, run in done],
     )
 
 
 def _record(
     model: Any, processor: Any, inputs: Any, policy: Policy, max_new_tokens: int
-) -> tuple[list[TracedImage], TracedRun]:
-    """The images of the prompt, and one run."""
+) -> tuple[TracedPrompt, TracedRun]:
+    """The prompt, and one run."""
     tokens = inputs["input_ids"]
     if tokens.shape[0] != 1:
         raise InputError(f"trace: expected one sample, got a batch of {tokens.shape[0]}; trace them one by one")
@@ -73,10 +73,11 @@ def _record(
             "trace: expected one prefill and then one call per token; leave chunks, drafts and `use_cache` off"
         )
     images = traced_images(recorder.boundaries[0].prompt, recorder.encoded)
+    prompt = TracedPrompt(question="", tokens=tokens.shape[1], images=images, videos=traced_videos(recorder.encoded))
     new = out[0, tokens.shape[1] :].tolist()
     words = [processor.decode([token]) for token in new]
     answer = processor.decode(new, skip_special_tokens=True).strip()
-    return images, traced_run(policy, report, recorder, images, list(zip(new, words, strict=True)), answer)
+    return prompt, traced_run(policy, report, recorder, images, list(zip(new, words, strict=True)), answer)
 
 
 def fingerprint(picture: Image) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dropflow_lab.trace.schema import Merge, Trace, TracedBoundary, TracedRun
+    from dropflow_lab.trace.schema import Trace, TracedBoundary, TracedRun
 
 _LARGEST_GRID = 4
 """Most cells of a grid per patch that is a token; a backbone may leave cells out."""
 
 
 def prompt_faults(trace: Trace) -> list[str]:
-    """Return faults of the prompt: tokens outside it or in two images, and grids that do not fit the patches."""
+    """Return faults of the prompt: tokens outside it or in two images, grids that do not fit, frames not there."""
     faults, taken = [], set[int]()
     for n, image in enumerate(trace.prompt.images):
         where, own = f"prompt.images.{n}", [*image.index, *image.extra]
@@ -26,6 +26,9 @@ def prompt_faults(trace: Trace) -> list[str]:
         patches = len(image.index)
         if image.grid is not None and not patches <= image.grid[0] * image.grid[1] <= _LARGEST_GRID * patches:
             faults.append(f"{where}.grid: {image.grid[0]} x {image.grid[1]} for {patches} patches")
+    frames = [frame for video in trace.prompt.videos for frame in video]
+    if len(set(frames)) < len(frames) or max(frames, default=-1) >= len(trace.prompt.images):
+        faults.append("prompt.videos: expected every frame once, among the images")
     return faults
 
 
@@ -59,6 +62,8 @@ def _encode_faults(run: TracedRun, sizes: Sequence[int], path: str) -> Iterator[
         where = f"{path}.encode.{n}"
         if len(step.images) != len(sizes):
             yield f"{where}.images: {len(step.images)} entries for {len(sizes)} images"
+        elif any(max(merge.images, default=0) >= len(sizes) for own in step.images for merge in own.merged or ()):
+            yield f"{where}.images: a row is made of rows of an image that is not there"
         elif step.shift > min(sizes, default=0):
             yield f"{where}.shift: {step.shift}, but an image has {min(sizes, default=0)} patches"
         for i, image in enumerate(step.images):
@@ -73,7 +78,13 @@ def _boundary_faults(boundary: TracedBoundary, sizes: Sequence[int], path: str) 
         if pruning.scores is not None and len(pruning.scores) != len(sizes):
             yield f"{path}.by.{n}.scores: {len(pruning.scores)} entries for {len(sizes)} images"
     if boundary.merged:
-        merged = [[patch for merge in merges for patch in _patches(merge)] for merges in boundary.merged]
+        merged: list[list[int]] = [[merge.into for merge in merges] for merges in boundary.merged]
+        for own, merges in enumerate(boundary.merged):
+            for patch, image in (source for merge in merges for source in merge.sources(own)):
+                if image >= len(sizes):
+                    yield f"{path}.merged.{own}: image {image}, but there are {len(sizes)}"
+                elif image < len(merged):
+                    merged[image].append(patch)
         yield from _patch_faults(merged, sizes, f"{path}.merged")
 
 
@@ -83,10 +94,6 @@ def _patch_faults(patches: Sequence[Sequence[int]], sizes: Sequence[int], path: 
     for i, (own, size) in enumerate(zip(patches, sizes, strict=False)):
         if max(own, default=-1) >= size:
             yield f"{path}.{i}: patch {max(own)}, but the image has {size} patches"
-
-
-def _patches(merge: Merge) -> tuple[int, ...]:
-    return (merge.into, *merge.of)
 
 
 def _call_faults(run: TracedRun, depth: int, tokens: int, path: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from dropflow_lab.trace.schema import (
 
 if TYPE_CHECKING:
     from dropflow.engine.tokens.prompt import Prompt
+    from dropflow.lifecycle.videos import Frames
     from dropflow_lab.trace.recorder import Recorder
 
 
@@ -46,6 +47,15 @@ def traced_images(prompt: Prompt, encoded: Sequence[EncodeEvent]) -> list[Traced
         )
         for number in range(count)
     ]
+
+
+def traced_videos(encoded: Sequence[EncodeEvent]) -> list[list[int]]:
+    """Return the frames of each video among the images of a prompt, in the order of time."""
+    found, first = [], 0
+    for event in sorted(encoded, key=lambda event: event.modality):
+        found += [[first + frame for frame in video] for video in event.videos]
+        first += len(event.layouts)
+    return found
 
 
 def traced_run(
@@ -96,19 +106,21 @@ def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:
             boundary=step.boundary,
             shift=0 if step.boundary is None else event.prefix,
             proportional=step.answer.proportional,
-            images=[_encoded(step, image) for image in range(len(step.places))],
+            images=[_encoded(step, image, event.videos) for image in range(len(step.places))],
         )
         for event in deciding
         for step in event.steps
     ]
 
 
-def _encoded(step: EncodeStep, image: int) -> EncodedImage:
+def _encoded(step: EncodeStep, image: int, videos: Frames) -> EncodedImage:
     before, places, answer = step.before[image].tolist(), step.places[image].tolist(), step.answer
     merged: list[Merge] | None = []
     sizes: list[float] | None = None
     if answer.rows is not None:
-        merged = None if answer.shares is None else _merges(answer.shares()[image], before, places)
+        frames = next((own for own in videos if image in own and answer.across_frames), (image,))
+        old = [(patch, frame) for frame in frames for patch in step.before[frame].tolist()]
+        merged = None if answer.shares is None else _merges(answer.shares()[image], image, old, places)
         sizes = [1.0] * len(places) if answer.sizes is None else exactly(answer.sizes[image])
     scores: Scores | None = None
     if answer.scores is not None:
@@ -119,18 +131,27 @@ def _encoded(step: EncodeStep, image: int) -> EncodedImage:
     return EncodedImage(kept=places, merged=merged, sizes=sizes, protected=protected, scores=scores)
 
 
-def _merges(shares: Tensor, before: Sequence[int], places: Sequence[int]) -> list[Merge]:
-    """Return the rows that are not just those of their own patch; `shares` is (new rows, old rows and prefix rows)."""
+def _merges(shares: Tensor, image: int, before: Sequence[tuple[int, int]], places: Sequence[int]) -> list[Merge]:
+    """Return the rows of an image that are not just those of their own patch.
+
+    `shares` is (new rows, old rows and prefix rows); `before` are the patch and the image of each old row.
+    """
     found = []
     for place, row in zip(places, shares.detach().to("cpu", torch.float32), strict=True):
         used = row.nonzero()[:, 0].tolist()
-        of, prefix = [before[i] for i in used if i < len(before)], [i - len(before) for i in used if i >= len(before)]
+        old, prefix = [before[i] for i in used if i < len(before)], [i - len(before) for i in used if i >= len(before)]
         weights = exactly(row[used])
-        if of == [place] and not prefix and weights == [1.0]:
+        if old == [(place, image)] and not prefix and weights == [1.0]:
             continue
+        of, images = [patch for patch, _ in old], _elsewhere(old, image)
         plain = all(math.isclose(weight, 1 / len(used), rel_tol=1e-5) for weight in weights)
-        found.append(Merge(into=place, of=of, prefix=prefix, shares=None if plain else weights))
+        found.append(Merge(into=place, of=of, images=images, prefix=prefix, shares=None if plain else weights))
     return found
+
+
+def _elsewhere(old: Sequence[tuple[int, int]], image: int) -> list[int]:
+    """Return the image of each row, or nothing if all are of `image`."""
+    return [own for _, own in old] if any(own != image for _, own in old) else []
 
 
 def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoundary:
@@ -146,19 +167,28 @@ def _boundary(event: BoundaryEvent, images: Sequence[TracedImage]) -> TracedBoun
             known = torch.full(live.shape, torch.nan).scatter(0, index.cpu(), scores[0].detach().float().cpu())
             ranked = [rounded(known[image.index]) for image in images]
         by.append(Pruning(stage=name, dropped=_patches(lost, images), scores=ranked))
-    merged = [] if event.merged_into is None else [_clusters(event.merged_into[0], image) for image in images]
+    merged = [] if event.merged_into is None else _clusters(event.merged_into[0], images)
     return TracedBoundary(
         boundary=event.boundary, kept=_patches(live, images), by=by, merged=merged, merged_by=event.merged_by
     )
 
 
-def _clusters(merged_into: Tensor, image: TracedImage) -> list[Merge]:
-    """Return the states of one image that others were merged into; `merged_into` are logical indices, one per token."""
-    patch = {token: number for number, token in enumerate(image.index)}
-    members: dict[int, list[int]] = {}
-    for number, into in enumerate(merged_into[image.index].tolist()):
-        members.setdefault(patch[into], []).append(number)
-    return [Merge(into=into, of=of) for into, of in members.items() if of != [into]]
+def _clusters(merged_into: Tensor, images: Sequence[TracedImage]) -> list[list[Merge]]:
+    """Per image, its states that others were merged into; `merged_into` are logical indices, one per token."""
+    patch = {token: (number, n) for n, image in enumerate(images) for number, token in enumerate(image.index)}
+    members: list[dict[int, list[tuple[int, int]]]] = [{} for _ in images]
+    for n, image in enumerate(images):
+        for number, into in enumerate(merged_into[image.index].tolist()):
+            place, home = patch[into]
+            members[home].setdefault(place, []).append((number, n))
+    return [
+        [
+            Merge(into=into, of=[p for p, _ in of], images=_elsewhere(of, image))
+            for into, of in own.items()
+            if of != [(into, image)]
+        ]
+        for image, own in enumerate(members)
+    ]
 
 
 def _patches(tokens: Tensor, images: Iterable[TracedImage]) -> list[list[int]]:

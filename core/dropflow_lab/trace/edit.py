@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dropflow_lab.errors import InputError
 from dropflow_lab.trace.follow import follow, follow_on, moves
-from dropflow_lab.trace.schema import EncodedImage, Trace, TracedRun
+from dropflow_lab.trace.schema import EncodedImage, Merge, Trace, TracedRun
 
 EDIT = "edit"
 """Name of the stage that drops a patch at a boundary where no stage of the policy pruned."""
@@ -94,8 +94,9 @@ def _kept_by_encoder(steps: Sequence[dict[str, Any]], patches: int, patch: int, 
     for step in steps:
         own, shift = step["images"][image], step["shift"]
         if place >= shift:
-            to, _ = moves(EncodedImage.model_validate(own)).get(place - shift, (None, 0))
-            if to is None:
+            images = [EncodedImage.model_validate(each) for each in step["images"]]
+            to, home, _ = moves(images, image).get(place - shift, (None, image, 0))
+            if to is None or home != image:  # a row of its own, if that of another frame stands for it
                 free = {p - shift for p in before if p >= shift}.difference(own["kept"])
                 if not free:
                     raise InputError(
@@ -121,9 +122,14 @@ def _add_row(own: dict[str, Any], row: int, place: int) -> None:
 def _leave_merges(boundary: dict[str, Any], image: int, places: set[int]) -> None:
     """Remove tokens from the merges of a boundary, except those that others are merged into."""
     if boundary.get("merged"):
-        merges = boundary["merged"][image]
-        left = [m | {"of": [p for p in m["of"] if p == m["into"] or p not in places]} for m in merges]
-        boundary["merged"][image] = [merge for merge in left if len(merge["of"]) > 1]
+        for home, merges in enumerate(boundary["merged"]):
+            left = []
+            for merge in merges:
+                sources = Merge.model_validate(merge).sources(home)
+                stay = [(p, i) for p, i in sources if i != image or p not in places or (p, i) == (merge["into"], home)]
+                images = {"images": [i for _, i in stay]} if merge.get("images") else {}
+                left.append(merge | {"of": [p for p, _ in stay]} | images)
+            boundary["merged"][home] = [merge for merge in left if len(merge["of"]) > 1]
 
 
 def _new(trace: Trace, run: TracedRun, at: int) -> dict[str, Any]:

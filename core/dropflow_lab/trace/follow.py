@@ -25,6 +25,8 @@ class Followed:
     """Share of each patch in its row after the last step, over all steps."""
     others: dict[int, int]
     """Patch -> number of other rows in which it has a share."""
+    away: dict[int, tuple[int, int]]
+    """Patch that a row of another frame stands for -> the image and the place of that row."""
 
     @property
     def entering(self) -> list[int]:
@@ -50,22 +52,31 @@ def follow(trace: Trace, run: TracedRun, image: int) -> Followed:
     """Follow every patch of one image through the encode steps of a run."""
     count = len(trace.prompt.images[image].index)
     places, weights, others = [list(range(count))], [1.0] * count, dict[int, int]()
+    away = dict[int, tuple[int, int]]()
     for step in run.encode:
-        own = step.images[image]
-        moved, replaced = moves(own), {merge.into for merge in own.merged or ()}
-        rows = Counter(place for merge in own.merged or () for place in merge.of)
+        moved = moves(step.images, image)
+        replaced = {(home, merge.into) for home, own in enumerate(step.images) for merge in own.merged or ()}
+        rows = Counter(
+            place
+            for home, own in enumerate(step.images)
+            for merge in own.merged or ()
+            for place, source in merge.sources(home)
+            if source == image
+        )
         after = list(places[-1])
         for patch, place in enumerate(after):
             if place == GONE or place < step.shift:
                 continue
-            to, share = moved.get(place - step.shift, (GONE - step.shift, 0.0))
-            after[patch] = to + step.shift
+            to, home, share = moved.get(place - step.shift, (GONE - step.shift, image, 0.0))
+            after[patch] = to + step.shift if home == image else GONE
+            if home != image:
+                away[patch] = home, to + step.shift
             weights[patch] *= share
-            elsewhere = rows[place - step.shift] - (to in replaced)
+            elsewhere = rows[place - step.shift] - ((home, to) in replaced)
             if elsewhere:
                 others[patch] = elsewhere
         places.append(after)
-    return Followed(places, weights, others)
+    return Followed(places, weights, others, away)
 
 
 def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
@@ -76,7 +87,28 @@ def merged_away(boundary: TracedBoundary, image: int) -> dict[int, int]:
     kept = set(boundary.kept[image])
     merges = boundary.merged[image] if boundary.merged else []
     stay = kept - {merge.into for merge in merges}
-    return {place: merge.into for merge in merges for place in merge.of if place != merge.into and place not in stay}
+    return {
+        place: merge.into
+        for merge in merges
+        for place, source in merge.sources(image)
+        if source == image and place != merge.into and place not in stay
+    }
+
+
+def merged_elsewhere(boundary: TracedBoundary, image: int) -> dict[int, tuple[int, int]]:
+    """Map the places of one image whose states move into another image at this boundary to its number and their place.
+
+    Only states whose own token goes are listed.
+    """
+    kept = set(boundary.kept[image])
+    return {
+        place: (home, merge.into)
+        for home, merges in enumerate(boundary.merged)
+        if home != image
+        for merge in merges
+        for place, source in merge.sources(home)
+        if source == image and place not in kept
+    }
 
 
 def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> list[int]:
@@ -85,13 +117,17 @@ def follow_on(places: Sequence[int], boundary: TracedBoundary, image: int) -> li
     return [into.get(place, place) for place in places]
 
 
-def moves(image: EncodedImage) -> dict[int, tuple[int, float]]:
-    """Map the place of a row before a step to that of its row after it, and its share; dropped rows are missing."""
-    replaced = {merge.into for merge in image.merged or ()}
-    found = {place: (place, 1.0) for place in image.kept if place not in replaced}
-    for merge in image.merged or ():
-        shares = merge.shares or [1 / (len(merge.of) + len(merge.prefix))] * len(merge.of)
-        for place, share in zip(merge.of, shares, strict=False):  # those of prefix rows come last
-            if share > found.get(place, (GONE, 0.0))[1]:
-                found[place] = merge.into, share
+def moves(images: Sequence[EncodedImage], image: int) -> dict[int, tuple[int, int, float]]:
+    """Map the place of a row of `image` before a step to that of its row after it, the row's image, and its share.
+
+    Dropped rows are missing.
+    """
+    replaced = {merge.into for merge in images[image].merged or ()}
+    found = {place: (place, image, 1.0) for place in images[image].kept if place not in replaced}
+    for home, own in enumerate(images):
+        for merge in own.merged or ():
+            shares = merge.shares or [1 / (len(merge.of) + len(merge.prefix))] * len(merge.of)
+            for (place, source), share in zip(merge.sources(home), shares, strict=False):  # prefix rows come last
+                if source == image and share > found.get(place, (GONE, image, 0.0))[2]:
+                    found[place] = merge.into, home, share
     return found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from dropflow_lab.trace.follow import GONE, Followed, follow, follow_on, merged_away
+from dropflow_lab.trace.follow import GONE, Followed, follow, follow_on, merged_away, merged_elsewhere
 from dropflow_lab.trace.pictures import data_uris
 from dropflow_lab.trace.schema import Scores, Trace, TracedEncode, TracedEviction, TracedRun
 
@@ -38,6 +38,7 @@ def page(trace: Trace, pictures: Sequence[Image | None] = ()) -> str:
             {"patches": len(image.index), "grid": image.grid or _strip(len(image.index)), "picture": uri}
             for image, uri in zip(trace.prompt.images, data_uris(shown), strict=True)
         ],
+        "videos": trace.prompt.videos,
         "runs": [_run(trace, run) for run in trace.runs],
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
@@ -79,6 +80,7 @@ def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
         "places": [None if own.entering == list(range(len(own.entering))) else own.entering for own in followed],
         "heads": [own.heads() for own in followed],
         "others": [own.others for own in followed],
+        "away": [_away(run, own) for own in followed],
         "alone": [sorted(set(rows).difference(own.entering)) for rows, own in zip(entering, followed, strict=True)],
         "lost": [_lost(run, own) for own in followed],
         "protected": trace.protected(run),
@@ -107,15 +109,19 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
             {place: into for place, into in own.items() if place not in live}
             for own, live in zip(away, map(set, boundary.kept), strict=True)
         ]
-        merged = sum(map(len, gone))
+        elsewhere = [merged_elsewhere(boundary, image) for image in range(len(sizes))]
+        merged = sum(map(len, gone)) + sum(map(len, elsewhere))
+        homes = {(image, into) for image, own in enumerate(gone) for into in own.values()}
+        homes |= {home for own in elsewhere for home in own.values()}
         found.append(
             {
                 "at": boundary.boundary,
                 "kept": list(map(_bits, boundary.kept, sizes)),
                 "by": [{"stage": own.stage, "dropped": list(map(_bits, own.dropped, sizes))} for own in boundary.by],
                 "into": away,
+                "away": elsewhere,
                 "mergedBy": boundary.merged_by,
-                "gone": [before - kept - merged, merged, sum(len(set(own.values())) for own in gone)],
+                "gone": [before - kept - merged, merged, len(homes)],
             }
         )
         before = kept
@@ -124,12 +130,24 @@ def _boundaries(trace: Trace, run: TracedRun) -> list[dict[str, Any]]:
 
 def _lost(run: TracedRun, own: Followed) -> dict[int, str]:
     """Map each patch that does not reach the LLM to where in the encoder it was dropped."""
-    lost = {}
+    return {patch: f"{_place(step)} by {step.stage}" for step, patch in _leaving(run, own) if patch not in own.away}
+
+
+def _away(run: TracedRun, own: Followed) -> dict[int, str]:
+    """Map each patch for which a row of another frame stands to that row, and to where in the encoder it was merged."""
+    return {
+        patch: "patch {1} of image {0} at ".format(*own.away[patch]) + f"{_place(step)} by {step.stage}"
+        for step, patch in _leaving(run, own)
+        if patch in own.away
+    }
+
+
+def _leaving(run: TracedRun, own: Followed) -> Iterator[tuple[TracedEncode, int]]:
+    """Yield each patch that no row of its image stands for any more, and the step after which none does."""
     for step, before, after in zip(run.encode, own.places[:-1], own.places[1:], strict=True):
         for patch, place in enumerate(after):
             if place == GONE != before[patch]:
-                lost[patch] = f"{_place(step)} by {step.stage}"
-    return lost
+                yield step, patch
 
 
 def _place(step: TracedEncode) -> str:

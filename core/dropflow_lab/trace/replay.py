@@ -30,7 +30,7 @@ from dropflow import (
 from dropflow.errors import DecisionError, PolicyError
 from dropflow.lifecycle.stage import EncodeBoundary
 from dropflow.policy.policy import StageUse
-from dropflow_lab.trace.rows import made_again, shares
+from dropflow_lab.trace.rows import across_frames, made_again, shares
 from dropflow_lab.trace.schema import Trace, TracedBoundary, TracedEncode, TracedEviction, TracedRun
 
 SUFFIX = " (replay)"
@@ -147,6 +147,13 @@ class Replay(Stage[ReplayOptions]):
         return False
 
     @property
+    def reads_videos(self) -> bool:
+        """Whether the traced stage merged rows or states across frames."""
+        return any(map(across_frames, self._encodes.values())) or any(
+            merge.images for boundary in self.options.part.prunes.values() for own in boundary.merged for merge in own
+        )
+
+    @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """Where the traced stage decided about rows."""
         return tuple(self._encodes)
@@ -183,10 +190,13 @@ class Replay(Stage[ReplayOptions]):
         if len(step.images) != len(call.features):
             raise self._misfit(f"{len(step.images)} images, but this call encodes {len(call.features)}")
         held = [places.tolist() for places in call.places]
-        for number, (image, own) in enumerate(zip(step.images, held, strict=True)):
-            missing = {*image.kept, *(p for merge in image.merged or () for p in merge.of)} - set(own)
-            if missing:
-                raise self._misfit(f"an image {number} with patch {min(missing)}, which is not there")
+        there = {(patch, number) for number, own in enumerate(held) for patch in own}
+        for number, image in enumerate(step.images):
+            wanted = {(patch, number) for patch in image.kept}
+            wanted |= {source for merge in image.merged or () for source in merge.sources(number)}
+            if wanted - there:
+                patch, own = min(wanted - there)
+                raise self._misfit(f"an image {own} with patch {patch}, which is not there")
             after = {p for merge in image.merged or () for p in merge.prefix} - set(range(call.prefix_rows.shape[1]))
             if after:
                 raise self._misfit(f"an image {number} with prefix row {min(after)}, which is not there")
@@ -196,12 +206,17 @@ class Replay(Stage[ReplayOptions]):
             keep = tuple(_mask(own, image.kept, device) for own, image in zip(held, step.images, strict=True))
             return Encode(keep=keep, protect=protect)
         return Encode(
-            rows=tuple(map(made_again, call.features, call.prefix_rows, held, step.images)),
+            rows=tuple(
+                made_again(call.features, prefix, held, step, number) for number, prefix in enumerate(call.prefix_rows)
+            ),
             places=tuple(torch.tensor(image.kept, dtype=torch.long, device=device) for image in step.images),
             sizes=tuple(torch.tensor(image.sizes or [1.0] * len(image.kept), device=device) for image in step.images),
             proportional=step.proportional,
             protect=protect,
-            shares=lambda: tuple(map(shares, call.prefix_rows, held, step.images)),
+            shares=lambda: tuple(
+                shares(prefix, held, step, number, call.videos or ()) for number, prefix in enumerate(call.prefix_rows)
+            ),
+            across_frames=across_frames(step),
         )
 
     @hookimpl
@@ -220,9 +235,9 @@ class Replay(Stage[ReplayOptions]):
         if not any(boundary.merged):
             return None
         into = torch.arange(int(index.max()) + 1, device=index.device)
-        for image, merges in zip(self._images, boundary.merged, strict=True):
+        for number, (image, merges) in enumerate(zip(self._images, boundary.merged, strict=True)):
             for merge in merges:
-                into[[image.index[patch] for patch in merge.of]] = image.index[merge.into]
+                into[[self._images[own].index[p] for p, own in merge.sources(number)]] = image.index[merge.into]
         slot = torch.zeros((len(index), len(into)), dtype=torch.long, device=index.device)
         slot.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         return slot.gather(1, into[index])

@@ -50,6 +50,9 @@ class Merge(_Part):
 
     into: Count = Field(description="patch whose place the row takes")
     of: Numbers = Field(default=[], description="patches whose rows were summed up")
+    images: Numbers = Field(
+        default=[], description="the image of each of `of`; left out where all are of the row's own image"
+    )
     prefix: Numbers = Field(
         default=[], description="prefix rows of the vision encoder, such as 0 for CLS, that were summed up with them"
     )
@@ -60,9 +63,15 @@ class Merge(_Part):
     @model_validator(mode="after")
     def _summed_up(self) -> Self:
         members = len(self.of) + len(self.prefix)
+        if self.images and len(self.images) != len(self.of):
+            raise ValueError("expected an image for each of `of`, or no `images`")
         if not members or (self.shares is not None and len(self.shares) != members):
             raise ValueError("expected at least one row in `of` or `prefix`, and a share for each or `shares` null")
         return self
+
+    def sources(self, image: int) -> list[tuple[int, int]]:
+        """Return each patch of `of` with its image, for a row of `image`."""
+        return list(zip(self.of, self.images or [image] * len(self.of), strict=True))
 
     @model_serializer(mode="wrap")
     def _short(self, as_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -174,6 +183,9 @@ class TracedPrompt(_Part):
     question: str
     tokens: Count = Field(description="logical tokens of the prompt")
     images: list[TracedImage]
+    videos: list[Numbers] = Field(
+        default=[], description="per video, its frames among the images, in the order of time; others are pictures"
+    )
     pictures: list[str] = Field(default=[], description="SHA-256 of each picture's size and RGB bytes")
 
 
@@ -237,7 +249,8 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
     for n, boundary in enumerate(run.boundaries):
         where = f"{path}.boundaries.{n}.kept"
         for i, merges in enumerate(boundary.merged):
-            absent = {p for merge in merges for p in (merge.into, *merge.of)}.difference(*before[i : i + 1])
+            absent = {merge.into for merge in merges}.difference(before[i])
+            absent |= {p for merge in merges for p, image in merge.sources(i) if p not in before[image]}
             if absent:
                 faults.append(
                     f"{path}.boundaries.{n}.merged.{i}: patch {min(absent)} was gone after {since}; leave it out"

@@ -206,8 +206,8 @@ class ModelHooks:
                     raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
                 given = signature.bind_partial(*args, **kwargs).arguments
                 call.encoding = True
-                call.vision = VisionRun(call.site, modality, given) if call.site.plan.encode_at else None
                 encoded = modality if alone else call.encodes(modality)
+                call.vision = VisionRun(call.site, modality, given, encoded) if call.site.plan.encode_at else None
                 output, flags = encode(
                     call.site,
                     call.vision,

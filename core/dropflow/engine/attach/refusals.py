@@ -19,6 +19,7 @@ from dropflow.engine.tokens.cache import check_cache, is_flow_cache
 from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.encoding import FlowFeatures
+from dropflow.engine.vision.frames import check_videos
 from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.questions import stated_questions_of
 
@@ -154,6 +155,8 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             f"{', '.join(sorted(unknown))}: the adapter {type(backbone).__name__} knows no placeholder token for it; "
             "add it to the adapter's `modalities`, or leave that input out"
         )
+    for modality in backbone.modalities_in({**arguments, "mm_encoder_outputs": None}):  # others were checked before
+        check_videos(backbone, plan, modality)
     encoded = (arguments.get("mm_encoder_outputs") or {}).values()
     if plan.encode_at and any(value is not None and not isinstance(value, FlowFeatures) for value in encoded):
         raise UnsupportedCall(

@@ -85,6 +85,9 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     faults: list[tuple[Tensor, DecisionError]] = []
     for name, stage in plan.prune_at[boundary]:
         asked = replace(call, differentiable=state.training and stage.differentiable)
+        if stage.reads_videos and prompt.video_id is not None:
+            video = torch.where(valid, live.take(prompt.video_id).to(valid.device), -1)
+            asked = replace(asked, videos=video, video_count=prompt.videos)
         if prompt.carried is not None and stage.carries:
             asked = replace(asked, carried=live.take(prompt.carried[:, :, plan.carries[name]]).to(valid.device))
         answer = plan.hooks.prune(asked, stage)
@@ -103,7 +106,8 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
                     f"stages.{name}: another stage already merges tokens at boundary {boundary}; let this one prune at "
                     "another boundary"
                 )
-            merge_into, fault = _checked_merge(answer.merge_into, mask, image, name, boundary)
+            group = image if asked.videos is None else torch.where(asked.videos < 0, image, -2 - asked.videos)
+            merge_into, fault = _checked_merge(answer.merge_into, mask, group, name, boundary)
             merged_by = name
             faults.append(fault)
         if answer.weights is not None and asked.differentiable:
@@ -176,21 +180,24 @@ def _checked_notes(notes: Tensor, batch: int, name: str, boundary: int) -> Float
 
 
 def _checked_merge(
-    into: Tensor, mask: Tensor, image: Tensor, name: str, boundary: int
+    into: Tensor, mask: Tensor, group: Tensor, name: str, boundary: int
 ) -> tuple[Int[Tensor, "batch slots"], tuple[Tensor, DecisionError]]:
-    """Merge targets, with every token that is not a patch mapped to itself, and the error if some are invalid."""
+    """Merge targets, with every token that is not a patch mapped to itself, and the error if some are invalid.
+
+    `group` is the same for patches among which states may move: those of an image, or of a video; -1 for other tokens.
+    """
     told = f"stages.{name}: at boundary {boundary} `prune` returned `merge_into`"
-    if into.dtype != torch.long or into.shape != image.shape:
+    if into.dtype != torch.long or into.shape != group.shape:
         raise DecisionError(
-            f"{told} of {into.dtype} {tuple(into.shape)}, expected torch.int64 {tuple(image.shape)} (batch, slots)"
+            f"{told} of {into.dtype} {tuple(into.shape)}, expected torch.int64 {tuple(group.shape)} (batch, slots)"
         )
-    own = torch.arange(image.shape[1], device=image.device).expand_as(image)
-    into = torch.where(image >= 0, into.to(image.device), own)
-    target = into.clamp(0, image.shape[1] - 1)
-    fits = (target == into) & (image.gather(1, target) == image) & (mask | ~_moved(target))
+    own = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    into = torch.where(group != -1, into.to(group.device), own)
+    target = into.clamp(0, group.shape[1] - 1)
+    fits = (target == into) & (group.gather(1, target) == group) & (mask | ~_moved(target))
     wrong = DecisionError(
         f"{told} with a token merged into no slot of its own image, or into one that is merged too and dropped; merge "
-        "into patches of the same image that stay"
+        "into patches of the same image (or, with `reads_videos`, of the same video) that stay"
     )
     return target, (~fits.all(), wrong)
 

@@ -84,6 +84,10 @@ class Prompt:
     tower: Float[Tensor, "batch tokens"] | None = None
     """Share of the vision tower's layers that ran on each patch, 0 for other tokens; `None` if the engine did not
     observe the encoding."""
+    video_id: Int[Tensor, "batch tokens"] | None = None
+    """Number of the video of each patch, -1 for other tokens; `None` if the engine did not observe the encoding."""
+    videos: int = 0
+    """Upper bound (exclusive) of the numbers of videos."""
     questions: tuple[str, ...] | None = None
     """The question of each sample as text, if a stage reads it."""
 
@@ -153,6 +157,7 @@ class _Placed:
         self._line: Tensor | None = None
         self._carried: Tensor | None = None
         self._tower: Tensor | None = None
+        self._video: Tensor | None = None
         self._most_images = self._lines = 0
 
     def number_runs(self, tokens_per_image: int | None) -> None:
@@ -178,6 +183,7 @@ class _Placed:
         if width:
             self._carried = torch.zeros(*shape, width, device=device)
         self._tower = torch.zeros(shape, device=device)
+        self._video = torch.full(shape, -1, dtype=torch.long, device=device)
         images = sum(rows.images for rows in flags.values())
         first = 0
         for modality, rows in flags.items():
@@ -187,6 +193,8 @@ class _Placed:
             self._present.index_put_(at, rows.kept.to(device) & self._valid[at])
             self._protected.index_put_(at, rows.protected.to(device))
             self._tower.index_put_(at, rows.tower.to(device).masked_fill(rows.extra.to(device), 0.0))
+            video = rows.video.to(device)
+            self._video.index_put_(at, torch.where((video < 0) | rows.extra.to(device), -1, video + first))
             if self._extra is not None and self._line is not None:
                 self._extra.index_put_(at, rows.extra.to(device))
                 self._line.index_put_(at, number * lines + rows.line.to(device))
@@ -195,6 +203,7 @@ class _Placed:
             first += rows.images
         self._lines, self._most_images = images * lines, images * len(self._visual)
         self._image_id = _number_copies(self._image_id, images)
+        self._video = _number_copies(self._video, images)
 
     def prompt(self, instruction: tuple[Tensor, Tensor]) -> Prompt:
         """The finished prompt."""
@@ -222,6 +231,8 @@ class _Placed:
             lines=self._lines,
             carried=self._carried,
             tower=self._tower,
+            video_id=self._video,
+            videos=self._most_images,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.tokens.host import read
 
-_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _TOWER, _IMAGES, _LINES, _PLAN, _CARRIED = range(10)
+_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _TOWER, _VIDEO, _IMAGES, _LINES, _PLAN, _CARRIED = range(11)
 """Columns of a packed table; numbers carried for stages begin at the last one."""
 
 
@@ -34,8 +35,10 @@ class RowFlags:
     """Numbers that stages attached to the row (`Plan.carries` gives each stage's columns)."""
     tower: Float[Tensor, "rows"]
     """Share of the vision tower's layers that ran on the row."""
+    video: Int[Tensor, "rows"]
+    """Number of the video, starting at 0; -1 for rows of pictures, and where no stage works on videos."""
     images: int
-    """Upper bound (exclusive) of the image numbers."""
+    """Upper bound (exclusive) of the image numbers, and so of those of videos."""
     lines: int
     """Upper bound (exclusive) of the line numbers; 0 if no image has extra rows."""
     plan: int
@@ -56,13 +59,15 @@ class RowFlags:
         carried: Sequence[Float[Tensor, "patches carries"]] = (),
         tower: Sequence[Float[Tensor, "patches"]] | None = None,
         carries: int = 0,
+        videos: Mapping[int, int] = MappingProxyType({}),
     ) -> RowFlags:
         """Flags of the rows of `layouts`, numbered from `first`; by default, patches are kept and not protected, carry
-        `carries` zeros, and the whole tower ran on them."""
+        `carries` zeros, and the whole tower ran on them. `videos` maps numbers of images to those of videos, where
+        they are frames."""
         empty = torch.zeros(0, dtype=torch.long, device=device)
         none = torch.zeros(0, carried[0].shape[1] if carried else carries, device=device)
         last = first + len(layouts)
-        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), last, 0, plan)
+        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), empty, last, 0, plan)
         return whole.joined(
             [
                 _of_one(
@@ -73,6 +78,7 @@ class RowFlags:
                     None if protected is None else protected[number],
                     carried[number] if carried else None,
                     None if tower is None else tower[number],
+                    videos.get(first + number, -1),
                 )
                 for number, layout in enumerate(layouts)
             ]
@@ -89,6 +95,7 @@ class RowFlags:
             extra=torch.cat([part.extra for part in every]),
             carried=torch.cat([part.carried for part in every]),
             tower=torch.cat([part.tower for part in every]),
+            video=torch.cat([part.video for part in every]),
             images=max(part.images for part in every),
             lines=max(part.lines for part in every),
             plan=self.plan,
@@ -99,7 +106,7 @@ class RowFlags:
         shape = len(self), _CARRIED + self.carried.shape[1]
         table = torch.zeros(shape, dtype=torch.long, device=self.image.device)
         table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
-        table[:, _IMAGE], table[:, _LINE] = self.image, self.line
+        table[:, _IMAGE], table[:, _LINE], table[:, _VIDEO] = self.image, self.line, self.video
         table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # bit pattern of the floats
         table[:, _TOWER] = self.tower.float().view(torch.int32)
         table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
@@ -122,6 +129,7 @@ class RowFlags:
             extra=table[:, _EXTRA] > 0,
             carried=table[:, _CARRIED:].int().view(torch.float32),
             tower=table[:, _TOWER].int().view(torch.float32),
+            video=table[:, _VIDEO],
             images=images,
             lines=lines,
             plan=plan,
@@ -136,6 +144,7 @@ def _of_one(
     protected: Bool[Tensor, "patches"] | None,
     carried: Float[Tensor, "patches carries"] | None,
     tower: Float[Tensor, "patches"] | None,
+    video: int,
 ) -> RowFlags:
     device = like.image.device
     patch = layout.patch_rows(device)
@@ -149,6 +158,7 @@ def _of_one(
         extra=plain,
         carried=like.carried.new_zeros(layout.tokens, like.carried.shape[1]),
         tower=torch.ones(layout.tokens, device=device),
+        video=torch.full((layout.tokens,), video, device=device),
     )
     if tower is not None:
         own = replace(own, tower=own.tower.index_copy(0, patch, tower.to(own.tower)))

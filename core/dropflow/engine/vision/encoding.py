@@ -23,12 +23,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.frames import check_videos, frames_of, video_of
 from dropflow.engine.vision.vision_run import VisionRun
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.lifecycle.events import EncodeEvent, EncodeStep
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
+    from dropflow.lifecycle.videos import Frames
 
 
 F = TypeVar("F", bound="Features")
@@ -93,12 +95,13 @@ def encode(
     output = features()
     if run is None:
         if hooks.watched("observe_encode"):
-            _tell(site, modality, _layouts_of(backbone, modality, output, arguments), ())
+            own = _layouts_of(backbone, modality, output, arguments)
+            _tell(site, modality, own, (), frames_of(backbone, modality, list(map(len, own)), arguments))
         return output, plain_flags(site, modality, output, arguments)
     name, pooled = _features(output)
     full, flags = run.finish(_entries(pooled))
     if run.steps is not None:
-        _tell(site, modality, layouts, run.steps)
+        _tell(site, modality, layouts, run.steps, run.videos)
     if isinstance(pooled, Tensor):
         output[name] = full[0] if pooled.dim() == 2 else torch.stack(full)
     else:
@@ -108,20 +111,28 @@ def encode(
     return output, flags
 
 
-def _tell(site: Site, modality: str, layouts: Sequence[Sequence[ImageLayout]], steps: Sequence[EncodeStep]) -> None:
+def _tell(
+    site: Site,
+    modality: str,
+    layouts: Sequence[Sequence[ImageLayout]],
+    steps: Sequence[EncodeStep],
+    videos: Frames | None,
+) -> None:
     encoder = site.backbone.vision
     flat = tuple(layout for own in layouts for layout in own)
     prefix = 0 if encoder is None else encoder.select_prefix
-    site.plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix))
+    site.plan.hooks.observe_encode(EncodeEvent(modality, flat, tuple(steps), prefix, videos or ()))
 
 
 def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[RowFlags]:
     """Flags of features from which no stage has dropped any rows."""
-    found, first = [], 0
-    for own, rows in zip(
-        _layouts_of(site.backbone, modality, output, arguments), _entries(_features(output)[1]), strict=True
-    ):
-        found.append(RowFlags.of(own, first, site.plan.serial, rows.device))
+    found, first, videos = [], 0, {}
+    layouts = _layouts_of(site.backbone, modality, output, arguments)
+    if site.plan.reads_videos:
+        check_videos(site.backbone, site.plan, modality)
+        videos = video_of(frames_of(site.backbone, modality, list(map(len, layouts)), arguments))
+    for own, rows in zip(layouts, _entries(_features(output)[1]), strict=True):
+        found.append(RowFlags.of(own, first, site.plan.serial, rows.device, videos=videos))
         first += len(own)
     return found
 

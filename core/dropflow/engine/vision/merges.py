@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dropflow.engine.vision.rows import Rows
 from dropflow.errors import DecisionError
 from dropflow.lifecycle.payloads import Encode
+from dropflow.lifecycle.videos import Frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,18 @@ class _Merge:
     after: tuple[Int[Tensor, "rows"], ...]
     """Places of the rows of each image after it."""
     shares: Callable[[], Sequence[Tensor]] | None
+    videos: Frames
+    """Videos whose frames' new rows are made of the old rows of all frames."""
+
+    def old(self, tables: Sequence[Int[Tensor, "old members"]]) -> list[Int[Tensor, "columns members"]]:
+        """For each image, the `tables` of the old rows that the columns of its `shares` stand for."""
+        found = list(tables)
+        for frames in self.videos:
+            width = max(tables[frame].shape[1] for frame in frames)
+            joint = torch.cat([pad(tables[frame], (0, width - tables[frame].shape[1]), value=-1) for frame in frames])
+            for frame in frames:
+                found[frame] = joint
+        return found
 
 
 class Merges:
@@ -33,31 +47,34 @@ class Merges:
     def __init__(self) -> None:
         self._merges: list[_Merge] = []
 
-    def add(self, name: str, before: Sequence[Rows], after: Sequence[Rows], answer: Encode) -> None:
-        """Note that the stage `name` has replaced the rows of each image."""
+    def add(self, name: str, before: Sequence[Rows], after: Sequence[Rows], answer: Encode, videos: Frames) -> None:
+        """Note that the stage `name` has replaced the rows of each image; `videos` are those of the call."""
         old, new = (tuple(rows.places for rows in own) for own in (before, after))
-        self._merges.append(_Merge(name, old, new, answer.shares))
+        self._merges.append(_Merge(name, old, new, answer.shares, videos if answer.across_frames else ()))
 
     def followed(
-        self, image: int, table: Int[Tensor, "then members"], then: Rows, now: Rows
-    ) -> Int[Tensor, "now members"]:
-        """A table of the rows that an image had, followed to its present rows; -1 fills up.
+        self, tables: Sequence[Int[Tensor, "then members"]], then: Sequence[Rows], now: Sequence[Rows]
+    ) -> tuple[Int[Tensor, "now members"], ...]:
+        """Tables of the rows that each image had, followed to its present rows; -1 fills up.
 
         Raises `DecisionError` where a stage has merged rows since without saying of which.
         """
-        places = then.places
-        for merge in self._merges[then.rewritten :]:
+        places = [rows.places for rows in then]
+        for merge in self._merges[max((rows.rewritten for rows in then), default=0) :]:
             if merge.shares is None:
                 raise DecisionError(
                     f"attention of the vision encoder: stages.{merge.name} has merged rows since that layer ran, "
                     "without saying which; give `Encode.shares` there, or ask before it"
                 )
-            device = merge.before[image].device
-            own = table.to(device)[torch.searchsorted(places.to(device), merge.before[image])]
-            table = _united(own, merge.shares()[image][:, : len(own)])
-            places = merge.after[image]
-        device = now.places.device
-        return table.to(device)[torch.searchsorted(places.to(device), now.places)]
+            own = merge.old(list(map(_taken, tables, places, merge.before)))
+            tables = [_united(rows, share[:, : len(rows)]) for rows, share in zip(own, merge.shares(), strict=True)]
+            places = list(merge.after)
+        return tuple(map(_taken, tables, places, (rows.places for rows in now)))
+
+
+def _taken(table: Tensor, places: Tensor, wanted: Tensor) -> Int[Tensor, "wanted members"]:
+    """The rows of a table, one for each of `places` (ascending), that are at the `wanted` ones."""
+    return table.to(wanted.device)[torch.searchsorted(places.to(wanted.device), wanted)]
 
 
 def _united(table: Int[Tensor, "old members"], shares: Tensor) -> Int[Tensor, "new members"]:

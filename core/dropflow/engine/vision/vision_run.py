@@ -22,6 +22,7 @@ from dropflow.engine.model.sublayers import in_two
 from dropflow.engine.model.tap import tapped, uncompiled, untapped
 from dropflow.engine.model.turns import refuse_own_model
 from dropflow.engine.tokens.row_flags import RowFlags
+from dropflow.engine.vision.frames import check_videos, frames_of, video_of
 from dropflow.engine.vision.merges import Merges
 from dropflow.engine.vision.packed_run import PackedRun
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
@@ -35,13 +36,16 @@ if TYPE_CHECKING:
     from dropflow.backbone.backbone import VisionEncoder
     from dropflow.backbone.vision_reader import VisionReader
     from dropflow.lifecycle.stage import EncodeBoundary
+    from dropflow.lifecycle.videos import Frames
 
 
 class VisionRun:
     """State of one call of `get_image_features` or `get_video_features`, with its arguments."""
 
-    def __init__(self, site: Site, modality: str, arguments: Mapping[str, Any]) -> None:
-        plan = site.plan
+    def __init__(self, site: Site, modality: str, arguments: Mapping[str, Any], brought: str | None = None) -> None:
+        """`brought` is what the call brings, where a model encodes its videos with the method for images."""
+        plan, self._modality, self._arguments = site.plan, brought or modality, arguments
+        check_videos(site.backbone, plan, self._modality)
         self._site, self._plan = site, plan
         self._vision: VisionEncoder | None = site.backbone.vision
         tower = site.backbone.packed_tower if any(map(in_tower, plan.encode_at)) else None
@@ -67,6 +71,8 @@ class VisionRun:
         """Numbers that every row carries for stages, those of all stages together."""
         self._sizes: list[int] = []
         self._grids: list[tuple[int, int] | None] = []
+        self.videos: Frames | None = ()
+        """Frames of each video among the images; `None` where nobody says."""
         self._ran: list[Tensor] = []
         """For each patch of each image, the share of the encoder's layers that run on it."""
         self._faults: list[tuple[Tensor, DecisionError]] = []
@@ -101,9 +107,11 @@ class VisionRun:
                 f"{packed.tower.pixels}: {len(pixels)} patches, but the grids of the pictures have "
                 f"{sum(sizes) * packed.tower.unit}; pass what the processor made"
             )
-        layouts = [layout for own in self.layouts_of(sizes) for layout in own]
+        entries = self.layouts_of(sizes)
+        layouts = [layout for own in entries for layout in own]
         self._begin([layout.patches for layout in layouts], pixels)
         self._grids = [layout.grid for layout in layouts]
+        self._group([len(own) for own in entries])
         return packed.forward(forward, arguments)
 
     def leaves(self, number: int) -> bool:
@@ -122,6 +130,7 @@ class VisionRun:
         hidden = args[0] if args else kwargs["hidden_states"]
         if number == 0:
             self._begin([hidden.shape[1] - vision.prefix] * hidden.shape[0], hidden)
+            self._group([1] * hidden.shape[0])
         hidden = self._decide_inside(number, hidden)
         arguments = self._masked(*with_hidden(hidden, args, kwargs), hidden)
         self._seen.append(list(self._rows))
@@ -188,6 +197,7 @@ class VisionRun:
             else:
                 self.packed.check_ran()
                 features = [own[rows.places.to(own.device)] for own, rows in zip(features, self._rows, strict=True)]
+        self._group([len(own) for own in layouts])
         stages = self._plan.encode_at.get(None, ())
         if stages:
             self._grids = [layout.grid for own in layouts for layout in own]
@@ -205,7 +215,7 @@ class VisionRun:
         empty: Tensor,
     ) -> tuple[list[Tensor], list[RowFlags]]:
         """Entries with a row for every placeholder (zeros for dropped rows, which are never live), and their flags."""
-        full, flags, first = [], [], 0
+        full, flags, first, videos = [], [], 0, video_of(self.videos)
         for own in layouts:
             last = first + len(own)
             rows = [left.to(empty.device) for left in self._rows[first:last]]
@@ -222,6 +232,7 @@ class VisionRun:
                     [_scattered(r.carried, r, layout) for r, layout in zip(rows, own, strict=True)],
                     [pad(share, (self._extra, 0), value=1.0) for share in self._ran[first:last]],
                     self._carries,
+                    videos,
                 )
             )
             first = last
@@ -243,6 +254,10 @@ class VisionRun:
         self._grids = [self._site.backbone.grid(size) for size in sizes]
         self._rows = [Rows.whole(n, like, self._carries) for n in sizes]
         self._ran = [torch.ones(n, device=like.device) for n in sizes]
+
+    def _group(self, entries: Sequence[int]) -> None:
+        """Note which images are frames of which video; `entries` are the images in each entry of the features."""
+        self.videos = frames_of(self._site.backbone, self._modality, entries, self._arguments)
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Arguments:
         """Arguments of a layer with the mask that its rows require, if any."""
@@ -318,6 +333,7 @@ class VisionRun:
                 has_cls=self._tower is not None and self._tower.has_cls,
                 tower=self._layer,
                 members=self._members,
+                videos=self.videos,
                 separate=self._reading is None,
             )
             with self._asked():
@@ -333,7 +349,7 @@ class VisionRun:
                 features, self._rows = decided.apply(features, self._rows)
                 self._faults += decided.faults
                 if answer.rows is not None:
-                    self._merges.add(name, present, self._rows, answer)
+                    self._merges.add(name, present, self._rows, answer, self.videos or ())
                 if boundary is not None and (answer.keep is not None or answer.rows is not None):
                     self._leave(self._share(boundary), before)
                 if self.steps is not None and answer.decides:
@@ -412,8 +428,7 @@ class VisionRun:
                 torch.arange(len(rows.places), device=rows.places.device)[:, None] + first + image * width
                 for image, rows in enumerate(then)
             )
-        present = enumerate(zip(tables, then, self._rows, strict=True))
-        return tuple(self._merges.followed(image, *own) for image, own in present)
+        return self._merges.followed(tables, then, self._rows)
 
 
 def in_tower(boundary: EncodeBoundary) -> bool:

@@ -8,7 +8,7 @@ function cividis(share) {
 
 function drawCell(pen, x, y, size, fated) {
   const thick = Math.max(1.5, size / 9);
-  if (["dropped", "absent", "evicted"].includes(fated.kind)) {
+  if (["dropped", "absent", "evicted", "away"].includes(fated.kind)) {
     pen.fillStyle = colour("cover");
     pen.globalAlpha = 0.9;
     pen.fillRect(x, y, size, size);
@@ -19,6 +19,13 @@ function drawCell(pen, x, y, size, fated) {
     pen.lineWidth = 1;
     pen.beginPath();
     pen.moveTo(x, y + size); pen.lineTo(x + size, y);
+    pen.stroke();
+  }
+  if (fated.kind === "away") {
+    pen.strokeStyle = colour("merged");
+    pen.lineWidth = thick;
+    pen.beginPath();
+    pen.arc(x + size / 2, y + size / 2, size / 5, 0, 7);
     pen.stroke();
   }
   if (fated.kind === "absent") {
@@ -155,7 +162,7 @@ function drawImage(panel, image, stand) {
     const value = score.values[image][cell];
     pen.fillStyle = value === null || value === undefined ? colour("cover") : cividis(score.ranks.of(value));
     pen.fillRect(x, y, size, size);
-    const away = fated.kind === "merged" && fated.moves.length > 0;
+    const away = fated.kind === "away" || fated.kind === "merged" && fated.moves.length > 0;
     if (away || !["kept", "merged"].includes(fated.kind)) drawMark(pen, x, y, size, away);
   });
   if (!score) for (const cells of stand.groups.values()) {

@@ -15,7 +15,11 @@ const svg = (name, set) => {
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const bits = (text) => { const raw = atob(text); return (n) => (raw.charCodeAt(n >> 3) >> (n & 7)) & 1; };
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : word.endsWith("ch") ? "es" : "s"}`;
-const state = { layer: 0, moment: 0, image: 0, patch: 0, pointed: false };
+const state = { layer: 0, moment: 0, time: 0, image: 0, patch: 0, pointed: false };
+/** The video of an image, and its frame that is shown now; pictures are always shown. */
+const videoOf = (image) => data.videos.find((frames) => frames.includes(image));
+const shownFrame = (frames) => frames[Math.min(state.time, frames.length - 1)];
+const isShown = (image) => { const frames = videoOf(image); return !frames || shownFrame(frames) === image; };
 
 // Data in a form that is fast to query
 
@@ -53,6 +57,8 @@ function ranks(values) {
 /** What became of one patch: its kind, the place of its token, and a sentence that says so. */
 function fate(run, image, cell, layer, moment) {
   let place = run.places[image] ? run.places[image][cell] : cell;
+  const away = run.away[image][cell];
+  if (place < 0 && away) return { kind: "away", place, why: `merged into ${away}` };
   if (place < 0) return { kind: "dropped", place, why: `dropped at ${run.lost[image][cell]}` };
   if (layer < run.entry) return { kind: "absent", place, why: `not yet in: vision enters at boundary ${run.entry}` };
   const moves = [];
@@ -65,6 +71,11 @@ function fate(run, image, cell, layer, moment) {
       const how = boundary.kept[image](place) ? "moved to the place of" : "merged into";
       moves.push(`${how} patch ${patchAt(run, image, into)} at boundary ${boundary.at} by ${by}`);
       place = into;
+    }
+    const out = boundary.away[image][place];
+    if (out) {
+      const why = since(`merged into patch ${out[1]} of image ${out[0]} at boundary ${boundary.at} by ${boundary.mergedBy}`);
+      return { kind: "away", place, why };
     }
     if (!boundary.kept[image](place)) {
       const by = boundary.by.filter((one) => one.dropped[image](place)).map((one) => one.stage);

@@ -28,7 +28,8 @@ const panels = data.runs.map((run, number) => {
   data.images.forEach((image, n) => {
     const [rows, columns] = image.grid;
     const canvas = make("canvas", { className: "map", tabIndex: 0 });
-    canvas.cell = Math.max(6, Math.floor(Math.min(400 / columns, 400 / rows) / Math.min(data.images.length, 2)));
+    const shown = data.images.length - data.videos.reduce((sum, frames) => sum + frames.length - 1, 0);
+    canvas.cell = Math.max(6, Math.floor(Math.min(400 / columns, 400 / rows) / Math.min(shown, 2)));
     canvas.style.width = columns * canvas.cell + "px";
     canvas.style.aspectRatio = `${columns} / ${rows}`;
     canvas.setAttribute("role", "img");
@@ -87,6 +88,11 @@ function alive(run, image, place, layer) {
     run.boundaries.every((boundary) => boundary.at > layer || boundary.kept[image](place));
 }
 
+function named(image) {
+  const frames = videoOf(image);
+  return frames ? `image ${image} (frame ${frames.indexOf(image)} of ${frames.length})` : `image ${image}`;
+}
+
 function events(run, layer) {
   const told = [];
   if (layer === run.entry && run.enteredBy.length) told.push(`vision enters (${run.enteredBy.join(", ")})`);
@@ -101,7 +107,7 @@ function events(run, layer) {
 
 function updatePanel(panel) {
   const { run } = panel, { layer, moment } = state;
-  const counts = { kept: 0, merged: 0, absent: 0, dropped: 0, evicted: 0, tokens: 0, shield: 0, alone: 0 };
+  const counts = { kept: 0, merged: 0, absent: 0, dropped: 0, evicted: 0, away: 0, tokens: 0, shield: 0, alone: 0 };
   const stands = data.images.map((_, n) => standing(run, n, layer, moment));
   stands.forEach(({ fates, groups }, n) => {
     for (const fated of fates) counts[fated.kind]++;
@@ -112,7 +118,8 @@ function updatePanel(panel) {
     const alone = run.alone[n].filter((place) => alive(run, n, place, layer)).length;
     counts.alone += alone;
     panel.canvases[n].setAttribute("aria-label",
-      `${run.name}, image ${n}: patches that are live in layer ${layer}. Arrow keys move from patch to patch.`);
+      `${run.name}, ${named(n)}: patches that are live in layer ${layer}. Arrow keys move from patch to patch.`);
+    panel.canvases[n].style.display = isShown(n) ? "" : "none";
     panel.canvases[n].dataset.live = groups.size + alone;
   });
   const visual = run.layers[layer][0], held = heldNow(run, layer, moment);
@@ -121,11 +128,12 @@ function updatePanel(panel) {
     make("span", { className: "kv", textContent: held }), " KV entries");
   panel.parts.textContent = [
     counts.merged && `${plural(counts.merged, "patch")} merged into ${plural(counts.tokens, "token")}`,
+    counts.away && `${counts.away} merged into other frames`,
     counts.dropped && `${counts.dropped} dropped`, counts.absent && `${counts.absent} not yet in`,
     counts.evicted && `${counts.evicted} out of the cache`, counts.shield && `${plural(counts.shield, "token")} protected`,
     counts.alone && `${plural(counts.alone, "token")} shown at no patch`,
   ].filter(Boolean).join(" · ") || "all patches live";
-  const patch = state.patch, place = `Image ${state.image}, patch ${patch}: `;
+  const patch = state.patch, place = `${named(state.image).replace(/^i/, "I")}, patch ${patch}: `;
   const fated = stands[state.image].fates[patch], others = run.others[state.image][patch];
   const scored = run.scores.map((score) => ({ score, value: score.values[state.image][patch] }))
     .filter(({ value }) => value !== null && value !== undefined)
@@ -140,7 +148,7 @@ function updatePanel(panel) {
     ramp.style.background = `linear-gradient(90deg, ${[0, .2, .4, .6, .8, 1].map(cividis).join(",")})`;
     panel.scale.append(`${score.ranks.low}`, ramp, `${score.ranks.high} (coloured by rank; × gone, ○ merged)`);
   }
-  data.images.forEach((_, n) => drawImage(panel, n, stands[n]));
+  data.images.forEach((_, n) => { if (isShown(n)) drawImage(panel, n, stands[n]); });
   panel.visual.replaceChildren(make("figcaption", { textContent: `Visual tokens in layers 0 to ${data.depth - 1}, of ${mostVisual}` }),
     bars(panel, `Visual tokens by layer: ${run.layers.map((l) => l[0]).join(", ")}`, run.layers.map((l) => l[0]), mostVisual, "visual"));
   const cache = run.layers.map((_, n) => heldNow(run, n, moment));
@@ -152,14 +160,19 @@ function updatePanel(panel) {
     ...[n, own[0], cache[n], own[2].toLocaleString("en"), events(run, n)].map((text) => make("td", { textContent: text })))));
 }
 
+const longest = Math.max(1, ...data.videos.map((frames) => frames.length));
 const calls = Math.max(...data.runs.map((run) => run.calls.length));
 function update() {
   state.layer = Number($("layer").value);
   state.moment = Number($("moment").value);
+  state.time = Number($("time").value);
+  const frames = videoOf(state.image);
+  if (frames) state.image = shownFrame(frames);
   const { layer, moment } = state;
   $("layer-now").textContent = `${layer} of 0 to ${data.depth - 1}`;
   $("moment-now").textContent = moment === 0 ? "while the prompt is read"
     : moment === 1 ? "after the prefill, with the first token" : `after decode step ${moment - 1} of ${calls - 1}`;
+  $("time-now").textContent = `${state.time} of 0 to ${longest - 1}`;
   $("layer").setAttribute("aria-valuetext", `layer ${layer}`);
   $("moment").setAttribute("aria-valuetext", $("moment-now").textContent);
   panels.forEach(updatePanel);
@@ -170,6 +183,7 @@ function update() {
 const KINDS = [
   ["live", { kind: "kept" }], ["merged into one token", { kind: "merged", cells: [0, 1], wide: 44 }],
   ["merged into one elsewhere", { kind: "merged", cells: [0, 9], wide: 22 }], ["protected", { kind: "kept", shield: true }],
+  ...(data.videos.length ? [["merged into another frame", { kind: "away" }]] : []),
   ["dropped", { kind: "dropped" }], ["not yet in", { kind: "absent" }], ["out of the cache", { kind: "evicted" }],
 ];
 function drawLegend() {
@@ -194,8 +208,11 @@ $("facts").textContent = `${plural(data.images.length, "image")}, ${mostVisual} 
   `${data.tokens}; ${plural(data.depth, "layer")} (${data.model}); ${plural(data.runs.length, "policy").replace("policys", "policies")}.`;
 $("layer").max = data.depth - 1;
 $("moment").max = calls;
+$("time").max = longest - 1;
+if (longest < 2) for (const part of document.querySelectorAll(".time")) part.hidden = true;
 $("layer").addEventListener("input", update);
 $("moment").addEventListener("input", update);
+$("time").addEventListener("input", update);
 const redraw = () => { drawLegend(); update(); };
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 Promise.all(pictures.filter(Boolean).map((picture) => picture.decode().catch(() => null))).then(() => {
