@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dropflow.errors import escaped, listed, nearest, quoted
+from dropflow.errors import PolicyError, escaped, listed, nearest, quoted
 from dropflow.policy.bounds import DEPTH, bounded
 from dropflow.policy.interpolation import interpolated
 from dropflow.policy.yaml_text import read_yaml
@@ -30,23 +30,29 @@ def load_recipe(source: str, changes: Mapping[str, Any] | None = None) -> Recipe
 
     `extends: NAME_OR_PATH` in a file inherits: mappings merge, other values replace, and null removes an entry. A path
     in `extends` is relative to the file, others to the working directory. `changes` are merged last; what they give for
-    `stages` applies to every stage. Nothing is read from the environment. Raises `InputError`, or `PolicyError` for
-    what is not plain YAML, naming each wrong path.
+    `stages` applies to every stage. Nothing is read from the environment. Raises `InputError` naming each wrong path.
     """
-    data = _read(source, Path.cwd(), ())
-    top = dict(changes or {})
-    every = top.pop("stages", {})
-    data = _merged(data, top)
+    try:
+        whole = _plain(source, dict(changes or {}))
+    except PolicyError as error:  # the reader of policies, which words it for them
+        raise InputError(str(error).replace("a policy", "a recipe").replace("this policy", "this recipe")) from None
+    try:
+        return Recipe.model_validate(whole)
+    except ValidationError as error:
+        raise InputError(listed(_faults(error))) from None
+
+
+def _plain(source: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the complete recipe as plain data."""
+    every = changes.pop("stages", {})
+    data = _merged(_read(source, Path.cwd(), ()), changes)
     if every and isinstance(data.get("stages"), Mapping):
         data["stages"] = {
             name: _merged(stage, every) if isinstance(stage, Mapping) else stage
             for name, stage in data["stages"].items()
         }
-    whole = _without_nulls(interpolated({str(key): value for key, value in data.items()}))
-    try:
-        return Recipe.model_validate(whole)
-    except ValidationError as error:
-        raise InputError(listed(_faults(error))) from None
+    found: dict[str, Any] = _without_nulls(interpolated({str(key): value for key, value in data.items()}))
+    return found
 
 
 def _read(source: str, base: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -24,7 +25,7 @@ from dropflow_lab.finetune.checkpoints import checkpoints, last_whole_checkpoint
 from dropflow_lab.finetune.collate import Collator, packing_fault
 from dropflow_lab.finetune.data import steps_of
 from dropflow_lab.finetune.epochs import Epochs
-from dropflow_lab.finetune.optimizer import make_optimizer, make_schedule
+from dropflow_lab.finetune.optimizer import make_optimizer
 from dropflow_lab.finetune.parts import train_parts
 from dropflow_lab.finetune.recipe import PARTS, Recipe, TrainingStage
 from dropflow_lab.finetune.shards import is_sharded, shard
@@ -62,6 +63,7 @@ def finetune(
     _check(model, recipe)
     fixed = _facts(recipe, policy, data)
     _check_start(run, fixed, resume)
+    _meet()  # before the first process writes what the others have just looked for
     use_cache = vars(model.config).get("use_cache")
     log: list[dict[str, Any]] = []
     before: Path | None = None
@@ -77,6 +79,7 @@ def finetune(
         samples = Epochs(data[name], steps * stage.batch, recipe.seed)
         with naming_what_cannot_be_written(run):
             model, history = _train(model, processor, recipe, name, samples, policy, own, (before, last), (run, fixed))
+        _meet()  # the next stage reads what the first process writes
         log += _logged(name, history)
         before, resume = own / f"checkpoint-{steps}", resume and last is None
     if use_cache is None:
@@ -85,8 +88,7 @@ def finetune(
         model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
     if _is_first():
         _export(model, processor, out, log, before, recipe)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    _meet()
     return out
 
 
@@ -119,7 +121,6 @@ def _train(
     train_parts(model, stage.train, f"stages.{name}.train")
     if recipe.parallel == "fsdp2":
         shard(model.to(arguments.device), arguments.device)
-    optimizer = make_optimizer(model, stage.optimizer)
     fast = use_fast_attention(model) if recipe.attention == "matmul" else nullcontext()
     with _attached(model, policy, recipe) as flows, fast:
         trainer = FlowTrainer(
@@ -130,7 +131,8 @@ def _train(
             train_dataset=samples,
             data_collator=Collator(processor),
             processing_class=processor,
-            optimizers=(optimizer, make_schedule(optimizer, stage.optimizer, steps)),
+            optimizers=(make_optimizer(model, stage.optimizer), None),
+            schedule=stage.optimizer,
         )
         if _is_first():  # the others have read the folder before they meet here
             write_text(facts[0] / _FACTS, json.dumps(facts[1], indent=2) + "\n")
@@ -161,7 +163,7 @@ def _check(model: Any, recipe: Recipe) -> None:
         fault = packing_fault(dropflow.backbone_for(model)) if stage.rounds > 1 else None
         if fault:
             raise InputError(f"stages.{name}.rounds: {stage.rounds} rounds cannot be packed for this model: {fault}; set 1")
-    if recipe.parallel != "ddp" and "RANK" not in environ:
+    if recipe.parallel != "ddp" and "RANK" not in environ and not distributed.is_initialized():
         raise InputError(
             f"parallel: {recipe.parallel} needs processes started by torchrun, such as `torchrun --nproc-per-node 2 "
             "--no-python dropflow train ...`; or set ddp"
@@ -186,7 +188,7 @@ def _facts(recipe: Recipe, policy: Policy, data: Mapping[str, Any]) -> dict[str,
     for name, stage in told["stages"].items():
         stage["data"] = stage["data"] if stage["data"] == "digits" else "a folder"
         stage["samples"] = len(data[name])
-    return dict(_flat(told)) | {"policy": policy.to_dict(), "processes": _processes()}
+    return dict(_flat(told | {"policy": policy.to_dict(), "processes": _processes()}))
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -228,12 +230,18 @@ def _tell(folder: Path, last: Path | None, faults: Mapping[Path, str]) -> None:
     print(f"continuing from {last or f'the beginning of {folder.name}: no checkpoint was finished'}", file=sys.stderr)
 
 
+def _meet() -> None:
+    """Wait for the other processes; before the first stage they meet when the Trainer's arguments are made."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def _processes() -> int:
-    return int(environ.get("WORLD_SIZE", 1))
+    return distributed.get_world_size() if distributed.is_initialized() else int(environ.get("WORLD_SIZE", 1))
 
 
 def _is_first() -> bool:
-    return environ.get("RANK", "0") == "0"
+    return (distributed.get_rank() if distributed.is_initialized() else int(environ.get("RANK", 0))) == 0
 
 
 def _arguments(recipe: Recipe, name: str, steps: int, folder: Path) -> TrainingArguments:

@@ -12,7 +12,8 @@ from transformers import Trainer
 
 from dropflow import FlowSet
 from dropflow_lab.finetune.collate import IGNORED
-from dropflow_lab.finetune.recipe import DenseSteps
+from dropflow_lab.finetune.optimizer import make_schedule
+from dropflow_lab.finetune.recipe import DenseSteps, OptimizerOptions
 from dropflow_lab.finetune.shards import is_sharded, load_whole_state, whole_state, whole_weights
 
 PRUNED, DENSE = "pruned", "dense"
@@ -27,9 +28,16 @@ class FlowTrainer(Trainer):  # type: ignore[misc]  # transformers leaves it unty
     tokens, which tell the model which mode it is in, are not part of it.
     """
 
-    def __init__(self, *, flows: FlowSet | None = None, dense: DenseSteps | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        schedule: OptimizerOptions,
+        flows: FlowSet | None = None,
+        dense: DenseSteps | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
-        self._flows, self._dense = flows, dense
+        self._schedule, self._flows, self._dense = schedule, flows, dense
         self._sharded = is_sharded(self.model)
         if self._sharded:  # accelerate would wrap the model in DistributedDataParallel
             prepare = self.accelerator.prepare_model
@@ -37,12 +45,22 @@ class FlowTrainer(Trainer):  # type: ignore[misc]  # transformers leaves it unty
                 model, device_placement=False, evaluation_mode=True
             )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule of the stage; one given to the Trainer would be lost under DeepSpeed."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = make_schedule(optimizer or self.optimizer, self._schedule, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the model's own loss; in a dense step, with the divergence from its answers under the policy."""
-        if self._flows is None or self._dense is None or not is_dense(self.state.global_step, self._dense.share):
+        if self._flows is None or self._dense is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not is_dense(self.state.global_step, self._dense.share):
+            with self._flows.using(PRUNED):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._flows.using(PRUNED), torch.no_grad():
             taught = _answers(model(**inputs).logits, inputs["labels"])
         with self._flows.using(DENSE):
