@@ -25,7 +25,6 @@ from dropflow_lab.finetune.checkpoints import checkpoints, last_whole_checkpoint
 from dropflow_lab.finetune.collate import Collator, packing_fault
 from dropflow_lab.finetune.data import steps_of
 from dropflow_lab.finetune.epochs import Epochs
-from dropflow_lab.finetune.optimizer import make_optimizer
 from dropflow_lab.finetune.parts import train_parts
 from dropflow_lab.finetune.recipe import PARTS, Recipe, TrainingStage
 from dropflow_lab.finetune.shards import is_sharded, shard
@@ -131,8 +130,7 @@ def _train(
             train_dataset=samples,
             data_collator=Collator(processor),
             processing_class=processor,
-            optimizers=(make_optimizer(model, stage.optimizer), None),
-            schedule=stage.optimizer,
+            optimizer=stage.optimizer,
         )
         if _is_first():  # the others have read the folder before they meet here
             write_text(facts[0] / _FACTS, json.dumps(facts[1], indent=2) + "\n")

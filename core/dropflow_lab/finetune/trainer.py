@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from dropflow import FlowSet
 from dropflow_lab.finetune.collate import IGNORED
-from dropflow_lab.finetune.optimizer import make_schedule
+from dropflow_lab.finetune.optimizer import make_optimizer, make_schedule
 from dropflow_lab.finetune.recipe import DenseSteps, OptimizerOptions
 from dropflow_lab.finetune.shards import is_sharded, load_whole_state, whole_state, whole_weights
 
@@ -31,13 +31,13 @@ class FlowTrainer(Trainer):  # type: ignore[misc]  # transformers leaves it unty
     def __init__(
         self,
         *,
-        schedule: OptimizerOptions,
+        optimizer: OptimizerOptions,
         flows: FlowSet | None = None,
         dense: DenseSteps | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self._schedule, self._flows, self._dense = schedule, flows, dense
+        self._options, self._flows, self._dense = optimizer, flows, dense
         self._sharded = is_sharded(self.model)
         if self._sharded:  # accelerate would wrap the model in DistributedDataParallel
             prepare = self.accelerator.prepare_model
@@ -45,10 +45,16 @@ class FlowTrainer(Trainer):  # type: ignore[misc]  # transformers leaves it unty
                 model, device_placement=False, evaluation_mode=True
             )
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Return the optimizer of the stage; one given to the Trainer would be lost under DeepSpeed."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model if model is None else model, self._options)
+        return self.optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule of the stage; one given to the Trainer would be lost under DeepSpeed."""
+        """Return the schedule of the stage, for the same reason."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = make_schedule(optimizer or self.optimizer, self._schedule, num_training_steps)
+            self.lr_scheduler = make_schedule(optimizer or self.optimizer, self._options, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
