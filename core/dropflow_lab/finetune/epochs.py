@@ -29,6 +29,6 @@ class Epochs(Dataset[Dialogue]):
             raise IndexError(f"expected an index of 0..{self._total - 1}, got {index}")
         epoch, place = divmod(index, self._size)
         if epoch not in self._orders:
-            dice = torch.Generator().manual_seed(self._seed * 100_003 + epoch)
+            dice = torch.Generator().manual_seed(self._seed + epoch)  # as accelerate draws orders
             self._orders = {epoch: torch.randperm(self._size, generator=dice).tolist()}
         return self._data[self._orders[epoch][place]]
