@@ -88,7 +88,9 @@ def _find(source: str, base: Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{escaped(source)}: not a valid file path: {escaped(error, 80)}") from None
     if not found:
-        raise InputError(f"{escaped(source)}: no such recipe file, ending in .yaml or .yml (looked for {escaped(path)})")
+        raise InputError(
+            f"{escaped(source)}: no such recipe file, ending in .yaml or .yml (looked for {escaped(path)})"
+        )
     return path
 
 

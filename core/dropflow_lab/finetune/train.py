@@ -160,7 +160,9 @@ def _check(model: Any, recipe: Recipe) -> None:
         train_parts(model, stage.train, f"stages.{name}.train")
         fault = packing_fault(dropflow.backbone_for(model)) if stage.rounds > 1 else None
         if fault:
-            raise InputError(f"stages.{name}.rounds: {stage.rounds} rounds cannot be packed for this model: {fault}; set 1")
+            raise InputError(
+                f"stages.{name}.rounds: {stage.rounds} rounds cannot be packed for this model: {fault}; set 1"
+            )
     if recipe.parallel != "ddp" and "RANK" not in environ and not distributed.is_initialized():
         raise InputError(
             f"parallel: {recipe.parallel} needs processes started by torchrun, such as `torchrun --nproc-per-node 2 "

@@ -416,4 +416,4 @@ def test_the_examples_of_the_training_page_train(tmp_path: Path, monkeypatch: py
         report = known["flow"].report()
         assert report.layers[-1].visual_tokens < report.layers[3].visual_tokens
         assert '"dropflow"' in next(tmp_path.glob("*/checkpoint-2/config.json")).read_text()
-    assert len(shown) == 3
+    assert len(shown) == 4

@@ -86,7 +86,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained, model_folder, cl
 def test_a_run_is_resumed_as_it_was_begun(trained, model_folder, refused) -> None:
     arguments = ("--policy", trained / "mild.yaml", "--model", model_folder, "--out", trained / "model", "--resume")
     line = refused("train", *arguments, *SMALL, "--batch", 3, "--set", "stages.exit.at=4", "--save-every", 1)
-    assert "settings.json: --resume keeps a run's settings, but these differ: policy.stages.exit.at (then: 3, now: 4)" in line
+    assert (
+        "settings.json: --resume keeps a run's settings, but these differ: policy.stages.exit.at (then: 3, now: 4)"
+        in line
+    )
     assert "), stages.digits.batch (then: 2, now: 3), stages.digits.samples (then: 8, now: 12); use" in line
     assert "save_every" not in line
 

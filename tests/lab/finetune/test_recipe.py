@@ -89,7 +89,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, text: str, told: str)
 
 
 def test_a_recipe_that_extends_another_changes_what_it_names(tmp_path) -> None:
-    own = recipe(tmp_path, "extends: hidrop\nstages:\n  projector: {data: a, epochs: null, steps: 7}\n  all: {data: b}\n")
+    own = recipe(
+        tmp_path, "extends: hidrop\nstages:\n  projector: {data: a, epochs: null, steps: 7}\n  all: {data: b}\n"
+    )
     found, parent = load_recipe(own), load_recipe("hidrop")
     assert (found.name, found.policy, list(found.stages)) == ("own", "hidrop-64", ["projector", "all"])
     assert found.stages["projector"] == parent.stages["projector"].model_copy(
@@ -98,11 +100,13 @@ def test_a_recipe_that_extends_another_changes_what_it_names(tmp_path) -> None:
     assert found.stages["all"] == parent.stages["all"].model_copy(update={"data": "b"})
 
 
-def test_options_of_the_command_change_every_stage(tmp_path) -> None:
+def test_options_of_the_command_change_every_stage() -> None:
     changes: dict[str, Any] = {"seed": 3, "stages": {"steps": 5, "epochs": None, "optimizer": {"rate": 0.5}}}
     found = load_recipe("hidrop", changes)
     assert found.seed == 3
-    assert [(stage.steps, stage.epochs, stage.optimizer.rate) for stage in found.stages.values()] == [(5, None, 0.5)] * 2
+    assert [(stage.steps, stage.epochs, stage.optimizer.rate) for stage in found.stages.values()] == [
+        (5, None, 0.5)
+    ] * 2
     assert {stage.optimizer.schedule for stage in found.stages.values()} == {"cosine"}
 
 
