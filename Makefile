@@ -9,7 +9,7 @@ TESTS  := tests/core
 PYTEST := -m pytest --numprocesses auto --dist loadgroup --max-worker-restart 0
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older docs troubleshooting results check format clean
+.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed docs troubleshooting results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -30,7 +30,7 @@ env-%: .venvs/%.txt
 	$(PYTHON) environments/constraints.py $* > $@
 
 # The engine's own tests on the oldest and the newest transformers that are supported. TESTS=tests runs them all.
-test-oldest test-newest test-quantized test-trl test-trl-older: test-%: env-%
+test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed: test-%: env-%
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/$*/bin/python $(PYTEST) $(TESTS) $(FLAGS)
 
 # Models with quantised weights, with the libraries that make them.
@@ -38,6 +38,9 @@ test-quantized: TESTS := tests/core/stacks/test_quantized.py
 
 # TRL's trainers.
 test-trl test-trl-older: TESTS := tests/core/stacks/test_trl.py
+
+# Training on two ranks by DeepSpeed, too.
+test-deepspeed: TESTS := tests/lab/finetune/test_ranks.py
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev

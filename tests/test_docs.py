@@ -178,10 +178,25 @@ def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert known["scored"].logits.shape[1] == known["kept"] + 1
     for folder in ("trained", "trained-again", "merged"):
         assert '"dropflow"' in Path(folder, "config.json").read_text()
-    (extending,) = blocks("docs/training.md", "yaml")
+    *_, extending = blocks("docs/training.md", "yaml")
     Path("captions.yaml").write_text(extending.text)
     stages = dropflow.load_policy("captions.yaml", ["rescale=true"]).to_dict()["stages"]
     assert stages["exit"] == {"use": "hidrop/early-exit", "at": 24, "keep_last": True}
+
+
+def test_the_recipes_of_the_training_page_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropflow_lab.finetune.recipe_file import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    whole, dense, _ = blocks("docs/training.md", "yaml")
+    Path("my-recipe.yaml").write_text(whole.text)
+    Path("my-dense-recipe.yaml").write_text(dense.text)
+    found = load_recipe("./my-dense-recipe.yaml")
+    shipped = load_recipe("hidrop").stages
+    for name, stage in load_recipe("./my-recipe.yaml").stages.items():
+        assert found.stages[name] == stage == shipped[name].model_copy(update={"data": stage.data})
+    assert found.dense is not None
+    assert (found.dense.share, found.dense.distill) == (0.1, 1.0)
 
 
 def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) -> None:

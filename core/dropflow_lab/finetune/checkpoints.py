@@ -98,7 +98,13 @@ def _fault(checkpoint: Path, processes: int) -> str | None:
     if not weights:
         return "no weights"
     dice = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    states = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt", *dice)]
+    own = next(checkpoint.glob("global_step*"), None)  # DeepSpeed's, where each process writes its share
+    if own is None:
+        optimizer = [checkpoint / "optimizer.pt"]
+    else:
+        optimizer = [own / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(processes)]
+        optimizer.append(own / "mp_rank_00_model_states.pt")
+    states = [*optimizer, *(checkpoint / name for name in ("scheduler.pt", *dice))]
     for path in (*weights, *states):
         if not path.is_file():
             return f"no {path.name}"

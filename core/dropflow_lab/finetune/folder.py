@@ -1,4 +1,4 @@
-"""The questions of a data folder as training samples: those about the same picture follow it together."""
+"""The questions of a data folder as training samples: those about the same pictures follow them together."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from dropflow_lab.inputs.data import Picture, Sample
 
 
 class FolderDialogues(Dataset[Dialogue]):
-    """Dialogues of up to `rounds` questions about the same picture, in the order of the samples.
+    """Dialogues of up to `rounds` questions about the same pictures, in the order of the samples.
 
-    Pictures are opened on access. Raises `InputError` for samples without an answer, or with several pictures.
+    Pictures are opened on access. Raises `InputError` for samples without an answer.
     """
 
     def __init__(self, samples: Sequence[Sample], rounds: int) -> None:
-        asked: dict[str, tuple[Picture, list[tuple[str, str]]]] = {}
+        asked: dict[tuple[str, ...], tuple[tuple[Picture, ...], list[tuple[str, str]]]] = {}
         for sample in samples:
-            if len(sample.pictures) != 1 or sample.answer is None:
-                found = f"{len(sample.pictures)} images" if sample.answer is not None else "no answer"
+            if sample.answer is None:
                 raise InputError(
-                    f"--data: {sample.where}: expected one image and an answer in every line, found {found} where "
+                    f"--data: {sample.where}: expected an answer in every line, found none where "
                     f"{shortened(repr(sample.question))} is asked"
                 )
-            (picture,) = sample.pictures
-            asked.setdefault(picture.name, (picture, []))[1].append((sample.question, sample.answer))
+            names = tuple(picture.name for picture in sample.pictures)
+            asked.setdefault(names, (sample.pictures, []))[1].append((sample.question, sample.answer))
         self._items = [
-            (picture, tuple(own[start : start + rounds]))
-            for picture, own in asked.values()
+            (pictures, tuple(own[start : start + rounds]))
+            for pictures, own in asked.values()
             for start in range(0, len(own), rounds)
         ]
 
@@ -38,5 +37,5 @@ class FolderDialogues(Dataset[Dialogue]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Dialogue:
-        picture, rounds = self._items[index]
-        return Dialogue(picture.open(), rounds)
+        pictures, rounds = self._items[index]
+        return Dialogue(tuple(picture.open() for picture in pictures), rounds)

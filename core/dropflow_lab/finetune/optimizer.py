@@ -1,7 +1,8 @@
-"""Muon and AdamW as one optimiser with one schedule, as the Trainer expects."""
+"""The optimizer of a stage and the course of its learning rate, as the Trainer expects them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -11,8 +12,33 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dropflow_lab.digits.training.optimizers import learning_rate, make_optimizers
+from dropflow_lab.finetune.recipe import OptimizerOptions
 
-_WARMUP = 20
+
+def make_optimizer(model: Any, options: OptimizerOptions) -> Optimizer:
+    """Return the optimizer over the parameters of `model` that require gradients."""
+    if options.name == "muon":
+        return MuonAdamW(model, options.rate)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, lr=options.rate, betas=options.betas, weight_decay=options.weight_decay)
+
+
+def make_schedule(optimizer: Optimizer, options: OptimizerOptions, steps: int) -> LambdaLR:
+    """Return the learning rate over `steps` steps, as a factor of the peak."""
+    warmup = math.ceil(options.warmup * steps if options.warmup < 1 else options.warmup)
+
+    def cosine(done: int) -> float:
+        if done < warmup:
+            return done / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(1, steps - warmup))
+
+    def hold(done: int) -> float:
+        return learning_rate(done, steps, 1.0, warmup=max(1, warmup))
+
+    def constant(done: int) -> float:
+        return min(1.0, (done + 1) / max(1, warmup))
+
+    return LambdaLR(optimizer, {"cosine": cosine, "hold": hold, "constant": constant}[options.schedule])
 
 
 class MuonAdamW(Optimizer):
@@ -42,8 +68,3 @@ class MuonAdamW(Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))
-
-
-def make_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Return the schedule of the dense checkpoint: linear warm-up, the peak for half of the steps, linear decay."""
-    return LambdaLR(optimizer, lambda done: learning_rate(done, steps, 1.0, warmup=_WARMUP))

@@ -1,169 +1,300 @@
-"""Finetuning: a policy is attached, and the Trainer of transformers does the rest."""
+"""Finetuning by a recipe: stage by stage a policy is attached, and the Trainer of transformers does the rest."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from os import environ
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 import dropflow
-from dropflow import Policy
+from dropflow import FlowSet, Policy
+from dropflow_lab.digits.data.dialogues import Dialogue
 from dropflow_lab.digits.training.attention import use_fast_attention
 from dropflow_lab.errors import InputError
 from dropflow_lab.files import naming_what_cannot_be_written, replacing_files, write_text
-from dropflow_lab.finetune.checkpoints import RestoredWeights, checkpoints, last_whole_checkpoint
-from dropflow_lab.finetune.collate import Collator
-from dropflow_lab.finetune.optimizer import MuonAdamW, make_schedule
-from dropflow_lab.finetune.settings import Settings
+from dropflow_lab.finetune.checkpoints import checkpoints, last_whole_checkpoint, load_weights
+from dropflow_lab.finetune.collate import Collator, packing_fault
+from dropflow_lab.finetune.data import steps_of
+from dropflow_lab.finetune.epochs import Epochs
+from dropflow_lab.finetune.parts import train_parts
+from dropflow_lab.finetune.recipe import PARTS, Recipe, TrainingStage
+from dropflow_lab.finetune.shards import is_sharded, shard
+from dropflow_lab.finetune.trainer import DENSE, PRUNED, FlowTrainer
 
 _FACTS = "settings.json"
-_FREE = ("save_every", "log_every")
-"""Settings that a resumed run may change, since no weight depends on them."""
+_ARGUMENTS = TrainingArguments.__dataclass_fields__
+_FREE = ("name", "save_every", "log_every", "policy", "model")
+"""Entries of a recipe that a resumed run may change, since no weight depends on them, or that are told otherwise."""
 
 
 def finetune(
     model: Any,
     processor: Any,
-    data: Dataset[Any],
+    recipe: Recipe,
+    data: Mapping[str, Dataset[Dialogue]],
     policy: Policy,
     out: Path,
-    settings: Settings,
     *,
     resume: bool = False,
-    facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train projector and language model through `policy` and write the model to `out`, which is returned.
+    """Train `model` through `policy`, stage by stage, and write it to `out`, which is returned.
 
-    The vision tower stays frozen, as in HiDrop. `out/run` holds resumable checkpoints, each a model folder that records
-    the policy; `resume` continues from the last whole one, and ends with the same weights as an uninterrupted run, bit
-    for bit. A run that was killed before its first checkpoint starts again. The finished model is stored in bf16 if it
-    was trained in bf16, together with the log. Under torchrun every process takes its share of each step, and the first
-    one writes. `facts` are what a resumed run must share besides policy and settings, such as the source of the data.
+    `data` holds the samples of every stage. `out/run/STAGE` holds its resumable checkpoints, each a model folder that
+    records the policy; `resume` continues from the last whole one, and ends with the same weights as an uninterrupted
+    run, bit for bit. A stage that was killed before its first checkpoint starts again. The finished model is stored in
+    bf16 if it was trained in bf16, together with the log. Under torchrun every process takes its share of each step,
+    and the first one writes.
 
     Raises `InputError` if `out` holds a run and `resume` is not set, if it holds none and `resume` is set, or if the
-    run has other settings; `PolicyError` for a policy that does not fit the model; `OSError` where a file cannot be
-    written.
+    run has other settings, and for a recipe that does not fit the model or the number of processes; `PolicyError` for
+    a policy that does not fit the model; `OSError` where a file cannot be written.
     """
     run = out / "run"
-    own = asdict(settings) | {"policy": policy.to_dict(), "samples": len(data), "processes": _processes()}  # type: ignore[arg-type]  # Dataset has no length
-    fixed = {name: value for name, value in own.items() if name not in _FREE} | dict(facts or {})
-    last = _start(run, fixed, resume)
-    model.get_encoder(modality="image").requires_grad_(False)
-    optimizer = MuonAdamW(model.float(), settings.rate)  # folders hold bf16 weights, too coarse for training
+    _check(model, recipe)
+    fixed = _facts(recipe, policy, data)
+    _check_start(run, fixed, resume)
+    _meet()  # before the first process writes what the others have just looked for
     use_cache = vars(model.config).get("use_cache")
-    fast = use_fast_attention(model) if settings.attention == "matmul" else nullcontext()
-    with dropflow.attach(model, policy, logits="labelled") as flow, fast:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(run, settings),
-            train_dataset=data,
-            data_collator=Collator(processor),
-            processing_class=processor,
-            optimizers=(optimizer, make_schedule(optimizer, settings.steps)),
-            callbacks=[RestoredWeights(last)] if last else [],
-        )
-        if trainer.is_world_process_zero():  # the others have read the folder before they meet here
-            write_text(run / _FACTS, json.dumps(fixed, indent=2) + "\n")
-        with naming_what_cannot_be_written(run), _weights_loaded_elsewhere():
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        flow.record()
-    model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
+    log: list[dict[str, Any]] = []
+    before: Path | None = None
+    for name, stage in recipe.stages.items():
+        steps, own = steps_of(stage, data[name]), run / name
+        last, faults = last_whole_checkpoint(own, _processes()) if resume else (None, {})
+        if last is not None and last.name == f"checkpoint-{steps}" and name != list(recipe.stages)[-1]:
+            log += _logged(name, json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
+            before = last
+            continue
+        if resume:
+            _tell(own, last, faults)
+        samples = Epochs(data[name], steps * stage.batch, recipe.seed)
+        with naming_what_cannot_be_written(run):
+            model, history = _train(model, processor, recipe, name, samples, policy, own, (before, last), (run, fixed))
+        _meet()  # the next stage reads what the first process writes
+        log += _logged(name, history)
+        before, resume = own / f"checkpoint-{steps}", resume and last is None
     if use_cache is None:
-        del model.config.use_cache
-    if trainer.is_world_process_zero():
-        _export(model, processor, out, trainer.state.log_history, settings)
-    trainer.accelerator.wait_for_everyone()
+        vars(model.config).pop("use_cache", None)
+    else:
+        model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
+    if _is_first():
+        _export(model, processor, out, log, before, recipe)
+    _meet()
     return out
 
 
-def _start(run: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:
-    """Check that a run may start or continue in this folder, and return the checkpoint to continue from."""
-    known = run / _FACTS
-    if not resume:
-        if known.exists() or checkpoints(run):
-            raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
-    elif not (known.exists() or checkpoints(run)):
-        raise InputError(f"{run}: expected a checkpoint to continue from, found none; leave out --resume")
+def _train(
+    model: Any,
+    processor: Any,
+    recipe: Recipe,
+    name: str,
+    samples: Epochs,
+    policy: Policy,
+    folder: Path,
+    checkpoint: tuple[Path | None, Path | None],
+    facts: tuple[Path, Mapping[str, Any]],
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Run one stage; `checkpoint` names that of the stage before, and that of this stage to continue from.
+
+    Returns the trained model, which is another object if the one given had been divided among processes, and the log.
+    """
+    before, last = checkpoint
+    stage = recipe.stages[name]
+    steps = len(samples) // stage.batch
+    arguments = _arguments(recipe, name, steps, folder)
+    weights = last or before
+    if weights is not None and is_sharded(model):
+        model = type(model).from_pretrained(weights, dtype=torch.float32, local_files_only=True)
     else:
-        _check_facts(known, json.loads(json.dumps(facts)))
-    last, faults = last_whole_checkpoint(run, _processes()) if resume else (None, {})
-    if environ.get("RANK", "0") == "0":
-        for checkpoint, fault in faults.items():
-            print(f"{checkpoint}: skipped; it has {fault}", file=sys.stderr)
-        if resume:
-            print(f"continuing from {last or 'the beginning: no checkpoint was finished'}", file=sys.stderr)
-    return last
+        model = model.float()  # folders hold bf16 weights, too coarse for training
+        if weights is not None:
+            load_weights(model, weights)
+    train_parts(model, stage.train, f"stages.{name}.train")
+    if recipe.parallel == "fsdp2":
+        shard(model.to(arguments.device), arguments.device)
+    fast = use_fast_attention(model) if recipe.attention == "matmul" else nullcontext()
+    with _attached(model, policy, recipe) as flows, fast:
+        trainer = FlowTrainer(
+            flows=flows,
+            dense=recipe.dense,
+            model=model,
+            args=arguments,
+            train_dataset=samples,
+            data_collator=Collator(processor),
+            processing_class=processor,
+            optimizer=stage.optimizer,
+        )
+        if _is_first():  # the others have read the folder before they meet here
+            write_text(facts[0] / _FACTS, json.dumps(facts[1], indent=2) + "\n")
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if stage.gradient_checkpointing:
+        model._set_gradient_checkpointing(enable=False)  # the Trainer leaves it on
+    trainer.accelerator.free_memory()
+    return model, trainer.state.log_history
 
 
-def _check_facts(known: Path, facts: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the run was started under the same facts, as far as it recorded them."""
-    if not known.exists():
-        return  # a run of an older version
+@contextmanager
+def _attached(model: Any, policy: Policy, recipe: Recipe) -> Iterator[FlowSet | None]:
+    """Attach the policy while the block runs, and record it in the model's config unless the model is to run dense."""
+    if recipe.dense is not None:
+        with dropflow.attach_set(model, {PRUNED: policy, DENSE: None}, default=DENSE) as flows:
+            yield flows
+        return
+    with dropflow.attach(model, policy, logits=recipe.logits) as flow:
+        yield None
+        flow.record()
+
+
+def _check(model: Any, recipe: Recipe) -> None:
+    """Raise `InputError` where a recipe does not fit the model or the number of processes."""
+    for name, stage in recipe.stages.items():
+        _micro_batch(name, stage)
+        train_parts(model, stage.train, f"stages.{name}.train")
+        fault = packing_fault(dropflow.backbone_for(model)) if stage.rounds > 1 else None
+        if fault:
+            raise InputError(
+                f"stages.{name}.rounds: {stage.rounds} rounds cannot be packed for this model: {fault}; set 1"
+            )
+    if recipe.parallel != "ddp" and "RANK" not in environ and not distributed.is_initialized():
+        raise InputError(
+            f"parallel: {recipe.parallel} needs processes started by torchrun, such as `torchrun --nproc-per-node 2 "
+            "--no-python dropflow train ...`; or set ddp"
+        )
+
+
+def _micro_batch(name: str, stage: TrainingStage) -> tuple[int, int]:
+    """Return samples per forward, and forwards per step, of each process."""
+    processes = _processes()
+    micro = stage.micro_batch or max(1, stage.batch // processes)
+    if stage.batch % (micro * processes):
+        raise InputError(
+            f"stages.{name}.batch: {stage.batch} samples cannot be divided into forwards of {micro} on {processes} "
+            "processes; make batch a multiple of micro_batch times the processes"
+        )
+    return micro, stage.batch // (micro * processes)
+
+
+def _facts(recipe: Recipe, policy: Policy, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run must share, by name."""
+    told = recipe.model_dump(mode="json", exclude=set(_FREE))
+    for name, stage in told["stages"].items():
+        stage["data"] = stage["data"] if stage["data"] == "digits" else "a folder"
+        stage["samples"] = len(data[name])
+    return dict(_flat(told | {"policy": policy.to_dict(), "processes": _processes()}))
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, own in value.items():
+        if isinstance(own, Mapping):
+            yield from _flat(own, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", own
+
+
+def _check_start(run: Path, facts: Mapping[str, Any], resume: bool) -> None:
+    """Check that a run may start or continue in this folder."""
+    known = run / _FACTS
+    held = known.exists() or any(checkpoints(folder) for folder in run.glob("*") if folder.is_dir())
+    if held and not resume:
+        raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
+    if resume and not held:
+        raise InputError(f"{run}: expected a checkpoint to continue from, found none; leave out --resume")
+    if not resume or not known.exists():
+        return
+    now = json.loads(json.dumps(facts))
     try:
         saved = dict(json.loads(known.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{known}: expected the settings of the run: {error}; delete it if they are the same"
         ) from None
-    differing = [name for name in sorted(saved.keys() | facts.keys()) if saved.get(name) != facts.get(name)]
+    differing = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
     if differing:
-        told = ", ".join(f"{name} (then: {saved.get(name)}, now: {facts.get(name)})" for name in differing)
+        told = ", ".join(f"{name} (then: {saved.get(name)}, now: {now.get(name)})" for name in differing)
         raise InputError(f"{known}: --resume keeps a run's settings, but these differ: {told}; use the saved ones")
 
 
+def _tell(folder: Path, last: Path | None, faults: Mapping[Path, str]) -> None:
+    if not _is_first():
+        return
+    for checkpoint, fault in faults.items():
+        print(f"{checkpoint}: skipped; it has {fault}", file=sys.stderr)
+    print(f"continuing from {last or f'the beginning of {folder.name}: no checkpoint was finished'}", file=sys.stderr)
+
+
+def _meet() -> None:
+    """Wait for the other processes; before the first stage they meet when the Trainer's arguments are made."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def _processes() -> int:
-    return int(environ.get("WORLD_SIZE", 1))
+    return distributed.get_world_size() if distributed.is_initialized() else int(environ.get("WORLD_SIZE", 1))
 
 
-@contextmanager
-def _weights_loaded_elsewhere() -> Iterator[None]:
-    """Silence the Trainer's warning about weights it does not find by name; `RestoredWeights` loads them."""
-    log, before = logging.getLogger("transformers.trainer"), "keys in the checkpoint model loaded"
-
-    def told(record: logging.LogRecord) -> bool:
-        return before not in record.getMessage()
-
-    log.addFilter(told)
-    try:
-        yield
-    finally:
-        log.removeFilter(told)
+def _is_first() -> bool:
+    return (distributed.get_rank() if distributed.is_initialized() else int(environ.get("RANK", 0))) == 0
 
 
-def _arguments(run: Path, settings: Settings) -> TrainingArguments:
+def _arguments(recipe: Recipe, name: str, steps: int, folder: Path) -> TrainingArguments:
+    stage = recipe.stages[name]
+    micro, accumulation = _micro_batch(name, stage)
+    more: dict[str, Any] = {}
+    if stage.gradient_checkpointing:  # by its newer name, from transformers 5.23 on, where there is one
+        kind = next(kind for kind in ("activation", "gradient") if f"{kind}_checkpointing" in _ARGUMENTS)
+        more = {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+    if recipe.parallel == "zero2":
+        more["deepspeed"] = {
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+        }
     return TrainingArguments(
-        output_dir=str(run),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        learning_rate=settings.rate,
-        seed=settings.seed,
-        bf16=settings.precision == "bf16",
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=stage.optimizer.clip,
+        learning_rate=stage.optimizer.rate,
+        seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        logging_steps=settings.log_every,
-        save_steps=settings.save_every,
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
         save_total_limit=2,
         report_to="none",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
+        train_sampling_strategy="sequential",  # `Epochs` has shuffled
+        ddp_find_unused_parameters=any(part not in PARTS or part == "vision" for part in stage.train),
         dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
     )
 
 
-def _export(model: Any, processor: Any, out: Path, log: list[dict[str, Any]], settings: Settings) -> None:
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    rows = [json.dumps(row) + "\n" for row in log]
-    model.to(dtype)
+def _logged(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"stage": stage, **row} for row in rows]
+
+
+def _export(
+    model: Any, processor: Any, out: Path, log: list[dict[str, Any]], last: Path | None, recipe: Recipe
+) -> None:
+    if is_sharded(model):
+        whole = type(model).from_pretrained(last, dtype=torch.float32, local_files_only=True)
+        whole.config, whole.generation_config = model.config, model.generation_config
+        model = whole
+    model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     with replacing_files(out) as part:
-        write_text(part / "training-log.jsonl", "".join(rows))
+        write_text(part / "training-log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         processor.save_pretrained(part)
         model.save_pretrained(part)

@@ -17,9 +17,10 @@ from dropflow_lab.errors import InputError, shortened
 def load_model(folder: Path | None = None) -> tuple[Any, Any]:
     """Return model and processor of `folder`, or the embedded demo model; on the GPU if there is one.
 
-    If there is no such folder, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`. Weights
-    keep the dtype they are stored in (the shipped ones run in float32). Raises `InputError` if the folder is missing,
-    transformers cannot load it, or it lacks weights of the model.
+    If there is no such folder, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`, or a model
+    in the local cache of the hub, such as `llava-hf/llava-1.5-7b-hf`. Weights keep the dtype they are stored in (the
+    shipped ones run in float32). Raises `InputError` if there is no such model, transformers cannot load it, or it
+    lacks weights of the model.
     """
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
@@ -44,8 +45,11 @@ def _embedded(name: str | None) -> tuple[Any, Any]:
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: expected a model folder with a config.json, found none")
+    if not (folder / "config.json").is_file() and not _is_cached(folder):
+        raise InputError(
+            f"{folder}: expected a model folder with a config.json, or the name of a model in the local cache of the "
+            "hub, found none"
+        )
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, told = AutoModelForImageTextToText.from_pretrained(
@@ -60,6 +64,18 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
             f"{folder}: expected all weights of the model, {len(missing)} are missing, such as {missing[0]}"
         )
     return model, processor
+
+
+def _is_cached(name: Path) -> bool:
+    """Whether this is not a folder, but the hub's name of a model (`owner/name`) in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name.exists() or name.is_absolute() or len(name.parts) != 2 or ".." in name.parts:
+        return False
+    try:
+        return isinstance(try_to_load_from_cache(str(name), "config.json"), str)
+    except ValueError:  # not a name that the hub allows
+        return False
 
 
 @contextmanager

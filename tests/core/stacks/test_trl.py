@@ -71,6 +71,34 @@ class StatingDPO(trl.DPOTrainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class ReplayingGRPO(trl.GRPOTrainer):  # type: ignore[misc]
+    """Learns from every answer with the visual tokens that its rollout kept, as the training page shows."""
+
+    def __init__(self, model: Any, *arguments: Any, **more: Any) -> None:
+        super().__init__(model, *arguments, **more)
+        self.flow = dropflow.flow_of(model)
+        self.scored: list[tuple[Tensor, Tensor]] = []
+        """Ids, and log-probabilities of the last of them, of every pass that is learnt from."""
+
+    def _generate_single_turn(self, *arguments: Any, **more: Any) -> Any:
+        answers = super()._generate_single_turn(*arguments, **more)
+        self.kept = self.flow.keeps()
+        return answers
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        return super()._generate_and_score_completions(inputs) | {"keeps": list(self.kept)}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        with self.flow.replay(inputs["keeps"]):
+            return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, *arguments: Any, **more: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(model, input_ids, *arguments, **more)
+        if torch.is_grad_enabled():
+            self.scored.append((input_ids, found[0].detach()))
+        return found
+
+
 def rows(*columns: str, count: int = 8) -> Any:
     """Digits questions with images, as a data set of these columns."""
 
@@ -122,8 +150,9 @@ def grpo(model: Any, processor: Any, folder: str, **more: Any) -> Any:
         "beta": 0.1,
         "max_steps": 4,
     }
+    made = more.pop("made", trl.GRPOTrainer)
     arguments = trl.GRPOConfig(folder, **COMMON | own | more)
-    return trl.GRPOTrainer(model, reward, arguments, train_dataset=rows(), processing_class=processor)
+    return made(model, reward, arguments, train_dataset=rows(), processing_class=processor)
 
 
 Kind = Callable[..., Any]
@@ -240,6 +269,61 @@ def test_scoring_passes_keep_the_tokens_of_the_rollout(which: str) -> None:
     assert len({len([token for token in answer if token]) for answer in answers}) > 1, "answers are of one length"
 
 
+FAST = {"learning_rate": 3.0, "beta": 0.0, "max_steps": 4}
+"""Learns so fast that each step ranks other tokens than the one before."""
+
+
+def strangers(run: Run) -> int:
+    """How many passes over an answer kept tokens of the prompt that no rollout of this prompt kept."""
+    kept: dict[tuple[int, ...], list[Tensor]] = {}
+    for prompts, live in run.rollouts:
+        for row, ids in enumerate(prompts):
+            kept.setdefault(tuple(ids.tolist()), []).append(live[:, row])
+    length = run.rollouts[0][0].shape[1]
+    passes = [(ids[row], live[:, row, :length]) for ids, live in run.calls for row in range(len(ids))]
+    return sum(not any(torch.equal(live, own) for own in kept[tuple(ids[:length].tolist())]) for ids, live in passes)
+
+
+@pytest.mark.parametrize("which", POLICIES)
+def test_replayed_answers_are_learnt_with_the_tokens_of_their_rollout(which: str) -> None:
+    """Although the weights, and so the ranking, have changed since; without a replay, other tokens stay."""
+    run = Run(grpo, POLICIES[which], made=ReplayingGRPO, **FAST)
+    assert strangers(run) == 0
+    assert strangers(Run(grpo, POLICIES[which], **FAST)) > 0
+
+
+def test_log_probabilities_of_a_replay_are_those_of_the_rollout() -> None:
+    """In every pass before the weights change; TRL learns twice from each rollout."""
+    model, processor = load()
+    rolled: list[dict[tuple[int, ...], Tensor]] = []
+    generate = model.generate
+
+    def recorded(**arguments: Any) -> Tensor:
+        out = generate(**arguments, output_logits=True, return_dict_in_generate=True)
+        new = out.sequences[:, arguments["input_ids"].shape[1] :]
+        scores = (torch.stack(out.logits, 1) / 9.0).log_softmax(-1).gather(2, new[..., None])[..., 0]
+        rolled.append({tuple(ids.tolist()): own for ids, own in zip(out.sequences, scores, strict=True)})
+        return out.sequences
+
+    model.generate = recorded
+    with TemporaryDirectory() as folder, dropflow.attach(model, "hidrop-digits"):
+        trainer = grpo(model, processor, folder, made=ReplayingGRPO, **FAST)
+        trainer.train()
+    assert len(trainer.scored) == 4
+    for number in (0, 2):
+        for ids, scores in zip(*trainer.scored[number], strict=True):
+            said = int((ids[-scores.shape[0] :] != 0).sum())
+            expected = rolled[number // 2][tuple(ids.tolist())]
+            torch.testing.assert_close(scores[:said], expected[:said], atol=1e-5, rtol=1e-5)
+    again = dict(zip(map(tuple, trainer.scored[1][0].tolist()), trainer.scored[1][1], strict=True))
+    assert not torch.allclose(next(iter(again.values())), rolled[0][next(iter(again))], atol=1e-3)
+
+
+def test_training_on_replayed_answers_is_that_of_the_masked_run() -> None:
+    run = Run(grpo, PYRAMID, made=ReplayingGRPO, beta=0.0)
+    assert_masked(run, grpo, beta=0.0)
+
+
 def test_both_answers_of_a_preference_are_read_after_the_same_tokens() -> None:
     """By the model and its reference: the last token of their prompt asks, not that of an answer."""
     for ids, live in under(dpo, "pyramid").calls[:2]:
@@ -332,4 +416,4 @@ def test_the_examples_of_the_training_page_train(tmp_path: Path, monkeypatch: py
         report = known["flow"].report()
         assert report.layers[-1].visual_tokens < report.layers[3].visual_tokens
         assert '"dropflow"' in next(tmp_path.glob("*/checkpoint-2/config.json")).read_text()
-    assert len(shown) == 3
+    assert len(shown) == 4

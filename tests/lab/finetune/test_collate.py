@@ -48,7 +48,7 @@ def test_the_prompt_is_the_one_that_is_asked_at_inference(processor) -> None:
     dialogue = Dialogues(1, seed=2)[0]
     (question, answer), *_ = dialogue.rounds
     batch = Collator(processor)([dialogue])
-    asked = build_inputs(processor, [Example(dialogue.image, question, answer, "pos")])
+    asked = build_inputs(processor, [Example(dialogue.images[0], question, answer, "pos")])
     first = int((batch["labels"][0] != -100).nonzero()[0])
     assert torch.equal(batch["input_ids"][0, :first], asked["input_ids"][0])
     assert torch.equal(batch["pixel_values"], asked["pixel_values"])
@@ -69,7 +69,7 @@ def test_rounds_of_a_sample_are_learnt_as_if_each_were_asked_alone(processor, wi
     stages = {name: {"use": uses[name], "at": at} for name, at in window.items()}
     data, collate = Dialogues(3, rounds=4, seed=6), Collator(processor)
     dialogues = [data[index] for index in range(3)]
-    alone = [collate([Dialogue(d.image, (one,))]) for d in dialogues for one in d.rounds]
+    alone = [collate([Dialogue(d.images, (one,))]) for d in dialogues for one in d.rounds]
     with dropflow.attach(model, {"stages": stages}):
         expected = torch.cat([_losses(model, batch) for batch in alone])
         torch.testing.assert_close(_losses(model, collate(dialogues)), expected, atol=2e-5, rtol=2e-5)
@@ -101,8 +101,8 @@ def test_padding_is_on_the_right(processor) -> None:
 
 def test_samples_depend_on_seed_and_index_alone() -> None:
     data, longer, other = Dialogues(2, seed=4), Dialogues(9, seed=4), Dialogues(2, seed=5)
-    assert (data[1].rounds, data[1].image.tobytes()) == (longer[1].rounds, longer[1].image.tobytes())
-    assert data[1].image.tobytes() != other[1].image.tobytes()
+    assert (data[1].rounds, data[1].images[0].tobytes()) == (longer[1].rounds, longer[1].images[0].tobytes())
+    assert data[1].images[0].tobytes() != other[1].images[0].tobytes()
     assert len({question for question, _ in Dialogues(1, rounds=6)[0].rounds}) == 6
 
 

@@ -16,9 +16,9 @@ from dropflow_lab.digits.data.scenes import draw_scene, render
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One picture, with rounds of question and answer about it."""
+    """Pictures, with rounds of question and answer about them."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     """RGB."""
     rounds: tuple[tuple[str, str], ...]
     """Question and answer of each round."""
@@ -46,4 +46,4 @@ class Dialogues(Dataset[Dialogue]):
         scene = draw_scene(self.split, (self.seed, 17, index))
         questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]))
         rounds = tuple((question.text, question.answer) for question in islice(questions, self.rounds))
-        return Dialogue(Image.fromarray(render(scene)[0]), rounds)
+        return Dialogue((Image.fromarray(render(scene)[0]),), rounds)
