@@ -28,6 +28,9 @@ class FlowTrainer(Trainer):  # type: ignore[misc]  # transformers leaves it unty
     tokens, which tell the model which mode it is in, are not part of it.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *,
