@@ -48,8 +48,9 @@ def kept(
     `raster` predicts a unit by the one before it, row after row; `serpentine` likewise, with odd rows from right to
     left; `pred_2d` by the unit to the left, A, or the one above, B (see `_pred_2d`). With `anchored` a unit is compared
     with what takes the place of its neighbours, so that errors do not add up: a unit that stays is itself, one that
-    goes is what predicted it. Without, and at threshold 0 where it is all the same, with the neighbours themselves, in
-    parallel. Nothing is read back from the device.
+    goes is what predicted it; scans then take one step for each unit, and `pred_2d` one for each anti-diagonal.
+    Without, and at threshold 0 where it is all the same, with the neighbours themselves, in parallel. Nothing is read
+    back from the device.
     """
     same, (rows, columns) = alike(metric, threshold), grid
     step_by_step = anchored and threshold > 0

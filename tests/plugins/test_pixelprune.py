@@ -95,6 +95,15 @@ def test_recorded_rows_of_a_processor() -> None:
     assert torch.equal(rows, recorded["out_patch"])
 
 
+def test_what_counts_as_a_difference() -> None:
+    own, other = torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.3, -0.1, 0.0, 0.0]])
+    sizes = {"max": 0.3, "mae": 0.1, "rmse": (0.1 / 4) ** 0.5}
+    for metric, size in sizes.items():
+        found = [bool(alike(metric, size * factor)(own, other)) for factor in (0.999, 1.001)]
+        assert found == [False, True]
+        assert [bool(alike(metric, 0.0)(own, one)) for one in (own, other)] == [True, False]
+
+
 def drawn(seed: int, rows: int, columns: int, colours: int = 3) -> Tensor:
     """Units of a few colours in blocks, slightly uneven."""
     dice = torch.Generator().manual_seed(seed)

@@ -72,7 +72,11 @@ def test_rows_are_the_sums_that_a_stage_says(variant: str, tower: str) -> None:
     assert told(tiny_llava(tower=tower), VARIANTS[variant])
 
 
-@pytest.mark.parametrize("name", registry.names(registry.STAGES))
+STAGES = [name for name in registry.names(registry.STAGES) if "units" not in registry.load(registry.STAGES, name).needs]
+"""All but those that need a packed tower, which LLaVA is not; they leave units out and make no rows."""
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_no_shipped_stage_makes_rows_without_a_case_above(name: str, llava: Any) -> None:
     assert not told(llava, stage_entry(name)[1]) or name in {stage["use"] for stage in VARIANTS.values()}
 
