@@ -18,10 +18,10 @@ class PerceptionLM(Backbone):
         """Llama's."""
         return Projections.of(layer.self_attn)
 
-    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int] | None:  # noqa: ARG002
         """From the pixels (videos, frames, channels, height, width), which come by the name of those of images."""
-        videos, frames = arguments["pixel_values"].shape[:2]
-        return [frames] * videos
+        pixels = arguments.get("pixel_values")
+        return None if pixels is None else [pixels.shape[1]] * pixels.shape[0]
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """Square grid of patches after pooling."""

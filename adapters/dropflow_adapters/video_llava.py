@@ -23,10 +23,10 @@ class VideoLlava(Backbone):
         full = self._keeps_cls(modality)
         return [[ImageLayout(size, square_grid(size - full), head=int(full))] for size in sizes]
 
-    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int] | None:  # noqa: ARG002
         """From the pixels (videos, frames, channels, height, width); every frame is an entry of the features."""
-        videos, frames = arguments["pixel_values_videos"].shape[:2]
-        return [frames] * videos
+        pixels = arguments.get("pixel_values_videos")
+        return None if pixels is None else [pixels.shape[1]] * pixels.shape[0]
 
     def reader(self, modality: str = "image") -> VisionReader:
         """The tower of the modality: a CLS row and the patches of each image or frame."""

@@ -69,7 +69,12 @@ class TreeMerging(Stage[TreeMergingOptions]):
     Options = TreeMergingOptions
     summary = "attended, diverse tokens of a video's frames stay, the others are merged over time and in clusters"
     paper = "arXiv:2602.08024"
-    example: ClassVar[Mapping[str, Any]] = {"retention": 0.5, "fewest_segments": 1, "segment_threshold": -1.0}
+    example: ClassVar[Mapping[str, Any]] = {
+        "retention": 0.6,
+        "alpha": 0.5,
+        "fewest_segments": 1,
+        "segment_threshold": -1.0,
+    }
     needs = frozenset({"vision_attention"})
 
     @property

@@ -305,11 +305,12 @@ class Backbone:
         """
         return [[ImageLayout(size, self.grid(size))] for size in sizes]
 
-    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+    def video_lengths(self, entries: Sequence[int], arguments: Mapping[str, Any]) -> Sequence[int] | None:  # noqa: ARG002
         """How many frames each video of a call has, in the order of its features; by default each entry is a video.
 
-        `entries` counts the images in each entry of the features, `arguments` are those of `get_video_features`. Not
-        asked for a modality in `unstated_videos`.
+        `entries` counts the images in each entry of the features, `arguments` are those of `get_video_features`; `None`
+        where these do not say, as where features were encoded elsewhere. Not asked for a modality in
+        `unstated_videos`.
         """
         return entries
 

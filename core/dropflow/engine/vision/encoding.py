@@ -130,7 +130,13 @@ def plain_flags(site: Site, modality: str, output: Any, arguments: Mapping[str, 
     layouts = _layouts_of(site.backbone, modality, output, arguments)
     if site.plan.reads_videos:
         check_videos(site.backbone, site.plan, modality)
-        videos = video_of(frames_of(site.backbone, modality, list(map(len, layouts)), arguments))
+        frames = frames_of(site.backbone, modality, list(map(len, layouts)), arguments)
+        if frames is None:
+            raise UnsupportedCall(
+                f"mm_encoder_outputs: the {modality} features do not say which frames belong to which video; pass the "
+                "pixels, or encode them while the policy is attached"
+            )
+        videos = video_of(frames)
     for own, rows in zip(layouts, _entries(_features(output)[1]), strict=True):
         found.append(RowFlags.of(own, first, site.plan.serial, rows.device, videos=videos))
         first += len(own)

@@ -43,10 +43,12 @@ def frames_of(backbone: Backbone, modality: str, entries: Sequence[int], argumen
         return None
     if modality == "image":
         return ()
-    lengths = list(backbone.video_lengths(entries, arguments))
+    lengths = backbone.video_lengths(entries, arguments)
+    if lengths is None:
+        return None
     if sum(lengths) != images:
         raise UnsupportedModel(
-            f"{type(backbone).__name__}.video_lengths: states videos of {lengths} frames, but the features have "
+            f"{type(backbone).__name__}.video_lengths: states videos of {list(lengths)} frames, but the features have "
             f"{images} images; correct the adapter"
         )
     return tuple(tuple(range(start, end)) for start, end in pairwise(accumulate(lengths, initial=0)) if end > start)

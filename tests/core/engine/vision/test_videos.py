@@ -253,6 +253,31 @@ def test_prune_finds_an_empty_frame_as_an_image_without_patches() -> None:
     assert Sizes.sizes == [((6, 0, 6, 0, 6), [3, 0, 3, 0, 3])]
 
 
+@torch.no_grad()
+def test_features_encoded_elsewhere_say_which_frames_are_which_or_are_refused() -> None:
+    fold = policy(fold={"use": "holitom/folding", "at": 3, "keep": 0.5})
+    for name, known in (("llava_next_video", True), ("video_llava", False)):
+        tiny = FAMILIES[name][1]
+        model, inputs = tiny.model(), tiny.prompt([(3, "V", 5)])[0]
+        with dropflow.attach(model, fold) as flow:
+            model(**inputs)
+            expected = flow.live()
+        pixels = {"pixel_values_videos": inputs.pop("pixel_values_videos")}
+        pixels["vision_feature_layer"] = model.config.vision_feature_layer
+        if known:
+            pixels["vision_feature_select_strategy"] = "default"
+        plain = {"video": model.model.get_video_features(**pixels)}
+        with dropflow.attach(model, fold) as flow:
+            if not known:
+                with pytest.raises(
+                    UnsupportedCall, match=r"mm_encoder_outputs: the video features do not say which fr"
+                ):
+                    model(**inputs, mm_encoder_outputs=plain)
+            with dropflow.videos([[0, 1]] if not known else [[0, 1, 2]], modality="video"):
+                model(**inputs, mm_encoder_outputs=plain)
+            assert torch.equal(flow.live(), expected)
+
+
 def test_an_adapter_that_states_wrong_lengths_is_found() -> None:
     class Short(Qwen25VL):
         def video_lengths(self, entries: Sequence[int], arguments: Any) -> Sequence[int]:  # noqa: ARG002
