@@ -26,7 +26,10 @@ from dropflow_lab.inputs.data import DIGITS, read_samples
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, ratio
-from dropflow_lab.serve import DENSE, Keys, Limits, Names, Server, serving
+from dropflow_lab.serve.keys import Keys
+from dropflow_lab.serve.limits import Limits
+from dropflow_lab.serve.names import DENSE, Names
+from dropflow_lab.serve.server import Server, serving
 
 CLIENTS = (1, 8, 32)
 SUBJECTS = (DIGITS, *SHAPES)

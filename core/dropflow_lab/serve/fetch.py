@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from http.client import HTTPException
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
 
@@ -42,7 +43,9 @@ def fetch(url: str, hosts: Collection[str], most_bytes: int) -> bytes:
     try:
         with opener.open(url, timeout=_SECONDS) as answer:
             data: bytes = answer.read(most_bytes + 1)
-    except (URLError, OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
+        if isinstance(error, HTTPError):
+            error.close()
         raise ApiError(400, "fetch_failed", f"{escaped(url)} cannot be fetched: {escaped(error)}") from None
     if len(data) > most_bytes:
         raise ApiError(400, "fetch_failed", f"{escaped(url)} is longer than {most_bytes:,} bytes")

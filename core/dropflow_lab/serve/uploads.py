@@ -83,4 +83,5 @@ class Uploads:
 
     def _drop_old(self) -> None:
         oldest = time.time() - self._seconds
-        self._files = {name: file for name, file in self._files.items() if file.created >= oldest}
+        for file in [file for file in self._files.values() if file.created < oldest]:
+            del self._files[file.id]

@@ -64,7 +64,10 @@ def serve(
     from dropflow import load_policy
     from dropflow.policy.recorded import FIELD, recorded_policy
     from dropflow_lab.inputs.models import load_model
-    from dropflow_lab.serve import Keys, Limits, Names, Server
+    from dropflow_lab.serve.keys import Keys
+    from dropflow_lab.serve.limits import Limits
+    from dropflow_lab.serve.names import Names
+    from dropflow_lab.serve.server import Server
 
     limits = Limits(
         batch, wait, queue, timeout, body_timeout, max_body * _MIB, max_images, max_pixels, max_tokens,
