@@ -126,7 +126,8 @@ def _burst(asked: Load) -> Burst:
     burst = Burst(**json.loads(done.stdout))
     burst.server_cpu = (time.process_time() - before) / asked.requests
     if burst.failed:
-        raise InputError(f"bench serve: {len(burst.failed)} of {asked.requests} requests failed: {burst.failed[0]}")
+        failed = f"{len(burst.failed)} of {asked.requests} requests failed: {burst.failed[0]}"
+        raise InputError(f"bench serve: {failed}; see the log above")
     return burst
 
 

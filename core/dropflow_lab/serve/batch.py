@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,6 +55,7 @@ class Answering:
                 stopping_criteria=[rows],
                 logits_processor=[Sampler([request.choice for request in batch])] if sampled else None,
             )
+        rows.end()
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -74,6 +75,11 @@ class _Rows:
             row.push(token)
         return torch.tensor([row.over for row in self._rows], device=input_ids.device)
 
+    def end(self) -> None:
+        """End the rows that something else has ended, such as a `max_time` in the model's generation config."""
+        for row in self._rows:
+            row.end("length")
+
 
 class _Row:
     def __init__(self, request: Waiting, ends: frozenset[int], decode: Callable[[Sequence[int]], str]) -> None:
@@ -91,10 +97,18 @@ class _Row:
         self._tokens += 1
         ended = token in self._ends
         text = "" if ended else self._pieces.push(token)
-        self.over = ended or self._pieces.stopped or self._tokens == self._request.choice.tokens
-        if self.over:
-            text += self._pieces.end()
         if text:
             self._request.tell(Piece(text))
+        if ended or self._pieces.stopped:
+            self.end("stop")
+        elif self._tokens == self._request.choice.tokens:
+            self.end("length")
+
+    def end(self, reason: Literal["stop", "length"]) -> None:
         if self.over:
-            self._request.tell(Finished("stop" if ended or self._pieces.stopped else "length", self._tokens))
+            return
+        self.over = True
+        rest = self._pieces.end()
+        if rest:
+            self._request.tell(Piece(rest))
+        self._request.tell(Finished("stop" if self._pieces.stopped else reason, self._tokens))

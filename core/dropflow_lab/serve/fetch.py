@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from http.client import HTTPException
 from typing import Any
@@ -13,6 +14,7 @@ from dropflow.errors import escaped
 from dropflow_lab.serve.api_error import ApiError
 
 _SECONDS = 10.0
+_PIECE = 2**16
 
 
 class _Staying(HTTPRedirectHandler):
@@ -42,7 +44,11 @@ def fetch(url: str, hosts: Collection[str], most_bytes: int) -> bytes:
     opener = build_opener(ProxyHandler({}), _Staying())
     try:
         with opener.open(url, timeout=_SECONDS) as answer:
-            data: bytes = answer.read(most_bytes + 1)
+            data, end = b"", time.monotonic() + _SECONDS
+            while len(data) <= most_bytes and (more := answer.read1(_PIECE)):
+                data += more
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no whole answer within {_SECONDS:g} seconds")
     except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
         if isinstance(error, HTTPError):
             error.close()

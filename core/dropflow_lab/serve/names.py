@@ -35,9 +35,10 @@ class Names:
             raise InputError(f"--name: expected a name without '@', got {escaped(repr(model))}")
         named: dict[str, Policy | None] = {}
         for policy in policies:
-            if policy.name in named or policy.name == DENSE:
-                what = "stands for no policy" if policy.name == DENSE else "is given twice"
-                raise InputError(f"--policy: the name {policy.name!r} {what}; give the policy another `name`")
+            if policy.name == DENSE:
+                raise InputError("--policy: the name 'dense' stands for no policy; give the policy another `name`")
+            if policy.name in named:
+                raise InputError(f"--policy: the name {policy.name!r} is given twice; leave one out, or rename it")
             named[policy.name] = policy
         return cls(model, named | {DENSE: None}, next(iter(named), DENSE))
 

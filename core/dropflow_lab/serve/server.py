@@ -134,7 +134,9 @@ def _try(answers: Answering, processor: Any, policy: str, context: int) -> None:
     try:
         prompt = prepare(processor, [{"role": "user", "content": parts}], context)
     except ApiError as error:
-        raise InputError(f"the model cannot be asked about a picture: {error.message}") from None
+        raise InputError(
+            f"the model cannot be asked about a picture: {error.message}; `dropflow run` helps to find out why"
+        ) from None
     answers.answer([Waiting(prompt, policy, Choice(2), told.append)])
 
 

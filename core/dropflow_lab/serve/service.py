@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from dropflow_lab.inputs.prompts import Conversation
 from dropflow_lab.serve.api_error import ApiError, stopping
 from dropflow_lab.serve.chat import ChatRequest, read_request
 from dropflow_lab.serve.conversation import open_conversation
@@ -43,6 +44,7 @@ class Service:
         self._processor, self._context = processor, context
         self._inside = 0
         self._told: set[Waiting] = set()
+        self._opening = ThreadPoolExecutor(4, "dropflow-open")
         # one thread, because processors and tokenizers are not made for several
         self._preparing = ThreadPoolExecutor(1, "dropflow-prepare")
 
@@ -86,15 +88,15 @@ class Service:
             with suppress(RuntimeError):  # the loop is closed: the server has stopped
                 loop.call_soon_threadsafe(events.put_nowait, told)
 
-        def prepared() -> tuple[ChatRequest, Waiting]:
+        def opened() -> tuple[ChatRequest, str, Conversation]:
             request = read_request(body)
             policy = self.names.policy(request.model)
-            conversation = open_conversation(request.messages, owner, self.uploads, self.limits)
-            prompt = prepare(self._processor, conversation, self._context)
-            return request, Waiting(prompt, policy, self._choice(request, prompt.tokens), hand_on)
+            return request, policy, open_conversation(request.messages, owner, self.uploads, self.limits)
 
         with self.line.expecting():
-            return await loop.run_in_executor(self._preparing, prepared)
+            request, policy, conversation = await loop.run_in_executor(self._opening, opened)
+            prompt = await loop.run_in_executor(self._preparing, prepare, self._processor, conversation, self._context)
+            return request, Waiting(prompt, policy, self._choice(request, prompt.tokens), hand_on)
 
     def _choice(self, request: ChatRequest, prompt: int) -> Choice:
         most, room = self.limits.answer_tokens, self._context - prompt
@@ -132,4 +134,5 @@ class Service:
         """Wait for the model's thread and for what is being prepared; called when the event loop is over."""
         self.line.close()
         self.worker.join()
+        self._opening.shutdown()
         self._preparing.shutdown()

@@ -55,10 +55,12 @@ def test_the_command_renews_its_table(cli, refused, tmp_path: Path) -> None:
     page.write_text("# Page\n")
     assert "<!-- tiny -->" in refused("bench", "serve", "--subject", "tiny", "--into", page)
     page.write_text("# Page\n<!-- tiny -->\n<!-- end of tiny -->\nThe end.\n")
-    options = ("--subject", "tiny", "--clients", "2", "--requests", 1, "--repeats", 2, "--policies", "hidrop-64")
+    options = ("--subject", "tiny", "--clients", "2,1", "--requests", 1, "--repeats", 2, "--policies", "hidrop-64")
     told = json.loads(cli("bench", "serve", *options, "--into", page, "--json").stdout)
-    assert [(row["clients"], row["policy"]) for row in told["rows"]] == [(2, "dense"), (2, "hidrop-64")]
+    assert [(row["clients"], row["policy"]) for row in told["rows"]][2:] == [(2, "dense"), (2, "hidrop-64")]
     text = page.read_text()
     assert "| 2 | hidrop-64 |" in text
+    one, two = (row["cpu_gain"]["median"] for row in told["rows"] if row["policy"] == "hidrop-64")
+    assert f"Gain in CPU time over that with 1 client(s): hidrop-64 {two / one:.2f} at 2. 2 rounds," in text
     assert text.endswith("<!-- end of tiny -->\nThe end.\n")
     assert "expected numbers from 1 to 1024" in refused("bench", "serve", "--clients", "1,many")

@@ -87,6 +87,7 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
         assert again == port
         assert lines[0].startswith("serving again, again@hidrop-digits")
         answers: list[str] = []
+        ended: list[tuple[int, str]] = []
 
         def ask() -> None:
             for _ in range(1000):
@@ -95,7 +96,7 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
                 except openai.APIConnectionError:  # nobody listens any more
                     return
                 except openai.InternalServerError as error:  # its connection was accepted just before the stop
-                    assert (error.status_code, error.code) == (503, "stopping")
+                    ended.append((error.status_code, error.code))
                     return
                 answers.append(done.choices[0].finish_reason)
 
@@ -107,6 +108,7 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
         assert process.wait(timeout=60) == 0
         asking.join()
         assert set(answers) == {"stop"}
+        assert set(ended) <= {(503, "stopping")}
         assert process.stderr is not None
         assert process.stderr.read() == ""
 

@@ -336,6 +336,7 @@ def test_a_stop_lets_answers_finish_for_a_while(
             assert told["error"]["code"] == "stopping"
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("requests", "growth"), [(64, None), pytest.param(1000, 24 * 2**20, marks=pytest.mark.slow)])
 def test_32_clients_get_their_own_answers_and_memory_stays_flat(
     start: Any, samples: list[Sample], alone: dict[str, list[str]], requests: int, growth: int | None

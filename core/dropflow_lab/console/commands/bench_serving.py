@@ -111,14 +111,19 @@ def _spread(spread: Spread, places: int) -> str:
 
 def _circumstances(measured: ServeBench) -> str:
     machine = measured.machine
-    policies = dict.fromkeys(row.policy for row in measured.rows[1:])
-    kept = [
-        f"{policy}: " + ", ".join(f"{share:.2f} at {clients}" for clients, share in measured.kept(policy).items())
-        for policy in policies
-        if policy != measured.rows[0].policy
-    ]
     return (
-        f"Share of the gain in CPU time with the fewest clients: {'; '.join(kept)}. {measured.rounds} rounds, batches "
-        f"of up to {measured.batch}, {machine.threads} thread(s) of {machine.cpu}; torch {machine.torch}, transformers "
-        f"{machine.transformers}."
+        f"{_kept(measured)}{measured.rounds} rounds, batches of up to {measured.batch}, {machine.threads} thread(s) of "
+        f"{machine.cpu}; torch {machine.torch}, transformers {machine.transformers}."
     )
+
+
+def _kept(measured: ServeBench) -> str:
+    """How gains change with the number of clients, if there are several numbers."""
+    dense, fewest = measured.rows[0].policy, measured.rows[0].clients
+    shares = {row.policy: measured.kept(row.policy) for row in measured.rows if row.policy != dense}
+    told = [
+        f"{policy} " + ", ".join(f"{share:.2f} at {clients}" for clients, share in found.items() if clients != fewest)
+        for policy, found in shares.items()
+        if len(found) > 1
+    ]
+    return f"Gain in CPU time over that with {fewest} client(s): {'; '.join(told)}. " if told else ""
