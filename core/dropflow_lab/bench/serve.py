@@ -34,7 +34,9 @@ from dropflow_lab.serve.server import Server, serving
 CLIENTS = (1, 8, 32)
 SUBJECTS = (DIGITS, *SHAPES)
 """The embedded model, and the random models of `random_llava`."""
-_QUESTIONS = 32
+_PICTURES = 32
+_QUESTION = "read all digits from left to right"
+"""Has longer answers than other questions, so that there is a time per token."""
 _ANSWER_TOKENS = 16
 
 
@@ -152,10 +154,10 @@ def _row(name: str, clients: int, bursts: list[Burst], dense: list[Burst]) -> Se
 
 
 def _bodies(shape: SubjectShape | None) -> Iterator[dict[str, Any]]:
-    """Questions about pictures, each with its own; of a random model, answers of one length."""
-    for sample in read_samples(DIGITS, _QUESTIONS):
+    """Ask for all digits of a picture, each time of another one; a random model gives answers of one length."""
+    for sample in read_samples(DIGITS, _PICTURES):
         (picture,) = sample.images()
-        text = sample.question
+        text = _QUESTION
         if shape is not None:
             picture = picture.resize((shape.image_side * 14,) * 2)
             text = " ".join((text.split() * shape.text_tokens)[: shape.text_tokens])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,15 +15,12 @@ from starlette.routing import Route
 
 from dropflow.errors import escaped
 from dropflow_lab.serve.api_error import ApiError, internal_error
-from dropflow_lab.serve.chat import ChatRequest
+from dropflow_lab.serve.exchange import Exchange
 from dropflow_lab.serve.http import ClientLeft, Receive, Response, Scope, Send, header, read_body
 from dropflow_lab.serve.metrics import CONTENT_TYPE
-from dropflow_lab.serve.replies import DONE, Reply, encoded, usage_of
-from dropflow_lab.serve.service import Events, Service
-from dropflow_lab.serve.waiting import Finished, Piece, Told, Waiting
+from dropflow_lab.serve.replies import encoded
+from dropflow_lab.serve.service import Service
 
-_LEFT = 499
-"""Status under which a request is counted whose client left, as nginx does."""
 _log = logging.getLogger("dropflow.serve")
 
 Handler = Callable[[Service, Scope, Receive, Response], Awaitable[None]]
@@ -78,81 +73,7 @@ def _owner(service: Service, scope: Scope) -> str:
 
 
 async def _chat(service: Service, scope: Scope, receive: Receive, response: Response) -> None:
-    status, known = 500, [""]
-    try:
-        await _answered(service, scope, receive, response, known)
-        status = 200
-    except ApiError as error:
-        status = error.status
-        raise
-    except (ClientLeft, asyncio.CancelledError):
-        status = _LEFT
-        raise
-    finally:
-        service.metrics.ended(known[0], status)
-
-
-async def _answered(service: Service, scope: Scope, receive: Receive, response: Response, known: list[str]) -> None:
-    owner = _owner(service, scope)
-    arrived = time.monotonic()
-    with service.inside():
-        try:
-            async with asyncio.timeout(service.limits.seconds):
-                body = await read_body(scope, receive, service.limits)
-                events = Events()
-                request, waiting = await service.read(body, owner, events)
-                del body
-                known[0] = service.names.full(waiting.policy)
-                watch = asyncio.create_task(_until_left(receive, events))
-                try:
-                    with service.waiting(waiting):
-                        reply = Reply(known[0])
-                        first, end = await _told(request, waiting, events, reply, response)
-                finally:
-                    watch.cancel()
-        except TimeoutError:
-            raise ApiError(
-                504, "timeout", f"the answer was not finished within {service.limits.seconds:g} seconds"
-            ) from None
-        service.metrics.answered(known[0], arrived, first, waiting.prompt.tokens, end.tokens)
-
-
-async def _until_left(receive: Receive, events: Events) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    events.put_nowait(None)
-
-
-async def _told(
-    request: ChatRequest, waiting: Waiting, events: Events, reply: Reply, response: Response
-) -> tuple[float | None, Finished]:
-    """Send what the request is told; return when its first text came, and its end."""
-    texts: list[str] = []
-    first: float | None = None
-    while isinstance(told := await _next(events), Piece):
-        if first is None:
-            first = time.monotonic()
-        if request.stream:
-            await response.events((b"" if response.started else reply.opening()) + reply.piece(told.text))
-        else:
-            texts.append(told.text)
-    if isinstance(told, ApiError):
-        raise told
-    usage = usage_of(waiting.prompt.tokens, told.tokens)
-    if request.stream:
-        opening = b"" if response.started else reply.opening()
-        asked = reply.usage(usage) if request.stream_options.include_usage else b""
-        await response.events(opening + reply.closing(told.reason) + asked + DONE, last=True)
-    else:
-        await response.whole(reply.whole("".join(texts), told.reason, usage))
-    return first, told
-
-
-async def _next(events: Events) -> Told:
-    told = await events.get()
-    if told is None:
-        raise ClientLeft
-    return told
+    await Exchange(service, receive, response).run(scope)
 
 
 async def _models(service: Service, scope: Scope, receive: Receive, response: Response) -> None:

@@ -17,6 +17,22 @@ from dropflow_lab.inputs.prompts import build_conversations, build_inputs
 from dropflow_lab.serve.api_error import ApiError
 from dropflow_lab.serve.conversation import question_of
 
+_PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+"""Inputs with one number per token, which are padded."""
+_PER_PICTURE = frozenset(
+    {
+        "pixel_values",
+        "pixel_attention_mask",
+        "image_grid_thw",
+        "image_sizes",
+        "image_position_ids",
+        "spatial_shapes",
+    }
+)
+"""Inputs whose first dimension counts pictures, tiles or patches, so that those of several prompts follow each other.
+
+Others, such as Molmo2's indices into the patches of the whole batch, would point into the pictures of another prompt.
+"""
 _LONGEST_WORD = 64
 """Characters per token of the context beyond which a text is not even tokenised."""
 
@@ -36,16 +52,15 @@ class Prompt:
 
     @cached_property
     def shape(self) -> tuple[Any, ...]:
-        """What must be equal in two prompts for them to be joined; a prompt that cannot be joined equals only itself.
+        """What must be equal in two prompts for them to be joined: the inputs that there are, and sizes of pictures.
 
-        Inputs per token are padded; of all others, kinds and sizes must agree but for the first dimension.
+        A prompt with an input that is not known to be joinable equals only itself.
         """
         found: list[Any] = []
         for name, value in sorted(self.inputs.items()):
-            if not isinstance(value, Tensor):
+            if name not in _PER_TOKEN | _PER_PICTURE or not isinstance(value, Tensor):
                 return (id(self),)
-            per_token = value.shape == self.inputs["input_ids"].shape
-            found.append((name, str(value.dtype), None if per_token else tuple(value.shape[1:])))
+            found.append((name, str(value.dtype), None if name in _PER_TOKEN else tuple(value.shape[1:])))
         return tuple(found)
 
 
@@ -94,9 +109,9 @@ def joined(prompts: Sequence[Prompt], pad: int) -> dict[str, Any]:
         return prompts[0].inputs
     longest = max(prompt.tokens for prompt in prompts)
     batch: dict[str, Any] = {}
-    for name, first in prompts[0].inputs.items():
+    for name in prompts[0].inputs:
         values = [prompt.inputs[name] for prompt in prompts]
-        if first.shape == prompts[0].inputs["input_ids"].shape:
+        if name in _PER_TOKEN:
             fill = pad if name == "input_ids" else 0
             values = [torch.nn.functional.pad(one, (longest - one.shape[1], 0), value=fill) for one in values]
         batch[name] = torch.cat(values)

@@ -113,6 +113,7 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_it_too() -> None:
     with running("--port", 0, "--policy", "digits-mild", "--policy", "mustdrop-digits") as (process, port, lines):
         assert lines[0] == "serving digits, digits@digits-mild, digits@mustdrop-digits, digits@dense\n"

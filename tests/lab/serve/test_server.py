@@ -254,6 +254,20 @@ def test_slow_answers_and_a_full_server_end_with_an_error(start: Any, monkeypatc
         assert metric(busy, "dropflow_requests_inside") == metric(busy, "dropflow_requests_waiting") == 0
 
 
+def test_a_stream_that_takes_too_long_ends_with_an_error(
+    start: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (picture,) = samples[0].images()
+    with start(seconds=4.0, policies=()) as slow:
+        answers = slow.server._service.worker._answers
+        decode = answers._decode
+        monkeypatch.setattr(answers, "_decode", lambda tokens: (time.sleep(0.5), decode(tokens))[1])
+        stream = slow.openai.chat.completions.create(model="digits", messages=asking(uri(picture), LONG), stream=True)
+        assert next(stream).choices[0].delta.role == "assistant"
+        with pytest.raises(openai.APIError, match=r"not finished within 4 seconds"):
+            list(stream)
+
+
 def test_when_a_client_leaves_its_answer_ends(served: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     decode = served.server._service.worker._answers._decode
