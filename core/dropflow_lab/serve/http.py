@@ -73,10 +73,16 @@ class Response:
         """Whether the status has been sent."""
 
     async def whole(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        """Send everything; a request that is refused before its body was read closes the connection."""
+        """Send everything.
+
+        The connection is closed only if the client does not send what it has announced: a client that is still sending
+        would see a connection that is reset, and not the response. What it sends is read and dropped by uvicorn.
+        """
         headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
-        if status in (408, 413, 503):
-            headers += [(b"connection", b"close"), (b"retry-after", b"1")]
+        if status == 408:
+            headers.append((b"connection", b"close"))
+        if status == 503:
+            headers.append((b"retry-after", b"1"))
         self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
