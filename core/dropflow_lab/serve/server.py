@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,17 +75,21 @@ class Server:
         """Ask the server to stop; may be called from any thread."""
         self._uvicorn.should_exit = True
 
-    def run(self) -> None:
+    def run(self, announce: Callable[[], None] | None = None) -> None:
         """Answer requests until `stop` is called or, in the main thread, until SIGINT or SIGTERM comes.
 
-        Requests that are inside then have `Limits.grace` seconds; a second SIGINT ends them at once. The policies are
-        detached at the end. Raises what ended the model's thread, if anything did.
+        `announce` is called when either would stop it. Requests that are inside then have `Limits.grace` seconds; a
+        second SIGINT ends them at once. The policies are detached at the end. Raises what ended the model's thread, if
+        anything did.
         """
         self._service.worker.start()
         try:
-            with _signals_end_here():
+            with _stopped_by_signals(self.stop):
+                if announce is not None:
+                    announce()
                 asyncio.run(self._serve())
         finally:
+            self._socket.close()
             self._service.close()
             self._flows.detach()
         if self._service.worker.failure is not None:
@@ -141,12 +145,15 @@ def _try(answers: Answering, processor: Any, policy: str, context: int) -> None:
 
 
 @contextmanager
-def _signals_end_here() -> Iterator[None]:
-    """Let nothing happen when uvicorn, having stopped for a signal, raises it again for whoever started it."""
+def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` for signals that come before uvicorn handles them, and for those it raises again when it has ended.
+
+    Applies to the main thread alone, which is the one that gets signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: signal.signal(one, lambda *_: stop()) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -83,8 +83,8 @@ def serve(
         names = Names.of(served, chosen)
         server = Server(loaded, processor, names, limits, keys, host, port)
     shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {', '.join(names.all)}\nat http://{shown}:{server.port}/v1{_open_to_all(host, bool(keys))}")
-    server.run()
+    told = f"serving {', '.join(names.all)}\nat http://{shown}:{server.port}/v1{_open_to_all(host, bool(keys))}"
+    server.run(lambda: typer.echo(told))
 
 
 def require_serve() -> None:
