@@ -37,7 +37,7 @@ LAB = (
     ("digits.checkpoints",),
     ("digits.training", "inputs"),
     ("measure",),
-    ("backbones", "compare", "explain", "finetune", "profile", "trace"),
+    ("backbones", "compare", "explain", "finetune", "profile", "serve", "trace"),
     ("bench",),
     ("console",),
 )

@@ -17,6 +17,7 @@ from dropflow_lab.console.commands import (
     profile,
     run,
     schema,
+    serve,
     trace,
     train,
 )
@@ -26,6 +27,7 @@ app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_ena
 app.command("run")(run.run)
 app.command("trace")(trace.trace)
 app.command("compare")(compare.compare)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("explain")(explain.explain)
 app.command("check")(check.check)

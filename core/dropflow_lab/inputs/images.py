@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
+import re
 import warnings
 from itertools import product
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any
 from PIL import Image
 
 from dropflow_lab.errors import InputError, shortened
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_ADDRESS = r" <_io\.BytesIO object at \w+>"
+"""What Pillow calls bytes in its messages."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -32,6 +38,27 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(
             f"{path}: not an image that can be read: {shortened(str(error))}; save it as PNG or JPEG"
         ) from error
+
+
+def decode_image(data: bytes, most_pixels: int) -> Image.Image:
+    """Return the picture that is encoded in `data` as RGB; a moving one as its first frame.
+
+    Raises `InputError` if it is neither PNG, JPEG, WebP nor GIF, cannot be read, or has more than `most_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            size = image.size
+            picture = image.convert("RGB") if size[0] * size[1] <= most_pixels else None
+    except Exception as error:  # decoders raise all kinds of errors on malformed bytes
+        raise InputError(
+            f"expected a PNG, JPEG, WebP or GIF picture, got {len(data):,} bytes that cannot be read as one: "
+            f"{shortened(re.sub(_ADDRESS, '', str(error)))}; save it again as PNG or JPEG"
+        ) from error
+    if picture is None:
+        raise InputError(
+            f"expected a picture of up to {most_pixels:,} pixels, got {size[0]} x {size[1]}; make it smaller"
+        )
+    return picture
 
 
 def is_file(path: Path) -> bool:

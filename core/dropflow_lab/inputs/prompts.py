@@ -18,6 +18,8 @@ _PLACEHOLDERS = ("image_token", "video_token")
 """Attributes of a processor that hold its placeholder for pictures."""
 Question = tuple[Sequence["Image"], str]
 """Pictures, and a question about all of them."""
+Conversation = Sequence[dict[str, Any]]
+"""Messages with `role` and `content`, a list of parts: `{"type": "text", "text": ...}` or `{"type": "image", ...}`."""
 
 
 def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
@@ -27,23 +29,47 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     tokenizer without a padding token pads with its end token. Raises `InputError` for a question that contains the
     placeholder for a picture.
     """
-    for _, question in questions:
-        check_text(processor, question)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    padding: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(questions) > 1 else {}
     if getattr(processor, "chat_template", None) is None:
+        for _, question in questions:
+            check_text(processor, question)
         texts = [f"{processor.image_token}\n" * len(images) + question for images, question in questions]
+        padding = _padding(processor, len(questions))
         return processor(images=[list(images) for images, _ in questions], text=texts, return_tensors="pt", **padding)
+    return build_conversations(
+        processor, [[{"role": "user", "content": _content(images, question)}] for images, question in questions]
+    )
+
+
+def build_conversations(processor: Any, conversations: Sequence[Conversation]) -> Any:
+    """Return the model's inputs for a batch of conversations, arranged by the processor's chat template.
+
+    Otherwise as `build_inputs`. Raises `InputError` for a text that contains the placeholder for a picture, and for a
+    processor without a chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(
+            "this model's processor has no chat template to arrange a conversation; send one user message alone, its "
+            "pictures before its text"
+        )
+    for conversation in conversations:
+        for part in (part for message in conversation for part in message["content"]):
+            if part["type"] == "text":
+                check_text(processor, part["text"])
     return processor.apply_chat_template(
-        [[{"role": "user", "content": _content(images, question)}] for images, question in questions],
+        [list(conversation) for conversation in conversations],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs=padding,
+        processor_kwargs=_padding(processor, len(conversations)),
     )
+
+
+def _padding(processor: Any, batch: int) -> dict[str, Any]:
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return {"padding": True, "padding_side": "left"} if batch > 1 else {}
 
 
 def check_questions(processor: Any, samples: Iterable[Sample]) -> None:

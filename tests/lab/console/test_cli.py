@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-COMMANDS = ("run", "explain", "check", "list", "schema", "digits", "bench")
+COMMANDS = ("run", "explain", "check", "list", "schema", "digits", "bench", "serve")
 
 
 def test_help_imports_neither_torch_nor_the_engine() -> None:
@@ -46,7 +46,16 @@ def test_without_a_command_the_help_is_shown(cli) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [*COMMANDS, "digits train", "digits evaluate", "digits sample", "bench engine", "bench train", "bench gpu"],
+    [
+        *COMMANDS,
+        "digits train",
+        "digits evaluate",
+        "digits sample",
+        "bench engine",
+        "bench train",
+        "bench gpu",
+        "bench serve",
+    ],
 )
 def test_every_command_has_help(cli, command) -> None:
     result = cli(*command.split(), "--help")
