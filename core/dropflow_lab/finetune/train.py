@@ -108,6 +108,7 @@ def _train(
     stage = recipe.stages[name]
     steps = len(samples) // stage.batch
     arguments = arguments_of(recipe, name, steps, folder)
+    device = arguments.device  # where processes meet that have not yet, after each has looked into the folder
     weights = last or before
     if weights is not None and is_sharded(model):
         model = type(model).from_pretrained(weights, dtype=torch.float32, local_files_only=True)
@@ -117,9 +118,10 @@ def _train(
             load_weights(model, weights)
     train_parts(model, stage.train, f"stages.{name}.train")
     if recipe.parallel == "fsdp2":
-        shard(model.to(arguments.device), arguments.device)
+        shard(model.to(device), device)
     fast = use_fast_attention(model) if recipe.attention == "matmul" else nullcontext()
     with _attached(model, policy, recipe) as flows, fast:
+        write_settings(*settings)  # before the Trainer makes a folder, which would look like a run
         trainer = FlowTrainer(
             flows=flows,
             dense=recipe.dense,
@@ -130,7 +132,6 @@ def _train(
             processing_class=processor,
             optimizer=stage.optimizer,
         )
-        write_settings(*settings)  # the others have read the folder before they met in the Trainer
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if stage.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=False)  # the Trainer leaves it on
