@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from os import environ
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 import dropflow
 from dropflow import FlowSet, Policy
@@ -21,19 +19,17 @@ from dropflow_lab.digits.data.dialogues import Dialogue
 from dropflow_lab.digits.training.attention import use_fast_attention
 from dropflow_lab.errors import InputError
 from dropflow_lab.files import naming_what_cannot_be_written, replacing_files, write_text
-from dropflow_lab.finetune.checkpoints import checkpoints, last_whole_checkpoint, load_weights
+from dropflow_lab.finetune.arguments import arguments_of, micro_batch
+from dropflow_lab.finetune.checkpoints import last_whole_checkpoint, load_weights
 from dropflow_lab.finetune.collate import Collator, packing_fault
 from dropflow_lab.finetune.data import steps_of
 from dropflow_lab.finetune.epochs import Epochs
 from dropflow_lab.finetune.parts import train_parts
-from dropflow_lab.finetune.recipe import PARTS, Recipe, TrainingStage
+from dropflow_lab.finetune.processes import is_first, meet, processes
+from dropflow_lab.finetune.recipe import Recipe
+from dropflow_lab.finetune.settings import check_start, settings_of, tell, write_settings
 from dropflow_lab.finetune.shards import is_sharded, shard
 from dropflow_lab.finetune.trainer import DENSE, PRUNED, FlowTrainer
-
-_FACTS = "settings.json"
-_ARGUMENTS = TrainingArguments.__dataclass_fields__
-_FREE = ("name", "save_every", "log_every", "policy", "model")
-"""Entries of a recipe that a resumed run may change, since no weight depends on them, or that are told otherwise."""
 
 
 def finetune(
@@ -60,34 +56,36 @@ def finetune(
     """
     run = out / "run"
     _check(model, recipe)
-    fixed = _facts(recipe, policy, data)
-    _check_start(run, fixed, resume)
-    _meet()  # before the first process writes what the others have just looked for
+    settings = settings_of(recipe, policy, data)
+    check_start(run, settings, resume)
+    meet()  # before the first process writes what the others have just looked for
     use_cache = vars(model.config).get("use_cache")
     log: list[dict[str, Any]] = []
     before: Path | None = None
     for name, stage in recipe.stages.items():
         steps, own = steps_of(stage, data[name]), run / name
-        last, faults = last_whole_checkpoint(own, _processes()) if resume else (None, {})
+        last, faults = last_whole_checkpoint(own, processes()) if resume else (None, {})
         if last is not None and last.name == f"checkpoint-{steps}" and name != list(recipe.stages)[-1]:
             log += _logged(name, json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
             before = last
             continue
         if resume:
-            _tell(own, last, faults)
+            tell(own, last, faults)
         samples = Epochs(data[name], steps * stage.batch, recipe.seed)
         with naming_what_cannot_be_written(run):
-            model, history = _train(model, processor, recipe, name, samples, policy, own, (before, last), (run, fixed))
-        _meet()  # the next stage reads what the first process writes
+            model, history = _train(
+                model, processor, recipe, name, samples, policy, own, (before, last), (run, settings)
+            )
+        meet()  # the next stage reads what the first process writes
         log += _logged(name, history)
-        before, resume = own / f"checkpoint-{steps}", resume and last is None
+        before, resume = own / f"checkpoint-{steps}", False
     if use_cache is None:
         vars(model.config).pop("use_cache", None)
     else:
         model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
-    if _is_first():
+    if is_first():
         _export(model, processor, out, log, before, recipe)
-    _meet()
+    meet()
     return out
 
 
@@ -100,7 +98,7 @@ def _train(
     policy: Policy,
     folder: Path,
     checkpoint: tuple[Path | None, Path | None],
-    facts: tuple[Path, Mapping[str, Any]],
+    settings: tuple[Path, Mapping[str, Any]],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Run one stage; `checkpoint` names that of the stage before, and that of this stage to continue from.
 
@@ -109,7 +107,8 @@ def _train(
     before, last = checkpoint
     stage = recipe.stages[name]
     steps = len(samples) // stage.batch
-    arguments = _arguments(recipe, name, steps, folder)
+    arguments = arguments_of(recipe, name, steps, folder)
+    device = arguments.device  # where processes meet that have not yet, after each has looked into the folder
     weights = last or before
     if weights is not None and is_sharded(model):
         model = type(model).from_pretrained(weights, dtype=torch.float32, local_files_only=True)
@@ -119,9 +118,10 @@ def _train(
             load_weights(model, weights)
     train_parts(model, stage.train, f"stages.{name}.train")
     if recipe.parallel == "fsdp2":
-        shard(model.to(arguments.device), arguments.device)
+        shard(model.to(device), device)
     fast = use_fast_attention(model) if recipe.attention == "matmul" else nullcontext()
     with _attached(model, policy, recipe) as flows, fast:
+        write_settings(*settings)  # before the Trainer makes a folder, which would look like a run
         trainer = FlowTrainer(
             flows=flows,
             dense=recipe.dense,
@@ -132,8 +132,6 @@ def _train(
             processing_class=processor,
             optimizer=stage.optimizer,
         )
-        if _is_first():  # the others have read the folder before they meet here
-            write_text(facts[0] / _FACTS, json.dumps(facts[1], indent=2) + "\n")
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if stage.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=False)  # the Trainer leaves it on
@@ -156,7 +154,7 @@ def _attached(model: Any, policy: Policy, recipe: Recipe) -> Iterator[FlowSet | 
 def _check(model: Any, recipe: Recipe) -> None:
     """Raise `InputError` where a recipe does not fit the model or the number of processes."""
     for name, stage in recipe.stages.items():
-        _micro_batch(name, stage)
+        micro_batch(name, stage)
         train_parts(model, stage.train, f"stages.{name}.train")
         fault = packing_fault(dropflow.backbone_for(model)) if stage.rounds > 1 else None
         if fault:
@@ -168,118 +166,6 @@ def _check(model: Any, recipe: Recipe) -> None:
             f"parallel: {recipe.parallel} needs processes started by torchrun, such as `torchrun --nproc-per-node 2 "
             "--no-python dropflow train ...`; or set ddp"
         )
-
-
-def _micro_batch(name: str, stage: TrainingStage) -> tuple[int, int]:
-    """Return samples per forward, and forwards per step, of each process."""
-    processes = _processes()
-    micro = stage.micro_batch or max(1, stage.batch // processes)
-    if stage.batch % (micro * processes):
-        raise InputError(
-            f"stages.{name}.batch: {stage.batch} samples cannot be divided into forwards of {micro} on {processes} "
-            "processes; make batch a multiple of micro_batch times the processes"
-        )
-    return micro, stage.batch // (micro * processes)
-
-
-def _facts(recipe: Recipe, policy: Policy, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run must share, by name."""
-    told = recipe.model_dump(mode="json", exclude=set(_FREE))
-    for name, stage in told["stages"].items():
-        stage["data"] = stage["data"] if stage["data"] == "digits" else "a folder"
-        stage["samples"] = len(data[name])
-    return dict(_flat(told | {"policy": policy.to_dict(), "processes": _processes()}))
-
-
-def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, own in value.items():
-        if isinstance(own, Mapping):
-            yield from _flat(own, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", own
-
-
-def _check_start(run: Path, facts: Mapping[str, Any], resume: bool) -> None:
-    """Check that a run may start or continue in this folder."""
-    known = run / _FACTS
-    held = known.exists() or any(checkpoints(folder) for folder in run.glob("*") if folder.is_dir())
-    if held and not resume:
-        raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
-    if resume and not held:
-        raise InputError(f"{run}: expected a checkpoint to continue from, found none; leave out --resume")
-    if not resume or not known.exists():
-        return
-    now = json.loads(json.dumps(facts))
-    try:
-        saved = dict(json.loads(known.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{known}: expected the settings of the run: {error}; delete it if they are the same"
-        ) from None
-    differing = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
-    if differing:
-        told = ", ".join(f"{name} (then: {saved.get(name)}, now: {now.get(name)})" for name in differing)
-        raise InputError(f"{known}: --resume keeps a run's settings, but these differ: {told}; use the saved ones")
-
-
-def _tell(folder: Path, last: Path | None, faults: Mapping[Path, str]) -> None:
-    if not _is_first():
-        return
-    for checkpoint, fault in faults.items():
-        print(f"{checkpoint}: skipped; it has {fault}", file=sys.stderr)
-    print(f"continuing from {last or f'the beginning of {folder.name}: no checkpoint was finished'}", file=sys.stderr)
-
-
-def _meet() -> None:
-    """Wait for the other processes; before the first stage they meet when the Trainer's arguments are made."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else int(environ.get("WORLD_SIZE", 1))
-
-
-def _is_first() -> bool:
-    return (distributed.get_rank() if distributed.is_initialized() else int(environ.get("RANK", 0))) == 0
-
-
-def _arguments(recipe: Recipe, name: str, steps: int, folder: Path) -> TrainingArguments:
-    stage = recipe.stages[name]
-    micro, accumulation = _micro_batch(name, stage)
-    more: dict[str, Any] = {}
-    if stage.gradient_checkpointing:  # by its newer name, from transformers 5.23 on, where there is one
-        kind = next(kind for kind in ("activation", "gradient") if f"{kind}_checkpointing" in _ARGUMENTS)
-        more = {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
-    if recipe.parallel == "zero2":
-        more["deepspeed"] = {
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "bf16": {"enabled": "auto"},
-        }
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=stage.optimizer.clip,
-        learning_rate=stage.optimizer.rate,
-        seed=recipe.seed,
-        bf16=recipe.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=recipe.log_every,
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        report_to="none",
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",  # `Epochs` has shuffled
-        ddp_find_unused_parameters=any(part not in PARTS or part == "vision" for part in stage.train),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **more,
-    )
 
 
 def _logged(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -123,10 +123,14 @@ def _train(recipe: Recipe, policy: Policy, out: Path | None, resume: bool) -> tu
         require_scikit_learn()
     if recipe.parallel == "zero2" and find_spec("deepspeed") is None:
         raise InputError("parallel: zero2 needs DeepSpeed: pip install deepspeed")
+    import torch
+
     from dropflow_lab.finetune.data import samples_of, steps_of
     from dropflow_lab.finetune.train import finetune
     from dropflow_lab.inputs.models import load_model
 
+    if torch.cuda.is_available():  # otherwise every process would load its model onto the first GPU
+        torch.cuda.set_device(int(environ.get("LOCAL_RANK", 0)))
     model, processor = load_model(None if recipe.model is None else Path(recipe.model))
     data = samples_of(recipe, processor)
     finetune(model, processor, recipe, data, policy, out, resume=resume)
