@@ -18,6 +18,7 @@ PACKAGES = [
     "dropflow_scope",
     "dropflow_sparsevlm",
     "dropflow_tome",
+    "dropflow_visionselector",
     "dropflow_visionzip",
     "dropflow_vtw",
     "dropflow_adapters",

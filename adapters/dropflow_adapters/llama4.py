@@ -36,6 +36,11 @@ class Llama4(Backbone):
         return square_grid(tokens)
 
     @property
+    def feature_width(self) -> int:
+        """Width before the projector, which the core applies to what `get_image_features` returns."""
+        return int(self.model.config.vision_config.vision_output_dim)
+
+    @property
     def decoder_widths(self) -> DecoderWidths:
         """Widths of the text decoder, with the mean width of what a token passes through in dense and expert layers."""
         config = self.text.config

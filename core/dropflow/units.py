@@ -46,7 +46,7 @@ Tokens = Annotated[
 ]
 """Visual tokens of one image; a float is a share of the tokens that image has at entry to the LLM."""
 
-Rounding = Literal["half_up", "floor", "half_even", "ceil"]
+Rounding = Literal["half_up", "floor", "half_even", "ceil", "at_least_one"]
 """How a share of an image's tokens becomes a number of tokens."""
 
 
@@ -98,7 +98,8 @@ class Budget:
     share: float | None = None
     """The share, in (0, 1]; `None` where a count is given."""
     rounding: Rounding = "half_up"
-    """For shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil."""
+    """For shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil;
+    `at_least_one` is `floor`, but never 0."""
 
     def of(self, visual_tokens: int) -> int:
         """Number of tokens that stay in an image with `visual_tokens` tokens at entry."""
@@ -109,6 +110,8 @@ class Budget:
             return min(max(1, math.floor(exact + 0.5)), visual_tokens)
         if self.rounding == "ceil":
             return min(math.ceil(exact), visual_tokens)
+        if self.rounding == "at_least_one":
+            return min(max(1, int(exact)), visual_tokens)
         return int(exact) if self.rounding == "floor" else round(exact)
 
     def of_each(self, visual_tokens: Int[Tensor, "images"]) -> Int[Tensor, "images"]:
@@ -127,6 +130,8 @@ class Budget:
             return (exact + 0.5).floor().clamp(min=1).long().minimum(visual_tokens)
         if self.rounding == "ceil":
             return exact.ceil().long().minimum(visual_tokens)
+        if self.rounding == "at_least_one":
+            return exact.floor().clamp(min=1).long().minimum(visual_tokens)
         return (exact.floor() if self.rounding == "floor" else exact.round()).long()
 
 

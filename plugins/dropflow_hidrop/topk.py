@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dropflow.operators import soft_top, standardised, straight_through
+from dropflow.operators import soft_counted, soft_top, standardised, straight_through
 
 LEAST = 1e-8
 """Attention probability below which tokens count as equally unattended, in the logarithm."""
+LEAST_WEIGHT = 0.01
+"""Weight below which a token is dropped in the relaxed choice, to save its work."""
 
 
 def soft_mask(scores: Float[Tensor, "candidates"], k: int, *, temperature: float = 1.0) -> Float[Tensor, "candidates"]:
@@ -45,3 +47,20 @@ def soft_weights(
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     z = standardised(wide.clamp(min=LEAST).log(), image)
     return straight_through(soft_top(z, image, keep, temperature=temperature))
+
+
+def relaxed_weights(
+    scores: Float[Tensor, "batch slots"],
+    image: Int[Tensor, "batch slots"],
+    counts: Float[Tensor, "images"],
+    temperature: float,
+) -> Float[Tensor, "batch slots"]:
+    """Weights of `learn`: the soft mask itself, which sums to the real count of each image.
+
+    m_i = sigmoid((z_i - tau) / T) with z as in `soft_weights`, differentiable in the scores and in the counts. As
+    T -> 0 it becomes the hard choice. Unlike the straight-through estimator's, its gradient is exactly that of the loss
+    computed with it.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    z = standardised(wide.clamp(min=LEAST).log(), image)
+    return soft_counted(z, image, counts, temperature=temperature)

@@ -46,8 +46,8 @@ class Look(Stage[Any]):
 def told(model: Any, stage: dict[str, Any]) -> int:
     """Rows that are sums of those before, by the stage's own word; fails where they are not."""
     look, counted = {"use": Look}, 0
-    with torch.no_grad(), dropflow.attach(model, policy(look=look, stage=stage)) as flow:
-        model.get_image_features(prompt([("I", 2, "I", 4)])["pixel_values"])
+    with torch.no_grad(), dropflow.attach(model.train(), policy(look=look, stage=stage)) as flow:
+        model.eval().get_image_features(prompt([("I", 2, "I", 4)])["pixel_values"])
         watch: Any = dict(flow.plan.stages)["look"]
     for step in watch.events[0].steps:
         call, answer = watch.seen[step.boundary], step.answer

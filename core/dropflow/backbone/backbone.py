@@ -239,6 +239,12 @@ class Backbone:
         return DecoderWidths.of(self.text.config)
 
     @property
+    def feature_width(self) -> int:
+        """Numbers per row of the image features, as stages see them after the projector: the LLM's, unless a family
+        projects them later."""
+        return self.decoder_widths.hidden
+
+    @property
     def work_without_attention(self) -> dict[int, int]:
         """Multiply-adds per token of every decoder layer without attention, by layer; an estimate from its weights."""
         shape, text = self.shape, self.text

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.model.attention import QueryKey
@@ -125,6 +125,10 @@ class PruneCall:
     differentiable: bool = False
     """Whether the model trains and the stage asked for gradients (`Stage.differentiable`): `attention_rows` and
     `hidden` then carry them, and `Keep.weights` are applied."""
+    module: nn.Module | None = None
+    """The trained module of the stage (`Stage.build_module`)."""
+    progress: float = 0.0
+    """How far training has come, from 0 to 1, for stages with `follows_progress`; 0 where nobody says."""
 
     def counts(self, budget: Budget) -> Int[Tensor, "images"]:
         """How many tokens of each image `budget` keeps, by image number; computed on the device without a wait."""
@@ -235,6 +239,8 @@ class Keep:
     state may move where other tokens of its sample are protected or dropped by another stage at this boundary, or where
     tokens have soft weights or carry numbers.
     """
+    loss: Float[Tensor, ""] | None = None
+    """A term for the loss of training, already weighted; read where the model trains (see `Flow.stage_loss`)."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,12 @@ class EncodeCall:
     separate: bool = True
     """Whether every row is one row of the encoder (fact `vision_layers`), rather than made of several (see
     `VisionReader`)."""
+    training: bool = False
+    """Whether the model trains: it is in `train()` and gradients are enabled."""
+    module: nn.Module | None = None
+    """The trained module of the stage (`Stage.build_module`)."""
+    progress: float = 0.0
+    """How far training has come, from 0 to 1, for stages with `follows_progress`; 0 where nobody says."""
 
     def query_keys(
         self, layer: int
@@ -392,6 +404,8 @@ class Encode:
     the old rows of all its frames, one after the other in the order of time. Rows of other images cannot be merged."""
     scores: Lazily | None = None
     """For observers: returns the score that the stage gave each old row, per image; NaN for rows it did not rank."""
+    loss: Float[Tensor, ""] | None = None
+    """A term for the loss of training, already weighted; read where the model trains (see `Flow.stage_loss`)."""
 
     @property
     def decides(self) -> bool:

@@ -13,6 +13,8 @@ from dropflow.errors import PolicyError
 from dropflow.units import Budget, Rounding, Scale
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dropflow.backbone.backbone import Backbone
 
 EncodeBoundary = int | float | Literal["pixels", "features"] | None
@@ -164,6 +166,12 @@ class Stage(Generic[O_co]):
     """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.FACTS`."""
     training_free: ClassVar[bool] = True
     """False where the published method trains the model with this stage; untrained, it runs with less accuracy."""
+    published_as: ClassVar[tuple[str, ...]] = ()
+    """Prefixes under which published checkpoints hold the weights of its module, such as `visual.scorer.`."""
+    needs_training: ClassVar[bool] = False
+    """Whether a fresh module decides nothing sensible: it is then attached only to a model that is in `train()`."""
+    float32: ClassVar[bool] = False
+    """Whether its module stays in float32 on a model of lower precision; otherwise it gets the model's dtype."""
 
     def __init__(self, options: O_co, context: StageContext) -> None:
         self.options = options
@@ -233,6 +241,11 @@ class Stage(Generic[O_co]):
         return False
 
     @property
+    def follows_progress(self) -> bool:
+        """Whether training depends on how far it has come (`progress` of a payload), which callers then state."""
+        return False
+
+    @property
     def decode_every(self) -> int:
         """Generated tokens after which `decode_cache` is asked again; with 0 it is asked only after prefill."""
         return 0
@@ -242,6 +255,23 @@ class Stage(Generic[O_co]):
 
         Raises `PolicyError` naming the option (see `StageContext.path`) that does not fit `backbone`.
         """
+
+    def build_module(self, backbone: Backbone) -> nn.Module | None:  # noqa: ARG002
+        """The module that this stage trains, freshly initialised; `None` for most stages.
+
+        Called when the policy is attached, after `prepare`, with torch's generator seeded, so that every process builds
+        the same. The engine registers it on the model, where optimizers and parallel wrappers find it, hands it to the
+        hooks in their payload (`module`), saves it beside the policy and loads it by name. Parameters are float32 on
+        the CPU. Policies of one set whose stages have the same name and build the same share one module.
+        """
+        return None
+
+    def learned(self, module: nn.Module) -> Mapping[str, Any] | None:  # noqa: ARG002
+        """Options with which this stage does without `module` what it has learned; `None` where it cannot.
+
+        Given over the options of the policy; an option set to `None` is left out.
+        """
+        return None
 
     def forecast(self) -> Forecast:
         """What this stage will do, from its options alone; used by checks and by `dropflow explain`."""

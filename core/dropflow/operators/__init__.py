@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         row_parts,
         text_rows,
     )
-    from dropflow.operators.relaxation import soft_top, standardised, straight_through
+    from dropflow.operators.relaxation import soft_counted, soft_top, standardised, straight_through
     from dropflow.operators.selection import keep_top, top
 else:
     _HOMES = {
@@ -50,7 +50,7 @@ else:
             "row_parts",
             "text_rows",
         ),
-        "dropflow.operators.relaxation": ("soft_top", "standardised", "straight_through"),
+        "dropflow.operators.relaxation": ("soft_counted", "soft_top", "standardised", "straight_through"),
         "dropflow.operators.selection": ("keep_top", "top"),
     }
     __getattr__ = lazy_names(__name__, _HOMES)
@@ -79,6 +79,7 @@ __all__ = [
     "merge_windows",
     "most_alike",
     "row_parts",
+    "soft_counted",
     "soft_top",
     "standardised",
     "straight_through",

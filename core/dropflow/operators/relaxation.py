@@ -46,14 +46,34 @@ def soft_top(
     flat = torch.where(image < 0, 0, scores).flatten()
     size, k = groups.total(torch.ones_like(flat)), groups.total(keep.flatten().to(flat))
     undecided = ((k > 0) & (k < size))[groups.number]
-    with torch.no_grad():
-        tau = _threshold(flat, groups, k, size, temperature)[groups.number]
-        x = (flat - tau) / temperature
-        part = groups.softmax(logsigmoid(x) + logsigmoid(-x))  # a / sum(a), which cannot underflow to 0 / 0
-    follows = groups.total(part * (flat - flat.detach()))[groups.number]  # 0, with the gradient of tau
-    soft = torch.sigmoid((flat - tau - follows) / temperature)
+    soft, _ = _relaxed(flat, groups, k, size, temperature)
     mask: Tensor = torch.where(undecided, soft, (keep & (image >= 0)).flatten().to(flat))
     return mask.view(scores.shape)
+
+
+def soft_counted(
+    scores: Float[Tensor, "batch slots"],
+    image: Int[Tensor, "batch slots"],
+    counts: Float[Tensor, "images"],
+    *,
+    temperature: float,
+) -> Float[Tensor, "batch slots"]:
+    """The soft mask of `soft_top` for real counts k, by image number; differentiable in the scores and in the counts.
+
+    From sum(m) = k follows d m_i / d k = a_i / sum(a): one more token is shared out among those near the threshold. A
+    count beyond the image's tokens gives ones, one of 0 or less zeros; neither has a gradient.
+    """
+    groups = _Groups.of(image)
+    batch, images = image.shape[0], (groups.count - 1) // image.shape[0]
+    flat = torch.where(image < 0, 0, scores).flatten()
+    size = groups.total(torch.ones_like(flat))
+    wanted = torch.nn.functional.pad(counts.to(flat)[:images].repeat(batch), (0, 1))
+    k = wanted.detach()
+    undecided = ((k > 0) & (k < size))[groups.number]
+    soft, part = _relaxed(flat, groups, k, size, temperature)
+    follows = part * (wanted - k)[groups.number]  # 0, with the gradient of the counts
+    whole = ((k > 0)[groups.number] & (image >= 0).flatten()).to(flat)
+    return torch.where(undecided, soft + follows, whole).view(scores.shape)
 
 
 def standardised(
@@ -70,6 +90,16 @@ def standardised(
     centred = flat - (groups.total(flat) / size)[groups.number]
     deviation = (groups.total(centred.square()) / size + floor**2).sqrt()
     return (centred / deviation[groups.number]).view(scores.shape)
+
+
+def _relaxed(flat: Tensor, groups: _Groups, k: Tensor, size: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The soft mask of each group, differentiable in the scores, and a / sum(a) of every slot without a gradient."""
+    with torch.no_grad():
+        tau = _threshold(flat, groups, k, size, temperature)[groups.number]
+        x = (flat - tau) / temperature
+        part = groups.softmax(logsigmoid(x) + logsigmoid(-x))  # a / sum(a), which cannot underflow to 0 / 0
+    follows = groups.total(part * (flat - flat.detach()))[groups.number]  # 0, with the gradient of tau
+    return torch.sigmoid((flat - tau - follows) / temperature), part
 
 
 def _threshold(flat: Tensor, groups: _Groups, k: Tensor, size: Tensor, temperature: float) -> Tensor:

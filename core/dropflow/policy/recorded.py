@@ -16,6 +16,8 @@ from dropflow.policy.policy_file import load_policy, load_recorded
 
 FIELD = "dropflow"
 """Field of a model's config that holds its policy, as JSON with the keys of a YAML policy file."""
+WEIGHTS = "dropflow.safetensors"
+"""File beside the model's own weights with those of the modules that the policy's stages train."""
 
 
 def recorded_policy(config: Any, *, allow_downloads: bool = False) -> Policy:

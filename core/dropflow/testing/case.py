@@ -73,8 +73,12 @@ class Case:
         return mask.bool()
 
     def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
-        """Attach the case's policy, or another one."""
-        return attach(self.model, policy or self.policy, adapter=self.adapter)
+        """Attach the case's policy, or another one; modules of stages start fresh, whatever they decide."""
+        training = self.model.training
+        try:
+            return attach(self.model.train(), policy or self.policy, adapter=self.adapter)
+        finally:
+            self.model.train(training)
 
     def single(self, sample: int) -> dict[str, Any]:
         """Inputs of one sample alone, without padding."""

@@ -22,6 +22,7 @@ from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, UNITS, WINDOW
 from dropflow.testing.reading import check_reader
+from dropflow.testing.trained import check_trained
 from dropflow.testing.units import check_units
 
 VIDEO_SAMPLES: Sequence[Sequence[Part]] = ((3, "V", 5), (1, "I", 2, "V", 6), (4,))
@@ -88,6 +89,7 @@ def _error(case: Case) -> float:
     """The largest relative error of all checks."""
     worst = max(check(case) for check in CHECKS.values())
     check_needs(case)
+    check_trained(case)
     return max(worst, check_beside(case))
 
 

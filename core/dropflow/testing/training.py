@@ -26,7 +26,10 @@ def check_training(case: Case) -> float:
     model, inputs = case.model.train(), labelled(case)
     try:
         with case.attach() as flow, text_inputs(case) as handed, GivenWeights(flow) as given:
+            flow.progress = 0.5
             loss = model(**inputs).loss
+            if flow.stage_loss is not None:  # which the masked run does not have
+                loss = loss - flow.stage_loss
             live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
             log_weights = given.log_weights(*live.shape)
             loss.backward(retain_graph=log_weights is not None)

@@ -86,9 +86,12 @@ def _row(
 def _refusal(model: Any, stage: type[Stage[Any]]) -> str:
     """Why `attach` refuses a stage on a model; "" if it does not."""
     try:
+        model.train()  # for stages that have no weights yet
         dropflow.attach(model, {"name": "asked", "stages": {"asked": {"use": stage}}}).detach()
     except DropflowError as error:
         return _reason(error)
+    finally:
+        model.eval()
     return ""
 
 

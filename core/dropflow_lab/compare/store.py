@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from dropflow import Policy
+from dropflow.policy.recorded import WEIGHTS
 from dropflow_lab.errors import shortened
 from dropflow_lab.files import file_name, write_text
 
@@ -52,11 +53,14 @@ class Finished:
 
 
 def digest_of_weights(model: Any) -> str:
-    """Return a digest of all weights and their names."""
+    """Return a digest of all weights and their names, with those of stages that are saved beside the model."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(_bytes(weight))
+    beside = Path(getattr(model, "name_or_path", ""), WEIGHTS)
+    if beside.is_file():
+        digest.update(beside.read_bytes())
     return digest.hexdigest()
 
 

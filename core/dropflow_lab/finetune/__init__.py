@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dropflow_lab.finetune.collate import Collator
     from dropflow_lab.finetune.data import samples_of
     from dropflow_lab.finetune.folder import FolderDialogues
+    from dropflow_lab.finetune.stages import StageProgress
     from dropflow_lab.finetune.train import finetune
 else:
     _HOMES = {
@@ -18,6 +19,7 @@ else:
         "dropflow_lab.finetune.collate": ("Collator",),
         "dropflow_lab.finetune.data": ("samples_of",),
         "dropflow_lab.finetune.folder": ("FolderDialogues",),
+        "dropflow_lab.finetune.stages": ("StageProgress",),
         "dropflow_lab.finetune.train": ("finetune",),
     }
     __getattr__ = lazy_names(__name__, _HOMES)
@@ -27,6 +29,7 @@ __all__ = [
     "FolderDialogues",
     "Recipe",
     "RestoredWeights",
+    "StageProgress",
     "finetune",
     "last_whole_checkpoint",
     "load_recipe",

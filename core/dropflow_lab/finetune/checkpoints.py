@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
+import dropflow
 from dropflow_lab.errors import InputError, shortened
 
 _STATE = "trainer_state.json"
@@ -50,7 +51,8 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
 
     They are read by `from_pretrained`. The Trainer's `resume_from_checkpoint` is not enough: it looks for the model's
     current names in the file, while `save_pretrained` writes the architecture's names in older versions of
-    transformers, and it only warns about weights that it does not find. Raises `InputError` for a weight that is
+    transformers, and it only warns about weights that it does not find. What the stages of an attached policy train is
+    loaded, too, and refused with `PolicyError` where it is missing. Raises `InputError` for a weight that is
     missing, unexpected, or of another shape.
     """
     if not isinstance(model, PreTrainedModel):
@@ -67,13 +69,18 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
             f"{checkpoint}: its weights cannot be loaded: {shortened(str(error))}; name another checkpoint"
         ) from None
     faults = [f"{word.replace('_', ' ')} {sorted(map(str, names))[:3]}" for word, names in told.items() if names]
+    stages = {name: value for name, value in model.state_dict().items() if name.startswith("dropflow_stages.")}
     try:
         if not faults:
-            model.load_state_dict(saved.state_dict())
+            model.load_state_dict(saved.state_dict() | stages)
     except RuntimeError as error:  # of another architecture
         faults = [shortened(str(error))]
     if faults:
         raise InputError(f"{checkpoint}: not the weights of this model: {', '.join(faults)}; name a checkpoint of it")
+    flow = dropflow.flow_of(model)
+    flows = [flow] if isinstance(flow, dropflow.Flow) else [] if flow is None else list(flow.values())
+    for each in [each for each in flows if each is not None and each.modules][:1]:  # a set shares its modules by name
+        each.load_stages(checkpoint)
 
 
 class RestoredWeights(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dropflow.policy.bounds import Name
 
-PARTS = ("vision", "projector", "language")
-"""Parts of a model that a stage can train; every parameter belongs to one of them."""
+PARTS = ("vision", "projector", "language", "stages")
+"""Parts of a model that a stage can train; every parameter belongs to one of them. `stages` is what the stages of the
+policy train, such as a scorer or a schedule."""
 
 
 class _Part(BaseModel):
@@ -45,8 +46,8 @@ class TrainingStage(_Part):
     train: tuple[str, ...] = Field(
         ("projector", "language"),
         min_length=1,
-        description="what is trained: vision, projector, language, or patterns of parameter names such as "
-        "`*.layers.3.*`; everything else is frozen",
+        description="what is trained: vision, projector, language, stages (what the policy's stages learn), or "
+        "patterns of parameter names such as `*.layers.3.*`; everything else is frozen",
     )
     steps: int | None = Field(None, ge=1, description="optimizer steps; instead of `epochs`")
     epochs: int | None = Field(None, ge=1, description="times that every sample is seen; instead of `steps`")

@@ -14,7 +14,8 @@ from torch import distributed
 from torch.utils.data import Dataset
 
 import dropflow
-from dropflow import FlowSet, Policy
+from dropflow import Flow, FlowSet, Policy
+from dropflow.policy.recorded import WEIGHTS
 from dropflow_lab.digits.data.dialogues import Dialogue
 from dropflow_lab.digits.training.attention import use_fast_attention
 from dropflow_lab.errors import InputError
@@ -29,6 +30,7 @@ from dropflow_lab.finetune.processes import is_first, meet, processes
 from dropflow_lab.finetune.recipe import Recipe
 from dropflow_lab.finetune.settings import check_start, settings_of, tell, write_settings
 from dropflow_lab.finetune.shards import is_sharded, shard
+from dropflow_lab.finetune.stages import StageProgress, stages_in_float32, write_learned
 from dropflow_lab.finetune.trainer import DENSE, PRUNED, FlowTrainer
 
 
@@ -47,8 +49,8 @@ def finetune(
     `data` holds the samples of every stage. `out/run/STAGE` holds its resumable checkpoints, each a model folder that
     records the policy; `resume` continues from the last whole one, and ends with the same weights as an uninterrupted
     run, bit for bit. A stage that was killed before its first checkpoint starts again. The finished model is stored in
-    bf16 if it was trained in bf16, together with the log. Under torchrun every process takes its share of each step,
-    and the first one writes.
+    bf16 if it was trained in bf16, together with the log and, where options can say what the policy's stages have
+    learned, with a plain policy. Under torchrun every process takes its share of each step, and the first one writes.
 
     Raises `InputError` if `out` holds a run and `resume` is not set, if it holds none and `resume` is set, or if the
     run has other settings, and for a recipe that does not fit the model or the number of processes; `PolicyError` for
@@ -84,7 +86,9 @@ def finetune(
     else:
         model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
     if is_first():
-        _export(model, processor, out, log, before, recipe)
+        learned = before is not None and (before / WEIGHTS).is_file()
+        with dropflow.attach(model, policy, weights=before) if learned else nullcontext() as flow:
+            _export(model, processor, flow, out, log, before, recipe)
     meet()
     return out
 
@@ -116,11 +120,13 @@ def _train(
         model = model.float()  # folders hold bf16 weights, too coarse for training
         if weights is not None:
             load_weights(model, weights)
+    model.train()
     train_parts(model, stage.train, f"stages.{name}.train")
     if recipe.parallel == "fsdp2":
         shard(model.to(device), device)
     fast = use_fast_attention(model) if recipe.attention == "matmul" else nullcontext()
-    with _attached(model, policy, recipe) as flows, fast:
+    with _attached(model, policy, recipe, weights) as (flow, flows), fast:
+        train_parts(model, stage.train, f"stages.{name}.train")  # again, with the modules of the policy's stages
         write_settings(*settings)  # before the Trainer makes a folder, which would look like a run
         trainer = FlowTrainer(
             flows=flows,
@@ -131,6 +137,7 @@ def _train(
             data_collator=Collator(processor),
             processing_class=processor,
             optimizer=stage.optimizer,
+            callbacks=[StageProgress(flow)],
         )
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if stage.gradient_checkpointing:
@@ -140,15 +147,28 @@ def _train(
 
 
 @contextmanager
-def _attached(model: Any, policy: Policy, recipe: Recipe) -> Iterator[FlowSet | None]:
-    """Attach the policy while the block runs, and record it in the model's config unless the model is to run dense."""
+def _attached(
+    model: Any, policy: Policy, recipe: Recipe, weights: Path | None
+) -> Iterator[tuple[Flow, FlowSet | None]]:
+    """Attach the policy while the block runs, and record it in the model's config unless the model is to run dense.
+
+    What its stages have learned before is read from the folder `weights`. A policy with such stages is recorded where
+    the model is saved, as their weights leave the model with it.
+    """
     if recipe.dense is not None:
         with dropflow.attach_set(model, {PRUNED: policy, DENSE: None}, default=DENSE) as flows:
-            yield flows
+            pruned = flows[PRUNED]
+            assert pruned is not None
+            if pruned.modules and weights is not None:
+                pruned.load_stages(weights)
+            yield pruned, flows
         return
     with dropflow.attach(model, policy, logits=recipe.logits) as flow:
-        yield None
-        flow.record()
+        if flow.modules and weights is not None:
+            flow.load_stages(weights)
+        yield flow, None
+        if not flow.modules:
+            flow.record()
 
 
 def _check(model: Any, recipe: Recipe) -> None:
@@ -173,14 +193,22 @@ def _logged(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _export(
-    model: Any, processor: Any, out: Path, log: list[dict[str, Any]], last: Path | None, recipe: Recipe
+    model: Any,
+    processor: Any,
+    flow: Flow | None,
+    out: Path,
+    log: list[dict[str, Any]],
+    last: Path | None,
+    recipe: Recipe,
 ) -> None:
     if is_sharded(model):
         whole = type(model).from_pretrained(last, dtype=torch.float32, local_files_only=True)
         whole.config, whole.generation_config = model.config, model.generation_config
         model = whole
-    model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    with stages_in_float32(flow):
+        model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     with replacing_files(out) as part:
         write_text(part / "training-log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         processor.save_pretrained(part)
         model.save_pretrained(part)
+        write_learned(flow, part)

@@ -21,7 +21,9 @@ def test_every_registered_name_is_listed_with_a_line_about_it(cli, kind) -> None
 
 def test_stages_are_listed_with_their_options(cli) -> None:
     rows = {row["name"]: row for row in json.loads(cli("list", "stages", "--json").stdout)["stages"]}
-    assert set(rows["hidrop/concave-pyramid"]["options"]) == {"keep", "budget", "split", "select", "temperature"}
+    learned = {"learn", "final_temperature", "budget_weight"}
+    options = {"keep", "budget", "split", "select", "temperature"} | learned
+    assert set(rows["hidrop/concave-pyramid"]["options"]) == options
     assert rows["hidrop/early-exit"]["paper"].startswith("arXiv:2602.23699")
 
 

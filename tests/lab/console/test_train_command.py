@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import dropflow
+from dropflow.errors import PolicyError
 from dropflow_lab.digits.data.dataset import write_folder
 from dropflow_lab.errors import InputError
-from dropflow_lab.finetune import FolderDialogues
+from dropflow_lab.finetune import FolderDialogues, load_weights
 from dropflow_lab.inputs.data import read_samples
 from dropflow_lab.inputs.models import load_model
 
@@ -175,3 +176,59 @@ def test_questions_about_one_picture_go_together(tmp_path) -> None:
     table.write_text(json.dumps(one | {"answer": None}))
     with pytest.raises(InputError, match="expected an answer in every line, found none where"):
         FolderDialogues(read_samples(tmp_path, 9), rounds=1)
+
+
+LEARNING = (
+    "name: learning\ntuned_for: {layers: 4, visual_tokens: 144}\n"
+    "stages:\n"
+    "  pyramid: {use: hidrop/concave-pyramid, keep: {1: 72, 2: 36}, learn: true, budget: {average_tokens: 60}}\n"
+)
+
+
+def test_a_schedule_is_learned_alone_resumed_and_written_as_a_plain_policy(model_folder, cli, tmp_path) -> None:
+    """A resumed run ends with the same ratios; the model is untouched; the plain policy keeps the budget."""
+    policy = tmp_path / "learning.yaml"
+    policy.write_text(LEARNING)
+    arguments = ("train", "--policy", policy, "--model", model_folder, "--recipe", "learn", "--rate", 0.1, *SMALL)
+    assert cli(*arguments, "--out", tmp_path / "whole").exit_code == 0
+    assert set(load_file(tmp_path / "whole" / "dropflow.safetensors")) == {"pyramid.logits"}
+    run, own = tmp_path / "model" / "run" / "learn", tmp_path / "whole" / "run" / "learn"
+    shutil.copytree(own / "checkpoint-2", run / "checkpoint-2")
+    shutil.copy(own.parent / "settings.json", run.parent)
+    result = cli(*arguments, "--out", tmp_path / "model", "--resume")
+    assert result.exit_code == 0, result.stderr
+    weights = [(tmp_path / name / "dropflow.safetensors").read_bytes() for name in ("whole", "model")]
+    assert weights[0] == weights[1]
+    start, end = (load_file(folder / "dropflow.safetensors") for folder in (run / "checkpoint-2", tmp_path / "model"))
+    assert not torch.equal(start["pyramid.logits"], end["pyramid.logits"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "model"))
+    assert all(torch.equal(before[name].float(), value) for name, value in after.items())
+    learned = dropflow.load_policy(tmp_path / "model" / "learned.yaml")
+    options = learned.stages["pyramid"].options.model_dump(exclude_defaults=True)
+    assert (learned.name, set(options)) == ("learning-learned", {"keep"})
+    assert 144 + options["keep"][1] + 2 * options["keep"][2] in (239, 240)
+    (run / "checkpoint-4" / "dropflow.safetensors").unlink()
+    with pytest.raises(PolicyError, match="not the weights of stages"):
+        resumed(tmp_path / "model")
+
+
+def resumed(folder: Path) -> None:
+    """Load the last checkpoint of a run into its model."""
+    model, _ = load_model(folder)
+    with dropflow.attach(model):
+        load_weights(model, folder / "run" / "learn" / "checkpoint-4")
+
+
+def test_a_policy_with_nothing_to_learn_is_refused(trained, model_folder, refused, tmp_path) -> None:
+    arguments = (
+        "--policy",
+        trained / "mild.yaml",
+        "--model",
+        model_folder,
+        "--recipe",
+        "learn",
+        "--out",
+        tmp_path / "m",
+    )
+    line = refused("train", *arguments, *SMALL)
+    assert "stages.learn.train: no stage of the policy has anything to learn" in line

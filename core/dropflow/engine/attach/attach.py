@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 from torch import nn
@@ -16,14 +19,18 @@ from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.labelled_logits import check_loss_function
 from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.attach.stage_modules import StageModules
+from dropflow.engine.attach.stage_weights import find_weights, knows_any, load_weights
 from dropflow.engine.model.tap import sweep
 from dropflow.engine.model.turns import Turns
 from dropflow.engine.vision.encoding import attached_plans
-from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel, quoted
 from dropflow.policy.plan import Plan, resolve
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import Source, load_policy
-from dropflow.policy.recorded import Recording, recorded_policy
+from dropflow.policy.recorded import WEIGHTS, Recording, recorded_policy
+
+_log = logging.getLogger("dropflow")
 
 
 class _Attachment:
@@ -59,6 +66,7 @@ def attach(
     adapter: str | type[Backbone] | None = None,
     allow_downloads: bool = False,
     logits: Literal["all", "labelled"] = "all",
+    weights: str | PathLike[str] | None = None,
 ) -> Flow:
     """Apply `policy` to every forward of `model` until the flow is detached or its `with` block ends.
 
@@ -74,8 +82,12 @@ def attach(
     predict a label, and its `logits` are (1, rows, vocabulary): faster and smaller, for trainers that read the loss
     alone. The model's own forward computes the loss in either case.
 
-    Raises `PolicyError` for a policy that does not fit the model, `UnsupportedModel` for a model that cannot be served
-    (or has a flow attached already).
+    Modules that stages train are registered on the model as `dropflow_stages`, with fresh weights, or with those in
+    `weights`: a safetensors file, or a folder with one. By default they are read from the folder that the model was
+    loaded from, if it has some for these stages. `model.save_pretrained` writes them to a file of their own.
+
+    Raises `PolicyError` for a policy that does not fit the model, or whose recorded weights are missing, and
+    `UnsupportedModel` for a model that cannot be served (or has a flow attached already).
     """
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
@@ -84,7 +96,8 @@ def attach(
         check_loss_function(found.model)
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
     plan = _resolved(found, load_policy(source, overrides))
-    hooks = _attach(found, {"": plan}, "", labelled_only=logits == "labelled")
+    own = _Weights(weights, recorded=policy is None, given=model)
+    hooks = _attach(found, {"": plan}, "", own, labelled_only=logits == "labelled")
     flow = hooks.flows[""]
     assert flow is not None
     hooks.handle = flow
@@ -97,11 +110,13 @@ def attach_set(
     *,
     default: str,
     adapter: str | type[Backbone] | None = None,
+    weights: str | PathLike[str] | None = None,
 ) -> FlowSet:
     """Attach several named policies to one model; each call chooses one of them with `FlowSet.using`.
 
     `None` runs the model without a policy. `default` names the policy that is used where a caller chooses none; it is
-    also the one that the model's config records. Everything else is as for `attach`.
+    also the one that the model's config records. Stages of the same name in several policies share the module that
+    they train. Everything else is as for `attach`.
     """
     if default not in policies:
         raise PolicyError(
@@ -111,7 +126,7 @@ def attach_set(
     plans = {
         name: None if source is None else _resolved(found, load_policy(source)) for name, source in policies.items()
     }
-    hooks = _attach(found, plans, default)
+    hooks = _attach(found, plans, default, _Weights(weights, recorded=False, given=model))
     hooks.handle = flows = FlowSet(hooks.flows, hooks, lambda: _detach(found.core))
     return flows
 
@@ -146,8 +161,59 @@ def _resolved(backbone: Backbone, policy: Policy) -> Plan:
     return resolve(policy, backbone.shape, backbone.facts())
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Where the weights of the stages' modules come from."""
+
+    source: str | PathLike[str] | None
+    """What the caller named."""
+    recorded: bool
+    """Whether the policy is the one that the model's config records."""
+    given: Any
+    """The model as the caller passed it, in its wrappers."""
+
+
+def _modules(backbone: Backbone, plans: Mapping[str, Plan | None], own: _Weights) -> StageModules:
+    """The modules of the policies' stages, with their weights."""
+    modules, weights = StageModules(backbone, plans.values()), own.source
+    modules.check_not_wrapped(backbone.model, own.given)
+    if not modules.stages:
+        if weights is not None:
+            raise PolicyError(
+                "weights: given, but no stage of the policy has a module to load them into; leave them out"
+            )
+        return modules
+    names = ", ".join(f"stages.{name}" for name in modules.stages)
+    if weights is None:
+        home = getattr(backbone.model, "name_or_path", "")
+        weights = find_weights(home, revision=getattr(backbone.model.config, "_commit_hash", None))
+        if weights is None and own.recorded:
+            raise PolicyError(
+                f"attach: {names}: the recorded policy has trained weights, but {quoted(home)} has no {WEIGHTS}; name "
+                "the folder that has it with `weights=`"
+            )
+        if weights is not None and not own.recorded and not knows_any(modules, weights):
+            weights = None
+    if weights is not None:
+        load_weights(modules, weights)
+        return modules
+    blank = [name for name, stage in modules.stages.items() if stage.needs_training]
+    if blank and not backbone.model.training:
+        raise PolicyError(
+            f"attach: stages.{blank[0]}: decides nothing before it is trained, and no weights are given; name a folder "
+            "that has them with `weights=`, or put the model in `train()` to train it"
+        )
+    _log.warning("%s: starts with fresh weights; train it, or name a folder with `weights=`", names)
+    return modules
+
+
 def _attach(
-    backbone: Backbone, plans: Mapping[str, Plan | None], default: str, *, labelled_only: bool = False
+    backbone: Backbone,
+    plans: Mapping[str, Plan | None],
+    default: str,
+    weights: _Weights,
+    *,
+    labelled_only: bool = False,
 ) -> ModelHooks:
     warn_if_untested()
     leave_uncompiled()
@@ -162,6 +228,7 @@ def _attach(
             refusals.check_model(backbone, plan, shards)
             for _, stage in plan.stages:
                 stage.prepare(backbone)
+    modules = _modules(backbone, plans, weights)
     turn = attachment.turns.take(sys._getframe())
     try:
         present = attachment.hooks
@@ -170,7 +237,7 @@ def _attach(
             raise UnsupportedModel(f"attach: the policy {names} is already attached to this model; detach it first")
         _clean(attachment)  # left by an interrupted attach or detach
         refusals.check_unshared(backbone)
-        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards, labelled_only=labelled_only)
+        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards, modules, labelled_only=labelled_only)
         attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
         attached_plans.update(attachment.serials)
         recorded = plans[default]

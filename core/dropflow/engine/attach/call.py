@@ -49,6 +49,10 @@ class Call:
     """What is recorded of the pass through the text decoder once it has ended."""
     decoder: DecoderRun | None = None
     """The current pass through the text decoder."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Terms that stages add to the loss of training."""
+    loss: Tensor | None = None
+    """Their weighted sum, once it has been added to the model's own loss."""
 
     def encodes(self, modality: str) -> str:
         """What the method of `modality` encodes now: some models encode the videos of a call with that for images."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dropflow.engine.attach import flow_view
 from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.attach.stage_weights import load_weights, save_weights
 from dropflow.engine.decoder.keeps import Keeps, keeps_of
 from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.decoder.records import Forward, Records
@@ -20,6 +23,7 @@ from dropflow.engine.decoder.summary import summed_up
 from dropflow.errors import UnsupportedCall, nearest
 from dropflow.policy.plan import Plan
 from dropflow.policy.policy import Policy
+from dropflow.policy.policy_file import load_policy
 from dropflow.policy.recorded import Recording
 
 
@@ -30,6 +34,14 @@ class Flow:
         """Created by `dropflow.attach`; calling `detach` removes the policy from the model."""
         self._plan, self._hooks, self._recording, self._detach = plan, hooks, recording, detach
         self._records = Records(plan, hooks.backbone)
+        self.trained = hooks.modules.trained_by(plan)
+        """The modules of the policy's stages and how far their training has come; for the engine."""
+        self.stage_loss: Tensor | None = None
+        """The sum of the losses that stages returned in the last call, with its graph; `None` if there were none.
+
+        A call with labels has already added it to the loss of the model. Add it yourself where you compute the loss
+        from logits.
+        """
 
     @property
     def policy(self) -> Policy:
@@ -45,6 +57,61 @@ class Flow:
     def attached(self) -> bool:
         """Whether the policy still applies to the model, or is one that its calls may choose."""
         return any(flow is self for flow in self._hooks.flows.values())
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules that the policy's stages train, by the names of the stages; empty for most policies."""
+        return dict(self.trained.modules)
+
+    @property
+    def progress(self) -> float | None:
+        """How far training has come, from 0 to 1, for stages that follow it; set it before every step."""
+        return self.trained.progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        """Raises `ValueError` for a number that is not from 0 to 1."""
+        if not 0 <= done <= 1:
+            raise ValueError(f"progress: expected a number from 0 to 1, got {done!r}")
+        self.trained.progress = float(done)
+
+    def save_stages(self, folder: str | PathLike[str]) -> None:
+        """Write the weights of the stages' modules into `folder`, as `model.save_pretrained` does beside the model's.
+
+        For what is saved in another way, such as a low-rank adapter. Raises `UnsupportedCall` if there are none.
+        """
+        self._check_trained("save_stages")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_weights(self._hooks.modules.states(None), folder)
+
+    def load_stages(self, source: str | PathLike[str]) -> None:
+        """Load the weights of the modules of all attached policies' stages, by name, from a folder or a file.
+
+        Raises `PolicyError` where a weight is missing or does not fit, and `UnsupportedCall` if there are none to load.
+        """
+        self._check_trained("load_stages")
+        load_weights(self._hooks.modules, source)
+
+    def _check_trained(self, what: str) -> None:
+        if not self.trained.modules:
+            raise UnsupportedCall(f"{what}: no stage of the policy {self.policy.name!r} has a module; leave it out")
+
+    def learned_policy(self) -> Policy:
+        """The policy with what its stages have learned as plain options, which needs no weights.
+
+        Raises `UnsupportedCall` for a policy with a stage whose module no options can stand for, or without modules.
+        """
+        self._check_trained("learned_policy")
+        data = self.policy.to_dict()
+        for name, stage in self.plan.stages:
+            module = self.trained.modules.get(name)
+            options = None if module is None else stage.learned(module)
+            if module is not None and options is None:
+                raise UnsupportedCall(
+                    f"learned_policy: stages.{name}: what it has learned is in its weights alone; keep the weights"
+                )
+            data["stages"][name] = {**data["stages"][name], **(options or {})}
+        return load_policy(data)
 
     def __repr__(self) -> str:
         return flow_view.line(self, self._hooks.backbone)
@@ -135,6 +202,11 @@ class Flow:
         Raises `PolicyError` for a policy that `attach` could not read back, such as one whose stages are not entry
         points of an installed package, and `UnsupportedCall` for a policy of a set other than its default.
         """
+        if self.trained.modules:
+            raise UnsupportedCall(
+                f"record: stages.{next(iter(self.trained.modules))}: has trained weights, which leave the model with "
+                "the policy; save the model while the policy is attached"
+            )
         if self._recording is None:
             raise UnsupportedCall("record: a model's config holds one policy, the default of the set; record that one")
         self._recording.keep(self.policy)

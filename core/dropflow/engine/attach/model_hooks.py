@@ -18,6 +18,9 @@ from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
+from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
+from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
+from dropflow.engine.attach.stage_weights import save_weights
 from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, stated_questions, stated_tokens
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
@@ -40,7 +43,7 @@ from dropflow.engine.tokens.prompt import (
     make_prompt,
     valid_tokens,
 )
-from dropflow.engine.vision.encoding import encode, joined, take_flags, with_flags
+from dropflow.engine.vision.encoding import FlowFeatures, encode, joined, take_flags, with_flags
 from dropflow.engine.vision.vision_run import VisionRun, in_tower
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -57,10 +60,16 @@ class ModelHooks:
     """
 
     def __init__(
-        self, backbone: Backbone, turns: Turns, shards: HeadShards | None, *, labelled_only: bool = False
+        self,
+        backbone: Backbone,
+        turns: Turns,
+        shards: HeadShards | None,
+        modules: StageModules,
+        *,
+        labelled_only: bool = False,
     ) -> None:
         """With `labelled_only`, training forwards with labels compute no logits but those that predict a label."""
-        self.backbone, self._turns, self._shards = backbone, turns, shards
+        self.backbone, self._turns, self._shards, self.modules = backbone, turns, shards, modules
         self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
@@ -97,6 +106,10 @@ class ModelHooks:
             before, after = partial(_called, before, 3), partial(_called, after, 4)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        # after the hooks, which alone keep this object: an interrupted attach must find what it has replaced
+        self.modules.lay(self._standing, model)
+        if self.modules.stages and hasattr(model, "save_pretrained"):
+            self._standing.lay(model.__dict__, "save_pretrained", self._saving(model.save_pretrained))
         plans = [flow.plan for flow in flows.values() if flow is not None]
         stand_in(self._standing, text, self._decoder_run)
         encoder = self.backbone.vision
@@ -123,7 +136,7 @@ class ModelHooks:
             if hasattr(core, name):
                 self._standing.lay(core.__dict__, name, self._features_method(core, modality))
         self._sites = {
-            name: Site(flow.plan, self.backbone, self._passing, self._shards)
+            name: Site(flow.plan, self.backbone, self._passing, self._shards, flow.trained)
             for name, flow in flows.items()
             if flow is not None and not flow.plan.idle
         }
@@ -169,7 +182,10 @@ class ModelHooks:
         """End the call that `owner` opened, if it opened one."""
         turn = self._turns.mine()
         if turn is not None and turn.call is not None and turn.call.owner is owner:
-            serving.set(turn.call.outer)
+            call = turn.call
+            if call.flow is not None:
+                call.flow.stage_loss = summed(call.losses) if call.loss is None else call.loss
+            serving.set(call.outer)
             turn.end()
 
     def _decoder_run(self) -> Run | None:
@@ -215,8 +231,10 @@ class ModelHooks:
                     lambda: original(*args, **(kwargs | {"return_dict": True})),
                     given,
                 )
+                losses = () if call.vision is None else call.vision.losses
                 if alone:
-                    return with_flags(output, flags)
+                    return with_flags(output, flags, losses)
+                call.losses += losses
                 call.flags[encoded] = joined(flags)
                 return output
             finally:
@@ -226,6 +244,27 @@ class ModelHooks:
                     self._close(get_features)
 
         return get_features
+
+    def _saving(self, original: Any) -> Any:
+        """The model's `save_pretrained`, which writes the weights of the stages' modules to a file of their own."""
+
+        @wraps(original)
+        def save_pretrained(
+            save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            states = self.modules.states(state_dict)
+            if kwargs.get("push_to_hub"):
+                raise UnsupportedCall(
+                    "push_to_hub: would leave out the weights of the policy's stages; call the model's own "
+                    "`push_to_hub`, which uploads them, or save first and upload the folder"
+                )
+            rest = state_dict and {name: value for name, value in state_dict.items() if not is_of_stages(name)}
+            with self.modules.hidden(self._passing, self._model):
+                saved = original(save_directory, is_main_process, rest, *args, **kwargs)
+            save_weights(states, save_directory, write=is_main_process)
+            return saved
+
+        return save_pretrained
 
     def _before_projector(self, projector: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG002
         return self._projected(args[0]), *args[1:]
@@ -312,7 +351,7 @@ class ModelHooks:
             return args, kwargs
         call.labels, call.logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         brings = self._brings_images(kwargs)
-        refusals.check_call(self.backbone, call.site.plan, kwargs, brings)
+        self._check_call(call.site, kwargs, brings_images=brings)
         whole = "shift_labels" in kwargs or isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep
         if self._labelled is not None and call.labels is not None and brings and model.training and not whole:
             call.labelled_only = True
@@ -326,8 +365,26 @@ class ModelHooks:
 
     def _after_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         if output is not None:  # a call that raised has already ended, and the open call may be another one
+            output = self._with_losses(model, kwargs, output)
             self._close(model)
         return output
+
+    def _with_losses(self, owner: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output of the module that computes the loss, with the losses of the stages added to it."""
+        call = self._mine()
+        if call is None or call.owner is not owner or not call.losses or kwargs.get("labels") is None:
+            return output
+        total = summed(call.losses)
+        assert total is not None
+        call.loss = total * share_of_step(kwargs["labels"], kwargs)
+        return with_losses(output, call.loss)
+
+    def _check_call(self, site: Site, kwargs: dict[str, Any], *, brings_images: bool) -> None:
+        """Refuse a call that cannot be served, before anything runs."""
+        refusals.check_call(self.backbone, site.plan, kwargs, brings_images)
+        if brings_images and site.training:
+            self.modules.check_reduced()
+            refusals.check_progress(site)
 
     # Hooks of the core: which tokens are visual
 
@@ -345,7 +402,7 @@ class ModelHooks:
             if call is not None and call.site is not None:
                 # a core may have the head itself
                 call.labels, call.logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
-                refusals.check_call(self.backbone, call.site.plan, kwargs, self._brings_images(kwargs))
+                self._check_call(call.site, kwargs, brings_images=self._brings_images(kwargs))
         if call is None or call.site is None:
             self._check_dense(call, kwargs)
             return args, kwargs
@@ -355,6 +412,8 @@ class ModelHooks:
         call.attention_mask = kwargs.get("attention_mask")
         call.visual = self._visual_tokens(kwargs)
         if kwargs.get("mm_encoder_outputs"):
+            for features in kwargs["mm_encoder_outputs"].values():
+                call.losses += features.losses if isinstance(features, FlowFeatures) else ()
             plain, call.flags = take_flags(call.site, kwargs["mm_encoder_outputs"], kwargs)
             kwargs = kwargs | {"mm_encoder_outputs": plain}
         return args, kwargs
@@ -363,6 +422,7 @@ class ModelHooks:
         call = self._mine()
         if output is not None and call is not None:
             call.core_runs = False
+            output = self._with_losses(core, kwargs, output)
             self._close(core)
         return output
 
@@ -463,7 +523,7 @@ class ModelHooks:
         call.attention_mask = kwargs.get("attention_mask")
         stated, (_, cache) = self._stated(kwargs), cache_in(kwargs)
         if stated is not None or kwargs.get("input_ids") is not None:
-            refusals.check_call(self.backbone, call.site.plan, kwargs, stated is not None)
+            self._check_call(call.site, kwargs, brings_images=stated is not None)
             call.visual = self._visual_tokens(kwargs)
         elif not is_flow_cache(cache):
             refusals.refuse_direct_call(type(text).__name__)
@@ -478,6 +538,7 @@ class ModelHooks:
             if run is not None:
                 run.finish()
                 forward.part = run.record or forward.part
+                call.losses += run.losses if isinstance(run, PromptRun) else ()
             forward.cache = cache_after(kwargs, output)
             call.flow.noted(forward)
             call.decoder = call.forward = None

@@ -27,6 +27,7 @@ def from_pretrained(
     overrides: Sequence[str] = (),
     adapter: str | type[Backbone] | None = None,
     allow_downloads: bool = False,
+    weights: str | PathLike[str] | None = None,
     model_class: Any = AutoModelForImageTextToText,
     **kwargs: Any,
 ) -> Any:
@@ -35,8 +36,8 @@ def from_pretrained(
     `transformers` itself, its pipelines and its server know nothing of Dropflow: they run a checkpoint that records a
     policy dense. This function returns the model in eval mode with the policy attached, ready for any of them;
     `dropflow.flow_of(model)` returns its flow. `folder` and `kwargs` are those of `model_class.from_pretrained`;
-    `overrides`, `adapter` and `allow_downloads` (of models that a recorded policy names) are those of `attach`. A line
-    in the `dropflow` log says which policy is attached.
+    `overrides`, `adapter`, `allow_downloads` (of models that a recorded policy names) and `weights` are those of
+    `attach`. A line in the `dropflow` log says which policy is attached.
 
     Raises `PolicyError` before any weights are loaded if no policy is given and none is recorded, and otherwise
     whatever `attach` raises.
@@ -48,7 +49,7 @@ def from_pretrained(
             )
         recorded_policy(kwargs["config"], allow_downloads=allow_downloads)
     model = model_class.from_pretrained(folder, **kwargs)
-    flow = attach(model, policy, overrides=overrides, adapter=adapter, allow_downloads=allow_downloads)
+    flow = attach(model, policy, overrides=overrides, adapter=adapter, allow_downloads=allow_downloads, weights=weights)
     whose = "recorded" if policy is None else "given"
     logger.info(
         "%s: the %s policy %r is attached; dropflow.detach(model) takes it off", folder, whose, flow.policy.name

@@ -25,6 +25,7 @@ from dropflow.lifecycle.questions import stated_questions_of
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
+    from dropflow.engine.decoder.site import Site
     from dropflow.policy.plan import Plan
 
 
@@ -237,6 +238,16 @@ def _check_gradients(backbone: Backbone, plan: Plan) -> None:
         raise UnsupportedCall(
             f"stages.{names[0]}: its selection is trained through additive masks, which {implementation!r} does not "
             "accept; load the model with 'sdpa' or 'eager', or set a hard selection in this stage"
+        )
+
+
+def check_progress(site: Site) -> None:
+    """Refuse to train a stage that follows the progress of training where nobody says how far it has come."""
+    following = [name for name, stage in site.plan.stages if stage.follows_progress]
+    if following and site.trained.progress is None:
+        raise UnsupportedCall(
+            f"stages.{following[0]}: changes in the course of training, but nothing says how far it has come; set "
+            "`flow.progress` from 0 to 1 before every step, or add the callback `dropflow_lab.finetune.StageProgress`"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dropflow.engine.decoder.trained import Trained, checked_loss
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import DecisionError
@@ -65,9 +66,13 @@ class Decision:
     """Logarithm of the soft weights, 0 for tokens without one; `None` if no stage returned weights."""
     faults: tuple[tuple[Bool[Tensor, ""], DecisionError], ...] = ()
     """Pairs of a condition on the device and the error to raise if it is true."""
+    losses: tuple[Float[Tensor, ""], ...] = ()
+    """Terms that stages add to the loss of training."""
 
 
-def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> Decision:
+def decide_keeps(
+    plan: Plan, trained: Trained, prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped
+) -> Decision:
     """Ask every stage at a boundary, without reading anything back from the device.
 
     Keep masks are intersected and soft weights multiplied; text and protected tokens always stay. One stage may merge.
@@ -83,8 +88,9 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     notes: dict[str, Tensor] = {}
     log_weights: Tensor | None = None
     faults: list[tuple[Tensor, DecisionError]] = []
+    losses: list[Tensor] = []
     for name, stage in plan.prune_at[boundary]:
-        asked = replace(call, differentiable=state.training and stage.differentiable)
+        asked = replace(call, differentiable=state.training and stage.differentiable, **trained.given(name))
         if stage.reads_videos and prompt.video_id is not None:
             video = torch.where(valid, live.take(prompt.video_id).to(valid.device), -1)
             asked = replace(asked, videos=video, video_count=prompt.videos)
@@ -100,6 +106,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
             scores[name] = answer.scores.detach()
         if answer.notes is not None:
             notes[name] = _checked_notes(answer.notes, len(valid), name, boundary)
+        losses += checked_loss(answer.loss if state.training else None, name, "prune")
         if answer.merge_into is not None:
             if merge_into is not None:
                 raise DecisionError(
@@ -126,7 +133,7 @@ def decide_keeps(plan: Plan, prompt: Prompt, state: BoundaryState, attention: Ro
     if log_weights is not None:  # padding slots repeat some token's index, so they must add 0
         log_weights = log_weights.to(index.device)
         log_weights = log_weights.new_zeros(live_mask.shape).scatter_add(1, index, log_weights)
-    return Decision(live_mask, scores, keeps, merge_into, merged_by, notes, log_weights, tuple(faults))
+    return Decision(live_mask, scores, keeps, merge_into, merged_by, notes, log_weights, tuple(faults), tuple(losses))
 
 
 def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapped: Tapped) -> PruneCall:

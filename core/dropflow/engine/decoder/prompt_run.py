@@ -78,6 +78,8 @@ class PromptRun:
         self.live_mask, self._count = prompt.valid, prompt.extents["valid"].total
         image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
         self.record: CallRecord | None = CallRecord(prompt.valid, prompt, embeds.element_size())
+        self.losses: list[Tensor] = []
+        """Terms that stages add to the loss of training."""
         self._arguments = LayerArguments(
             site,
             embeds,
@@ -195,6 +197,7 @@ class PromptRun:
         if decides:
             if replayed is None:
                 decision = self._decide(number, layer, hidden, args, kwargs)
+                self.losses += decision.losses
             else:
                 decision = Decision(replayed.live_mask(shown_mask, number), merge_into=replayed.merged(number, shown))
             if decision.merge_into is not None:
@@ -225,7 +228,6 @@ class PromptRun:
         def returned(asked: int) -> Tensor:
             return self._returned(asked).to(hidden.device)
 
-        training = torch.is_grad_enabled() and site.backbone.text.training
         state = BoundaryState(
             number,
             self.window,
@@ -234,12 +236,12 @@ class PromptRun:
             site.backbone.seen_states(hidden),
             site.backbone.final_norm,
             self._embeds,
-            training,
+            site.training,
             arguments.log_weights is not None,
             self._notes,
             returned,
         )
-        return decide_keeps(site.plan, self.prompt, state, rows, tapped)
+        return decide_keeps(site.plan, site.trained, self.prompt, state, rows, tapped)
 
     def _probe(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from dropflow.engine.decoder.record import CallRecord
+from dropflow.engine.decoder.trained import Trained
 from dropflow.engine.model.attention import HeadShards, QueryKey
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run
@@ -27,6 +30,13 @@ class Site:
     """Temporary replacements in the model's objects."""
     shards: HeadShards | None = None
     """The ranks that share the heads of a tensor-parallel model."""
+    trained: Trained = field(default_factory=Trained)
+    """What the plan's stages train."""
+
+    @property
+    def training(self) -> bool:
+        """Whether the model trains: it is in `train()` and gradients are enabled."""
+        return torch.is_grad_enabled() and bool(self._text.training)
 
     @lazy
     def _text(self) -> Any:

@@ -64,6 +64,12 @@ class FlowFeatures(Features):
             )
         return super().__getattribute__(name)
 
+    @property
+    def losses(self) -> Sequence[Tensor]:
+        """Terms that stages add to the loss of training."""
+        found: Sequence[Tensor] = self.__dict__.get("stage_losses", ())
+        return found
+
     def flags(self) -> RowFlags:
         """Flags of all rows."""
         fields = self.__dict__
@@ -148,12 +154,14 @@ def joined(flags: Sequence[RowFlags]) -> RowFlags:
     return flags[0].joined(flags[1:])
 
 
-def with_flags(output: Any, flags: Sequence[RowFlags]) -> FlowFeatures:
-    """The output with its flags attached."""
+def with_flags(output: Any, flags: Sequence[RowFlags], losses: Sequence[Tensor] = ()) -> FlowFeatures:
+    """The output with its flags attached, and with the losses that the stages returned."""
     whole = joined(flags)
     packed = [own.pack(whole) for own in flags]
     features = _copied(FlowFeatures, output, [*(output.get("deepstack_features") or ()), packed])
     features.__dict__["known"] = whole
+    if losses:
+        features.__dict__["stage_losses"] = tuple(losses)
     return features
 
 
@@ -164,7 +172,7 @@ def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
         if name not in ("pooler_output", "deepstack_features"):
             copy[name] = value
     for name, value in vars(output).items():  # what a core may read, whether or not it is a key
-        if name != "known" and not hasattr(copy, name):
+        if name not in ("known", "stage_losses") and not hasattr(copy, name):
             setattr(copy, name, value)
     return copy
 

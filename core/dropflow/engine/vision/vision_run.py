@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dropflow.backbone.image_layout import ImageLayout, split
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.trained import checked_loss
 from dropflow.engine.model.arguments import Arguments, with_hidden
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.model.sublayers import in_two
@@ -81,6 +82,8 @@ class VisionRun:
         """Returns the images in entries of the features of given sizes."""
         self.asking = False
         """True while a stage runs."""
+        self.losses: list[Tensor] = []
+        """Terms that stages add to the loss of training."""
         self.steps: list[EncodeStep] | None = [] if plan.hooks.watched("observe_encode") else None
         """What the stages decided; `None` without observers."""
 
@@ -335,10 +338,13 @@ class VisionRun:
                 members=self._members,
                 videos=self.videos,
                 separate=self._reading is None,
+                training=self._site.training,
+                **self._site.trained.given(name),
             )
             with self._asked():
                 answer = self._plan.hooks.encode(call, stage)
             if answer is not None:
+                self.losses += checked_loss(answer.loss if call.training else None, name, "encode")
                 present, before = self._rows, tuple(rows.places for rows in self._rows)
                 if answer.proportional and self.packed is not None and boundary is not None:
                     raise DecisionError(
