@@ -36,7 +36,7 @@ LAB = (
     ("digits.data",),
     ("digits.checkpoints",),
     ("digits.training", "inputs"),
-    ("measure",),
+    ("measure", "store"),
     ("backbones", "compare", "explain", "finetune", "profile", "serve", "trace"),
     ("bench",),
     ("console",),

@@ -77,11 +77,11 @@ def test_what_is_missing_is_said_before_any_work(refused, monkeypatch, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_cannot_be_met_leaves_no_files(refused, model_folder, folder, tmp_path) -> None:
+def test_a_budget_that_cannot_be_met_leaves_what_was_measured_alone(refused, model_folder, folder, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("profile", model_folder, "--data", folder, "--out", out, "--max-new-tokens", 1, "--exit", 4)
     assert "an average of 1 tokens cannot be met" in refused(*arguments, "--average-tokens", 1)
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["finished"]
 
 
 def test_bad_arguments(refused, model_folder, folder, tmp_path) -> None:
