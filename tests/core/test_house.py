@@ -38,7 +38,7 @@ LAB = (
     ("digits.training", "inputs"),
     ("measure", "store"),
     ("backbones", "compare", "explain", "finetune", "profile", "serve", "trace"),
-    ("bench",),
+    ("bench", "tune"),
     ("console",),
 )
 """The same for `dropflow_lab`."""

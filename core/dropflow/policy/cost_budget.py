@@ -59,13 +59,20 @@ class CostBudget(BaseModel):
         (name,) = _stated(self)
         return name  # type: ignore[return-value]  # the names of the fields
 
+    def average(self, visual_tokens: int) -> float:
+        """The budget as visual tokens per layer of an image of this size; for FLOPs and KV, about that."""
+        tokens = self.average_tokens
+        if tokens is None:
+            return float(getattr(self, self.kind)) * visual_tokens
+        return tokens * visual_tokens if isinstance(tokens, float) and tokens <= 1 else tokens
+
     def limit(self, scale: Scale, visual_tokens: int) -> float:
         """The number that `spent` may not exceed; raises `PolicyError` for tokens that were tuned for other images."""
         if self.average_tokens is None:
             return float(getattr(self, self.kind))
         tokens, tuned = self.average_tokens, scale.tuned_for
         if isinstance(tokens, float) and tokens <= 1:
-            return tokens * visual_tokens
+            return self.average(visual_tokens)
         if scale.target.visual_tokens is None or (tuned and tuned.visual_tokens != visual_tokens and not scale.rescale):
             images = "images of any size" if scale.target.visual_tokens is None else f"{visual_tokens} visual tokens"
             raise PolicyError(

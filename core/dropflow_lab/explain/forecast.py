@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,9 @@ class Explanation:
     """The same sum without the policy."""
     ranked_by: dict[int, int]
     """Boundary -> the layer whose attention ranks there, where the boundary's own layer has none."""
-    budget: dict[str, float]
+    budget: dict[str, float] = field(default_factory=dict)
     """What the policy may cost, if it states that."""
-    solved: dict[str, int | float]
+    solved: dict[str, int | float] = field(default_factory=dict)
     """Path in the policy -> the number that was solved from the budget."""
 
     def to_json(self) -> dict[str, Any]:
