@@ -184,7 +184,10 @@ class _Proposing:
             "tried": [[trial.policy.to_dict(), trial.relative] for trial in self._found.trials],
         }
         name = f"proposals-{self._proposed}"
-        once = partial(self._judge.finished.once, name, facts, partial(self._propose, count), list, list)
+
+        def once() -> list[dict[str, Any]]:
+            return self._judge.finished.once(name, facts, partial(self._propose, count), list, list)
+
         (generation,) = in_order([once])
         new = [(self._policy(place, number), place) for number, place in enumerate(generation)]
         self._proposed += count

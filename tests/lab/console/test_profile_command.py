@@ -63,6 +63,16 @@ def test_numbers_figure_and_a_policy_that_check_accepts(profiled, cli) -> None:
     assert (out / "profile.svg").read_text().startswith("<?xml")
 
 
+def test_finished_pieces_are_read_and_give_the_same_profile(profiled, monkeypatch) -> None:
+    arguments = ("--json", "--exit", 4, "--entry", 1, "--fewer", 0.5)
+    shown, out = profiled(*arguments)
+    pieces = sorted(path.name.rpartition("-")[0] for path in (out / "finished").iterdir())
+    assert pieces == ["entries-0", "exits-0", "layers-0"]
+    next((out / "finished").glob("exits-0-*")).unlink()  # as if another process had been killed over it
+    monkeypatch.setattr("dropflow_lab.profile.pieces.Pieces._layers", lambda *_: pytest.fail("measured again"))
+    assert profiled(*arguments)[0] == shown
+
+
 def test_the_table_for_people(profiled) -> None:
     shown, _ = profiled("--exit", 4, "--entry", 1, "--fewer", 0.5)
     words = " ".join(shown.split())
