@@ -119,13 +119,26 @@ def search(
             starts.append(scaled)
     for start in range(0, len(starts), how.generation):
         _judge(judge, found, [(policy, {}) for policy in starts[start : start + how.generation]], published=True)
-    space = Space(methods, backbone.shape, budget)
+    space = Space([method for method in methods if _fits(judge, method)], backbone.shape, budget)
     proposing = _Proposing(judge, space, how, found, seen)
     while (generation := proposing.next()) is not None:
         _judge(judge, found, generation, published=False)
     if not found.trials:
         raise InputError("tune: no policy fits this model at this budget; name other methods, or another budget")
     return found
+
+
+def _fits(judge: Judge, method: Method) -> bool:
+    """Whether the model can run a method, and its number of tokens can be told beforehand."""
+    shape = backbone_for(judge.model).shape
+    middle = shape.layers // 2
+    window = method.place in ("exit", "inject")
+    options = {"use": method.use, method.boundary: middle} if window else method.options(0.5, middle)
+    try:
+        with dropflow.attach(judge.model, {"name": "fits", "stages": {"only": options}}) as flow:
+            return None not in flow.plan.schedule(shape.visual_tokens or SIZE).per_layer
+    except DropflowError:
+        return False
 
 
 def _judge(
