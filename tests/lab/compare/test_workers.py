@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 COMMAND = "from dropflow_lab.console.cli import app; app()"
-POLICIES = "divprune-56,hidrop-64,fastv-k2-r50,visionzip-64,sparsevlm-64"
+POLICIES = "divprune-56,vtw-16,visionzip-64,pyramiddrop,cdpruner-llm-64"
 
 
 def compare(model: Path, out: Path) -> subprocess.Popen[str]:
@@ -41,6 +41,7 @@ def test_four_workers_one_of_them_killed_give_the_result_of_one(model_folder: Pa
     workers = [compare(model_folder, tmp_path / "four") for _ in range(4)]
     finished = tmp_path / "four" / "finished"
     while not (finished.is_dir() and any(path.suffix == ".lock" for path in finished.iterdir())):
+        assert workers[0].poll() is None
         time.sleep(0.01)
     os.kill(workers[0].pid, signal.SIGKILL)
     told = [worker.communicate()[0] for worker in workers]
