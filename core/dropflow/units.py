@@ -35,7 +35,9 @@ def _number(name: str, whole: str, share: str) -> tuple[BeforeValidator, WithJso
 
     integer = {"type": "integer", "minimum": 0, "maximum": LARGEST}
     number = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-    return BeforeValidator(check), WithJsonSchema({"anyOf": [integer, number], "title": name, "description": expected})
+    solved = {"const": "solve", "description": "follows from the policy's `budget`"}
+    schema = {"anyOf": [integer, number, solved], "title": name, "description": expected}
+    return BeforeValidator(check), WithJsonSchema(schema)
 
 
 Depth = Annotated[int | float, *_number("boundary", "a boundary, the layer before which it lies", "a share of depth")]

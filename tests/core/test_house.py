@@ -36,9 +36,9 @@ LAB = (
     ("digits.data",),
     ("digits.checkpoints",),
     ("digits.training", "inputs"),
-    ("measure",),
+    ("measure", "store"),
     ("backbones", "compare", "explain", "finetune", "profile", "serve", "trace"),
-    ("bench",),
+    ("bench", "tune"),
     ("console",),
 )
 """The same for `dropflow_lab`."""

@@ -12,10 +12,12 @@ from dropflow.errors import PolicyError
 from dropflow.lifecycle.hooks import HOOKS, Hooks
 from dropflow.lifecycle.lazy import lazy
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
+from dropflow.policy.cost_budget import Work
 from dropflow.policy.late_entry import window_faults
 from dropflow.policy.policy import Policy
 from dropflow.policy.ranking import ranking_faults
 from dropflow.policy.schedule import Schedule, encoded, schedule
+from dropflow.policy.solve import solve
 from dropflow.units import BackboneShape, Budget, Scale
 
 
@@ -148,16 +150,26 @@ class Plan:
         return schedule(self.shape.layers, tokens, self.window, keeps, self.encodes, on_pixels)
 
 
-def resolve(policy: Policy, shape: BackboneShape, facts: frozenset[str] | None = None) -> Plan:
+def resolve(
+    policy: Policy, shape: BackboneShape, facts: frozenset[str] | None = None, work: Work | None = None
+) -> Plan:
     """Make the stages of `policy` for a backbone of `shape` and check the rules that span stages.
 
-    `facts` are those of the backbone; `None` without a model.
+    Numbers written as `solve` are solved first; the plan's policy has them. `facts` are those of the backbone, `None`
+    without a model; `work` gives the FLOPs of a layer, for a budget of FLOPs.
     Raises `PolicyError` for absolute numbers tuned for another shape, boundaries beyond the depth, keeps that grow,
-    pruning outside the layers in which vision takes part, and ranking where no layer has attention. No weights are
-    touched.
+    pruning outside the layers in which vision takes part, ranking where no layer has attention, and a budget that
+    cannot be met. No weights are touched.
     """
     tuned = policy.tuned_for
     scale = Scale(shape, BackboneShape(tuned.layers, tuned.visual_tokens) if tuned else None, policy.rescale)
+    if policy.budget is not None:
+        policy = solve(policy, scale, lambda trial, tokens: _planned(trial, scale, facts).schedule(tokens), work)
+    return _planned(policy, scale, facts)
+
+
+def _planned(policy: Policy, scale: Scale, facts: frozenset[str] | None) -> Plan:
+    shape = scale.target
     whole = Window(0, shape.layers)
     made: dict[str, Stage[Any]] = {}
     for name, use in policy.stages.items():

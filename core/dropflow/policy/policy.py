@@ -15,6 +15,7 @@ from dropflow.lifecycle.hooks import hook_faults
 from dropflow.lifecycle.stage import LOCAL_MODELS, Stage, StageOptions
 from dropflow.policy import registry
 from dropflow.policy.bounds import Name, bounded
+from dropflow.policy.cost_budget import SOLVE, WHOLE, CostBudget, Path, check_marks, kind_of, marks, put
 from dropflow.policy.expected import expected
 from dropflow.units import LARGEST
 
@@ -34,6 +35,15 @@ class StageUse:
     use: str
     stage: type[Stage[Any]]
     options: StageOptions
+    solve: tuple[Path, ...] = ()
+    """Options marked `solve`, by path; until they are solved for a backbone, `options` holds 1.0 there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stage as plain data, as in a policy file."""
+        options: dict[str, Any] = self.options.model_dump(exclude_none=True)
+        for path in self.solve:
+            options = put(options, path, SOLVE)
+        return {"use": self.use, **options}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Policy:
     """Whether absolute numbers are scaled to other backbones instead of refused."""
     positions: Literal["persistent", "compact"] = "persistent"
     """Whether survivors keep their position ids, or these are renumbered after every drop."""
+    budget: CostBudget | None = None
+    """What it may cost, where knobs are marked `solve`; resolving it for a backbone solves them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as plain data, with the keys of a YAML policy file."""
@@ -62,8 +74,8 @@ class Policy:
             "positions": self.positions,
         }
         tuned = {"tuned_for": self.tuned_for.model_dump()} if self.tuned_for else {}
-        stages = {n: {"use": s.use, **s.options.model_dump(exclude_none=True)} for n, s in self.stages.items()}
-        return head | tuned | {"stages": stages}
+        budget = {"budget": self.budget.model_dump(exclude_none=True)} if self.budget else {}
+        return head | tuned | budget | {"stages": {name: use.to_dict() for name, use in self.stages.items()}}
 
 
 class _Head(BaseModel):
@@ -78,6 +90,9 @@ class _Head(BaseModel):
         default="persistent",
         description="position ids of survivors: `persistent` keeps the original ones, `compact` renumbers them without "
         "gaps after every drop, and puts a generated token at the length of each layer's cache",
+    )
+    budget: CostBudget | None = Field(
+        default=None, description="what it may cost, from which the numbers written as `solve` follow on each backbone"
     )
     stages: dict[Name, dict[str, Any] | None] = Field(description="the stages, by name, in the order they are asked")
 
@@ -96,6 +111,7 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
     except ValidationError as error:
         faults += _faults(error, "", _Head)
     stages: dict[str, StageUse] = {}
+    solving = data.get("budget") is not None
     given = data.get("stages")
     entries: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     for name, entry in entries.items():
@@ -103,12 +119,15 @@ def policy_from_dict(data: Mapping[str, Any], *, local_models: bool = False) -> 
             try:
                 if "use" not in entry:
                     raise PolicyError(f"stages.{escaped(name)}.use: missing; {_which_stage(name, entries)}")
-                stages[name] = _stage_use(name, entry, local_models)
+                stages[name] = _stage_use(name, entry, local_models, solving=solving)
             except PolicyError as error:
                 faults += str(error).split("\n")
+    if not faults and solving and not any(use.solve for use in stages.values()):
+        faults.append("budget: no number is written as `solve`, so nothing follows from it; mark one, or leave it out")
     if faults or head is None:
         raise PolicyError(listed(faults))
-    return Policy(**head.model_dump(exclude={"stages", "tuned_for"}), tuned_for=head.tuned_for, stages=stages)
+    own = head.model_dump(exclude={"stages", "tuned_for", "budget"})
+    return Policy(**own, tuned_for=head.tuned_for, budget=head.budget, stages=stages)
 
 
 def _never_asked(stage: type[Stage[Any]]) -> list[str]:
@@ -118,7 +137,7 @@ def _never_asked(stage: type[Stage[Any]]) -> list[str]:
     return ["defines prune, but at no boundary; name its boundaries in `Forecast.keeps` or in `prune_at`"]
 
 
-def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> StageUse:
+def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool, *, solving: bool) -> StageUse:
     path = f"stages.{escaped(name)}"
     options = {key: value for key, value in entry.items() if key != "use"}
     use = entry["use"]
@@ -131,17 +150,24 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool) -> Stage
             raise PolicyError(
                 f"{path}.use: no stage named {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
-    marks = hook_faults(stage)  # type: ignore[arg-type]  # mypy does not take a class for hashable
-    faults = [f"{path}: {fault}" for fault in (*marks, *_never_asked(stage))]
+    wrong = hook_faults(stage)  # type: ignore[arg-type]  # mypy does not take a class for hashable
+    faults = [f"{path}: {fault}" for fault in (*wrong, *_never_asked(stage))]
     if faults:
         raise PolicyError(listed(faults))
     context = {LOCAL_MODELS: local_models}
+    marked = marks(options)
+    if solving:
+        check_marks(name, stage.Options, marked)
+        for mark in marked:
+            options = put(options, mark, WHOLE)
     try:
         found = stage.Options.model_validate(_without_nulls(options), context=context)
     except ValidationError as error:
-        raise PolicyError(listed(_faults(error, path, stage.Options))) from None
+        missing = ["budget: missing; `solve` needs one, such as `budget: {average_tokens: 64}`"]
+        unsolved = not solving and any(kind_of(stage.Options, mark) for mark in marked)
+        raise PolicyError(listed(_faults(error, path, stage.Options) + missing * unsolved)) from None
     bounded(found.model_dump(), path, ("stages", name))  # a number may have been written as text
-    return StageUse(use=use, stage=stage, options=found)
+    return StageUse(use=use, stage=stage, options=found, solve=tuple(marked) if solving else ())
 
 
 def _which_stage(name: str, entries: Mapping[str, Any]) -> str:

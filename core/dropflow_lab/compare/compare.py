@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,10 +16,14 @@ from dropflow_lab.compare.answers import Answers, ask
 from dropflow_lab.compare.cost import Cost, measure_cost
 from dropflow_lab.compare.lineup import DENSE, Entry, Models
 from dropflow_lab.compare.rows import Member, Row, make_row
-from dropflow_lab.compare.store import Finished, digest_of_code, digest_of_weights
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.data import Picture, Sample
 from dropflow_lab.inputs.images import cell_of, downsample
+from dropflow_lab.store.claims import in_order
+from dropflow_lab.store.digests import digest_of_code, digest_of_questions, digest_of_weights
+from dropflow_lab.store.finished import Finished
+
+_INSTRUMENTS = ("dropflow_lab.compare.answers", "dropflow_lab.compare.cost", "dropflow_lab.measure")
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,62 @@ def compare(
 ) -> Iterator[Row]:
     """Yield the rows in order, each as soon as it is measured; finished measurements are read, not repeated.
 
-    Rows of downsampled pictures follow the row of their model without a policy.
+    Rows of downsampled pictures follow the row of their model without a policy. Processes that compare the same on the
+    same folder share the measurements, and all of them yield every row.
     """
     rules = rules or Rules()
     measuring = {name: Comparing(*loaded, samples, finished, rules) for name, loaded in models.items()}
+    return in_order(_rows(entries, measuring, rules))
+
+
+def _rows(entries: Sequence[Entry], measuring: Mapping[str, Comparing], rules: Rules) -> Iterator[Callable[[], Row]]:
+    """What measures each row."""
     for entry in entries:
-        members = [
-            measuring[model].member(policy, with_cost=not number)
-            for number, (model, policy) in enumerate(entry.members)
-        ]
-        yield make_row(entry.title, samples, members, rules.apart)
+        yield partial(_row, entry, measuring)
         if entry.title.policy == DENSE:
             for tokens in rules.downsample:
-                title = replace(entry.title, policy=f"downsample-{tokens}")
-                yield make_row(title, samples, [measuring[entry.title.model].downsampled(tokens)], rules.apart)
+                yield partial(_row_downsampled, entry, measuring[entry.title.model], tokens)
+
+
+def _row(entry: Entry, measuring: Mapping[str, Comparing]) -> Row:
+    members = [
+        measuring[model].member(policy, with_cost=not number) for number, (model, policy) in enumerate(entry.members)
+    ]
+    (model, _), *_ = entry.members
+    return make_row(entry.title, measuring[model].samples, members, measuring[model].rules.apart)
+
+
+def _row_downsampled(entry: Entry, measuring: Comparing, tokens: int) -> Row:
+    title = replace(entry.title, policy=f"downsample-{tokens}")
+    return make_row(title, measuring.samples, [measuring.downsampled(tokens)], measuring.rules.apart)
 
 
 class Comparing:
-    """Measures policies of one model on the same questions; finished measurements are read, not repeated."""
+    """Measures policies of one model on the same questions; finished measurements are read, not repeated.
+
+    Raises `claims.Taken` where another process is measuring what is asked for.
+    """
 
     def __init__(self, model: Any, processor: Any, samples: Sequence[Sample], finished: Finished, rules: Rules) -> None:
-        self._model, self._processor, self._samples = model, processor, samples
-        self._finished, self._rules = finished, rules
-        self._weights = digest_of_weights(model)
+        self._model, self._processor, self.samples = model, processor, samples
+        self._finished, self.rules = finished, rules
+        self._weights, self._questions = digest_of_weights(model), digest_of_questions(samples)
 
     def member(self, policy: Policy | None, *, with_cost: bool = True) -> Member:
         """Measure one policy (`None`: the model without one), its controls and its cost."""
-        dense, answers = self._answers(None), self._answers(policy)
+        answers, dense = self._answers(policy), self._answers(None)
         cost = self._cost(policy) if with_cost else None
         if policy is None:
             return Member(answers, dense, cost=cost)
         keep = self._share_of(answers.average_visual_tokens_answer)
         if keep is None:
             return Member(answers, dense, (), "as many visual tokens as without a policy", cost)
-        controls = tuple(self._answers(_random(keep, seed)) for seed in range(self._rules.control_seeds))
+        controls = tuple(self._answers(_random(keep, seed)) for seed in range(self.rules.control_seeds))
         return Member(answers, dense, controls, "" if controls else "not asked for", cost)
 
     def downsampled(self, tokens: int) -> Member:
         """Measure the model without a policy on pictures downsampled to `tokens` visual tokens."""
-        answers = self._answers(None, smaller(self._samples, tokens, self._cell()), f"downsample-{tokens}")
+        answers = self._answers(None, smaller(self.samples, tokens, self._cell()), f"downsample-{tokens}")
         return Member(answers, self._answers(None))
 
     def _share_of(self, average: float) -> int | float | None:
@@ -100,19 +120,16 @@ class Comparing:
 
     def _answers(self, policy: Policy | None, asked: Sequence[Sample] = (), name: str = "") -> Answers:
         """Answers to `asked` (if empty, all questions of the comparison), stored under `name` or the policy's name."""
-        rules, samples = self._rules, asked or self._samples
+        rules, samples = self.rules, asked or self.samples
         facts = self._facts(samples) | _about(policy) | {"max_new_tokens": rules.max_new_tokens}
         file = f"answers-{name or (DENSE if policy is None else policy.name)}"
-        found: Answers | None = self._finished.read(file, facts, partial(read_answers, questions=len(samples)))
-        if found is not None:
-            return found
         how = {"batch": rules.batch, "max_new_tokens": rules.max_new_tokens}
-        answers = ask(self._model, self._processor, policy, samples, **how)
-        self._finished.write(file, facts, asdict(answers))
-        return answers
+        measure = partial(ask, self._model, self._processor, policy, samples, **how)
+        return self._finished.once(file, facts, measure, partial(read_answers, questions=len(samples)), asdict)
 
     def _facts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return {"weights": self._weights, "questions": _digest_of(samples)}
+        same = samples is self.samples
+        return {"weights": self._weights, "questions": self._questions if same else digest_of_questions(samples)}
 
     def _cell(self) -> int:
         cell = cell_of(self._model.config)
@@ -123,20 +140,15 @@ class Comparing:
         return cell
 
     def _cost(self, policy: Policy | None) -> Cost | None:
-        rules = self._rules
+        rules = self.rules
         if not rules.timed:
             return None
-        facts = self._facts(self._samples) | _about(policy) | {"timed": rules.timed, "rounds": rules.rounds}
+        facts = self._facts(self.samples) | _about(policy) | {"timed": rules.timed, "rounds": rules.rounds}
         name = f"cost-{DENSE if policy is None else policy.name}"
-        found: Cost | None = self._finished.read(name, facts, TypeAdapter(Cost).validate_python)
-        if found is None:
-            asked = self._samples[: rules.timed]
-            plain = None if policy is None else self._cost(None)
-            dense = None if plain is None else plain.work
-            cost = measure_cost(self._model, self._processor, policy, asked, rounds=rules.rounds, dense=dense)
-            self._finished.write(name, facts, asdict(cost))
-            return cost
-        return found
+        plain = None if policy is None else self._cost(None)
+        how: dict[str, Any] = {"rounds": rules.rounds, "dense": None if plain is None else plain.work}
+        measure = partial(measure_cost, self._model, self._processor, policy, self.samples[: rules.timed], **how)
+        return self._finished.once(name, facts, measure, TypeAdapter(Cost).validate_python, asdict)
 
 
 def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
@@ -155,16 +167,7 @@ def _random(keep: int | float, seed: int) -> Policy:
 
 
 def _about(policy: Policy | None) -> dict[str, Any]:
-    return {"policy": DENSE if policy is None else policy.to_dict(), "code": digest_of_code(policy)}
-
-
-def _digest_of(samples: Sequence[Sample]) -> str:
-    """Digest of questions, answers and picture names; a picture replaced under the same name is not noticed."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        names = [picture.name for picture in sample.pictures]
-        digest.update(repr((names, sample.question, sample.answer, sample.kind)).encode())
-    return digest.hexdigest()
+    return {"policy": DENSE if policy is None else policy.to_dict(), "code": digest_of_code([policy], _INSTRUMENTS)}
 
 
 def read_answers(found: Any, questions: int) -> Answers:

@@ -21,8 +21,8 @@ def meaning(policy: Policy, shape: BackboneShape) -> Hashable:
     for name, use in policy.stages.items():
         hints = get_type_hints(type(use.options), include_extras=True)
         options = {key: _number(hints[key], value, scale) for key, value in use.options}
-        stages.append((name, use.stage, repr(options)))
-    return tuned and (tuned.layers, tuned.visual_tokens), policy.positions, tuple(stages)
+        stages.append((name, use.stage, repr(options), use.solve))
+    return tuned and (tuned.layers, tuned.visual_tokens), policy.positions, policy.budget, tuple(stages)
 
 
 def _number(hint: Any, value: Any, scale: Scale) -> Any:

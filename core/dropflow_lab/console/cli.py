@@ -20,6 +20,7 @@ from dropflow_lab.console.commands import (
     serve,
     trace,
     train,
+    tune,
 )
 from dropflow_lab.console.one_line_errors import OneLineErrors
 
@@ -34,6 +35,7 @@ app.command("check")(check.check)
 app.command("list")(list_names.list_names)
 app.command("schema")(schema.schema)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
 app.add_typer(digits.app, name="digits")
 app.add_typer(bench.app, name="bench")
 

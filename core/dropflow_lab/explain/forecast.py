@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from dropflow import Policy
 from dropflow.backbone.flops import DecoderWidths, vision_only
 from dropflow.policy.plan import resolve
+from dropflow.policy.solve import solved_numbers
 from dropflow.units import BackboneShape
 
 UNIT = "multiply-adds of the visual tokens alone, 4 n d^2 + 2 n^2 d + 3 n d m per layer"
@@ -42,6 +44,10 @@ class Explanation:
     """The same sum without the policy."""
     ranked_by: dict[int, int]
     """Boundary -> the layer whose attention ranks there, where the boundary's own layer has none."""
+    budget: dict[str, float] = field(default_factory=dict)
+    """What the policy may cost, if it states that."""
+    solved: dict[str, int | float] = field(default_factory=dict)
+    """Path in the policy -> the number that was solved from the budget."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, with the unit of all FLOPs."""
@@ -53,7 +59,7 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
 
     FLOPs are those of the papers (`dropflow.flops.vision_only`): they leave out text, cross attention and ranking.
     """
-    plan = resolve(policy, shape)
+    plan = resolve(policy, shape, work=partial(vision_only, shape=widths))
     schedule = plan.schedule()
     layers = tuple(
         LayerForecast(
@@ -74,6 +80,8 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
         flops=sum(known) if len(known) == len(layers) else None,
         flops_dense=shape.layers * vision_only(shape.visual_tokens or 0, widths),
         ranked_by=plan.ranked_by,
+        budget={} if policy.budget is None else policy.budget.model_dump(exclude_none=True),
+        solved=solved_numbers(policy, plan.policy),
     )
 
 

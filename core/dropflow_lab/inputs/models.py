@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from dropflow_lab.errors import InputError, shortened
 
 
 def load_model(folder: Path | None = None) -> tuple[Any, Any]:
-    """Return model and processor of `folder`, or the embedded demo model; on the GPU if there is one.
+    """Return model and processor of `folder`, or the embedded demo model; on a GPU if there is one (see `device`).
 
     If there is no such folder, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`, or a model
     in the local cache of the hub, such as `llava-hf/llava-1.5-7b-hf`. Weights keep the dtype they are stored in (the
@@ -25,7 +26,17 @@ def load_model(folder: Path | None = None) -> tuple[Any, Any]:
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
         model, processor = _from_folder(folder) if folder is not None and name is None else _embedded(name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model.to(device()).eval(), processor
+
+
+def device() -> str:
+    """Return the device of this process: of a machine's GPUs, the one that torchrun's `LOCAL_RANK` stands for.
+
+    Launchers that give every process a GPU of its own (SLURM, Ray) hide the others.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _shipped(folder: Path) -> str | None:

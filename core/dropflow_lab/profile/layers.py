@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,16 @@ class LayerMeter:
             self._add("cross", call.boundary, torch.stack([_compared(one, two) for one, two in pairs]))
 
         self._prefill([(other.images(), sample.question) for sample, other in asked], compare)
+
+    def values(self) -> dict[str, list[float]]:
+        """Return the values of all samples so far, by measure and layer, as plain data."""
+        return {f"{name}/{layer}": torch.cat(values).tolist() for (name, layer), values in self._values.items()}
+
+    def add(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Add the `values` of another meter."""
+        for key, found in values.items():
+            name, _, layer = key.rpartition("/")
+            self._add(name, int(layer), torch.tensor(found))
 
     def curves(self) -> LayerCurves:
         """Return the means over all samples so far."""

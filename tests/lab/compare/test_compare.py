@@ -17,10 +17,10 @@ from dropflow_lab.compare.answers import Answers
 from dropflow_lab.compare.compare import Rules, compare, smaller
 from dropflow_lab.compare.lineup import Entry
 from dropflow_lab.compare.rows import Member, Row, Title, make_row
-from dropflow_lab.compare.store import Finished
 from dropflow_lab.inputs.data import Sample, read_samples
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.measure.intervals import wilson
+from dropflow_lab.store.finished import Finished
 
 HALF = {"name": "half", "stages": {"keep": {"use": "control/random", "keep": {2: 40}, "seed": 7}}}
 RULES = Rules(batch=4, max_new_tokens=2, control_seeds=2, timed=1, rounds=0)

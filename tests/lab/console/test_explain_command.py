@@ -13,7 +13,7 @@ def test_json_of_hidrop_64(cli) -> None:
     assert result.stderr == ""
     assert set(explained) == {
         "policy", "layers", "average_visual_tokens", "entry_visual_tokens", "tower_visual_tokens", "flops",
-        "flops_dense", "ranked_by", "unit",
+        "flops_dense", "ranked_by", "budget", "solved", "unit",
     }  # fmt: skip
     assert explained["policy"] == "hidrop-64"
     assert explained["average_visual_tokens"] == 64.0
@@ -50,6 +50,20 @@ def test_rescaled_to_another_shape(cli) -> None:
     explained = json.loads(cli("explain", "hidrop-64", *shape, "--set", "rescale=true", "--json").stdout)
     counts = [layer["visual_tokens"] for layer in explained["layers"]]
     assert counts == [0] * 4 + [144] + [54] * 2 + [3] + [1] * 4 + [0] * 4
+
+
+def test_numbers_solved_from_a_budget(cli, tmp_path) -> None:
+    policy = tmp_path / "solved.yaml"
+    keep = "{10: solve, 14: 10, 16: 5, 18: 1}"
+    policy.write_text(
+        f"budget: {{average_tokens: 76}}\nstages:\n  pyramid: {{use: hidrop/concave-pyramid, keep: {keep}}}\n"
+        "  inject: {use: hidrop/late-injection, at: 8}\n"
+    )
+    explained = json.loads(cli("explain", policy, "--set", "budget.average_tokens=64", "--json").stdout)
+    assert (explained["budget"], explained["solved"]) == ({"average_tokens": 64}, {"stages.pyramid.keep.10": 213})
+    assert explained["average_visual_tokens"] == 64
+    shown = " ".join(cli("explain", policy).stdout.split())
+    assert "stages.pyramid.keep.10: 309, solved for average_tokens 76" in shown
 
 
 def test_a_policy_tuned_for_nothing_gets_32_layers_and_576_tokens(cli, tmp_path) -> None:

@@ -63,6 +63,16 @@ def test_numbers_figure_and_a_policy_that_check_accepts(profiled, cli) -> None:
     assert (out / "profile.svg").read_text().startswith("<?xml")
 
 
+def test_finished_pieces_are_read_and_give_the_same_profile(profiled, monkeypatch) -> None:
+    arguments = ("--json", "--exit", 4, "--entry", 1, "--fewer", 0.5)
+    shown, out = profiled(*arguments)
+    pieces = sorted(path.name.rpartition("-")[0] for path in (out / "finished").iterdir())
+    assert pieces == ["entries-0", "exits-0", "layers-0"]
+    next((out / "finished").glob("exits-0-*")).unlink()  # as if another process had been killed over it
+    monkeypatch.setattr("dropflow_lab.profile.pieces.Pieces._layers", lambda *_: pytest.fail("measured again"))
+    assert profiled(*arguments)[0] == shown
+
+
 def test_the_table_for_people(profiled) -> None:
     shown, _ = profiled("--exit", 4, "--entry", 1, "--fewer", 0.5)
     words = " ".join(shown.split())
@@ -77,11 +87,11 @@ def test_what_is_missing_is_said_before_any_work(refused, monkeypatch, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_cannot_be_met_leaves_no_files(refused, model_folder, folder, tmp_path) -> None:
+def test_a_budget_that_cannot_be_met_leaves_what_was_measured_alone(refused, model_folder, folder, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("profile", model_folder, "--data", folder, "--out", out, "--max-new-tokens", 1, "--exit", 4)
     assert "an average of 1 tokens cannot be met" in refused(*arguments, "--average-tokens", 1)
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["finished"]
 
 
 def test_bad_arguments(refused, model_folder, folder, tmp_path) -> None:

@@ -7,12 +7,14 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
 from torch import nn
 
 from dropflow.backbone.backbone import Backbone, backbone_for
+from dropflow.backbone.flops import vision_only
 from dropflow.backbone.versions import warn_if_untested
 from dropflow.backbone.wrapped import check_compiled, check_is_model, leave_uncompiled, unwrapped
 from dropflow.engine.attach import refusals
@@ -158,7 +160,9 @@ def _attachment_of(model: Any) -> _Attachment | None:
 def _resolved(backbone: Backbone, policy: Policy) -> Plan:
     """The policy's plan for the backbone, after refusing parts that nobody can look into."""
     check_compiled({"core": backbone.core, "text decoder": backbone.text})
-    return resolve(policy, backbone.shape, backbone.facts())
+    widths = None if policy.budget is None else backbone.decoder_widths
+    work = None if widths is None else partial(vision_only, shape=widths)
+    return resolve(policy, backbone.shape, backbone.facts(), work)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dropflow_lab.console.commands.options import AsJson, Layers, Overrides, PolicyArgument, VisualTokens
@@ -25,13 +26,14 @@ def check(
     the one the policy is tuned for.
     """
     from dropflow import load_policy
+    from dropflow.backbone.flops import LLAVA_7B, vision_only
     from dropflow.policy.plan import resolve
 
     with chatter_to_stderr():
         loaded = load_policy(policy, overrides or ())
         shape = _shape(loaded, layers, visual_tokens)
         if shape is not None:
-            resolve(loaded, shape)
+            resolve(loaded, shape, work=partial(vision_only, shape=LLAVA_7B))
     result = {
         "policy": loaded.name,
         "valid": True,

@@ -109,12 +109,12 @@ def compare(
     from dropflow_lab.compare.figure import draw, require_matplotlib
     from dropflow_lab.compare.lineup import line_up, load_models, subjects_of
     from dropflow_lab.compare.page import page
-    from dropflow_lab.compare.store import Finished
     from dropflow_lab.errors import InputError
     from dropflow_lab.inputs.data import read_samples
     from dropflow_lab.inputs.prompts import check_questions
     from dropflow_lab.markdown import around, renew
     from dropflow_lab.measure.machine import this_machine, torch_threads
+    from dropflow_lab.store.finished import Finished
 
     kinds = _apart(apart, data)
     require_matplotlib()

@@ -75,8 +75,11 @@ def _summary(explanation: Explanation, widths: DecoderWidths) -> str:
         f"boundary {boundary}: ranks by layer {layer}, the last one up to there with attention"
         for boundary, layer in explanation.ranked_by.items()
     )
+    budget = "".join(f"{name} {value:g}" for name, value in explanation.budget.items())
+    solved = (f"{path}: {value:g}, solved for {budget}" for path, value in explanation.solved.items())
     return "\n".join(
         (
+            *solved,
             *ranked,
             f"visual tokens: {'data' if average is None else f'{average:.2f}'} on average over "
             f"{len(explanation.layers)} layers, {_count(explanation.entry_visual_tokens)} at entry to the LLM, "

@@ -43,8 +43,9 @@ def profile(
 ) -> None:
     """Measure what each layer does with visual tokens, and write a policy with boundaries that a rule chooses.
 
-    Writes profile.json, profile.png, profile.svg and policy.yaml to --out, all at the end; an interrupted run leaves
-    nothing. docs/profile.md says what is measured and how the rule chooses.
+    Writes profile.json, profile.png, profile.svg and policy.yaml to --out, all at the end. Finished pieces are stored
+    there, so that an interrupted run continues, and several processes share the work. docs/profile.md says what is
+    measured and how the rule chooses.
     """
     from dropflow_lab.errors import InputError
 
@@ -61,13 +62,15 @@ def profile(
     from dropflow_lab.profile import Knobs, Settings
     from dropflow_lab.profile import profile as measure
     from dropflow_lab.profile.write import write_profile
+    from dropflow_lab.store.finished import Finished
 
     with chatter_to_stderr():
         knobs = Knobs(fewer, average_tokens, exit_loss, prunes, entry, exit_at)
         samples = read_samples(data, questions, seed)
         loaded, processor = load_model(model)
         check_questions(processor, samples)
-        measured = measure(loaded, processor, samples, Settings(top, batch_size, max_new_tokens), knobs)
+        finished = Finished(out / "finished")
+        measured = measure(loaded, processor, samples, Settings(top, batch_size, max_new_tokens), knobs, finished)
         write_profile(measured, out)
     emit(measured.to_json(), as_json, _table(measured), _summary(measured, out))
 

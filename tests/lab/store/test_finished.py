@@ -17,8 +17,9 @@ import dropflow
 from dropflow_lab.compare.answers import Answers
 from dropflow_lab.compare.compare import read_answers
 from dropflow_lab.compare.cost import Cost
-from dropflow_lab.compare.store import Finished, digest_of_code, digest_of_weights
 from dropflow_lab.digits.checkpoints.model import build_model
+from dropflow_lab.store.digests import digest_of_code, digest_of_weights
+from dropflow_lab.store.finished import Finished
 
 
 def test_a_measurement_is_found_under_its_own_facts(tmp_path: Path) -> None:
@@ -92,10 +93,10 @@ def test_changed_code_of_a_stage_is_other_code(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     made: Any = __import__("made_for_digests")
     policy = dropflow.load_policy({"name": "p", "stages": {"s": {"use": made.Empty}}})
-    before = digest_of_code(policy)
-    assert digest_of_code(policy) == before != digest_of_code(None)
+    before = digest_of_code([policy], [])
+    assert digest_of_code([policy], []) == before != digest_of_code([], [])
     module.write_text(source + "# changed\n")
-    assert digest_of_code(policy) != before
+    assert digest_of_code([policy], []) != before
     del sys.modules["made_for_digests"]
 
 

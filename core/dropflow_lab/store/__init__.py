@@ -1,0 +1,1 @@
+"""Finished measurements in a folder that any number of processes share."""
