@@ -40,7 +40,7 @@ test-quantized: TESTS := tests/core/stacks/test_quantized.py
 test-trl test-trl-older: TESTS := tests/core/stacks/test_trl.py
 
 # Training on two ranks by DeepSpeed, too.
-test-deepspeed: TESTS := tests/lab/finetune/test_ranks.py
+test-deepspeed: TESTS := tests/lab/finetune/test_processes.py
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev

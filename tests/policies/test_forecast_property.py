@@ -19,8 +19,9 @@ DEPTHS = st.integers(0, 6) | st.floats(0.05, 1.0)
 TOKENS = st.integers(0, 18) | st.floats(0.01, 1.0)
 MODEL = tiny_llava()
 INPUTS = prompt([(3, "I", 5), (1, "I", 2, "I", 9)])
-STAGES = [name for name in registry.names(registry.STAGES) if "units" not in registry.load(registry.STAGES, name).needs]
-"""All but those that need a packed tower, which LLaVA is not."""
+KINDS = {name: registry.load(registry.STAGES, name) for name in registry.names(registry.STAGES)}
+STAGES = [name for name, kind in KINDS.items() if "units" not in kind.needs and not kind.needs_training]
+"""All but those that need a packed tower, which LLaVA is not, or that decide nothing before they are trained."""
 
 
 def options_of(stage: str) -> st.SearchStrategy[dict[str, Any]]:

@@ -117,7 +117,7 @@ def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None
     kept, protected = torch.tensor([1, 0, 1, 1, 1, 0, 1]) > 0, torch.tensor([0, 0, 1, 0, 0, 0, 0]) > 0
     image, none = torch.tensor([0, 0, 1, 2, 2, 2, 3]), torch.zeros(7, dtype=torch.long)
     flags = RowFlags(
-        kept, protected, image, none, none > 0, torch.zeros(7, 0), torch.ones(7), images=4, lines=0, plan=0
+        kept, protected, image, none, none > 0, torch.zeros(7, 0), torch.ones(7), none - 1, images=4, lines=0, plan=0
     )
     found = VisualTokens.found({"image": visual})
     assert found is not None

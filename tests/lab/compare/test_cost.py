@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,19 @@ TOO_DEEP = {"tome-r8", "tome-r16"}  # they merge in 23 layers of the vision enco
 OTHER_TOWER = {"cdpruner-64", "cdpruner-128", "anchorprune-32", "anchorprune-64", "anchorprune-128"}
 """They read the question with the CLIP that LLaVA's tower was taken from."""
 NO_UNITS = {"pixelprune-documents"}  # it leaves units out of a packed tower
-UNFIT = TOO_DEEP | OTHER_TOWER | NO_UNITS
+UNTRAINED = {"visionselector-10", "visionselector-20", "visionselector-30"}  # they need weights
+UNFIT = TOO_DEEP | OTHER_TOWER | NO_UNITS | UNTRAINED
+
+
+def by_stages(names: Iterable[str]) -> list[Any]:
+    """The policies, those but the first with the same stages marked as slow."""
+    seen: set[tuple[str, ...]] = set()
+    found = []
+    for name in names:
+        stages = tuple(stage.use for stage in dropflow.load_policy(name, ["rescale=true"]).stages.values())
+        found.append(pytest.param(name, marks=pytest.mark.slow) if stages in seen else name)
+        seen.add(stages)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def test_only_what_does_not_fit_the_embedded_model_is_left_out(embedded: tuple[A
     assert sorted(named) == sorted(set(SHIPPED) - UNFIT)
 
 
-@pytest.mark.parametrize("name", sorted(set(SHIPPED) - UNFIT))
+@pytest.mark.parametrize("name", by_stages(sorted(set(SHIPPED) - UNFIT)))
 def test_counted_flops_are_those_of_the_formula_for_every_shipped_policy(
     embedded: tuple[Any, Any], samples: list[Sample], name: str
 ) -> None:
