@@ -17,7 +17,7 @@ import dropflow
 from dropflow import CacheCall, CacheKeep, Keep, PruneCall, Stage, hookimpl
 from dropflow.backbone.backbone import backbone_for
 from dropflow.policy import registry
-from dropflow_lab.compare.cost import NEW_TOKENS, measure_cost
+from dropflow_lab.compare.cost import NEW_TOKENS, Work, measure_cost
 from dropflow_lab.compare.lineup import Subject, line_up
 from dropflow_lab.inputs.data import Sample, read_samples
 from dropflow_lab.inputs.models import load_model
@@ -60,6 +60,11 @@ def embedded() -> tuple[Any, Any]:
     return load_model()
 
 
+@pytest.fixture(scope="module")
+def dense_work(embedded: tuple[Any, Any], samples: list[Sample]) -> Work:
+    return measure_cost(*embedded, None, samples[:1], rounds=0).work
+
+
 def test_only_what_does_not_fit_the_embedded_model_is_left_out(embedded: tuple[Any, Any]) -> None:
     found = line_up([Subject(name) for name in SHIPPED], {"": embedded}, ["rescale=true"])
     assert set(found.refused) == UNFIT
@@ -69,10 +74,10 @@ def test_only_what_does_not_fit_the_embedded_model_is_left_out(embedded: tuple[A
 
 @pytest.mark.parametrize("name", by_stages(sorted(set(SHIPPED) - UNFIT)))
 def test_counted_flops_are_those_of_the_formula_for_every_shipped_policy(
-    embedded: tuple[Any, Any], samples: list[Sample], name: str
+    embedded: tuple[Any, Any], samples: list[Sample], dense_work: Work, name: str
 ) -> None:
     policy = dropflow.load_policy(name, ["rescale=true"])
-    work = measure_cost(*embedded, policy, samples[:1], rounds=0).work
+    work = measure_cost(*embedded, policy, samples[:1], rounds=0, dense=dense_work).work
     assert work.flops_counted == pytest.approx(work.flops_formula, rel=0.01)
     assert work.flops_formula > 0
 
