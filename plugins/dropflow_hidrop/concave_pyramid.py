@@ -268,10 +268,17 @@ def _shares(keeps: Mapping[int, Budget], context: StageContext) -> dict[int, flo
             f"{context.path('keep')}: `learn` trains shares, and this backbone's images differ in size; give shares "
             "instead of counts"
         )
-    return {
+    found = {
         boundary: budget.share if budget.share is not None else budget.of(tokens or 0) / (tokens or 1)
         for boundary, budget in keeps.items()
     }
+    for boundary, share in found.items():
+        if not share:
+            raise PolicyError(
+                f"{context.path('keep')}: `learn` starts with a token or more at every boundary, got 0 at {boundary}; "
+                "let `hidrop/early-exit` drop all"
+            )
+    return found
 
 
 def _budgets(options: ConcavePyramidOptions, context: StageContext) -> Mapping[int, Budget]:

@@ -206,6 +206,15 @@ def test_counts_are_refused_where_images_differ_in_size() -> None:
         resolve(dropflow.load_policy(learning()), BackboneShape(6, None))
 
 
+@pytest.mark.parametrize("keep", [{2: 4, 4: 0}, {2: 0, 4: 0}])
+def test_a_start_without_tokens_is_refused(keep: dict[int, int]) -> None:
+    message = (
+        r"stages\.pyramid\.keep: `learn` starts with a token or more at every boundary, got 0 at [24]; let `hidrop"
+    )
+    with pytest.raises(PolicyError, match=message):
+        resolve(dropflow.load_policy(learning(keep=keep)), BackboneShape(6, 16))
+
+
 def test_it_meets_the_guarantees() -> None:
     models = {"llava": tiny_models()["llava"]}
     options = {"keep": {0.35: 0.5, 0.7: 0.2}, "learn": True, "budget": {"average_tokens": 5}}

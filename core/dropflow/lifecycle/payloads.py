@@ -349,8 +349,8 @@ class EncodeCall:
         the sum runs over the row's window and the divisor stays, so that windows compete only inside themselves: name a
         layer with full attention. A row that is made of several rows of the encoder has their mean, as in
         `cls_attention`; the time steps of a video are pictures. For encoders without a CLS row. It costs the work of
-        one attention map, done in slices much smaller than the map. Raises `DecisionError` where a stage has merged rows since that
-        layer ran without saying which.
+        one attention map, done in slices much smaller than the map. Raises `DecisionError` where a stage has merged
+        rows since that layer ran without saying which.
         """
         return self._means(layer, self.tower(layer).received())
 
