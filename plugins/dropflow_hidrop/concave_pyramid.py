@@ -160,7 +160,8 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
 
         tokens = self.context.scale.target.visual_tokens
         found = dict(zip(self._start, _ratios(module).shares().tolist(), strict=True))
-        keep: Mapping[int, int | float] = {boundary: round(share, 4) for boundary, share in found.items()}
+        # a share of 0 is none, and any above it keeps a token
+        keep: Mapping[int, int | float] = {boundary: max(round(share, 4), 1e-4) for boundary, share in found.items()}
         if tokens is not None:
 
             def cost(counts: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ from dropflow.backbone.flops import LLAVA_7B, vision_only
 from dropflow.errors import PolicyError
 from dropflow.operators import soft_counted, soft_top
 from dropflow.policy.plan import resolve
-from dropflow.testing import assert_stage_conforms, tiny_models
+from dropflow.testing import IMAGE, assert_stage_conforms, tiny_models
 from dropflow.units import BackboneShape
 from dropflow_hidrop.keep_ratios import KeepRatios, annealed, fitted_counts, share_of_work
 
@@ -185,6 +185,22 @@ def test_learned_shares_where_images_differ_in_size() -> None:
     with dropflow.attach(tiny.model(), policy(pyramid=use)) as flow:
         keep = flow.learned_policy().stages["pyramid"].options.keep  # type: ignore[attr-defined]
     assert keep == {1: 0.5, 3: 0.25}
+
+
+def test_learned_shares_that_round_to_nothing_keep_a_token() -> None:
+    tiny = tiny_models()["qwen2_5_vl"][1]
+    use = PYRAMID | {"keep": {1: 0.5, 3: 0.25}, "budget": {"average_tokens": 4}}
+    model, (inputs, _) = tiny.model(), tiny.prompt(((3, "I", 5),))
+    with dropflow.attach(model, policy(pyramid=use)) as flow:
+        (ratios,) = (module for module in model.modules() if isinstance(module, KeepRatios))
+        with torch.no_grad():
+            ratios.logits.fill_(-6.0)
+        learned = flow.learned_policy()
+    assert learned.stages["pyramid"].options.keep == {1: 0.0025, 3: 1e-4}  # type: ignore[attr-defined]
+    with dropflow.attach(model, learned) as flow, torch.no_grad():
+        model(**inputs)
+        text = int((inputs["input_ids"] != IMAGE).sum())
+        assert [int(live.sum()) - text for live in flow.live()[1:]] == [1] * 5
 
 
 @pytest.mark.parametrize(
