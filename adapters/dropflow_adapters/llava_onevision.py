@@ -17,7 +17,7 @@ from dropflow_adapters.llava_next import LlavaNext
 
 
 class LlavaOnevision(LlavaNext):
-    """`LlavaOnevisionForConditionalGeneration`; a video's single final newline counts with its last frame."""
+    """`LlavaOnevisionForConditionalGeneration`; a video's single final newline ends it as a whole."""
 
     modalities = ("image", "video")
 
@@ -26,7 +26,8 @@ class LlavaOnevision(LlavaNext):
         if modality == "image":
             return super().layouts(modality, sizes, arguments)
         side = math.ceil(self.side / 2)
-        frame, last = ImageLayout(side**2, (side, side)), ImageLayout(side**2 + 1, (side, side), tail=1)
+        frame = ImageLayout(side**2, (side, side))
+        last = ImageLayout(side**2 + 1, (side, side), tail=1, closes=True)
         return [[*[frame] * (size // side**2 - 1), last] for size in sizes]
 
     def joined(self, height_width: Any) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def large(number: int, dice: torch.Generator) -> Picture:
 
 def odd_frames(_: int, dice: torch.Generator) -> Picture:
     """Two frames of 5 x 5 patches, pooled to 3 x 3 tokens that lie between unlike shares of their neighbours."""
-    layouts = [ImageLayout(9, (3, 3)), ImageLayout(10, (3, 3), tail=1)]
+    layouts = [ImageLayout(9, (3, 3)), ImageLayout(10, (3, 3), tail=1, closes=True)]
     return Picture([VIDEO] * 19, {"pixel_values_videos": pixels(dice, 1, 2, 3, 30, 30)}, layouts)
 
 
