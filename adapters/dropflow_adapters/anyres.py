@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Tiles = Callable[[Tensor], Tensor]
-"""Numbers (rows, columns) of the joined tiles' patches -> members (rows, columns, members) of their tokens."""
+"""Numbers (rows, columns) of the joined tiles' patches -> (rows, columns, members), what their tokens are made of."""
 
 
 def tiles_of(config: Any, height_width: Any) -> tuple[int, int]:
@@ -49,17 +49,27 @@ def image_members(config: Any, sizes: Sequence[int], height_widths: Any, prefix:
     side, found, first = patches_per_side(config), [], 0
     overview = torch.arange(side**2)[:, None]
     for size, height_width in zip(sizes, height_widths, strict=True):
-        if size == len(overview) + 1:
-            table, pictures = _extended(overview, rows=1), 1
-        else:
-            members = tiles(unpadded(config, height_width))
-            lines = torch.cat((members, torch.full_like(members[:, :1], -1)), 1).flatten(0, 1)
-            table = torch.cat((_extended(overview, columns=lines.shape[1] - 1), lines))
-            down, across = tiles_of(config, height_width)
-            pictures = 1 + down * across
+        table = _image_table(config, size, height_width, overview, tiles)
         found.append(_in_tower(table + first * side**2 * (table >= 0), side, prefix))
-        first += pictures
+        down, across = (0, 0) if size == len(overview) + 1 else tiles_of(config, height_width)
+        first += 1 + down * across
     return found
+
+
+def image_weights(config: Any, sizes: Sequence[int], height_widths: Any, tiles: Tiles) -> list[Tensor]:
+    """Weights of `image_members`, where `tiles` gives those of the joined tiles' tokens; -1 for newlines."""
+    overview = torch.ones(patches_per_side(config) ** 2, 1)
+    pairs = zip(sizes, height_widths, strict=True)
+    return [_image_table(config, size, height_width, overview, tiles) for size, height_width in pairs]
+
+
+def _image_table(config: Any, size: int, height_width: Any, overview: Tensor, tiles: Tiles) -> Tensor:
+    """What an image's tokens are made of, from what its `overview` is and its joined `tiles` are."""
+    if size == len(overview) + 1:
+        return _extended(overview, rows=1)
+    own = tiles(unpadded(config, height_width))
+    lines = torch.cat((own, torch.full_like(own[:, :1], -1)), 1).flatten(0, 1)
+    return torch.cat((_extended(overview, columns=lines.shape[1] - 1), lines))
 
 
 def frame_members(frame: Tensor, config: Any, sizes: Sequence[int], prefix: int) -> list[Tensor]:
@@ -71,6 +81,11 @@ def frame_members(frame: Tensor, config: Any, sizes: Sequence[int], prefix: int)
         found.append(_in_tower(_extended(table, rows=size - len(table)), side, prefix))
         first = frames.stop
     return found
+
+
+def frame_weights(frame: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Weights of `frame_members`, from those of one `frame` (tokens, members); -1 for newlines."""
+    return [_extended(frame.repeat(size // len(frame), 1), rows=size % len(frame)) for size in sizes]
 
 
 def _extended(table: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:

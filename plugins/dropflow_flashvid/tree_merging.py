@@ -62,8 +62,8 @@ class TreeMerging(Stage[TreeMergingOptions]):
 
     Other than released: a merged row is the mean of all tokens it stands for (see `published_means`), no token is
     selected twice, equal densities count in raster order instead of at random, every video of a batch is reduced by
-    itself, and Qwen3-VL's tokens around frames stay. Where tokens are pooled from several patches, the attention a
-    token receives is the plain mean over them.
+    itself, and Qwen3-VL's tokens around frames stay. Where tokens are pooled from several patches, the attention they
+    receive is pooled alike.
     """
 
     Options = TreeMergingOptions

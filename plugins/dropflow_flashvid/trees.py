@@ -35,8 +35,8 @@ class Trees:
         """
         length, rows = frames.shape[:2]
         unit = torch.nn.functional.normalize(frames.float(), dim=-1, eps=1e-12)
-        cosine = unit[1:] @ unit[:-1].transpose(1, 2)
-        cosine = torch.where(free[1:, :, None] & free[:-1, None, :], cosine, -1.0)
+        cosine = (unit[1:] @ unit[:-1].transpose(1, 2)).clamp(max=1)  # rounding goes beyond
+        cosine = torch.where(free[1:, :, None] & free[:-1, None, :], cosine, -torch.inf)
         alike, link = cosine.max(2)
         merges = alike > threshold
         allowed = length * rows - least

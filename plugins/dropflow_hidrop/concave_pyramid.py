@@ -160,7 +160,8 @@ class ConcavePyramid(Stage[ConcavePyramidOptions]):
 
         tokens = self.context.scale.target.visual_tokens
         found = dict(zip(self._start, _ratios(module).shares().tolist(), strict=True))
-        keep: Mapping[int, int | float] = {boundary: round(share, 4) for boundary, share in found.items()}
+        # a share of 0 is none, and any above it keeps a token
+        keep: Mapping[int, int | float] = {boundary: max(round(share, 4), 1e-4) for boundary, share in found.items()}
         if tokens is not None:
 
             def cost(counts: Sequence[int]) -> float:
@@ -268,10 +269,17 @@ def _shares(keeps: Mapping[int, Budget], context: StageContext) -> dict[int, flo
             f"{context.path('keep')}: `learn` trains shares, and this backbone's images differ in size; give shares "
             "instead of counts"
         )
-    return {
+    found = {
         boundary: budget.share if budget.share is not None else budget.of(tokens or 0) / (tokens or 1)
         for boundary, budget in keeps.items()
     }
+    for boundary, share in found.items():
+        if not share:
+            raise PolicyError(
+                f"{context.path('keep')}: `learn` starts with a token or more at every boundary, got 0 at {boundary}; "
+                "let `hidrop/early-exit` drop all"
+            )
+    return found
 
 
 def _budgets(options: ConcavePyramidOptions, context: StageContext) -> Mapping[int, Budget]:

@@ -42,7 +42,7 @@ class Merging(Stage[MergingOptions]):
 
     Other than released: rows lie in raster order, a window keeps at least one row of its static places, equal densities
     count in raster order instead of at random, and every video of a batch is reduced at its own rate. Where tokens are
-    pooled from several patches, the attention a token receives is the plain mean over them.
+    pooled from several patches, the attention they receive is pooled alike.
     """
 
     Options = MergingOptions

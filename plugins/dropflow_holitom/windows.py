@@ -11,10 +11,13 @@ LONGEST = 1024
 
 
 def similarity(frames: Float[Tensor, "frames rows dim"]) -> Float[Tensor, "steps rows"]:
-    """Cosine of each row and the row at its place in the next frame, in float32; norms are at least 1e-8."""
+    """Cosine of each row and the row at its place in the next frame, in float32, at most 1; norms are at least 1e-8.
+
+    Rounding takes cosines of equal rows above 1, so that a threshold of 1 would hold some places still.
+    """
     wide = frames.float()
     unit = wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    cosine: Tensor = (unit[1:] * unit[:-1]).sum(-1)
+    cosine: Tensor = (unit[1:] * unit[:-1]).sum(-1).clamp(max=1)
     return cosine
 
 

@@ -52,13 +52,14 @@ def test_a_newline_stays_exactly_as_long_as_a_patch_of_its_row(name: str, which:
 
 
 @torch.no_grad()
-def test_the_newline_of_a_video_goes_with_its_last_frame() -> None:
+def test_the_newline_of_a_video_goes_with_its_last_token() -> None:
     class LastFrameGoes(Stage[Any]):
-        prune_at = (2,)
+        prune_at = (2, 3)
 
         @hookimpl
         def prune(self, call: PruneCall) -> dropflow.Keep:
-            return dropflow.Keep(call.image_id != len(call.image_sizes) - 1)
+            last = call.image_id == len(call.image_sizes) - 1
+            return dropflow.Keep(~last if call.boundary == 2 else torch.zeros_like(last))
 
     _, tiny = FAMILIES["llava_onevision"]
     model, inputs = tiny.model(), tiny.prompt([(3, "V", 5)])[0]
@@ -66,7 +67,8 @@ def test_the_newline_of_a_video_goes_with_its_last_frame() -> None:
         model(**inputs)
         live = flow.live()[:, 0, 4:17]
     assert live[1].all()
-    assert live[2].tolist() == [True] * 8 + [False] * 5
+    assert live[2].tolist() == [True] * 8 + [False] * 4 + [True]
+    assert not live[3].any()
 
 
 IMAGES, MIXED = ((3, "I", 5), (1, "I", 2, "I", 9), (4,)), ((3, "V", 5), (2, "I", 6))

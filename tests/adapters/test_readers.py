@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from tiny import policy
 
 import dropflow
-from dropflow import Backbone, ImageLayout
+from dropflow import Backbone, EncodeCall, ImageLayout, Stage, hookimpl
 from dropflow.errors import PolicyError
 from dropflow.policy.registry import ADAPTERS, load
-from dropflow.testing import END, IMAGE, START, TEXT, VISION, Picture, Tiny, check_reader, pixels, tiny_models
+from dropflow.testing import END, IMAGE, START, TEXT, VIDEO, VISION, Picture, Tiny, check_reader, pixels, tiny_models
 from dropflow.testing.case import Case
 from dropflow.testing.families import minicpmv4_6
 from dropflow.testing.families.llava_next import anyres_image, small
 from dropflow.testing.families.ovis2 import INDICATORS
+from dropflow.testing.probes import use
+from dropflow_adapters.llava_onevision import interpolation
 
 LLAVA: type[Backbone] = load(ADAPTERS, "llava")
 PIXTRAL = {**VISION, "head_dim": 8, "image_size": 32, "patch_size": 8, "model_type": "pixtral"}
@@ -55,14 +58,15 @@ def square(tokens: int) -> Any:
     return make
 
 
-def onevision(most: int) -> Any:
-    """A builder of a LLaVA-OneVision that downscales images of more than `most` tiles."""
+def onevision(most: int, size: int = 24) -> Any:
+    """A builder of a LLaVA-OneVision with tiles of `size` pixels that downscales images of more than `most` tiles."""
 
     def build() -> Any:
         from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
         config = LlavaOnevisionConfig(**small("siglip_vision_model", "full"), video_token_id=97)
         config.vision_aspect_ratio = f"anyres_max_{most}"
+        config.vision_config.image_size = size
         return LlavaOnevisionForConditionalGeneration(config)
 
     return build
@@ -76,6 +80,12 @@ def large(number: int, dice: torch.Generator) -> Picture:
     layouts = [ImageLayout(16, (4, 4)), ImageLayout(rows * (columns + 1), (rows, columns), line_ends=True)]
     arguments = {"pixel_values": pixels(dice, 1, 5, 3, 24, 24), "image_sizes": torch.tensor([[height, width]])}
     return Picture([IMAGE] * sum(layout.tokens for layout in layouts), arguments, layouts)
+
+
+def odd_frames(_: int, dice: torch.Generator) -> Picture:
+    """Two frames of 5 x 5 patches, pooled to 3 x 3 tokens that lie between unlike shares of their neighbours."""
+    layouts = [ImageLayout(9, (3, 3)), ImageLayout(10, (3, 3), tail=1, closes=True)]
+    return Picture([VIDEO] * 19, {"pixel_values_videos": pixels(dice, 1, 2, 3, 30, 30)}, layouts)
 
 
 def ovis2_blocks() -> Any:
@@ -138,6 +148,7 @@ FORMS: dict[str, tuple[str, Tiny]] = {
         Tiny(minicpm_fine, {"image": fine}, minicpmv4_6.along_the_width, **minicpmv4_6.ROUND_OFF),
     ),
     "tiles that are downscaled": ("llava_onevision", Tiny(onevision(1), {"image": large})),
+    "frames of an odd side": ("llava_onevision", Tiny(onevision(9, 30), {"image": odd_frames, "video": odd_frames})),
 }
 
 
@@ -173,6 +184,44 @@ def test_onevision_images_of_a_sample_with_several_are_overviews() -> None:
     first, second = reader.members([17, 17], {"image_sizes": torch.tensor([[24, 24], [24, 24]])})
     assert first[:, 0].tolist() == [*range(16), -1]
     assert second[:, 0].tolist() == [*range(16, 32), -1]
+
+
+@pytest.mark.parametrize("sizes", [(27, 14), (5, 3), (8, 5), (4, 4)])
+def test_onevision_tokens_are_interpolated_with_the_stated_weights(sizes: tuple[int, int]) -> None:
+    own, new = sizes
+    values = torch.randn(own, own, generator=torch.Generator().manual_seed(0))
+    members, weights = interpolation(torch.arange(own**2).view(own, own), (new, new))
+    found = (values.flatten()[members.clamp(min=0)] * weights).sum(2)
+    pooled = torch.nn.functional.interpolate(values[None, None], size=(new, new), mode="bilinear")[0, 0]
+    torch.testing.assert_close(found, pooled)
+    torch.testing.assert_close(weights.sum(2), torch.ones(new, new))
+
+
+@torch.no_grad()
+def test_attention_is_pooled_as_the_features_of_a_video_are() -> None:
+    """As LLaVA-OneVision pools the frames of a video (FlashVID and HoliTom pool the attention alike)."""
+    adapter, tiny = tiny_models()["llava_onevision"][0], FORMS["frames of an odd side"][1]
+    inputs, _ = tiny.prompt(((3, "V", 5),))
+
+    class Reads(Stage[Any]):
+        needs = frozenset({"vision_attention"})
+        vision_taps = (-1,)
+
+        @hookimpl
+        def encode(self, call: EncodeCall) -> None:
+            whole = call.tower(-1).received()
+            side = adapter(model).side  # type: ignore[attr-defined]
+            frames = whole.view(len(call.features), 1, side, side)
+            size = (math.ceil(side / 2), math.ceil(side / 2))
+            pooled = torch.nn.functional.interpolate(frames, size=size, mode="bilinear").flatten(1)
+            torch.testing.assert_close(torch.stack(call.received_attention(-1)), pooled)
+            seen.append(pooled)
+
+    seen: list[torch.Tensor] = []
+    model = tiny.model()
+    with dropflow.attach(model, policy(read=use(Reads)), adapter=adapter):
+        model(**inputs)
+    assert len(seen) == 1
 
 
 def test_layers_before_a_merger_cannot_be_read() -> None:

@@ -157,6 +157,18 @@ def test_rows_are_means_of_what_they_stand_for_and_stand_for_all_of_a_segment(
     assert torch.allclose(torch.cat(answer.shares()).sum(1), torch.ones(len(rows)), atol=1e-5)
 
 
+def test_a_threshold_of_1_merges_nothing_and_one_below_all_cosines_no_selected_token() -> None:
+    frames = drawn(0, 1, 40, 64).repeat(6, 1, 1)
+    free = torch.ones(frames.shape[:2], dtype=torch.bool)
+    assert Trees.grown(frames, free, 1.0, 1).children.sum() == 0
+    free[:, ::2] = False
+    trees = Trees.grown(frames, free, -2.0, 1)
+    own = torch.arange(free.numel()).view(free.shape)
+    assert torch.equal(trees.root[~free], own[~free])
+    assert free.flatten()[trees.root[free]].all()
+    assert (trees.root[1:] != own[1:])[free[1:]].all()
+
+
 def test_no_token_is_selected_twice_where_weights_are_negative() -> None:
     frames = drawn(1, 1, 10)
     chosen = unlike(frames, -torch.rand(1, 10, generator=torch.Generator().manual_seed(0)), 6)

@@ -17,7 +17,7 @@ from dropflow.backbone.flops import LLAVA_7B, vision_only
 from dropflow.errors import PolicyError
 from dropflow.operators import soft_counted, soft_top
 from dropflow.policy.plan import resolve
-from dropflow.testing import assert_stage_conforms, tiny_models
+from dropflow.testing import IMAGE, assert_stage_conforms, tiny_models
 from dropflow.units import BackboneShape
 from dropflow_hidrop.keep_ratios import KeepRatios, annealed, fitted_counts, share_of_work
 
@@ -187,6 +187,22 @@ def test_learned_shares_where_images_differ_in_size() -> None:
     assert keep == {1: 0.5, 3: 0.25}
 
 
+def test_learned_shares_that_round_to_nothing_keep_a_token() -> None:
+    tiny = tiny_models()["qwen2_5_vl"][1]
+    use = PYRAMID | {"keep": {1: 0.5, 3: 0.25}, "budget": {"average_tokens": 4}}
+    model, (inputs, _) = tiny.model(), tiny.prompt(((3, "I", 5),))
+    with dropflow.attach(model, policy(pyramid=use)) as flow:
+        (ratios,) = (module for module in model.modules() if isinstance(module, KeepRatios))
+        with torch.no_grad():
+            ratios.logits.fill_(-6.0)
+        learned = flow.learned_policy()
+    assert learned.stages["pyramid"].options.keep == {1: 0.0025, 3: 1e-4}  # type: ignore[attr-defined]
+    with dropflow.attach(model, learned) as flow, torch.no_grad():
+        model(**inputs)
+        text = int((inputs["input_ids"] != IMAGE).sum())
+        assert [int(live.sum()) - text for live in flow.live()[1:]] == [1] * 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -204,6 +220,15 @@ def test_options_that_cannot_be_learned_are_refused(options: dict[str, Any], mes
 def test_counts_are_refused_where_images_differ_in_size() -> None:
     with pytest.raises(PolicyError, match=r"stages\.pyramid\.keep: `learn` trains shares, and this backbone's images"):
         resolve(dropflow.load_policy(learning()), BackboneShape(6, None))
+
+
+@pytest.mark.parametrize("keep", [{2: 4, 4: 0}, {2: 0, 4: 0}])
+def test_a_start_without_tokens_is_refused(keep: dict[int, int]) -> None:
+    message = (
+        r"stages\.pyramid\.keep: `learn` starts with a token or more at every boundary, got 0 at [24]; let `hidrop"
+    )
+    with pytest.raises(PolicyError, match=message):
+        resolve(dropflow.load_policy(learning(keep=keep)), BackboneShape(6, 16))
 
 
 def test_it_meets_the_guarantees() -> None:

@@ -40,6 +40,12 @@ def test_recorded_windows(case: str) -> None:
     assert saved == found["reduced"]
 
 
+def test_a_threshold_of_1_holds_no_place_still_even_where_frames_are_equal() -> None:
+    frames = drawn(0, 1, 40, 64).repeat(6, 1, 1)
+    assert (similarity(frames) > 0.999).all()
+    assert windows(similarity(frames) > 1.0) == ([(frame, frame) for frame in range(6)], 0)
+
+
 @pytest.mark.parametrize("case", goldens("holitom"))
 def test_recorded_rows(case: str) -> None:
     found = golden(case)

@@ -97,3 +97,18 @@ def test_a_stage_that_would_need_whole_frames_is_refused_after_one_that_drops_ro
         model(**inputs)
     with dropflow.attach(model, {"name": "x", "stages": dict(reversed(stages.items()))}):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_the_newline_of_a_video_stays_where_its_last_frame_keeps_nothing() -> None:
+    tiny = tiny_models()["llava_onevision"][1]
+    model, inputs = tiny.model(), tiny.prompt(((3, "V", 5), (1, "V", 2)))[0]
+    frames = inputs["pixel_values_videos"]
+    frames[:] = frames[:, :1].clone()
+    video = inputs["input_ids"] == VIDEO
+    for stage in ({"use": "evs/retention", "rate": 0.99}, STAGES["holitom"] | {"threshold": 0.5}):
+        with dropflow.attach(model, {"name": "x", "stages": {"stage": stage}}) as flow:
+            model(**inputs)
+            live = flow.live()[0]
+        left = [own[here].int().tolist() for own, here in zip(live, video, strict=True)]
+        assert left == [[1] * 4 + [0] * 8 + [1]] * 2

@@ -29,6 +29,9 @@ class ImageLayout:
     """Whether every grid row is followed by an extra row; needs `grid`."""
     tail: int = 0
     """Extra rows after the patches."""
+    closes: bool = False
+    """Whether the rows of `tail` end the whole entry of the features whose last image this is, such as a video: they
+    then stay as long as any patch of the entry. No other image of the entry may have extra rows."""
 
     @property
     def has_extra(self) -> bool:

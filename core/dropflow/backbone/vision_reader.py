@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 MembersOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Int[Tensor, 'rows members']]"]
 """Rows of each entry of the features and arguments of the method that encodes -> one table per entry."""
+WeightsOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Float[Tensor, 'rows members']]"]
+"""As `MembersOf`, for the weights of these members."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class VisionReader:
     padding."""
     padded: bool = False
     """Whether every picture is an entry of a batch, padded at its end to the rows of the longest."""
+    weights: WeightsOf | None = None
+    """Given the same as `members`, the weight that each of them has in its row, in tables of the same shapes, as where
+    rows are interpolated; entries of no member are ignored. `None` where all members of a row weigh the same."""
 
     @property
     def depth(self) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     RowAttention = Callable[[int, Tensor], Tensor]
     Members = Callable[[int], tuple[Int[Tensor, "rows members"], ...]]
+    Weights = Callable[[int], tuple[Float[Tensor, "rows members"], ...] | None]
     Tower = Callable[[int], TowerLayer]
     Lazily = Callable[[], tuple[Tensor, ...]]
     Tapped = Callable[[int], QueryKey]
@@ -287,6 +288,8 @@ class EncodeCall:
     """The trained module of the stage (`Stage.build_module`)."""
     progress: float = 0.0
     """How far training has come, from 0 to 1, for stages with `follows_progress`; 0 where nobody says."""
+    weights: Weights | None = None
+    """For a tapped layer, how much each of the `members` counts in its row; `None` where all count the same."""
 
     def query_keys(
         self, layer: int
@@ -330,8 +333,8 @@ class EncodeCall:
 
         One row is computed, not a map; the softmax runs over all keys, so that values do not sum to 1. With `joined`
         the layer counts as one head of its whole width, in float32. A row that is made of several rows of the encoder
-        has the mean of theirs. Raises `DecisionError` where a stage has merged rows since that layer ran without
-        saying which (`Encode.shares`), and for an encoder without a CLS row.
+        has their mean, by the weights with which it is interpolated, if it is. Raises `DecisionError` where a stage has
+        merged rows since that layer ran without saying which (`Encode.shares`), and for an encoder without a CLS row.
         """
         if not self.has_cls:
             raise DecisionError(
@@ -344,20 +347,23 @@ class EncodeCall:
 
         The sum over these patches, averaged over heads and divided by their number. In a layer with window attention
         the sum runs over the row's window and the divisor stays, so that windows compete only inside themselves: name a
-        layer with full attention. A row that is made of several rows of the encoder has the mean of theirs; the time
-        steps of a video are pictures. For encoders without a CLS row. It costs the work of one attention map, done in
-        slices much smaller than the map. Raises `DecisionError` where a stage has merged rows since that
-        layer ran without saying which.
+        layer with full attention. A row that is made of several rows of the encoder has their mean, as in
+        `cls_attention`; the time steps of a video are pictures. For encoders without a CLS row. It costs the work of
+        one attention map, done in slices much smaller than the map. Raises `DecisionError` where a stage has merged
+        rows since that layer ran without saying which.
         """
         return self._means(layer, self.tower(layer).received())
 
     def _means(self, layer: int, values: Tensor) -> tuple[Tensor, ...]:
-        """The mean of the values (encoder rows, ...) over the members of each present row."""
-        found = []
-        for members in self.members(layer):
-            own, real = values.to(members.device)[members.clamp(min=0)], members >= 0
-            real = real.view(*real.shape, *[1] * (own.dim() - 2))
-            found.append((own * real).sum(1) / real.sum(1).clamp(min=1))
+        """The mean of the values (encoder rows, ...) over the members of each present row, by their weights."""
+        found, weights = [], None if self.weights is None else self.weights(layer)
+        for image, members in enumerate(self.members(layer)):
+            own = values.to(members.device)[members.clamp(min=0)]
+            part = (members >= 0).to(own.dtype)
+            if weights is not None:
+                part = part * weights[image].to(part)
+            part = part.view(*part.shape, *[1] * (own.dim() - 2))
+            found.append((own * part).sum(1) / part.sum(1).clamp(min=1e-6))  # nothing for rows of no member
         return tuple(found)
 
     def _check_separate(self, asked: str, instead: str) -> None:

@@ -64,6 +64,8 @@ class Encoded:
     """Rows of the tower that are handed on, as a leaf of the graph."""
     members: Sequence[Tensor] = ()
     """For every row of the features, the rows of the tower that change it."""
+    weights: Sequence[Tensor] = ()
+    """For every row of the features, the stated weights of these rows."""
     calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """Attention map (batch, heads, rows, rows) and keys of every eager computation in each layer."""
 
@@ -90,8 +92,8 @@ def check_reader(case: Case) -> None:
     """Check the tables of the adapter's `reader`, and what stages are told under sdpa and eager attention.
 
     The members of every row must be the rows of the tower that change it, by its Jacobian, and what stages read must
-    be the mean over them of sums of the whole maps. Nothing is checked for modalities without a reader.
-    Raises `BrokenGuarantee`, naming what differs.
+    be the mean over them, by their stated weights, of sums of the whole maps. Nothing is checked for modalities without
+    a reader. Raises `BrokenGuarantee`, naming what differs.
     """
     eager = case.tiny.model("eager")
     found = _encoded(case, eager)
@@ -117,6 +119,19 @@ def _check_members(case: Case, encoded: Encoded) -> None:
         if not torch.equal(own, true):
             what = f"row {number} of the features is made of the tower's rows {true.tolist()}, it says {own.tolist()}"
             raise _wrong(case, encoded.modality, what)
+    encoded.weights = _weights(encoded, tables)
+
+
+def _weights(encoded: Encoded, tables: Sequence[Tensor]) -> list[Tensor]:
+    """For every row of the features, the weights of its members, in ascending order of these."""
+    stated = encoded.reader.weights
+    if stated is None:
+        return [torch.ones(len(own)) for own in encoded.members]
+    found = []
+    for table, weights in zip(tables, stated([len(rows) for rows in encoded.entries], encoded.arguments), strict=True):
+        for row, weight in zip(table, weights, strict=True):
+            found.append(weight[row >= 0][row[row >= 0].argsort()])
+    return found
 
 
 def _check_pictures(case: Case, encoded: Encoded) -> None:
@@ -162,7 +177,8 @@ def _check_shown(case: Case, model: Any, found: Sequence[Encoded]) -> None:
             name, layer = what.removesuffix(")").split("(")
             flat, start = encoded.flat(name, int(layer)), 0
             for image, layout in enumerate(layout for own in layouts for layout in own):
-                expected = _means(flat, encoded.members[start : start + layout.tokens], layout)
+                own = slice(start, start + layout.tokens)
+                expected = _means(flat, encoded.members[own], encoded.weights[own], layout)
                 start += layout.tokens
                 error = relative_error(told[image], expected)
                 if error > case.tiny.tolerance:
@@ -171,8 +187,10 @@ def _check_shown(case: Case, model: Any, found: Sequence[Encoded]) -> None:
                     raise _wrong(case, encoded.modality, what)
 
 
-def _means(flat: Tensor, rows: Sequence[Tensor], layout: ImageLayout) -> Tensor:
-    return torch.stack([flat[rows[patch]].mean(0) for patch in layout.patch_rows(flat.device).tolist()])
+def _means(flat: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], layout: ImageLayout) -> Tensor:
+    patches = layout.patch_rows(flat.device).tolist()
+    sums = [torch.tensordot(weights[patch].to(flat), flat[rows[patch]], 1) for patch in patches]
+    return torch.stack([own / weights[patch].sum() for own, patch in zip(sums, patches, strict=True)])
 
 
 def _jacobian(encoded: Encoded) -> Iterator[Tensor]:

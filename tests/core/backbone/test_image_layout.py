@@ -61,9 +61,20 @@ def test_flags_are_packed_for_the_way_through_transformers() -> None:
     for read in (RowFlags.unpack(flags.pack(whole)), RowFlags.unpack(flags.pack(whole), whole)):
         assert (read.images, read.lines, read.plan) == (8, 2, 11)
         assert read.tower.tolist() == [1, 0, 1, 1, 1, 0.25, 1, 1, 1, 0, 0, 0, 0]
-        for name in ("kept", "protected", "image", "line", "extra", "carried", "tower"):
+        for name in ("kept", "protected", "image", "line", "extra", "carried", "tower", "video", "owner"):
             assert torch.equal(getattr(read, name), getattr(flags, name)), name
     assert len(RowFlags.unpack(flags.pack(whole)[:0])) == 0
+
+
+def test_rows_that_close_an_entry_stay_with_its_last_patch() -> None:
+    frame, last = ImageLayout(4, (2, 2)), replace(ENDED, closes=True)
+    none, one = torch.zeros(4, dtype=torch.bool), torch.tensor([0, 0, 1, 0], dtype=torch.bool)
+    for kept, stays in (([one, none], True), ([none, one], True), ([none, none], False)):
+        flags = RowFlags.of([frame, last], 3, 11, CPU, kept)
+        assert bool(flags.kept[-1]) == stays
+        assert flags.kept[:8].tolist() == torch.cat(kept).tolist()
+        assert flags.owner.tolist() == [4] * 9
+    assert RowFlags.of([frame, ENDED], 3, 11, CPU, [one, none]).owner.tolist() == [3] * 4 + [4] * 5
 
 
 def test_mixed_precision_does_not_round_packed_flags() -> None:

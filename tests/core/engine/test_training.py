@@ -116,9 +116,8 @@ def test_images_are_numbered_through_the_batch_and_measured_one_by_one() -> None
     assert pairs.image_id.tolist() == [[-1, 0, 0, 1, -1, 1]]
     kept, protected = torch.tensor([1, 0, 1, 1, 1, 0, 1]) > 0, torch.tensor([0, 0, 1, 0, 0, 0, 0]) > 0
     image, none = torch.tensor([0, 0, 1, 2, 2, 2, 3]), torch.zeros(7, dtype=torch.long)
-    flags = RowFlags(
-        kept, protected, image, none, none > 0, torch.zeros(7, 0), torch.ones(7), none - 1, images=4, lines=0, plan=0
-    )
+    carried, tower = torch.zeros(7, 0), torch.ones(7)
+    flags = RowFlags(kept, protected, image, none, none > 0, carried, tower, none - 1, image, images=4, lines=0, plan=0)
     found = VisualTokens.found({"image": visual})
     assert found is not None
     encoded = make_prompt(found, found.rows({"image": flags}), valid, asks, None)

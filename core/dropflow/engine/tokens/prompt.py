@@ -197,7 +197,7 @@ class _Placed:
             self._video.index_put_(at, torch.where((video < 0) | rows.extra.to(device), -1, video + first))
             if self._extra is not None and self._line is not None:
                 self._extra.index_put_(at, rows.extra.to(device))
-                self._line.index_put_(at, number * lines + rows.line.to(device))
+                self._line.index_put_(at, (rows.owner.to(device) + first) * lines + rows.line.to(device))
             if self._carried is not None:
                 self._carried[..., : rows.carried.shape[1]].index_put_(at, rows.carried.to(device))
             first += rows.images

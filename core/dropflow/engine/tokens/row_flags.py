@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.engine.tokens.host import read
 
-_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _TOWER, _VIDEO, _IMAGES, _LINES, _PLAN, _CARRIED = range(11)
+_KEPT, _PROTECTED, _IMAGE, _LINE, _EXTRA, _TOWER, _VIDEO, _OWNER, _IMAGES, _LINES, _PLAN, _CARRIED = range(12)
 """Columns of a packed table; numbers carried for stages begin at the last one."""
 
 
@@ -37,6 +37,9 @@ class RowFlags:
     """Share of the vision tower's layers that ran on the row."""
     video: Int[Tensor, "rows"]
     """Number of the video, starting at 0; -1 for rows of pictures, and where no stage works on videos."""
+    owner: Int[Tensor, "rows"]
+    """Number of the image among whose lines that of the row is: its own, or the last one of an entry that is one line
+    (`ImageLayout.closes`)."""
     images: int
     """Upper bound (exclusive) of the image numbers, and so of those of videos."""
     lines: int
@@ -67,22 +70,23 @@ class RowFlags:
         empty = torch.zeros(0, dtype=torch.long, device=device)
         none = torch.zeros(0, carried[0].shape[1] if carried else carries, device=device)
         last = first + len(layouts)
-        whole = cls(empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), empty, last, 0, plan)
-        return whole.joined(
-            [
-                _of_one(
-                    layout,
-                    first + number,
-                    whole,
-                    None if kept is None else kept[number],
-                    None if protected is None else protected[number],
-                    carried[number] if carried else None,
-                    None if tower is None else tower[number],
-                    videos.get(first + number, -1),
-                )
-                for number, layout in enumerate(layouts)
-            ]
+        whole = cls(
+            empty.bool(), empty.bool(), empty, empty, empty.bool(), none, empty.float(), empty, empty, last, 0, plan
         )
+        parts = [
+            _of_one(
+                layout,
+                first + number,
+                whole,
+                None if kept is None else kept[number],
+                None if protected is None else protected[number],
+                carried[number] if carried else None,
+                None if tower is None else tower[number],
+                videos.get(first + number, -1),
+            )
+            for number, layout in enumerate(layouts)
+        ]
+        return whole.joined(_one_line(parts, last - 1) if layouts and layouts[-1].closes else parts)
 
     def joined(self, parts: Sequence[RowFlags]) -> RowFlags:
         """These rows and those of `parts`, one after the other."""
@@ -96,6 +100,7 @@ class RowFlags:
             carried=torch.cat([part.carried for part in every]),
             tower=torch.cat([part.tower for part in every]),
             video=torch.cat([part.video for part in every]),
+            owner=torch.cat([part.owner for part in every]),
             images=max(part.images for part in every),
             lines=max(part.lines for part in every),
             plan=self.plan,
@@ -107,6 +112,7 @@ class RowFlags:
         table = torch.zeros(shape, dtype=torch.long, device=self.image.device)
         table[:, _KEPT], table[:, _PROTECTED], table[:, _EXTRA] = self.kept, self.protected, self.extra
         table[:, _IMAGE], table[:, _LINE], table[:, _VIDEO] = self.image, self.line, self.video
+        table[:, _OWNER] = self.owner
         table[:, _CARRIED:] = self.carried.float().view(torch.int32)  # bit pattern of the floats
         table[:, _TOWER] = self.tower.float().view(torch.int32)
         table[:, _IMAGES], table[:, _LINES], table[:, _PLAN] = whole.images, whole.lines, whole.plan
@@ -130,6 +136,7 @@ class RowFlags:
             carried=table[:, _CARRIED:].int().view(torch.float32),
             tower=table[:, _TOWER].int().view(torch.float32),
             video=table[:, _VIDEO],
+            owner=table[:, _OWNER],
             images=images,
             lines=lines,
             plan=plan,
@@ -159,6 +166,7 @@ def _of_one(
         carried=like.carried.new_zeros(layout.tokens, like.carried.shape[1]),
         tower=torch.ones(layout.tokens, device=device),
         video=torch.full((layout.tokens,), video, device=device),
+        owner=torch.full((layout.tokens,), number, device=device),
     )
     if tower is not None:
         own = replace(own, tower=own.tower.index_copy(0, patch, tower.to(own.tower)))
@@ -167,3 +175,11 @@ def _of_one(
     if layout.has_extra:
         own = replace(own, extra=layout.extra(device), line=layout.line(device), lines=layout.lines)
     return own
+
+
+def _one_line(parts: Sequence[RowFlags], last: int) -> list[RowFlags]:
+    """Parts of an entry whose last image, number `last`, ends with rows that stay as long as any patch of the entry."""
+    alive = torch.cat([part.kept & ~part.extra for part in parts]).any()
+    parts = [replace(part, owner=torch.full_like(part.owner, last)) for part in parts]
+    end = parts[-1]
+    return [*parts[:-1], replace(end, kept=torch.where(end.extra, alive, end.kept))]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Num
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,7 +30,7 @@ class _Merge:
     videos: Frames
     """Videos whose frames' new rows are made of the old rows of all frames."""
 
-    def old(self, tables: Sequence[Int[Tensor, "old members"]]) -> list[Int[Tensor, "columns members"]]:
+    def old(self, tables: Sequence[Num[Tensor, "old members"]]) -> list[Num[Tensor, "columns members"]]:
         """For each image, the `tables` of the old rows that the columns of its `shares` stand for."""
         found = list(tables)
         for frames in self.videos:
@@ -53,9 +53,9 @@ class Merges:
         self._merges.append(_Merge(name, old, new, answer.shares, videos if answer.across_frames else ()))
 
     def followed(
-        self, tables: Sequence[Int[Tensor, "then members"]], then: Sequence[Rows], now: Sequence[Rows]
-    ) -> tuple[Int[Tensor, "now members"], ...]:
-        """Tables of the rows that each image had, followed to its present rows; -1 fills up.
+        self, tables: Sequence[Num[Tensor, "then members"]], then: Sequence[Rows], now: Sequence[Rows]
+    ) -> tuple[Num[Tensor, "now members"], ...]:
+        """Tables of the rows that each image had (members, or weights), followed to its present rows; -1 fills up.
 
         Raises `DecisionError` where a stage has merged rows since without saying of which.
         """
@@ -72,12 +72,12 @@ class Merges:
         return tuple(map(_taken, tables, places, (rows.places for rows in now)))
 
 
-def _taken(table: Tensor, places: Tensor, wanted: Tensor) -> Int[Tensor, "wanted members"]:
+def _taken(table: Tensor, places: Tensor, wanted: Tensor) -> Num[Tensor, "wanted members"]:
     """The rows of a table, one for each of `places` (ascending), that are at the `wanted` ones."""
     return table.to(wanted.device)[torch.searchsorted(places.to(wanted.device), wanted)]
 
 
-def _united(table: Int[Tensor, "old members"], shares: Tensor) -> Int[Tensor, "new members"]:
+def _united(table: Num[Tensor, "old members"], shares: Tensor) -> Num[Tensor, "new members"]:
     """The members of new rows: those of all old rows that have a share (new, old) in them."""
     has = shares.to(table.device) != 0
     most = int(has.sum(1).max()) if has.numel() else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dropflow.backbone.image_layout import ImageLayout, split
@@ -54,6 +54,18 @@ class TowerReading:
             own = split(tables, self._layouts)
             self._members = tuple(table[layout.patch_rows(table.device)] for layout, table in own)
         return self._members
+
+    def weights(self, layer: TowerLayer) -> tuple[Float[Tensor, "patches members"], ...] | None:
+        """The weights of `members` in their patches; `None` where all of a patch weigh the same."""
+        if self.reader.weights is None:
+            return None
+        shapes = [table.shape for table in self.members(layer)]
+        tables = self.reader.weights(self._entries, self._arguments)
+        told = [len(table) for table in tables]
+        self._check(told == self._entries, f"entries of {told} rows in `weights`", layer)
+        found = tuple(table[layout.patch_rows(table.device)] for layout, table in split(tables, self._layouts))
+        self._check([table.shape for table in found] == shapes, "other shapes in `weights` than in `members`", layer)
+        return found
 
     def _made(self, number: int, calls: list[QueryKey]) -> TowerLayer:
         stated = self.reader.pictures

@@ -336,6 +336,7 @@ class VisionRun:
                 has_cls=self._tower is not None and self._tower.has_cls,
                 tower=self._layer,
                 members=self._members,
+                weights=self._weights,
                 videos=self.videos,
                 separate=self._reading is None,
                 training=self._site.training,
@@ -435,6 +436,13 @@ class VisionRun:
                 for image, rows in enumerate(then)
             )
         return self._merges.followed(tables, then, self._rows)
+
+    def _weights(self, layer: int) -> tuple[Tensor, ...] | None:
+        """The weights of `_members` in the present rows; `None` where they are not told apart."""
+        tables = None if self._reading is None else self._reading.weights(self._layer(layer))
+        if tables is None:
+            return None
+        return self._merges.followed(tables, [Rows.whole(len(table), table) for table in tables], self._rows)
 
 
 def in_tower(boundary: EncodeBoundary) -> bool:

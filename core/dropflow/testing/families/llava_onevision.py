@@ -20,7 +20,7 @@ def tiny() -> Tiny:
         return LlavaOnevisionForConditionalGeneration(config)
 
     def video(_: int, dice: torch.Generator) -> Picture:
-        layouts = [ImageLayout(4, (2, 2)), ImageLayout(4, (2, 2)), ImageLayout(5, (2, 2), tail=1)]
+        layouts = [ImageLayout(4, (2, 2)), ImageLayout(4, (2, 2)), ImageLayout(5, (2, 2), tail=1, closes=True)]
         return Picture([VIDEO] * 13, {"pixel_values_videos": pixels(dice, 1, 3, 3, 24, 24)}, layouts)
 
     return Tiny(build, {"image": anyres_image, "video": video})

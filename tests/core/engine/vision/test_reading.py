@@ -180,11 +180,16 @@ def test_a_table_that_does_not_fit_the_features_is_refused(monkeypatch: pytest.M
     adapter, tiny = tiny_models()["internvl"]
     reader = adapter.reader
 
-    def changed(change: Any) -> None:
+    def changed(change: Any, weights: Any = None) -> None:
         def other(self: Any, modality: str = "image") -> VisionReader:
             right: VisionReader = reader(self, modality)  # type: ignore[assignment]
             return VisionReader(
-                right.owner, lambda *given: change(right.members(*given)), "layer", prefix=1, has_cls=True
+                right.owner,
+                lambda *given: change(right.members(*given)),
+                "layer",
+                prefix=1,
+                has_cls=True,
+                weights=weights and (lambda *given: weights(right.members(*given))),
             )
 
         monkeypatch.setattr(adapter, "reader", other)
@@ -194,6 +199,16 @@ def test_a_table_that_does_not_fit_the_features_is_refused(monkeypatch: pytest.M
         (lambda own: [table + 1 for table in own], r"states row 37 in `members`, .*and the tower has 37; correct the"),
     ):
         changed(change)
+        with pytest.raises(UnsupportedModel, match=message):
+            read(tiny.model(), tiny.prompt(ONE)[0])
+    for weights, message in (
+        (lambda own: [table[1:].float() for table in own], r"states entries of \[8\] rows in `weights`, but"),
+        (
+            lambda own: [table[:, :1].float() for table in own],
+            r"states other shapes in `weights` than in `members`, but",
+        ),
+    ):
+        changed(lambda own: own, weights)
         with pytest.raises(UnsupportedModel, match=message):
             read(tiny.model(), tiny.prompt(ONE)[0])
 

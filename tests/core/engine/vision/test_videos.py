@@ -123,8 +123,12 @@ def test_frames_without_tokens_and_rows_of_several_frames(name: str, stage: type
     for sample, pictures in enumerate(shown):
         frames = pictures[-1].layouts
         own = live[0, sample][inputs["input_ids"][sample] == VIDEO]
-        for frame, part in enumerate(own.split([layout.tokens for layout in frames])):
-            assert bool(part.all() if frame == 0 or (odd and frame == 2) else ~part.any())
+        for frame, (layout, part) in enumerate(
+            zip(frames, own.split([layout.tokens for layout in frames]), strict=True)
+        ):
+            patches, newline = part[: layout.patches], part[layout.patches :]
+            assert bool(patches.all() if frame == 0 or (odd and frame == 2) else ~patches.any())
+            assert bool(newline.all()), "what ends a video stays with its first frame"
     assert report.entry_visual_tokens > 0
     whole = family(model).shape.attending is None
     oracle = (MaskedOracle if whole else AbsentOracle)(model, live, family, embeds=given[0], deepstack=None)
