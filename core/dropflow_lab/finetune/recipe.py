@@ -128,6 +128,21 @@ class Recipe(_Part):
         return stages
 
     @model_validator(mode="after")
+    def _learned_by_stages(self) -> Self:
+        for name, stage in self.stages.items():
+            if self.dense is not None and set(stage.train) == {"stages"}:
+                raise ValueError(
+                    f"stages.{name}.train: the steps of `dense` run without the policy, so what its stages learn has "
+                    "no gradient there; leave out `dense`, or train another part, too"
+                )
+            if self.parallel == "fsdp2" and "stages" in stage.train:
+                raise ValueError(
+                    f"stages.{name}.train: fsdp2 does not divide what the policy's stages learn; use ddp, or leave "
+                    "`stages` out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sharded(self) -> Self:
         if self.parallel == "ddp":
             return self

@@ -74,6 +74,14 @@ def test_every_fault_is_one_line_with_the_nearest_name_and_exit_code_2(cli, tmp_
         ("stages: {one: {data: digits, epochs: 1, optimizer: {rate: 1}}}", "stages.one: expected `steps`: the digits"),
         ("stages: {one: {data: d, steps: 1, optimizer: {name: muon, rate: 1, weight_decay: 1}}}", "muon has a weight"),
         ("parallel: fsdp2\nstages: {one: {data: d, steps: 1, optimizer: {name: muon, rate: 1}}}", "needs whole matri"),
+        (
+            "dense: {share: 0.5}\nstages: {one: {data: d, steps: 1, train: [stages], optimizer: {rate: 1}}}",
+            "stages.one.train: the steps of `dense` run without the policy",
+        ),
+        (
+            "parallel: fsdp2\nstages: {one: {data: d, steps: 1, train: [language, stages], optimizer: {rate: 1}}}",
+            "stages.one.train: fsdp2 does not divide what the policy's stages learn; use ddp",
+        ),
         ("stages: {}", "stages: "),
         ("stages: {one: {data: '${HOME}', steps: 1, optimizer: {rate: 1}}}", "no entry 'HOME' in this recipe"),
         ("stages: {one: ]\n", "a recipe holds only mappings, lists, numbers and text"),
