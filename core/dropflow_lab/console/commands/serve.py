@@ -70,8 +70,8 @@ def serve(
     """
     require_serve()
     from dropflow import load_policy
-    from dropflow.policy.recorded import FIELD, recorded_policy
-    from dropflow_lab.inputs.models import load_model
+    from dropflow.policy.recorded import FIELD
+    from dropflow_lab.inputs.models import load_model, policy_of
     from dropflow_lab.serve.keys import Keys
     from dropflow_lab.serve.limits import Limits
     from dropflow_lab.serve.names import Names
@@ -87,7 +87,7 @@ def serve(
         served = name or ("digits" if model is None else model.resolve().name if model.is_dir() else str(model))
         loaded, processor = load_model(model)
         if not chosen and getattr(loaded.config, FIELD, None) is not None:
-            chosen = [load_policy(recorded_policy(loaded.config), overrides or ())]
+            chosen = [policy_of(loaded, overrides or ())]
         names = Names.of(served, chosen)
         server = Server(loaded, processor, names, limits, keys, host, port)
     shown = f"[{host}]" if ":" in host else host
