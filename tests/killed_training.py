@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -28,16 +29,28 @@ def main(model: str, policy: str, out: str, kills: str, seed: str, *options: str
     took, dice = time.monotonic() - began, random.Random(int(seed))
     killed = 0
     for _ in range(int(kills)):
-        child = _start(_resumed(arguments, stopped))
-        time.sleep(dice.uniform(0.1, 0.9) * took)
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        killed += _killed(_resumed(arguments, stopped), dice.uniform(0.1, 0.9) * took)
+        while not killed:  # it ended first, on a machine that is less busy by now
+            took /= 2
+            shutil.rmtree(stopped)
+            killed += _killed(_resumed(arguments, stopped), dice.uniform(0.1, 0.9) * took)
     _finish(_start(_resumed(arguments, stopped)))
     print(json.dumps({"killed": killed, "whole": _digest(whole), "stopped": _digest(stopped)}))
 
 
+def _killed(arguments: list[str], seconds: float) -> bool:
+    """Kill a run after some seconds; return whether that was before its end."""
+    child = _start(arguments)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        sys.exit(f"a run that was to be killed ended with {code}")
+    return code != 0
+
+
 def _resumed(arguments: list[str], out: Path) -> list[str]:
-    begun = any((out / "run").glob("*")) if out.exists() else False
+    begun = (out / "run" / "settings.json").exists()
     return [*arguments, "--out", str(out), *(["--resume"] if begun else [])]
 
 

@@ -10,9 +10,9 @@ import dropflow
 from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
 from dropflow.errors import DropflowError
-from dropflow.policy.recorded import recorded_policy
 from dropflow_lab.compare.rows import Title
 from dropflow_lab.compare.same_plan import meaning
+from dropflow_lab.inputs.models import policy_of
 
 DENSE = "dense"
 """Name of the row without a policy."""
@@ -113,7 +113,9 @@ def line_up(
 def _policy(subject: Subject, models: Models, overrides: Sequence[str]) -> Policy | None:
     if subject.policy == DENSE:
         return None
-    return dropflow.load_policy(subject.policy or recorded_policy(models[subject.model][0].config), overrides)
+    if not subject.policy:
+        return policy_of(models[subject.model][0], overrides)
+    return dropflow.load_policy(subject.policy, overrides)
 
 
 def _variants(

@@ -60,7 +60,10 @@ def arguments_of(recipe: Recipe, name: str, steps: int, folder: Path) -> Trainin
         report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy="sequential",  # `Epochs` has shuffled
-        ddp_find_unused_parameters=any(part not in PARTS or part == "vision" for part in stage.train),
+        ddp_find_unused_parameters=any(
+            part not in PARTS or part == "vision" or (part == "stages" and recipe.dense is not None)
+            for part in stage.train
+        ),
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )

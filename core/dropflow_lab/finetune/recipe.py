@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dropflow.policy.bounds import Name
 
+SETTINGS = "settings.json"
+"""File beside the folders of the stages that holds what a resumed run must share."""
 PARTS = ("vision", "projector", "language", "stages")
 """Parts of a model that a stage can train; every parameter belongs to one of them. `stages` is what the stages of the
 policy train, such as a scorer or a schedule."""
@@ -15,6 +17,9 @@ policy train, such as a scorer or a schedule."""
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerOptions(_Part):
@@ -25,7 +30,7 @@ class OptimizerOptions(_Part):
     )
     rate: float = Field(ge=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     schedule: Literal["cosine", "hold", "constant"] = Field(
         "cosine", description="after the warm-up: cosine to zero; the peak for half of the steps, then linear; the peak"
     )
@@ -114,6 +119,28 @@ class Recipe(_Part):
     save_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
     log_every: int = Field(10, ge=1, description="steps between lines of the log")
     stages: dict[Name, TrainingStage] = Field(min_length=1, description="the stages by name, in order")
+
+    @field_validator("stages")
+    @classmethod
+    def _apart(cls, stages: dict[str, TrainingStage]) -> dict[str, TrainingStage]:
+        if SETTINGS in stages:
+            raise ValueError(f"the file {SETTINGS} lies beside the stages' folders; give the stage another name")
+        return stages
+
+    @model_validator(mode="after")
+    def _learned_by_stages(self) -> Self:
+        for name, stage in self.stages.items():
+            if self.dense is not None and set(stage.train) == {"stages"}:
+                raise ValueError(
+                    f"stages.{name}.train: the steps of `dense` run without the policy, so what its stages learn has "
+                    "no gradient there; leave out `dense`, or train another part, too"
+                )
+            if self.parallel == "fsdp2" and "stages" in stage.train:
+                raise ValueError(
+                    f"stages.{name}.train: fsdp2 does not divide what the policy's stages learn; use ddp, or leave "
+                    "`stages` out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _sharded(self) -> Self:

@@ -33,7 +33,7 @@ def load_recipe(source: str, changes: Mapping[str, Any] | None = None) -> Recipe
     `stages` applies to every stage. Nothing is read from the environment. Raises `InputError` naming each wrong path.
     """
     try:
-        whole = _plain(source, dict(changes or {}))
+        whole = _plain(source, dict(bounded(changes or {}, "the changes")))
     except PolicyError as error:  # the reader of policies, which words it for them
         raise InputError(str(error).replace("a policy", "a recipe").replace("this policy", "this recipe")) from None
     try:

@@ -13,9 +13,8 @@ from dropflow_lab.errors import InputError
 from dropflow_lab.files import write_text
 from dropflow_lab.finetune.checkpoints import checkpoints
 from dropflow_lab.finetune.processes import is_first, processes
-from dropflow_lab.finetune.recipe import Recipe
+from dropflow_lab.finetune.recipe import SETTINGS, Recipe
 
-_FILE = "settings.json"
 _FREE = ("name", "save_every", "log_every", "policy", "model")
 """Entries of a recipe that a resumed run may change, since no weight depends on them, or that are told otherwise."""
 
@@ -39,7 +38,7 @@ def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 def check_start(run: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Raise `InputError` unless a run with these settings may start or continue in this folder."""
-    known = run / _FILE
+    known = run / SETTINGS
     held = known.exists() or any(checkpoints(folder) for folder in run.glob("*") if folder.is_dir())
     if held and not resume:
         raise InputError(f"{run}: holds a run already; continue it with --resume, or train into another folder")
@@ -72,4 +71,4 @@ def tell(folder: Path, last: Path | None, faults: Mapping[Path, str]) -> None:
 def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings, from the first process."""
     if is_first():
-        write_text(run / _FILE, json.dumps(settings, indent=2) + "\n")
+        write_text(run / SETTINGS, json.dumps(settings, indent=2) + "\n")

@@ -86,8 +86,7 @@ def finetune(
     else:
         model.config.use_cache = use_cache  # the Trainer turned it off, which generation should not inherit
     if is_first():
-        learned = before is not None and (before / WEIGHTS).is_file()
-        with dropflow.attach(model, policy, weights=before) if learned else nullcontext() as flow:
+        with _with_learned(model, policy, recipe, before) as flow:
             _export(model, processor, flow, out, log, before, recipe)
     meet()
     return out
@@ -169,6 +168,19 @@ def _attached(
         yield flow, None
         if not flow.modules:
             flow.record()
+
+
+@contextmanager
+def _with_learned(model: Any, policy: Policy, recipe: Recipe, weights: Path | None) -> Iterator[Flow | None]:
+    """Attach the policy with what its stages have learned, if anything; a model that is to run dense records none."""
+    if weights is None or not (weights / WEIGHTS).is_file():
+        yield None
+    elif recipe.dense is not None:
+        with dropflow.attach_set(model, {PRUNED: policy, DENSE: None}, default=DENSE, weights=weights) as flows:
+            yield flows[PRUNED]
+    else:
+        with dropflow.attach(model, policy, weights=weights) as flow:
+            yield flow
 
 
 def _check(model: Any, recipe: Recipe) -> None:

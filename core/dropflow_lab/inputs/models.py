@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+import dropflow
+from dropflow.policy.recorded import recorded_policy
 from dropflow_lab.errors import InputError, shortened
 
 
@@ -37,6 +39,16 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def policy_of(model: Any, overrides: Sequence[str] = ()) -> dropflow.Policy:
+    """Return the policy that a model without an attached one records, changed by `overrides`.
+
+    Raises `PolicyError` if there is none, or if the weights that its stages have learned are missing: attached by its
+    content, it would start with fresh ones.
+    """
+    with dropflow.attach(model, overrides=overrides):
+        return dropflow.load_policy(recorded_policy(model.config), overrides)
 
 
 def _shipped(folder: Path) -> str | None:

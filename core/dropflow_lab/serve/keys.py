@@ -26,9 +26,12 @@ class Keys:
     def read(cls, file: Path | None, environment: Mapping[str, str] = os.environ) -> Keys:
         """Read one key per line of a file, and the one in the environment; `#` begins a comment.
 
-        Raises `InputError` for a file without keys, and `OSError` for one that cannot be read.
+        Raises `InputError` for a file or a variable without keys, and `OSError` for one that cannot be read.
         """
-        keys = [environment[VARIABLE]] if environment.get(VARIABLE) else []
+        own = environment.get(VARIABLE, "")
+        if own and not own.strip():
+            raise InputError(f"{VARIABLE}: expected an API key, got only spaces; unset it to serve without a key")
+        keys = [own.strip()] if own else []
         if file is not None:
             try:
                 lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]

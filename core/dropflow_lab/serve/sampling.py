@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dropflow_lab.serve.waiting import Choice
 
+_COLDEST = 1e-6
+"""Least temperature that logits are divided by, far from where float32 overflows; all chance is on the likeliest."""
+
 
 class Sampler:
     """A logits processor that draws a token for each row with a temperature, and leaves only that one to choose.
@@ -39,9 +42,9 @@ class Sampler:
 
 def draw(logits: Float[Tensor, " vocabulary"], temperature: float, top_p: float, generator: torch.Generator) -> int:
     """Return a token drawn from the fewest likeliest ones that hold at least `top_p` of the probability."""
-    chances = (logits.float().cpu() / temperature).softmax(-1)
+    chances = (logits.float().cpu() / max(temperature, _COLDEST)).softmax(-1)
     sorted_chances, tokens = chances.sort(descending=True, stable=True)
-    sorted_chances[sorted_chances.cumsum(-1) - sorted_chances >= top_p] = 0
+    sorted_chances[1:][(sorted_chances.cumsum(-1) - sorted_chances)[1:] >= top_p] = 0
     return int(tokens[torch.multinomial(sorted_chances, 1, generator=generator)])
 
 

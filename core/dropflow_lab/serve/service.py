@@ -23,6 +23,9 @@ from dropflow_lab.serve.uploads import Uploads
 from dropflow_lab.serve.waiting import Choice, Told, Waiting
 from dropflow_lab.serve.worker import Answers, Worker
 
+_OPEN = 4
+"""Requests whose pictures are open at once: a small body may hold pictures of `Limits.pixels` each."""
+
 Events = asyncio.Queue[Told | None]
 """What a request is told; `None` when its client has left."""
 
@@ -44,7 +47,8 @@ class Service:
         self._processor, self._context = processor, context
         self._inside = 0
         self._told: set[Waiting] = set()
-        self._opening = ThreadPoolExecutor(4, "dropflow-open")
+        self._opening = ThreadPoolExecutor(_OPEN, "dropflow-open")
+        self._opened = asyncio.Semaphore(_OPEN)
         # one thread, because processors and tokenizers are not made for several
         self._preparing = ThreadPoolExecutor(1, "dropflow-prepare")
 
@@ -94,8 +98,11 @@ class Service:
             return request, policy, open_conversation(request.messages, owner, self.uploads, self.limits)
 
         with self.line.expecting():
-            request, policy, conversation = await loop.run_in_executor(self._opening, opened)
-            prompt = await loop.run_in_executor(self._preparing, prepare, self._processor, conversation, self._context)
+            async with self._opened:
+                request, policy, conversation = await loop.run_in_executor(self._opening, opened)
+                prompt = await loop.run_in_executor(
+                    self._preparing, prepare, self._processor, conversation, self._context
+                )
             return request, Waiting(prompt, policy, self._choice(request, prompt.tokens), hand_on)
 
     def _choice(self, request: ChatRequest, prompt: int) -> Choice:

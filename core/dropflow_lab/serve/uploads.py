@@ -10,6 +10,10 @@ from typing import Any
 
 from dropflow_lab.serve.api_error import ApiError
 
+_LONGEST_TEXT = 255
+_ENTRY = 1024
+"""Bytes counted for what is held of a file beside its content, so that empty files are bounded, too."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -44,16 +48,24 @@ class Uploads:
     """
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
-        """`most_bytes` bounds all files together; each is dropped after `seconds`."""
+        """`most_bytes` bounds all files together, each with 1,024 bytes more; they are dropped after `seconds`."""
         self._most, self._seconds = most_bytes, seconds
         self._files: dict[str, Upload] = {}
         self._lock = threading.Lock()
 
     def add(self, owner: str, name: str, purpose: str, data: bytes) -> Upload:
-        """Keep a file; raises `ApiError` (507) if there is no room for it."""
+        """Keep a file; raises `ApiError` (507) if there is no room for it, (400) for a name or purpose too long."""
+        for param, text in (("file", name), ("purpose", purpose)):
+            if len(text) > _LONGEST_TEXT:
+                raise ApiError(
+                    400,
+                    "invalid_form",
+                    f"{param}: expected a name of up to {_LONGEST_TEXT} characters, got {len(text):,}",
+                    param,
+                )
         with self._lock:
             self._drop_old()
-            if sum(len(file.data) for file in self._files.values()) + len(data) > self._most:
+            if sum(len(file.data) + _ENTRY for file in self._files.values()) + len(data) + _ENTRY > self._most:
                 raise ApiError(
                     507,
                     "no_room",

@@ -49,6 +49,11 @@ def client(port: int) -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
+@pytest.mark.parametrize("option", ["--wait", "--timeout", "--body-timeout", "--grace"])
+def test_times_without_an_end_are_refused(refused: Callable[..., str], option: str) -> None:
+    assert f"Invalid value for '{option}'" in refused("serve", "--port", 0, option, "inf")
+
+
 HELLO: Any = [{"role": "user", "content": "what digit is yellow ?"}]
 
 

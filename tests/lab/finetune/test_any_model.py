@@ -30,6 +30,10 @@ pytest.importorskip("accelerate")
 
 POLICY = {"stages": {"pyramid": {"use": "pyramiddrop/pyramid", "keep": {1: 0.5, 2: 0.25}}}}
 ADAMW = {"rate": 1.0e-3, "warmup": 0}
+GEMMA3_ALWAYS = pytest.mark.parametrize(
+    "model", [pytest.param("llava", marks=pytest.mark.slow), "gemma3"], indirect=True
+)
+"""The family whose processor says more of every token; the other one with `-m slow`."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -90,6 +94,7 @@ def test_each_stage_trains_its_parts_and_starts_from_the_one_before(trained, mod
         assert flow.policy.to_dict()["stages"] == dropflow.load_policy(POLICY).to_dict()["stages"]
 
 
+@GEMMA3_ALWAYS
 def test_a_run_that_is_stopped_in_either_stage_ends_with_the_same_bits(trained, model, data, tmp_path) -> None:
     folder = trained(model, stages=two_stages(data))
     whole = (folder / "model.safetensors").read_bytes()
@@ -120,7 +125,17 @@ def test_prompts_are_those_of_inference_and_labels_the_answers(model, data) -> N
     assert batch["attention_mask"].sum(1).tolist()[0] < batch["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        pytest.param("llava", {}, marks=pytest.mark.slow),
+        ("llava", {"gradient_checkpointing": True}),
+        ("gemma3", {}),
+        pytest.param("gemma3", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=["llava-plain", "llava-checkpointing", "gemma3-plain", "gemma3-checkpointing"],
+    indirect=["model"],
+)
 def test_dense_steps_learn_what_the_policy_answers_too(trained, model, data, more) -> None:
     stage = {"data": str(data), "steps": 4, "batch": 2, "optimizer": {"rate": 0.0}} | more
     if "gradient_checkpointing" in more:
@@ -143,6 +158,7 @@ def test_dense_steps_learn_what_the_policy_answers_too(trained, model, data, mor
     assert "dropflow" not in json.loads((folder / "config.json").read_text())
 
 
+@GEMMA3_ALWAYS
 def test_checkpointing_changes_no_gradient(trained, model, data) -> None:
     stage = {"data": str(data), "steps": 2, "batch": 2, "optimizer": ADAMW}
     plain = trained(model, "plain", stages={"only": stage}, dense={"share": 0.5})

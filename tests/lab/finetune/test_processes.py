@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import llava, logged, squares, weights
+from safetensors.torch import load_file
 
 import dropflow
 from dropflow_lab.finetune import Recipe, finetune, load_recipe, samples_of
@@ -36,15 +37,27 @@ stages:
             optimizer: {{rate: 1.0e-3, warmup: 0, weight_decay: 0.1}}}}
 """
 
+LEARNED = """
+policy: {{stages: {{pyramid: {{use: hidrop/concave-pyramid, keep: {{1: 72, 2: 36}}, learn: true,
+                             budget: {{average_tokens: 80}}}}}}}}
+model: {folder}/model
+precision: fp32
+log_every: 1
+dense: {{share: 0.5}}
+stages:
+  only: {{data: {folder}/data, train: [projector, stages], steps: 3, batch: 2, optimizer: {{rate: 1.0e-2, warmup: 0}}}}
+"""
+"""Stages that learn, and steps in which nothing that they learn has a gradient."""
 
-def recipe(folder: Path, parallel: str) -> Recipe:
+
+def recipe(folder: Path, parallel: str, text: str = RECIPE) -> Recipe:
     path = folder / f"{parallel}-{os.getpid()}.yaml"
-    path.write_text(RECIPE.format(folder=folder, parallel=parallel))
+    path.write_text(text.format(folder=folder, parallel=parallel))
     return load_recipe(str(path))
 
 
-def train(folder: Path, parallel: str, out: str, *, resume: bool = False) -> None:
-    chosen = recipe(folder, parallel)
+def train(folder: Path, parallel: str, out: str, text: str = RECIPE, *, resume: bool = False) -> None:
+    chosen = recipe(folder, parallel, text)
     model, processor = load_model(folder / "model")
     policy = dropflow.load_policy(chosen.policy or {})
     finetune(model, processor, chosen, samples_of(chosen, processor), policy, folder / out, resume=resume)
@@ -78,6 +91,8 @@ def work(folder: Path) -> None:
         shutil.rmtree(folder / "again/run/second/checkpoint-3")
     torch.distributed.barrier()
     train(folder, "fsdp2", "again", resume=True)
+    FlowTrainer.training_step = step
+    train(folder, "ddp", "learned", LEARNED)
     (folder / f"divided-{rank}.json").write_text(json.dumps(divided))
 
 
@@ -93,6 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         train(found, "ddp", "one")
+        train(found, "ddp", "learned-one", LEARNED)
     return found
 
 
@@ -108,6 +124,16 @@ def test_two_ranks_have_the_losses_and_weights_of_one(folder: Path, parallel: st
         moved = (weight - given[name]).norm()
         assert (two[name] - weight).norm() <= 1e-3 * moved, name
     assert json.loads((folder / parallel / "config.json").read_text())["dropflow"]["stages"]
+
+
+def test_stages_learn_on_two_ranks_what_they_learn_on_one_and_rest_in_dense_steps(folder: Path) -> None:
+    one, two = (folder / name for name in ("learned-one", "learned"))
+    for name in ("loss", "grad_norm"):
+        assert len(logged(one, name)) == 3
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-5)
+    expected, found = (load_file(own / "dropflow.safetensors")["pyramid.logits"] for own in (one, two))
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert "dropflow" not in json.loads((two / "config.json").read_text())
 
 
 def test_fsdp2_divides_every_parameter_and_gradient(folder: Path) -> None:

@@ -74,9 +74,22 @@ def test_every_fault_is_one_line_with_the_nearest_name_and_exit_code_2(cli, tmp_
         ("stages: {one: {data: digits, epochs: 1, optimizer: {rate: 1}}}", "stages.one: expected `steps`: the digits"),
         ("stages: {one: {data: d, steps: 1, optimizer: {name: muon, rate: 1, weight_decay: 1}}}", "muon has a weight"),
         ("parallel: fsdp2\nstages: {one: {data: d, steps: 1, optimizer: {name: muon, rate: 1}}}", "needs whole matri"),
+        (
+            "dense: {share: 0.5}\nstages: {one: {data: d, steps: 1, train: [stages], optimizer: {rate: 1}}}",
+            "stages.one.train: the steps of `dense` run without the policy",
+        ),
+        (
+            "parallel: fsdp2\nstages: {one: {data: d, steps: 1, train: [language, stages], optimizer: {rate: 1}}}",
+            "stages.one.train: fsdp2 does not divide what the policy's stages learn; use ddp",
+        ),
         ("stages: {}", "stages: "),
         ("stages: {one: {data: '${HOME}', steps: 1, optimizer: {rate: 1}}}", "no entry 'HOME' in this recipe"),
         ("stages: {one: ]\n", "a recipe holds only mappings, lists, numbers and text"),
+        (
+            "stages: {one: {data: d, steps: 1, optimizer: {rate: 1, betas: [0.9, 1.5]}}}",
+            "stages.one.optimizer.betas.1: input should be less than 1, got 1.5",
+        ),
+        ("stages: {settings.json: {data: d, steps: 1, optimizer: {rate: 1}}}", "give the stage another name"),
         ("extends: nope\n", "nope: no such recipe; valid: digits, hidrop"),
         ("extends: ./own.yaml\n", "inherits from itself"),
         ("- a\n", "expected a recipe, a mapping with `stages`"),
@@ -108,6 +121,13 @@ def test_options_of_the_command_change_every_stage() -> None:
         (5, None, 0.5)
     ] * 2
     assert {stage.optimizer.schedule for stage in found.stages.values()} == {"cosine"}
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", 2**32), ("--steps", 10**19), ("--rate", 1e300)])
+def test_a_number_that_nothing_can_count_to_is_refused(refused, tmp_path, option, value) -> None:
+    line = refused("train", "--policy", "digits-mild", "--out", tmp_path / "out", option, value)
+    assert f"{option[2:]}: expected a number from -2,147,483,647 to 2,147,483,647" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_without_a_policy_needs_one(refused, tmp_path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dropflow
 from dropflow_lab.errors import InputError
-from dropflow_lab.inputs.models import load_model
+from dropflow_lab.inputs.models import load_model, policy_of
 from dropflow_lab.inputs.widths import read_widths
 
 WEIGHTS = "model.safetensors"
@@ -75,3 +76,22 @@ def test_weights_that_are_not_whole(copied) -> None:
 def test_a_broken_processor(copied) -> None:
     (copied / "tokenizer.json").write_text(json.dumps({"version": 1}))
     refused(copied)
+
+
+@pytest.mark.parametrize("command", [("run", "--model"), ("serve", "--port", "0")])
+def test_a_recorded_policy_whose_stages_lack_their_weights_is_refused_and_not_run_untrained(
+    copied: Path, cli: Any, command: tuple[str, ...]
+) -> None:
+    model, _ = load_model(copied)
+    pyramid = {"use": "hidrop/concave-pyramid", "keep": {1: 72, 2: 36}, "learn": True, "budget": {"average_tokens": 80}}
+    with dropflow.attach(model, {"name": "learns", "stages": {"pyramid": pyramid}}):
+        model.save_pretrained(copied)
+    loaded, _ = load_model(copied)
+    assert policy_of(loaded, ["positions=persistent"]).positions == "persistent"
+    assert dropflow.flow_of(loaded) is None
+    (copied / "dropflow.safetensors").unlink()
+    if command[0] == "serve":
+        pytest.importorskip("uvicorn", reason="uvicorn is of the extra `serve`")
+    result = cli(*command, copied)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
+    assert "the recorded policy has trained weights, but" in result.stderr

@@ -130,7 +130,7 @@ def test_too_many_pictures_are_refused_before_any_is_opened() -> None:
 
 
 def test_a_picture_as_a_file_is_its_owners() -> None:
-    uploads = Uploads(1000, 60)
+    uploads = Uploads(5000, 60)
     data = base64.b64decode(uri(PICTURE).partition(",")[2])
     mine = uploads.add("me", "a.png", "vision", data)
     part = [{"type": "file", "file": {"file_id": mine.id}}]
@@ -148,7 +148,7 @@ def test_a_picture_as_a_file_is_its_owners() -> None:
 
 
 def test_uploaded_files_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = Uploads(10, 60)
+    uploads = Uploads(1024 + 10, 60)
     first = uploads.add("a", "x", "vision", b"12345678")
     with pytest.raises(ApiError) as caught:
         uploads.add("b", "y", "vision", b"123")
@@ -158,6 +158,18 @@ def test_uploaded_files_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) 
     uploads.add("b", "y", "vision", b"1234567890")
     with pytest.raises(ApiError, match="or it has expired"):
         uploads.get("a", first.id)
+
+
+def test_what_is_held_beside_the_content_of_uploaded_files_is_bounded_too() -> None:
+    uploads = Uploads(10 * 1024, 60)
+    for _ in range(10):
+        uploads.add("a", "x", "vision", b"")
+    with pytest.raises(ApiError, match="there is no room for 0 more"):
+        uploads.add("a", "x", "vision", b"")
+    for name, purpose, param in (("x" * 256, "vision", "file"), ("x", "vision" * 100_000, "purpose")):
+        with pytest.raises(ApiError, match=f"{param}: expected a name of up to 255 characters") as caught:
+            Uploads(10_000, 60).add("a", name, purpose, b"")
+        assert (caught.value.status, caught.value.param) == (400, param)
 
 
 @pytest.fixture
@@ -215,6 +227,9 @@ def test_keys_are_read_and_compared(tmp_path: Path) -> None:
             keys.owner(wrong)
         assert caught.value.status == 401
     assert not Keys.read(None, {})
+    assert Keys.read(None, {"DROPFLOW_API_KEY": "third\n"}).owner("Bearer third") in owners
+    with pytest.raises(InputError, match="DROPFLOW_API_KEY: expected an API key, got only spaces"):
+        Keys.read(None, {"DROPFLOW_API_KEY": " "})
     assert Keys([]).owner("") == ""
     file.write_text("# none\n")
     with pytest.raises(InputError, match="expected one API key per line, found none"):

@@ -30,6 +30,11 @@ def test_tokens_are_drawn_in_proportion(temperature: float, top_p: float, expect
     assert shares(temperature, top_p) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 1.0), (5e-324, 1.0), (2.0, 5e-324)])
+def test_the_least_values_take_the_likeliest_token(temperature: float, top_p: float) -> None:
+    assert shares(temperature, top_p) == [1, 0, 0, 0]
+
+
 def test_a_row_draws_the_same_alone_and_in_a_batch_and_greedy_rows_stay() -> None:
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     seeded, greedy = Choice(9, temperature=1.5, seed=7), Choice(9)

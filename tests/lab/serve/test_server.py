@@ -241,6 +241,32 @@ class Held:
         monkeypatch.setattr(answers, "answer", answer)
 
 
+def test_only_a_few_requests_have_their_pictures_open_at_once(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of a few kB may hold pictures of many megapixels."""
+    from dropflow_lab.serve import service
+
+    counted, lock = {"open": 0, "most": 0}, threading.Lock()
+
+    def counting(change: int, seconds: float, real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            with lock:
+                counted["open"] += change
+                counted["most"] = max(counted["most"], counted["open"])
+            time.sleep(seconds)
+            return real(*given)
+
+        return call
+
+    with start(policies=()) as many:
+        for name, change, seconds in (("open_conversation", 1, 0.0), ("prepare", -1, 0.05)):
+            place = f"dropflow_lab.serve.service.{name}"
+            monkeypatch.setattr(place, counting(change, seconds, getattr(service, name)))
+        with ThreadPoolExecutor(16) as clients:
+            said = list(clients.map(lambda _: many.ask("digits", HELLO), range(16)))
+    assert len(said) == 16
+    assert (counted["open"], counted["most"] <= 5) == (0, True)  # four, and the one that is being prepared
+
+
 def test_slow_answers_and_a_full_server_end_with_an_error(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with start(seconds=4.0, queue=3, batch=1, policies=()) as busy:
         held = Held(busy, monkeypatch)

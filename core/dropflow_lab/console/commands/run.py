@@ -41,12 +41,12 @@ def run(
     without a policy, and one trained through HiDrop under the policy that it records.
     """
     from dropflow import load_policy
-    from dropflow.policy.recorded import FIELD, recorded_policy
+    from dropflow.policy.recorded import FIELD
     from dropflow_lab.digits.checkpoints.model import sample_image
     from dropflow_lab.errors import InputError
     from dropflow_lab.explain.side_by_side import compare
     from dropflow_lab.inputs.images import read_image
-    from dropflow_lab.inputs.models import load_model
+    from dropflow_lab.inputs.models import load_model, policy_of
 
     with chatter_to_stderr():
         named = None if policy is None else load_policy(policy, overrides or ())
@@ -55,7 +55,7 @@ def run(
         loaded, processor = load_model(Path(_TRAINED) if both else model)
         if named is None and getattr(loaded.config, FIELD, None) is None:
             raise InputError("--policy: missing, and the model records none (see `dropflow list policies`)")
-        chosen = named or load_policy(recorded_policy(loaded.config), overrides or ())
+        chosen = named or policy_of(loaded, overrides or ())
         plain = load_model()[0] if both else None
         comparison = compare(loaded, processor, pictures, question or _QUESTION, chosen, max_new_tokens, plain=plain)
     emit(comparison.to_json(), as_json, _table(comparison), _summary(comparison, both))

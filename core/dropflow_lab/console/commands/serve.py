@@ -13,6 +13,8 @@ from dropflow_lab.console.commands.output import chatter_to_stderr
 
 _NEEDED = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 _MIB = 2**20
+_DAY = 86_400
+"""The longest of all times, in seconds: clocks and locks take no infinite ones."""
 
 
 def serve(
@@ -37,11 +39,15 @@ def serve(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests that are answered at once, at most.")] = 8,
     wait: Annotated[
-        float, typer.Option(min=0, help="Seconds that a batch waits for requests that are being prepared.")
+        float, typer.Option(min=0, max=_DAY, help="Seconds that a batch waits for requests that are being prepared.")
     ] = 0.01,
     queue: Annotated[int, typer.Option(min=1, help="Requests in the server, at most.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a request, until its answer has ended.")] = 120,
-    body_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for the body of a request to arrive.")] = 30,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, max=_DAY, help="Seconds for a request, until its answer has ended.")
+    ] = 120,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.001, max=_DAY, help="Seconds for the body of a request to arrive.")
+    ] = 30,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request's body.")] = 20,
     max_images: Annotated[int, typer.Option(min=0, help="Pictures in a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 20_000_000,
@@ -53,7 +59,9 @@ def serve(
         list[str] | None,
         typer.Option(metavar="HOST", help="Host that pictures may be fetched from; by default none is."),
     ] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for requests to finish when the server stops.")] = 30,
+    grace: Annotated[
+        float, typer.Option(min=0, max=_DAY, help="Seconds for requests to finish when the server stops.")
+    ] = 30,
 ) -> None:
     """Serve a model through OpenAI's chat API, under several policies that clients choose by the model's name.
 
@@ -62,8 +70,8 @@ def serve(
     """
     require_serve()
     from dropflow import load_policy
-    from dropflow.policy.recorded import FIELD, recorded_policy
-    from dropflow_lab.inputs.models import load_model
+    from dropflow.policy.recorded import FIELD
+    from dropflow_lab.inputs.models import load_model, policy_of
     from dropflow_lab.serve.keys import Keys
     from dropflow_lab.serve.limits import Limits
     from dropflow_lab.serve.names import Names
@@ -71,7 +79,7 @@ def serve(
 
     limits = Limits(
         batch, wait, queue, timeout, body_timeout, max_body * _MIB, max_images, max_pixels, max_tokens,
-        upload_bytes=max_uploads * _MIB, grace=grace, hosts=frozenset(fetch_from or ()),
+        upload_bytes=max_uploads * _MIB, grace=grace, hosts=frozenset(map(str.lower, fetch_from or ())),
     )  # fmt: skip
     with chatter_to_stderr():
         keys = Keys.read(api_keys)
@@ -79,7 +87,7 @@ def serve(
         served = name or ("digits" if model is None else model.resolve().name if model.is_dir() else str(model))
         loaded, processor = load_model(model)
         if not chosen and getattr(loaded.config, FIELD, None) is not None:
-            chosen = [load_policy(recorded_policy(loaded.config), overrides or ())]
+            chosen = [policy_of(loaded, overrides or ())]
         names = Names.of(served, chosen)
         server = Server(loaded, processor, names, limits, keys, host, port)
     shown = f"[{host}]" if ":" in host else host
