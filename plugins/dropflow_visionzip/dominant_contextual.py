@@ -97,8 +97,7 @@ class DominantContextual(Stage[DominantContextualOptions]):
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
         """On what the projector gets, or on what it gives."""
-        at = self.options.at or ("features" if self.context.provides("projector") else "output")
-        return (None if at == "output" else at,)
+        return (self.context.features_place(self.options.at),)
 
     @property
     def vision_taps(self) -> tuple[int, ...]:

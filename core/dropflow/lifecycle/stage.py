@@ -102,6 +102,14 @@ class StageContext:
         """Whether the backbone states a fact; true where no model is known, so that the published place is shown."""
         return self.facts is None or fact in self.facts
 
+    def features_place(self, at: Literal["features", "output"] | None) -> EncodeBoundary:
+        """Place of an `encode` stage on what the projector gets (`features`) or on what it gives (`output`).
+
+        Where its option `at` is left out, it is the first of them that the backbone has.
+        """
+        found = at or ("features" if self.provides("projector") else "output")
+        return None if found == "output" else found
+
     def boundaries(self, option: str, depths: Iterable[int | float]) -> tuple[int, ...]:
         """An option that lists boundaries, ascending; raises `PolicyError` as `budgets` does."""
         return tuple(sorted(self._distinct((self.path(option), depth) for depth in depths)))
