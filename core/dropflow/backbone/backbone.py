@@ -281,13 +281,19 @@ class Backbone:
                 found |= (inputs_embeds == embedded).all(-1)
         return found
 
+    def pixels_in(self, arguments: Mapping[str, Any]) -> frozenset[str]:
+        """Names of the arguments of a call of the core that hold pixels."""
+        return frozenset(
+            name
+            for name, value in arguments.items()
+            if value is not None and (name.startswith("pixel_values") or name == "image_patches")
+        )
+
     def modalities_in(self, arguments: Mapping[str, Any]) -> frozenset[str]:
         """Modalities whose features or pixels are among the arguments of a call of the core."""
         encoded = arguments.get("mm_encoder_outputs") or {}
         found = {modality for modality, value in encoded.items() if value is not None}
-        for name, value in arguments.items():
-            if value is not None and (name.startswith("pixel_values") or name == "image_patches"):
-                found.add("video" if name == "pixel_values_videos" else "image")
+        found |= {"video" if name == "pixel_values_videos" else "image" for name in self.pixels_in(arguments)}
         return frozenset(found)
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import DecoderRun, Site
+from dropflow.engine.tokens.ahead import Ahead
 from dropflow.engine.tokens.prompt import VisualTokens
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.vision_run import VisionRun
@@ -31,6 +32,8 @@ class Call:
     attention_mask: Any = None
     visual: VisualTokens | None = None
     """Visual tokens, if this call brings images."""
+    ahead: tuple[Ahead, Tensor] | None = None
+    """The prefix with which this call begins, and the token (batch,) at which it does in each sample."""
     flags: dict[str, RowFlags] = field(default_factory=dict)
     """Modality -> flags of its feature rows."""
     labelled_only: bool = False

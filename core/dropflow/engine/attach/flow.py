@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dropflow.engine.attach import flow_view
 from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.attach.prefix import Prefix, make_prefix
 from dropflow.engine.attach.stage_weights import load_weights, save_weights
 from dropflow.engine.decoder.keeps import Keeps, keeps_of
 from dropflow.engine.decoder.record import PromptRecord
@@ -165,6 +167,19 @@ class Flow:
             )
         with self._hooks.visual.let(self._hooks, tokens):
             yield
+
+    def prefix(self, *, tokens: int | None = None, **inputs: Any) -> Prefix:
+        """Run what questions about the same images share, so that each of them runs only the rest.
+
+        `inputs` are those of one prompt without padding, with its images. The prefix is its first `tokens`, by default
+        those up to the last visual one; what follows does not matter. Vision, and the layers before the first boundary
+        at which a stage prunes, run on it once. Then `model.generate(**prefix.inputs(**others))` answers as if it had
+        been asked anew, for prompts that begin with the same tokens.
+
+        Raises `UnsupportedCall` for inputs that are no such prompt, and `UnsupportedModel` where layers have other
+        states than the entries of a cache, or tokens see later ones.
+        """
+        return make_prefix(self, self._hooks, tokens, inputs)
 
     def keeps(self) -> tuple[Keeps, ...]:
         """What every sample of the last prompt with images kept, for `replay`; otherwise as `report`.

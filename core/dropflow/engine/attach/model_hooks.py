@@ -16,6 +16,7 @@ from torch import Tensor
 from dropflow.backbone.backbone import MODALITIES
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
+from dropflow.engine.attach.begun_calls import begun_ahead, check_begun, refuse_direct_prefix, visual_ahead
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
@@ -25,6 +26,7 @@ from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, sta
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
 from dropflow.engine.decoder.keeps import Keeps, Replayed
+from dropflow.engine.decoder.prefix_runs import BegunRun, Keeping, KeepingRun
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.records import Forward
@@ -34,6 +36,7 @@ from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
+from dropflow.engine.tokens.ahead import ahead_in, spread
 from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by
 from dropflow.engine.tokens.cache_layers import serving
 from dropflow.engine.tokens.prompt import (
@@ -87,6 +90,8 @@ class ModelHooks:
         """Visual tokens that a caller states for its thread's calls."""
         self.replayed: Stated[Sequence[Keeps] | None] = Stated("dropflow_replayed")
         """Keeps that a caller states for its thread's prompts."""
+        self.keeping: Stated[Keeping | None] = Stated("dropflow_keeping")
+        """Asks that the next forward of a thread makes a prefix."""
         self._prefill: Stated[object | None] = Stated("dropflow_prefill")
         """Identifies the `generate` prefill that a thread is in."""
 
@@ -410,7 +415,8 @@ class ModelHooks:
             check_loss_call(self._model)
         call.core_runs = True
         call.attention_mask = kwargs.get("attention_mask")
-        call.visual = self._visual_tokens(kwargs)
+        call.ahead = begun_ahead(self.backbone, kwargs)
+        call.visual = self._visual_tokens(kwargs) if call.ahead is None else visual_ahead(*call.ahead, kwargs)
         if kwargs.get("mm_encoder_outputs"):
             for features in kwargs["mm_encoder_outputs"].values():
                 call.losses += features.losses if isinstance(features, FlowFeatures) else ()
@@ -432,7 +438,8 @@ class ModelHooks:
             refusals.check_dense(kwargs)
 
     def _brings_images(self, kwargs: dict[str, Any]) -> bool:
-        return self._stated(kwargs) is not None or self.backbone.has_images(kwargs)
+        begins = ahead_in(cache_in(kwargs)[1]) is not None
+        return begins or self._stated(kwargs) is not None or self.backbone.has_images(kwargs)
 
     def _visual_tokens(self, kwargs: dict[str, Any]) -> VisualTokens | None:
         stated = self._stated(kwargs)
@@ -495,7 +502,8 @@ class ModelHooks:
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
         flags = call.visual.rows(call.flags)
-        refusals.check_encoded(site.plan, flags)
+        if call.ahead is None:
+            refusals.check_encoded(site.plan, flags)
         batch, tokens = embeds.shape[:2]
         valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
         starts = None
@@ -505,10 +513,21 @@ class ModelHooks:
         stated = stated_instruction_tokens(embeds, forward.seen)
         instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
         visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
-        prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
+        if call.ahead is None:
+            prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
+        else:
+            prompt = spread(*call.ahead, valid, instruction)
         if site.plan.reads_questions:
             prompt = replace(prompt, questions=stated_questions(embeds))
+        if call.ahead is not None:
+            kwargs = check_begun(call.ahead, kwargs, site, valid)
+            call.decoder = BegunRun(site, *call.ahead, prompt, embeds, cache)
+            return args, kwargs
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
+        keeping = self.keeping.of(self, None)
+        if keeping is not None:
+            call.decoder = KeepingRun(site, prompt, embeds, residuals, keeping, kwargs.get("position_ids"))
+            return args, kwargs
         keeps = self.replayed.of(self, None)
         replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
         call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real, replayed)
@@ -522,6 +541,8 @@ class ModelHooks:
             return call
         call.attention_mask = kwargs.get("attention_mask")
         stated, (_, cache) = self._stated(kwargs), cache_in(kwargs)
+        if ahead_in(cache) is not None:
+            refuse_direct_prefix(type(text).__name__)
         if stated is not None or kwargs.get("input_ids") is not None:
             self._check_call(call.site, kwargs, brings_images=stated is not None)
             call.visual = self._visual_tokens(kwargs)

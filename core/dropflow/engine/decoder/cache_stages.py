@@ -84,6 +84,10 @@ class CacheStages:
             raise DecisionError(f"layer {layer}: list it in the stage's `taps` to read its attention after it ran")
         return self._tapped[layer]
 
+    def replace_tapped(self, layer: int, tap: TappedLayer) -> None:
+        """Let `tap` stand for what was seen of a layer."""
+        self._tapped[layer] = tap
+
     def rows(self, layer: int, rows: Tensor) -> Tensor:
         """Attention rows of a tapped layer as it ran; `rows` are token numbers in the call."""
         return self.seen(layer).of_tokens(rows)

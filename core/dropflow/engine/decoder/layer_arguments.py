@@ -130,7 +130,7 @@ class LayerArguments:
         positions = self._positions(held, kwargs)
         mask = kwargs.get("attention_mask")
         width = None if held is None else held.width(len(keys))
-        if not keys.complete or (width or 0) > len(keys):
+        if not (keys.complete and self.live.everything) or (width or 0) > len(keys):
             gathered = self._once(
                 ("mask", mask, keys, width),
                 lambda: gather_mask(mask, self.live, keys, flash=self.site.flash, width=width),
@@ -156,7 +156,14 @@ class LayerArguments:
         if not self.site.compact:
             return {}
         rotary = partial(self.site.backbone.rotary, self.embeds)
-        dropped = None if held is None or held.index is None else held.index.dropped
+        index = None if held is None else held.index
+        if index is not None and index.ahead:  # tokens of this call, which stand before the live ones
+            ranked: dict[str, Any] = self._once(
+                ("positions", index),
+                lambda: renumbered(kwargs, self.live, self.valid, None, rotary, before=len(index)),
+            )
+            return ranked
+        dropped = None if index is None else index.dropped
         if dropped is None and self.live.everything:
             return {}
         found: dict[str, Any] = self._once(
@@ -166,6 +173,8 @@ class LayerArguments:
 
     def _past(self, held: Held) -> KeyIndex:
         index = self.live.index
+        if held is not None and held.index is not None and held.index.ahead:
+            return held.index
         return held.full_index() if held is not None and held.length else KeyIndex.plain(len(index), 0, index.device)
 
     def _weighted(self, mask: Tensor | None, log_weights: Tensor, keys: KeyIndex, dtype: torch.dtype) -> Tensor:

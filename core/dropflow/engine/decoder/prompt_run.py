@@ -117,7 +117,7 @@ class PromptRun:
         output = output if number >= len(self._residuals) else self._with_residual(number, output)
         if number in self._site.plan.states_taps:
             states = output[0] if isinstance(output, tuple) else output
-            self._states[number] = self.live, self._site.backbone.seen_states(states)
+            self._states[number] = self._returned_by(number, self._site.backbone.seen_states(states))
         return output
 
     def _run(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,12 +126,11 @@ class PromptRun:
             return run_without_attention(number, layer, args, kwargs, self._arguments, live=live, continues=continues)
         held, arguments = self._caches.held.get(number), self._arguments
         keys = arguments.keys(held)
-        args, kwargs = self._fitted(number, layer, args, kwargs, keys)
+        given, (args, kwargs) = (args, kwargs), self._fitted(number, layer, args, kwargs, keys)
         if arguments.log_weights is not None:
             args, kwargs = with_positional_mask(layer, args, kwargs)
         if number in self._taps:
-            values = number in self._site.plan.states_taps
-            output = self._caches.tap(number, layer, args, kwargs, self.live, values=values)
+            output = self._tap(number, layer, given, (args, kwargs), keys)
         else:
             output = layer(*args, **kwargs)
         self._shared.note_made(number, arguments)
@@ -140,6 +139,15 @@ class PromptRun:
         elif held is not None and held.is_initialized:
             held.set_index(keys)
         return output
+
+    def _tap(self, number: int, layer: nn.Module, given: Arguments, fitted: Arguments, keys: KeyIndex) -> Any:  # noqa: ARG002
+        """Run a tapped layer on its `fitted` arguments; `given` are the model's, `keys` what its cache will hold."""
+        values = number in self._site.plan.states_taps
+        return self._caches.tap(number, layer, *fitted, self.live, values=values)
+
+    def _returned_by(self, number: int, states: Tensor) -> tuple[LiveSet, Tensor]:  # noqa: ARG002
+        """What layer `number` returned, and the tokens it ran on."""
+        return self.live, states
 
     def _fitted(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex
@@ -175,7 +183,7 @@ class PromptRun:
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Apply the policy's decisions at the boundary before layer `number` to the hidden states."""
-        prompt, window, plan = self.prompt, self.window, self._site.plan
+        window, plan = self.window, self._site.plan
         inside = window.entry <= number < window.exit
         replayed = self._replayed
         stages = plan.prune_at.get(number, ()) if inside and replayed is None else ()
@@ -183,15 +191,7 @@ class PromptRun:
         at_window_edge = number in (0, window.entry, window.exit)
         if not (at_window_edge or decides):
             return args, kwargs
-        hidden = hidden_of(args, kwargs)
-        if at_window_edge:
-            raw = self._entering if number == window.entry > 0 else None
-            if inside:
-                hidden = self._move(prompt.present, hidden, raw, prompt.extents["present"])
-            elif self._outlive is None or number < window.exit:
-                hidden = self._move(prompt.text, hidden, None, prompt.extents["text"])
-            else:
-                hidden = self._move(prompt.text | self._outlive, hidden, None)
+        hidden = self._at_window_edge(number, hidden_of(args, kwargs))
         shown, shown_mask, decision = self.live, self.live_mask, Decision(self.live_mask)
         merged: Tensor | None = None
         if decides:
@@ -211,6 +211,18 @@ class PromptRun:
         if plan.hooks.watched("observe"):
             self._tell(number, tuple(name for name, _ in stages), shown, decision, merged)
         return with_hidden(hidden, args, kwargs)
+
+    def _at_window_edge(self, number: int, hidden: Tensor) -> Tensor:
+        """The hidden states once vision has entered or left at this boundary, if it does."""
+        prompt, window = self.prompt, self.window
+        if number not in (0, window.entry, window.exit):
+            return hidden
+        if window.entry <= number < window.exit:
+            raw = self._entering if number == window.entry > 0 else None
+            return self._move(prompt.present, hidden, raw, prompt.extents["present"])
+        if self._outlive is None or number < window.exit:
+            return self._move(prompt.text, hidden, None, prompt.extents["text"])
+        return self._move(prompt.text | self._outlive, hidden, None)
 
     def _decide(
         self, number: int, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -316,16 +328,23 @@ class PromptRun:
         return hidden
 
     def _tell(
-        self, number: int, names: tuple[str, ...], shown: LiveSet, decision: Decision, merged: Tensor | None
+        self,
+        number: int,
+        names: tuple[str, ...],
+        shown: LiveSet,
+        decision: Decision,
+        merged: Tensor | None,
+        live_mask: Tensor | None = None,
     ) -> None:
-        """Notify observers of what was applied; `shown` are the slots that the stages saw."""
+        """Notify observers of what was applied; `shown` are the slots that the stages saw, `live_mask` the live tokens
+        where these are more than the layers run on."""
         event = BoundaryEvent(
             boundary=number,
             stages=names,
             window_edge_by=self._window_edge_by.get(number, ()),
             window=self.window,
             prompt=self.prompt,
-            live=self.live_mask,
+            live=self.live_mask if live_mask is None else live_mask,
             image_id=self.prompt.image_id,
             index=shown.index,
             scores=decision.scores,

@@ -39,6 +39,8 @@ class CallRecord:
     """Number of trailing tokens that are no longer part of the prompt: drafts, and tokens removed by `crop`."""
     past: Holdings | None = None
     """What the caches held before the forward; `None` for nothing."""
+    ahead: tuple[int, Bool[Tensor, "batch tokens"]] | None = None
+    """Tokens of a prefix, on which the layers before a boundary did not run again; `None` for none."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
     """Boundary -> logical index of the token at whose place each token's state is from there on."""
@@ -70,6 +72,14 @@ class CallRecord:
         segments = self.segments or [(0, self.valid)]
         before = [[live for boundary, live in segments if boundary <= layer][-1] for layer in range(layers)]
         return torch.stack(before)[..., : self.tokens]
+
+    def ran(self, layers: int) -> Bool[Tensor, "layers batch tokens"]:
+        """Tokens on which each layer ran: the live ones, without those that a prefix held ahead."""
+        live = self.live(layers)
+        if self.ahead is not None:
+            boundary, prefix = self.ahead
+            live[:boundary] &= ~prefix[:, : self.tokens]
+        return live
 
     def index_after(self, past: KeyIndex) -> KeyIndex:
         """Index of a cache that held `past`, after this forward, had nothing been dropped."""

@@ -73,9 +73,9 @@ def _flops(record: PromptRecord) -> tuple[list[float], float]:
     depth, work = record.plan.shape.layers, record.work_without_attention
     for part in record.parts:
         text, visual = part.text.sum(1), part.visual.sum(1)
-        live = (part.live(depth) & part.visual).sum(2) + text
+        present = part.live(depth) & (part.visual | part.text)
+        live, keys = (part.ran(depth) & present).sum(2), present.sum(2)
         whole = seen = text + visual
-        keys = live
         if part.past is not None:
             keys = live.index_add(0, _numbers(record, live), part.past.entries.to(live.device))
             seen = whole + part.past.dense.to(live.device)

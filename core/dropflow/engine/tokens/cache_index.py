@@ -70,6 +70,11 @@ class KeyIndex:
         """Whether every logical token is held, in order, so that the model's own mask fits as it is."""
         return self.valid is None and len(self) == self.length
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the entries hold tokens of a call that is still to come (see `PrefixCache`)."""
+        return not self.length and len(self) > 0
+
     def upto(self, length: int, real: Bool[Tensor, "batch tokens"] | None = None) -> KeyIndex:
         """The same with implicit entries up to `length` logical tokens made explicit.
 

@@ -16,12 +16,14 @@ def gather_mask(
     """The mask of a layer that runs `queries` against the entries `keys`, from the model's full-length mask.
 
     `keys` covers past and present entries. transformers builds these kinds of masks: `None` (causal, no padding), which
-    is kept where no padding slot must be hidden; (batch, keys) for FlashAttention; (batch, heads, queries, keys),
+    is kept where no padding slot must be hidden and queries and keys are the same tokens; (batch, keys) for FlashAttention; (batch, heads, queries, keys),
     boolean for SDPA or additive for eager. `flash` decides which kind replaces a `None` that cannot be kept. If a
     layer's cache passes more entries (`width`) to attention than it holds, the excess is masked out.
     """
     if mask is None:
-        return None if keys.valid is None else (keys.valid if flash else causal_mask(queries, keys))
+        if keys.valid is None and (flash or queries.slots in (1, len(keys))):
+            return None
+        return keys.valid if flash else causal_mask(queries, keys)
     logical = keys.logical.to(mask.device)
     if mask.dim() == 2:
         columns = mask.expand(logical.shape[0], -1).gather(1, logical)

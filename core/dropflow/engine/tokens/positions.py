@@ -27,15 +27,18 @@ def renumbered(
     valid: Bool[Tensor, "batch tokens"] | None,
     dropped: Int[Tensor, "batch"] | None,
     rotary: Callable[[Tensor], Any],
+    *,
+    before: int = 0,
 ) -> dict[str, Any]:
     """Position arguments of a layer for the live tokens, with dropped tokens not counted.
 
     Without `dropped` (tokens missing from the layer's cache), each token gets the model's own values at its rank among
-    the live tokens; otherwise `rotary` computes embeddings for the new position ids (batch, slots).
+    the live tokens, of which `before` stand before those of `live`; otherwise `rotary` computes embeddings for the new
+    position ids (batch, slots).
     """
     own = {name: arguments[name] for name in (IDS, EMBEDDINGS) if name in arguments}
     if not live.everything:
-        ranks = ranked(live, valid)
+        ranks = ranked(live, valid, before)
         own = {name: restrict(name, value, ranks, {}) for name, value in own.items()}
     if dropped is None:
         return own
@@ -43,12 +46,16 @@ def renumbered(
     return {IDS: ids, EMBEDDINGS: rotary(ids)}
 
 
-def ranked(live: LiveSet, valid: Bool[Tensor, "batch tokens"] | None) -> LiveSet:
-    """The slots of `live`, each with the token that had its rank before any drop; padding slots name any token."""
+def ranked(live: LiveSet, valid: Bool[Tensor, "batch tokens"] | None, before: int = 0) -> LiveSet:
+    """The slots of `live`, each with the token that had its rank before any drop; padding slots name any token.
+
+    Ranks begin at `before`.
+    """
     batch, slots = live.index.shape
     place = torch.arange(slots, device=live.index.device).expand(batch, -1)
     if live.valid is not None:
         place = (place - (slots - live.valid.sum(1, keepdim=True))).clamp(min=0)
+    place = place + before
     if valid is not None:
         # a stable sort of booleans puts the tokens that are not padding first, in order
         place = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True).gather(1, place)

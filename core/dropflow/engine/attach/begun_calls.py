@@ -1,0 +1,91 @@
+"""Calls that begin with a prefix: how they are recognised, and what is refused of them before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.model.arguments import cache_in
+from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, placed
+from dropflow.engine.tokens.host import read
+from dropflow.engine.tokens.prompt import VisualTokens, valid_tokens
+from dropflow.errors import UnsupportedCall
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.engine.decoder.site import Site
+
+
+def begun_ahead(backbone: Backbone, arguments: dict[str, Any]) -> tuple[Ahead, Tensor] | None:
+    """The prefix with which a call of the core begins, and where it does in each sample; `None` for other calls.
+
+    Raises `UnsupportedCall` for a call that does not begin with it, or that brings more than text after it.
+    """
+    ahead = ahead_in(cache_in(arguments)[1])
+    if ahead is None:
+        return None
+    pixels = sorted(backbone.pixels_in(arguments)) or [name for name in ("mm_encoder_outputs",) if arguments.get(name)]
+    if pixels:
+        raise UnsupportedCall(
+            f"{pixels[0]}: the prefix from which the cache was made holds its images already, and a question cannot "
+            "bring more; leave it out, as `Prefix.inputs` does, or ask with the whole prompt and a fresh cache"
+        )
+    ids = arguments.get("input_ids")
+    mask = arguments.get("attention_mask")
+    if ids is None:
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: made from a prefix, so the call must state `input_ids`, which tell that it begins with "
+            "it; pass them instead of `inputs_embeds`"
+        )
+    valid = valid_tokens(mask, *ids.shape, ids.device, 0)
+    first = begins_at(ahead, ids, valid)
+    visual = placed(ahead.prompt.visual, first, ids.shape[1], False)
+    ((more,),) = read((backbone.placeholders(ids) & ~visual).any())
+    if more:
+        raise UnsupportedCall(
+            "input_ids: have image placeholders after the prefix from which the cache was made; a question cannot "
+            "bring images of its own, so ask with the whole prompt and a fresh cache"
+        )
+    return ahead, first
+
+
+def visual_ahead(ahead: Ahead, first: Tensor, arguments: dict[str, Any]) -> VisualTokens:
+    """The visual tokens of a call that begins with a prefix, at the tokens `first` of its samples."""
+    return VisualTokens(placed(ahead.prompt.visual, first, arguments["input_ids"].shape[1], False), {})
+
+
+def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Site, valid: Tensor) -> dict[str, Any]:
+    """The arguments of a call of the decoder with the positions that its tokens (batch, tokens) have without padding.
+
+    Refuses other positions of the prefix than where it was made, and training.
+    """
+    ahead, first = begun
+    if site.training:
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: made from a prefix, through which no gradients flow; train on whole prompts"
+        )
+    positions = arguments.get("position_ids")
+    if positions is None:  # the decoder would count padding, too
+        return arguments | {"position_ids": (valid.cumsum(1) - 1).clamp(min=0)}
+    tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
+    own = positions.expand(*positions.shape[:-2], len(first), -1)
+    index = tokens.to(own.device).expand(*own.shape[:-1], -1)
+    made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
+    ((same,),) = read((own.gather(-1, index) == made.to(own.device)).all())
+    if not same:
+        raise UnsupportedCall(
+            "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
+            "returns, with sizes of images and no positions of your own"
+        )
+    return arguments
+
+
+def refuse_direct_prefix(decoder: str) -> NoReturn:
+    """Refuse a direct call of the text decoder with a prefix's cache."""
+    raise UnsupportedCall(
+        f"{CACHE_ARGUMENT}: made from a prefix, and the {decoder} was called directly; call the model, which finds the "
+        "prefix in its `input_ids`"
+    )

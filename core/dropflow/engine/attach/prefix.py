@@ -1,0 +1,142 @@
+"""Prefixes: what several questions about the same images share, run once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.decoder.prefix_runs import Keeping, PrefixKept
+from dropflow.engine.tokens.ahead import Ahead, PrefixCache, begins_at
+from dropflow.errors import UnsupportedCall, UnsupportedModel
+
+if TYPE_CHECKING:
+    from dropflow.engine.attach.flow import Flow
+    from dropflow.engine.attach.model_hooks import ModelHooks
+
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+"""What some processors give to say of which kind a token is, 0 for text."""
+_OF_TOKENS = ("input_ids", "attention_mask", *_KINDS)
+"""What a processor gives for every token of a prompt."""
+
+
+class Prefix:
+    """The images of a prompt and the text before them, run up to the first boundary that may depend on the question.
+
+    Made by `Flow.prefix`; holds one sample, which any number of questions may begin with. Its memory is freed with it.
+    """
+
+    def __init__(self, flow: Flow, ahead: Ahead, inputs: dict[str, Any]) -> None:
+        """`inputs` are those of the prompt it was made from, without pixels."""
+        self._flow, self._ahead = flow, ahead
+        self._kinds = {name: inputs[name][:, : ahead.tokens] for name in _KINDS if inputs.get(name) is not None}
+        self._inputs = {name: value for name, value in inputs.items() if name not in _OF_TOKENS}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, visual ones included."""
+        return self._ahead.tokens
+
+    @property
+    def visual_tokens(self) -> int:
+        """Number of visual tokens before any were dropped."""
+        return int(self._ahead.prompt.visual.sum())
+
+    @property
+    def boundary(self) -> int:
+        """The boundary up to which its tokens have run: layers before it run only on what follows the prefix."""
+        return self._ahead.boundary
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds on the model's devices."""
+        return self._ahead.nbytes
+
+    def inputs(self, **inputs: Any) -> dict[str, Any]:
+        """Inputs of the model or of `generate` for prompts that begin with the prefix.
+
+        `inputs` are whole prompts, as the processor gives them: `input_ids` (batch, tokens), `attention_mask` if they
+        are padded, on either side, and other values per token. Pixels and sizes of images are ignored, since the
+        prefix has them. What is returned holds a cache for one call; ask again with new inputs.
+
+        Raises `UnsupportedCall` where a prompt does not begin with the prefix, and once the policy is detached.
+        """
+        if not self._flow.attached:
+            raise UnsupportedCall(
+                f"prefix: made under the policy {self._flow.policy.name!r}, which is no longer attached; attach it and "
+                "make the prefix again"
+            )
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise UnsupportedCall("prefix: expected `input_ids` (batch, tokens) of whole prompts")
+        mask = inputs.get("attention_mask")
+        begins_at(self._ahead, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+        given = {name: value for name, value in inputs.items() if name in _OF_TOKENS}
+        plan = self._flow.plan
+        cache = PrefixCache(self._ahead, plan.shape.layers, plan.identity)
+        return {**{name: _repeated(value, len(ids)) for name, value in self._inputs.items()}, **given, CACHE_ARGUMENT: cache}
+
+    def inputs_after(self, **inputs: Any) -> dict[str, Any]:
+        """The same from what follows the prefix alone: `input_ids` and, if padded, `attention_mask` (batch, tokens)."""
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        own = self._ahead.ids.to(ids.device).expand(len(ids), -1)
+        ids, mask = torch.cat((own, ids), 1), torch.cat((torch.ones_like(own), mask), 1)
+        # padding goes to the left of the prefix
+        order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+        given = {"input_ids": ids, "attention_mask": mask}
+        for name, kinds in self._kinds.items():
+            given[name] = kinds.new_zeros(mask.shape)
+            given[name][:, : self.tokens] = kinds
+        return self.inputs(**{name: value.gather(1, order.to(value.device)) for name, value in given.items()})
+
+
+def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> Prefix:
+    """Run the model on one prompt up to the boundary, and keep what its prefix needs."""
+    _check(flow, hooks, inputs)
+    ids = inputs["input_ids"]
+    keeping = Keeping(tokens, ids)
+    model = hooks.backbone.model
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad(), hooks.keeping.let(hooks, keeping):
+        try:
+            model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
+        except PrefixKept:
+            pass
+    if keeping.found is None:
+        raise UnsupportedCall("prefix: the model ran without its text decoder; pass the inputs of a whole prompt")
+    pixels = hooks.backbone.pixels_in(inputs)
+    return Prefix(flow, keeping.found, {name: value for name, value in inputs.items() if name not in pixels})
+
+
+def _check(flow: Flow, hooks: ModelHooks, inputs: dict[str, Any]) -> None:
+    plan, ids = flow.plan, inputs.get("input_ids")
+    if plan.idle:
+        raise UnsupportedCall(f"prefix: the policy {plan.policy.name!r} has no stages, so nothing is attached")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+        raise UnsupportedCall(
+            "prefix: expected `input_ids` (1, tokens) of one prompt; make a prefix of each, and ask it many questions"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise UnsupportedCall("prefix: the prompt has padding; pass it alone and without padding")
+    if not hooks.backbone.has_images(inputs):
+        raise UnsupportedCall("prefix: the prompt brings no image; a prefix ends with the last visual token")
+    given = [name for name in (CACHE_ARGUMENT, "use_cache", "labels", "inputs_embeds") if inputs.get(name) is not None]
+    if given:
+        raise UnsupportedCall(f"{given[0]}: not for a prefix, which runs a fresh prompt; leave it out")
+    shape = plan.shape
+    if len(shape.holding) < shape.layers:
+        what = "shares the keys of others" if shape.producers else "has a recurrent state, a convolution or no cache"
+        layer = next(number for number in range(shape.layers) if number not in shape.holding)
+        raise UnsupportedModel(
+            f"prefix: layer {layer} {what}, and a prefix keeps entries of every layer; ask with the whole prompt instead"
+        )
+
+
+def _repeated(value: Any, times: int) -> Any:
+    """A value per image of one sample, for so many samples."""
+    return value.repeat(times, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value

@@ -1,0 +1,298 @@
+"""The two passes of a prefix through the text decoder: one that keeps its tokens, one that begins with what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from dropflow.engine.decoder.decide_keeps import Decision
+from dropflow.engine.decoder.layer_arguments import Once
+from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.tapped_layer import TappedLayer
+from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with_hidden
+from dropflow.engine.tokens.ahead import Ahead, PrefixCache, placed
+from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.host import Extent, read
+from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.prompt import Prompt
+from dropflow.errors import UnsupportedCall, UnsupportedModel
+
+
+class PrefixKept(BaseException):
+    """Ends the forward that makes a prefix once all of it is known; never leaves `Flow.prefix`.
+
+    Not an `Exception`, so that error handling in model code does not swallow it.
+    """
+
+
+@dataclass(eq=False)
+class Keeping:
+    """What a caller asks of the forward that makes a prefix, and what it found."""
+
+    tokens: int | None
+    """Tokens of the prefix; `None` for those up to the last visual one."""
+    ids: Tensor
+    """Token ids (1, tokens) of the prompt."""
+    found: Ahead | None = None
+
+
+def boundary_of(site: Site) -> int:
+    """The first boundary at which a stage may read the question; the number of layers if none does."""
+    return min((*site.plan.prune_at, site.plan.shape.layers))
+
+
+class KeepingRun(PromptRun):
+    """The forward of one prompt, up to the first boundary that may depend on its question, that keeps a prefix."""
+
+    def __init__(
+        self, site: Site, prompt: Prompt, embeds: Tensor, residuals: Any, keeping: Keeping, positions: Any
+    ) -> None:
+        """`positions` are the position ids that the model states to its decoder, or `None`."""
+        super().__init__(site, prompt, embeds, residuals)
+        self._keeping, self._boundary, self._positions = keeping, boundary_of(site), positions
+        self._masks: set[int] = set()
+        (last,) = read(torch.where(prompt.visual, torch.arange(embeds.shape[1], device=embeds.device), -1).amax())[0]
+        self._cut = last + 1 if keeping.tokens is None else keeping.tokens
+        if not last < self._cut <= embeds.shape[1]:
+            raise UnsupportedCall(
+                f"prefix: expected a number of tokens from {last + 1}, up to which the prompt has visual ones, to "
+                f"{embeds.shape[1]}, its length; got {self._cut}"
+            )
+
+    @property
+    def drops(self) -> bool:
+        """Always true: the cache is to record which tokens its entries hold."""
+        return True
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer; ends the forward at the boundary."""
+        self._check_mask(kwargs.get("attention_mask"))
+        output = super().layer(number, layer, args, kwargs)
+        if number + 1 == self._boundary == self._site.plan.shape.layers:
+            self._keep(None, cache_in(kwargs)[1])
+        return output
+
+    def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        if number < self._boundary:
+            return super()._cross(number, layer, args, kwargs)
+        self._keep(self._at_window_edge(number, hidden_of(args, kwargs)), cache_in(kwargs)[1])
+
+    def _check_mask(self, mask: Tensor | None) -> None:
+        """Refuse a mask under which tokens see later ones, which a question may be among."""
+        if mask is None or mask.dim() != 4 or id(mask) in self._masks:
+            return
+        self._masks.add(id(mask))
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        ((ahead,),) = read(seen.triu(1).any())
+        if ahead:
+            raise UnsupportedModel(
+                "prefix: this model lets tokens see later ones, as where all tokens of an image see each other, and its "
+                "masks are then not those of a call without pixels; ask with the whole prompt instead"
+            )
+
+    def _keep(self, hidden: Tensor | None, cache: Any) -> NoReturn:
+        count, live, prompt = self._cut, self.live, self.prompt
+        own = live.index[0] < count  # one sample without padding: the first slots
+        assert self.record is not None
+        segments = tuple((boundary, mask[:, :count]) for boundary, mask in self.record.segments)
+        if hidden is not None:
+            segments = (*segments, (self._boundary, self.live_mask[:, :count]))
+        taps = {number: self._caches.seen(number) for number in self._taps if number < self._boundary}
+        self._keeping.found = Ahead(
+            ids=self._keeping.ids[0, :count],
+            boundary=self._boundary,
+            window=self.window,
+            prompt=_cut(prompt, count),
+            embeds=self._embeds[:, :count],
+            entries=_entries(cache.layers[: self._boundary], count),
+            segments=segments,
+            hidden=None if hidden is None else hidden[:, own],
+            queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
+            states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
+            residuals=tuple(
+                (where[:, :count], rows[: int(where[:, :count].sum())]) for where, rows in self._residuals
+            ),
+            positions=None if self._positions is None else self._positions[..., :count],
+        )
+        raise PrefixKept
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """Tokens of a call, some of them of its prefix."""
+
+    mask: Tensor
+    """Boolean (batch, tokens)."""
+    live: LiveSet
+    count: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Joined:
+        """One host synchronisation."""
+        extent = Extent.read(mask)
+        return cls(mask, LiveSet.of(mask, extent), extent.total)
+
+
+class BegunRun(PromptRun):
+    """A call that begins with a prefix: up to its boundary, layers run only on what follows it."""
+
+    def __init__(self, site: Site, ahead: Ahead, first: Tensor, prompt: Prompt, embeds: Tensor, cache: Any) -> None:
+        """`first` (batch,) is where the prefix begins in each sample, `prompt` what is known of its tokens."""
+        tokens, count = embeds.shape[1], ahead.tokens
+        place = torch.arange(tokens, device=first.device)
+        within = (place >= first[:, None]) & (place < first[:, None] + count)
+        kept = placed(ahead.embeds.to(embeds), first.to(embeds.device), tokens, 0.0)
+        embeds = torch.where(within.to(embeds.device)[:, :, None], kept, embeds)
+        residuals = tuple(
+            (placed(where, first, tokens, False), rows.repeat(len(first), 1)) for where, rows in ahead.residuals
+        )
+        super().__init__(site, prompt, embeds, residuals)
+        if self.window != ahead.window:
+            raise UnsupportedCall(
+                f"prefix: vision takes part in layers {self.window.entry} to {self.window.exit - 1} for this question, "
+                f"and took part in {ahead.window.entry} to {ahead.window.exit - 1} where the prefix was made; ask with "
+                "the whole prompt instead"
+            )
+        self._ahead, self._first, self._within, self._cache = ahead, first, within, cache
+        self._after, self._once = prompt.valid & ~within, Once()
+        assert self.record is not None
+        self.record.ahead = ahead.boundary, within
+
+    @property
+    def drops(self) -> bool:
+        """Always true: some layers run on fewer tokens than the call has."""
+        return True
+
+    def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(self._cache, PrefixCache)
+        self._cache.open(self._ahead, len(self._first), self._first)
+        super()._begin(layer, args, kwargs)
+
+    def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        ahead = self._ahead
+        if number > ahead.boundary:
+            return super()._cross(number, layer, args, kwargs)
+        hidden = hidden_of(args, kwargs)
+        if number < ahead.boundary:
+            if number == 0:
+                hidden = self._move(self._after, hidden, None)
+                self._arguments = replace(self._arguments, dropped=None)
+            if any(number == boundary for boundary, _ in ahead.segments):
+                self._note(number)
+            return with_hidden(hidden, args, kwargs)
+        assert ahead.hidden is not None
+        joined, kept = self._joined(number), self._raw(ahead.hidden, number)
+        if number == 0:  # every token is live, those of the prefix with nothing but their ids' embeddings
+            hidden = torch.where(self._within.to(hidden.device)[:, :, None], kept.to(hidden), hidden)
+            kept = None
+        hidden = joined.live.restrict(self.live, hidden, kept)
+        self._arguments = self._arguments.moved(joined.live, joined.mask)
+        self.live_mask, self._count = joined.mask, joined.count
+        args, kwargs = with_hidden(hidden, args, kwargs)
+        return super()._cross(number, layer, args, kwargs)
+
+    def _note(self, number: int) -> None:
+        """Record and tell what is live before a layer that runs only on what follows the prefix."""
+        assert self.record is not None
+        joined = self._joined(number)
+        self.record.add(number, joined.mask)
+        if self._site.plan.hooks.watched("observe"):
+            batch, tokens = joined.mask.shape
+            shown = LiveSet.whole(batch, tokens, joined.mask.device)
+            self._tell(number, (), shown, Decision(joined.mask), None, joined.mask)
+
+    def _joined(self, number: int) -> _Joined:
+        """The tokens that are live before a layer up to the boundary, those of the prefix included."""
+        live = self._ahead.live(number)
+        made: _Joined = self._once((live,), lambda: _Joined.of(placed(live, self._first, self._within.shape[1], False) | self._after))
+        return made
+
+    def _raw(self, kept: Tensor, number: int) -> Tensor:
+        """States of the live tokens of the prefix (1, live, dim), at their places among all tokens of the call."""
+        live = self._ahead.live(number)
+        whole = kept.new_zeros(1, live.shape[1], kept.shape[2])
+        whole[:, live[0].to(kept.device)] = kept
+        found: Tensor = placed(whole, self._first.to(kept.device), self._within.shape[1], 0.0)
+        return found
+
+    def _tap(self, number: int, layer: nn.Module, given: Arguments, fitted: Arguments, keys: KeyIndex) -> Any:
+        output = super()._tap(number, layer, given, fitted, keys)
+        if number < self._ahead.boundary:
+            self._caches.replace_tapped(number, self._whole(number, layer, given, keys))
+        return output
+
+    def _whole(self, number: int, layer: nn.Module, given: Arguments, keys: KeyIndex) -> TappedLayer:
+        """What a tapped layer would have seen had it run on the prefix, too.
+
+        `given` are the layer's arguments as the model gave them, `keys` what its cache holds after the call.
+        """
+        seen, joined = self._caches.seen(number).seen, self._joined(number)
+        arguments = self._arguments.moved(joined.live, joined.mask)
+        args, kwargs = given
+        fitted = arguments.arguments(layer, args, kwargs, None, arguments.keys(None))[1]
+        ahead = self._ahead.queries[number].to(seen.query)
+        query = torch.cat((ahead.expand(len(seen.query), -1, -1, -1), seen.query), 2)
+        order = _columns(keys, joined.live)
+        whole = replace(
+            seen,
+            query=_ordered(query, order),
+            key=_ordered(seen.key, order),
+            value=None if seen.value is None else _ordered(seen.value, order),
+            mask=fitted.get("attention_mask"),
+            rotary=fitted.get("position_embeddings"),
+        )
+        return TappedLayer(whole, joined.live)
+
+    def _returned_by(self, number: int, states: Tensor) -> tuple[LiveSet, Tensor]:
+        if number >= self._ahead.boundary:
+            return super()._returned_by(number, states)
+        live = self._joined(number).live
+        return live, live.restrict(self.live, states, self._raw(self._ahead.states[number], number))
+
+
+def _cut(prompt: Prompt, count: int) -> Prompt:
+    """What is known of the first `count` tokens of a prompt of one sample."""
+    per_token = ("image_id", "valid", "present", "protected", "extra", "line", "carried", "tower", "video_id")
+    values = {name: getattr(prompt, name) for name in per_token}
+    return replace(prompt, **{name: None if value is None else value[:, :count] for name, value in values.items()})
+
+
+def _first(states: Tensor, live: LiveSet | None, count: int, dim: int) -> Tensor:
+    """States of one sample's live tokens, along `dim`, of which only the first `count` tokens of the call are kept."""
+    assert live is not None
+    return states.index_select(dim, (live.index[0] < count).nonzero()[:, 0].to(states.device))
+
+
+def _entries(layers: Sequence[Any], count: int) -> tuple[tuple[Tensor, Tensor, KeyIndex], ...]:
+    """Keys, values and index of the entries that hold one of the first `count` tokens of one sample."""
+    made: dict[KeyIndex, tuple[Tensor, KeyIndex]] = {}
+    found = []
+    for layer in layers:
+        index = layer.full_index()
+        if index not in made:
+            take = (index.logical[0] < count).nonzero()[:, 0]
+            dropped = None if index.dropped is None else torch.full_like(index.dropped, count - len(take))
+            made[index] = take, KeyIndex(index.logical[:, take], None, index.image_id[:, take], 0, dropped)
+        take, own = made[index]
+        found.append((layer.keys[:, :, take.to(layer.keys.device)], layer.values[:, :, take.to(layer.values.device)], own))
+    return tuple(found)
+
+
+def _columns(keys: KeyIndex, live: LiveSet) -> Tensor:
+    """The entry (batch, slots) that holds the token in each slot of `live`; any in padding slots."""
+    batch, entries = keys.logical.shape
+    token = keys.logical if keys.valid is None else torch.where(keys.valid, keys.logical, live.total)
+    column = torch.zeros(batch, live.total + 1, dtype=torch.long, device=token.device)
+    column.scatter_(1, token, torch.arange(entries, device=token.device).expand(batch, -1))
+    return column.gather(1, live.index.to(token.device))
+
+
+def _ordered(values: Tensor, order: Tensor) -> Tensor:
+    """Rows (batch, heads, rows, dim) in another order (batch, slots)."""
+    order = order.to(values.device)[:, None, :, None]
+    return values.gather(2, order.expand(-1, values.shape[1], -1, values.shape[3]))

@@ -1,0 +1,185 @@
+"""What a prefix holds of its tokens, and how a call that begins with it gets them without running them again.
+
+Before the first boundary at which a stage may read the question, the states of a prompt's images and of the text before
+them are the same for every question. A prefix keeps them from one call; a cache that is made from it holds their entries
+*ahead*: its logical length is 0, so the model takes the whole prompt as new and builds masks and positions for all of
+it, while the layers before the boundary run only on what follows the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.cache_layers import FlowLayer
+from dropflow.engine.tokens.host import Extent, read
+from dropflow.engine.tokens.prompt import Prompt
+from dropflow.errors import UnsupportedCall
+from dropflow.lifecycle.stage import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """The tokens of a prefix, of one sample without padding; `live` counts those that are live at a boundary."""
+
+    ids: Int[Tensor, "prefix"]
+    """Token ids."""
+    boundary: int
+    """The boundary up to which the prefix has run; the number of layers if no stage of the LLM can read a question."""
+    window: Window
+    """Where vision entered and is to exit."""
+    prompt: Prompt
+    """What is known of the tokens: (1, prefix)."""
+    embeds: Float[Tensor, "1 prefix dim"]
+    """Input embeddings of the decoder."""
+    entries: tuple[tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex], ...]
+    """Keys, values and index of each layer before the boundary."""
+    segments: tuple[tuple[int, Bool[Tensor, "1 prefix"]], ...]
+    """Which tokens were live from each boundary on, up to this one."""
+    hidden: Float[Tensor, "1 live dim"] | None
+    """States of the live tokens at the boundary; `None` after the last layer."""
+    queries: Mapping[int, Float[Tensor, "1 heads live dim"]]
+    """q of the layers before the boundary whose attention stages read later."""
+    states: Mapping[int, Float[Tensor, "1 live dim"]]
+    """What layers before the boundary returned whose states stages read later."""
+    residuals: tuple[tuple[Bool[Tensor, "1 prefix"], Float[Tensor, "rows dim"]], ...]
+    """What the model adds after its first layers (see `Backbone.deepstack_residuals`)."""
+    positions: Int[Tensor, "*axes 1 prefix"] | None
+    """Position ids, if the model states any to its decoder."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the prefix."""
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are kept, except small ones (a few numbers per token)."""
+        kept = [self.embeds, *(part for keys, values, _ in self.entries for part in (keys, values))]
+        kept += [*self.queries.values(), *self.states.values(), *(rows for _, rows in self.residuals)]
+        kept += [] if self.hidden is None else [self.hidden]
+        return sum(one.numel() * one.element_size() for one in kept)
+
+    def live(self, layer: int) -> Bool[Tensor, "1 prefix"]:
+        """The tokens that are live before a layer up to the boundary."""
+        return [live for boundary, live in self.segments if boundary <= layer][-1]
+
+
+class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers ships no types
+    """A cache for one prompt that begins with a prefix; afterwards it is an ordinary cache under the policy."""
+
+    def __init__(self, ahead: Ahead, layers: int, written_by: Any) -> None:
+        """`layers` is the number of decoder layers; the entries are those of the prefix, which are never written to."""
+        super().__init__()
+        self.ahead: Ahead | None = ahead
+        self.layers = [FlowLayer(written_by=written_by) for _ in range(layers)]
+
+    def open(self, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
+        """Hold the entries of `ahead` for each of `batch` samples, in which the prefix begins at the tokens `rows`."""
+        made: dict[KeyIndex, KeyIndex] = {}
+        images = len(ahead.prompt.image_sizes)
+        for layer, (keys, values, index) in zip(self.layers, ahead.entries, strict=False):
+            if index not in made:
+                made[index] = _at(index, rows, images)
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = (part.expand(batch, -1, -1, -1) for part in (keys, values))
+            layer.index = made[index]
+        self.ahead = None
+
+
+def ahead_in(cache: Any) -> Ahead | None:
+    """The prefix with which a call on this cache begins; `None` for other caches, and once such a call has begun."""
+    return cache.ahead if isinstance(cache, PrefixCache) else None
+
+
+def begins_at(
+    ahead: Ahead, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
+) -> Int[Tensor, "batch"]:
+    """The token at which the prefix begins in each sample: its first that is not padding.
+
+    Raises `UnsupportedCall` where a sample does not begin with the prefix, or nothing follows it. One host
+    synchronisation.
+    """
+    first, count = valid.long().argmax(1), ahead.tokens
+    place = (first[:, None] + torch.arange(count, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    same = (ids.gather(1, place) == ahead.ids.to(ids.device)).all(1)
+    wrong, short = read((~same).long(), (valid.sum(1) <= count).long())
+    for number, (differs, ends) in enumerate(zip(wrong, short, strict=True)):
+        if differs or ends:
+            what = "ends with" if ends and not differs else "does not begin with"
+            raise UnsupportedCall(
+                f"input_ids[{number}]: {what} the {count} tokens of the prefix from which its cache was made; pass the "
+                "whole prompt, the prefix and at least one token after it, or a fresh cache"
+            )
+    return first
+
+
+def spread(
+    ahead: Ahead,
+    first: Int[Tensor, "batch"],
+    valid: Bool[Tensor, "batch tokens"],
+    instruction: tuple[Tensor, Tensor],
+) -> Prompt:
+    """What is known of prompts that begin with the prefix, at the tokens `first`; one host synchronisation."""
+    own, batch = ahead.prompt, len(valid)
+    images, rows = len(own.image_sizes), torch.arange(batch, device=valid.device)[:, None]
+
+    def numbered(number: Tensor | None) -> Tensor | None:
+        found = placed(number, first, valid.shape[1], -1)
+        return None if found is None else torch.where(found < 0, found, found + rows * images)
+
+    image_id = numbered(own.image_id)
+    assert image_id is not None
+    there = placed(own.present | ~own.valid, first, valid.shape[1], True)
+    assert there is not None
+    present, text = valid & there, valid & (image_id < 0)
+    after = text & ((image_id >= 0).cumsum(1) > 0)
+    counted = read(*(mask.sum(1) for mask in (valid, present, text, after)))
+    return replace(
+        own,
+        image_id=image_id,
+        valid=valid,
+        present=present,
+        protected=placed(own.protected, first, valid.shape[1], False),
+        instruction_slots=instruction[0],
+        instruction_valid=instruction[1],
+        image_sizes=own.image_sizes * batch,
+        patches=own.patches.to(valid.device).repeat(batch),
+        extents=dict(zip(("valid", "present", "text", "after"), map(Extent.of, counted), strict=True)),
+        extra=placed(own.extra, first, valid.shape[1], False),
+        line=placed(own.line, first, valid.shape[1], 0),
+        carried=placed(own.carried, first, valid.shape[1], 0.0),
+        tower=placed(own.tower, first, valid.shape[1], 0.0),
+        video_id=numbered(own.video_id),
+        videos=images * batch,
+        questions=None,
+    )
+
+
+def placed(
+    values: Shaped[Tensor, "1 prefix ..."] | None, first: Int[Tensor, "batch"], tokens: int, fill: float
+) -> Any:
+    """Values of the prefix at its place in each sample of a call of so many tokens, and `fill` elsewhere."""
+    if values is None:
+        return None
+    values, batch = values.to(first.device), len(first)
+    found = values.new_full((batch, tokens, *values.shape[2:]), fill)
+    rows = torch.arange(batch, device=first.device)[:, None]
+    found[rows, first[:, None] + torch.arange(values.shape[1], device=first.device)] = values
+    return found
+
+
+def _at(index: KeyIndex, first: Int[Tensor, "batch"], images: int) -> KeyIndex:
+    """The index of a prefix's entries in samples in which it begins at the tokens `first`."""
+    rows = torch.arange(len(first), device=first.device)[:, None]
+    image = index.image_id.to(first.device).expand(len(first), -1)
+    image = torch.where(image < 0, image, image + rows * images)
+    dropped = None if index.dropped is None else index.dropped.to(first.device).expand(len(first))
+    return KeyIndex(index.logical.to(first.device) + first[:, None], None, image, 0, dropped)
