@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from dropflow.backbone.vision_reader import VisionReader, feature_boundary, one_to_one, patch_blocks
     from dropflow.engine.attach.attach import attach, attach_set, detach, flow_of
     from dropflow.engine.attach.flow import Flow, FlowSet
+    from dropflow.engine.attach.prefix import Prefix, Prefixes
     from dropflow.engine.attach.pretrained import from_pretrained
     from dropflow.engine.decoder.keeps import Keeps
     from dropflow.engine.decoder.report import LayerReport, Report
@@ -68,6 +69,7 @@ else:
         "dropflow.backbone.vision_reader": ("VisionReader", "feature_boundary", "one_to_one", "patch_blocks"),
         "dropflow.engine.attach.attach": ("attach", "attach_set", "detach", "flow_of"),
         "dropflow.engine.attach.flow": ("Flow", "FlowSet"),
+        "dropflow.engine.attach.prefix": ("Prefix", "Prefixes"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
         "dropflow.engine.decoder.keeps": ("Keeps",),
         "dropflow.engine.decoder.report": ("LayerReport", "Report"),
@@ -110,6 +112,8 @@ __all__ = [
     "PackedTables",
     "PackedTower",
     "Policy",
+    "Prefix",
+    "Prefixes",
     "Projections",
     "PruneCall",
     "Report",

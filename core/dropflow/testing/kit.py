@@ -14,6 +14,7 @@ from dropflow.lifecycle.stage import Stage
 from dropflow.lifecycle.videos import every_image_a_video
 from dropflow.policy import registry
 from dropflow.policy.policy_file import load_policy
+from dropflow.testing.asking_again import check_asking_again
 from dropflow.testing.beside import check_beside, check_needs
 from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.facts import check_facts, check_vision
@@ -90,7 +91,7 @@ def _error(case: Case) -> float:
     worst = max(check(case) for check in CHECKS.values())
     check_needs(case)
     check_trained(case)
-    return max(worst, check_beside(case))
+    return max(worst, check_asking_again(case), check_beside(case))
 
 
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

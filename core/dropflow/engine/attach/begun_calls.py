@@ -40,7 +40,7 @@ def begun_ahead(backbone: Backbone, arguments: dict[str, Any]) -> tuple[Ahead, T
             f"{CACHE_ARGUMENT}: made from a prefix, so the call must state `input_ids`, which tell that it begins with "
             "it; pass them instead of `inputs_embeds`"
         )
-    valid = valid_tokens(mask, *ids.shape, ids.device, 0)
+    valid = valid_tokens(mask, ids.shape[0], ids.shape[1], ids.device, 0)
     first = begins_at(ahead, ids, valid)
     visual = placed(ahead.prompt.visual, first, ids.shape[1], False)
     ((more,),) = read((backbone.placeholders(ids) & ~visual).any())

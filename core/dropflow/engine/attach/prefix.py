@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +55,11 @@ class Prefix:
         return self._ahead.boundary
 
     @property
+    def serves(self) -> bool:
+        """Whether questions can still begin with it: its policy is attached."""
+        return self._flow.attached
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds on the model's devices."""
         return self._ahead.nbytes
@@ -64,11 +73,7 @@ class Prefix:
 
         Raises `UnsupportedCall` where a prompt does not begin with the prefix, and once the policy is detached.
         """
-        if not self._flow.attached:
-            raise UnsupportedCall(
-                f"prefix: made under the policy {self._flow.policy.name!r}, which is no longer attached; attach it and "
-                "make the prefix again"
-            )
+        _check_attached(self._flow)
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise UnsupportedCall("prefix: expected `input_ids` (batch, tokens) of whole prompts")
@@ -77,7 +82,11 @@ class Prefix:
         given = {name: value for name, value in inputs.items() if name in _OF_TOKENS}
         plan = self._flow.plan
         cache = PrefixCache(self._ahead, plan.shape.layers, plan.identity)
-        return {**{name: _repeated(value, len(ids)) for name, value in self._inputs.items()}, **given, CACHE_ARGUMENT: cache}
+        return {
+            **{name: _repeated(value, len(ids)) for name, value in self._inputs.items()},
+            **given,
+            CACHE_ARGUMENT: cache,
+        }
 
     def inputs_after(self, **inputs: Any) -> dict[str, Any]:
         """The same from what follows the prefix alone: `input_ids` and, if padded, `attention_mask` (batch, tokens)."""
@@ -94,6 +103,55 @@ class Prefix:
         return self.inputs(**{name: value.gather(1, order.to(value.device)) for name, value in given.items()})
 
 
+class Prefixes:
+    """Prefixes by a key of the caller's, such as a digest of the images and the text before them.
+
+    Those that were used least recently are let go as soon as all together hold more than `limit` bytes. Several threads
+    may use it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Raises `ValueError` for a limit that is not positive."""
+        if limit <= 0:
+            raise ValueError(f"limit: expected a positive number of bytes, got {limit!r}")
+        self.limit = limit
+        self._held: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Prefix]) -> Prefix:
+        """The prefix under `key`; where none is there that still serves, what `make()` returns, which is then stored.
+
+        A prefix of more than `limit` bytes is returned, but not stored.
+        """
+        with self._lock:
+            found = self._held.get(key)
+            if found is not None and found.serves:
+                self._held.move_to_end(key)
+                return found
+        made = make()
+        with self._lock:
+            self._held.pop(key, None)
+            if made.nbytes <= self.limit:
+                self._held[key] = made
+            while sum(one.nbytes for one in self._held.values()) > self.limit:
+                self._held.popitem(last=False)
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored prefixes hold."""
+        with self._lock:
+            return sum(one.nbytes for one in self._held.values())
+
+    def clear(self) -> None:
+        """Let all of them go."""
+        with self._lock:
+            self._held.clear()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
 def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> Prefix:
     """Run the model on one prompt up to the boundary, and keep what its prefix needs."""
     _check(flow, hooks, inputs)
@@ -101,11 +159,9 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
     keeping = Keeping(tokens, ids)
     model = hooks.backbone.model
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    with torch.no_grad(), hooks.keeping.let(hooks, keeping):
-        try:
-            model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
-        except PrefixKept:
-            pass
+    name = next(name for name, own in hooks.flows.items() if own is flow)
+    with torch.no_grad(), hooks.chosen.let(hooks, name), hooks.keeping.let(hooks, keeping), suppress(PrefixKept):
+        model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
     if keeping.found is None:
         raise UnsupportedCall("prefix: the model ran without its text decoder; pass the inputs of a whole prompt")
     pixels = hooks.backbone.pixels_in(inputs)
@@ -114,6 +170,7 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
 
 def _check(flow: Flow, hooks: ModelHooks, inputs: dict[str, Any]) -> None:
     plan, ids = flow.plan, inputs.get("input_ids")
+    _check_attached(flow)
     if plan.idle:
         raise UnsupportedCall(f"prefix: the policy {plan.policy.name!r} has no stages, so nothing is attached")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
@@ -133,7 +190,15 @@ def _check(flow: Flow, hooks: ModelHooks, inputs: dict[str, Any]) -> None:
         what = "shares the keys of others" if shape.producers else "has a recurrent state, a convolution or no cache"
         layer = next(number for number in range(shape.layers) if number not in shape.holding)
         raise UnsupportedModel(
-            f"prefix: layer {layer} {what}, and a prefix keeps entries of every layer; ask with the whole prompt instead"
+            f"prefix: layer {layer} {what}, and a prefix keeps entries of every layer; ask with the whole prompt "
+            "instead"
+        )
+
+
+def _check_attached(flow: Flow) -> None:
+    if not flow.attached:
+        raise UnsupportedCall(
+            f"prefix: its policy {flow.policy.name!r} is no longer attached; attach it and make the prefix again"
         )
 
 

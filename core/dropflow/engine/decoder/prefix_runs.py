@@ -1,4 +1,4 @@
-"""The two passes of a prefix through the text decoder: one that keeps its tokens, one that begins with what was kept."""
+"""The two passes of a prefix through the text decoder: one keeps its tokens, one begins with what was kept."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class KeepingRun(PromptRun):
         return output
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        if number < self._boundary:
-            return super()._cross(number, layer, args, kwargs)
-        self._keep(self._at_window_edge(number, hidden_of(args, kwargs)), cache_in(kwargs)[1])
+        if number == self._boundary:
+            self._keep(self._at_window_edge(number, hidden_of(args, kwargs)), cache_in(kwargs)[1])
+        return super()._cross(number, layer, args, kwargs)
 
     def _check_mask(self, mask: Tensor | None) -> None:
         """Refuse a mask under which tokens see later ones, which a question may be among."""
@@ -91,8 +91,8 @@ class KeepingRun(PromptRun):
         ((ahead,),) = read(seen.triu(1).any())
         if ahead:
             raise UnsupportedModel(
-                "prefix: this model lets tokens see later ones, as where all tokens of an image see each other, and its "
-                "masks are then not those of a call without pixels; ask with the whole prompt instead"
+                "prefix: this model lets tokens see later ones, as where all tokens of an image see each other, and "
+                "its masks are then not those of a call without pixels; ask with the whole prompt instead"
             )
 
     def _keep(self, hidden: Tensor | None, cache: Any) -> NoReturn:
@@ -114,9 +114,7 @@ class KeepingRun(PromptRun):
             hidden=None if hidden is None else hidden[:, own],
             queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
             states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
-            residuals=tuple(
-                (where[:, :count], rows[: int(where[:, :count].sum())]) for where, rows in self._residuals
-            ),
+            residuals=tuple((where[:, :count], rows[: int(where[:, :count].sum())]) for where, rows in self._residuals),
             positions=None if self._positions is None else self._positions[..., :count],
         )
         raise PrefixKept
@@ -189,8 +187,7 @@ class BegunRun(PromptRun):
         joined, kept = self._joined(number), self._raw(ahead.hidden, number)
         if number == 0:  # every token is live, those of the prefix with nothing but their ids' embeddings
             hidden = torch.where(self._within.to(hidden.device)[:, :, None], kept.to(hidden), hidden)
-            kept = None
-        hidden = joined.live.restrict(self.live, hidden, kept)
+        hidden = joined.live.restrict(self.live, hidden, None if number == 0 else kept)
         self._arguments = self._arguments.moved(joined.live, joined.mask)
         self.live_mask, self._count = joined.mask, joined.count
         args, kwargs = with_hidden(hidden, args, kwargs)
@@ -209,7 +206,9 @@ class BegunRun(PromptRun):
     def _joined(self, number: int) -> _Joined:
         """The tokens that are live before a layer up to the boundary, those of the prefix included."""
         live = self._ahead.live(number)
-        made: _Joined = self._once((live,), lambda: _Joined.of(placed(live, self._first, self._within.shape[1], False) | self._after))
+        made: _Joined = self._once(
+            (live,), lambda: _Joined.of(placed(live, self._first, self._within.shape[1], False) | self._after)
+        )
         return made
 
     def _raw(self, kept: Tensor, number: int) -> Tensor:
@@ -258,8 +257,9 @@ class BegunRun(PromptRun):
 def _cut(prompt: Prompt, count: int) -> Prompt:
     """What is known of the first `count` tokens of a prompt of one sample."""
     per_token = ("image_id", "valid", "present", "protected", "extra", "line", "carried", "tower", "video_id")
-    values = {name: getattr(prompt, name) for name in per_token}
-    return replace(prompt, **{name: None if value is None else value[:, :count] for name, value in values.items()})
+    values = ((name, getattr(prompt, name)) for name in per_token)
+    cut: dict[str, Any] = {name: None if value is None else value[:, :count] for name, value in values}
+    return replace(prompt, **cut)
 
 
 def _first(states: Tensor, live: LiveSet | None, count: int, dim: int) -> Tensor:
@@ -279,7 +279,9 @@ def _entries(layers: Sequence[Any], count: int) -> tuple[tuple[Tensor, Tensor, K
             dropped = None if index.dropped is None else torch.full_like(index.dropped, count - len(take))
             made[index] = take, KeyIndex(index.logical[:, take], None, index.image_id[:, take], 0, dropped)
         take, own = made[index]
-        found.append((layer.keys[:, :, take.to(layer.keys.device)], layer.values[:, :, take.to(layer.values.device)], own))
+        found.append(
+            (layer.keys[:, :, take.to(layer.keys.device)], layer.values[:, :, take.to(layer.values.device)], own)
+        )
     return tuple(found)
 
 

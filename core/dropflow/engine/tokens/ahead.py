@@ -1,9 +1,9 @@
 """What a prefix holds of its tokens, and how a call that begins with it gets them without running them again.
 
 Before the first boundary at which a stage may read the question, the states of a prompt's images and of the text before
-them are the same for every question. A prefix keeps them from one call; a cache that is made from it holds their entries
-*ahead*: its logical length is 0, so the model takes the whole prompt as new and builds masks and positions for all of
-it, while the layers before the boundary run only on what follows the prefix.
+them are the same for every question. A prefix keeps them from one call. A cache that is made from it holds their
+entries *ahead*: its logical length is 0, so the model takes the whole prompt as new and builds masks and positions for
+all of it, while the layers before the boundary run only on what follows the prefix.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Ahead:
     """What is known of the tokens: (1, prefix)."""
     embeds: Float[Tensor, "1 prefix dim"]
     """Input embeddings of the decoder."""
-    entries: tuple[tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex], ...]
+    entries: tuple[
+        tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex], ...
+    ]
     """Keys, values and index of each layer before the boundary."""
     segments: tuple[tuple[int, Bool[Tensor, "1 prefix"]], ...]
     """Which tokens were live from each boundary on, up to this one."""
@@ -163,9 +165,7 @@ def spread(
     )
 
 
-def placed(
-    values: Shaped[Tensor, "1 prefix ..."] | None, first: Int[Tensor, "batch"], tokens: int, fill: float
-) -> Any:
+def placed(values: Shaped[Tensor, "1 prefix ..."] | None, first: Int[Tensor, "batch"], tokens: int, fill: float) -> Any:
     """Values of the prefix at its place in each sample of a call of so many tokens, and `fill` elsewhere."""
     if values is None:
         return None

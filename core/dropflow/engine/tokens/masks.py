@@ -16,9 +16,10 @@ def gather_mask(
     """The mask of a layer that runs `queries` against the entries `keys`, from the model's full-length mask.
 
     `keys` covers past and present entries. transformers builds these kinds of masks: `None` (causal, no padding), which
-    is kept where no padding slot must be hidden and queries and keys are the same tokens; (batch, keys) for FlashAttention; (batch, heads, queries, keys),
-    boolean for SDPA or additive for eager. `flash` decides which kind replaces a `None` that cannot be kept. If a
-    layer's cache passes more entries (`width`) to attention than it holds, the excess is masked out.
+    is kept where no padding slot must be hidden and queries and keys are the same tokens; (batch, keys) for
+    FlashAttention; (batch, heads, queries, keys), boolean for SDPA or additive for eager. `flash` decides which kind
+    replaces a `None` that cannot be kept. If a layer's cache passes more entries (`width`) to attention than it holds,
+    the excess is masked out.
     """
     if mask is None:
         if keys.valid is None and (flash or queries.slots in (1, len(keys))):

@@ -1,0 +1,353 @@
+"""A question that begins with a prefix is answered as if all of it had been asked anew, and costs only the rest."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDROP, IMAGE, KEEP_ALL, PAD, policy, prompt, relative_error, tiny_llava
+from transformers import DynamicCache
+
+import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.testing.asking_again import check_asking_again
+from dropflow.testing.case import Case
+from dropflow.testing.families import tiny_models
+
+POLICIES = {
+    "keeps everything": KEEP_ALL,
+    "hidrop": HIDROP,
+    "encode": policy(few={"use": "divprune/max-min", "keep": 5}),
+    "fastv": policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": 6}),
+    "pyramiddrop": policy(pyramid={"use": "pyramiddrop/pyramid", "keep": {2: 8, 4: 3}}),
+    "mustdrop": policy(
+        merge={"use": "mustdrop/spatial-merge", "at": 1, "window": [2, 2], "threshold": 0.5},
+        keys={"use": "mustdrop/key-set", "share": 0.1},
+        filter={"use": "mustdrop/dual-attention", "at": [2, 4], "global_threshold": 0.04, "individual_threshold": 0.05},
+        cache={"use": "mustdrop/output-aware-cache", "at": 2},
+    ),
+    "values and states": policy(curve={"use": "autoprune/retention-curve", "target": 0.4}),
+    "at the entry": policy(
+        inject=HIDROP["stages"]["inject"], pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 7, 3: 2}}
+    ),
+    "before all layers": policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {0: 7, 3: 2}}),
+}
+TAILS = ((5, 6, 7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))
+BUDGET = {"max_new_tokens": 6, "min_new_tokens": 6}
+
+
+def shown() -> dict[str, Any]:
+    """A prompt with an image between text."""
+    return prompt([(3, "I", 5)])
+
+
+def asked(tails: Any = TAILS, side: str = "left") -> dict[str, Any]:
+    """Whole prompts that begin with that image and the text before it."""
+    own = shown()
+    start = own["input_ids"][0, :20].tolist()
+    rows = [[*start, *tail] for tail in tails]
+    most = max(map(len, rows))
+    ids = [[PAD] * (most - len(row)) + row if side == "left" else row + [PAD] * (most - len(row)) for row in rows]
+    mask = [
+        [0] * (most - len(row)) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * (most - len(row))
+        for row in rows
+    ]
+    pixels = own["pixel_values"].repeat(len(rows), 1, 1, 1)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "pixel_values": pixels}
+
+
+def after_prefix(inputs: dict[str, Any]) -> torch.Tensor:
+    """Which tokens come after the prefix, without padding."""
+    mask: torch.Tensor = inputs["attention_mask"]
+    return mask.bool() & (mask.cumsum(1) > 20)
+
+
+@pytest.mark.parametrize("positions", ["persistent", "compact"])
+@pytest.mark.parametrize("which", POLICIES)
+@torch.no_grad()
+def test_questions_are_answered_as_if_asked_anew(llava: Any, which: str, positions: str) -> None:
+    with dropflow.attach(llava, {**POLICIES[which], "positions": positions}) as flow:
+        prefix = flow.prefix(**shown())
+        for side in ("left", "right"):
+            inputs = asked(side=side)
+            anew, live, kept = llava(**inputs).logits, flow.live(), flow.report().kv_bytes
+            again = llava(**prefix.inputs(**inputs)).logits
+            tokens = after_prefix(inputs)
+            assert relative_error(again[tokens], anew[tokens]) < 1e-5
+            assert torch.equal(flow.live(), live)
+            assert flow.report().kv_bytes == kept
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+@pytest.mark.parametrize("which", ["hidrop", "mustdrop", "encode", "fastv"])
+def test_generated_tokens_are_those_of_the_whole_prompt(which: str, mode: dict[str, Any], attention: str) -> None:
+    model, inputs = tiny_llava(attention=attention), asked()
+    with dropflow.attach(model, POLICIES[which]) as flow:
+        prefix = flow.prefix(**shown())
+        found = []
+        for given in (inputs, prefix.inputs(**inputs)):
+            torch.manual_seed(0)
+            found.append(model.generate(**given, **({"do_sample": False} | mode), **BUDGET))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next", "internvl", "llama4", "glm4v"])
+@pytest.mark.parametrize("which", ["hidrop", "fastv"])
+def test_other_families(family: str, which: str) -> None:
+    adapter, tiny = tiny_models()[family]
+    keep = {**policy(rank={"use": "fastv/attention-rank", "at": 3, "keep": 0.4})} if which == "fastv" else HIDROP
+    assert 0 < check_asking_again(Case(family, adapter, tiny, keep)) < tiny.tolerance
+
+
+@torch.no_grad()
+def test_the_text_after_the_prefix_alone(llava: Any) -> None:
+    inputs = asked()
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        most = max(map(len, TAILS))
+        tails = {
+            "input_ids": torch.tensor([[PAD] * (most - len(tail)) + list(tail) for tail in TAILS]),
+            "attention_mask": torch.tensor([[0] * (most - len(tail)) + [1] * len(tail) for tail in TAILS]),
+        }
+        made = prefix.inputs_after(**tails)
+        assert torch.equal(made["input_ids"], inputs["input_ids"])
+        assert torch.equal(made["attention_mask"], inputs["attention_mask"])
+        whole = llava.generate(**prefix.inputs(**inputs), do_sample=False, **BUDGET)
+        assert torch.equal(llava.generate(**made, do_sample=False, **BUDGET), whole)
+
+
+@torch.no_grad()
+def test_vision_and_the_first_layers_run_once(llava: Any) -> None:
+    seen: list[int] = []
+    first, later = (llava.model.language_model.layers[number] for number in (1, 2))
+    handles = [
+        llava.model.vision_tower.register_forward_pre_hook(lambda *_: seen.append(-1)),
+        first.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])),
+        later.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])),
+    ]
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        assert (prefix.tokens, prefix.visual_tokens, prefix.boundary) == (20, 16, 2)
+        assert seen == [-1, 25]  # the forward ends at boundary 2
+        seen.clear()
+        llava(**prefix.inputs(**asked()))
+        assert seen == [7, 7 + 4 + 7]  # the longest question, and with 4 words and 7 of 16 visual tokens
+        again = flow.report()
+        llava(**asked())
+    for handle in handles:
+        handle.remove()
+    # layers 0 and 1: the questions' tokens alone, attending to all that is live
+    width, of = llava.config.text_config, [4, 1, 7]
+    head, kv = width.hidden_size // 4, width.hidden_size // 4 * 2
+    for layer, ahead in ((0, 4), (1, 20)):
+        work = [
+            n * (width.hidden_size * (4 * head * 2 + 2 * kv) + 3 * width.hidden_size * width.intermediate_size)
+            + 2 * n * (n + ahead) * 4 * head
+            for n in of
+        ]
+        assert again.layers[layer].flops == pytest.approx(sum(work) / 3)
+
+
+@torch.no_grad()
+def test_questions_cannot_change_the_prefix(llava: Any) -> None:
+    with dropflow.attach(llava, POLICIES["fastv"]) as flow:
+        prefix = flow.prefix(**shown())
+        before = [part.clone() for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        first, second = prefix.inputs(**asked()), prefix.inputs(**asked([(40, 41)]))
+        answers = [llava.generate(**given, do_sample=False, **BUDGET) for given in (first, second)]
+        once_more = [
+            llava.generate(**prefix.inputs(**given), do_sample=False, **BUDGET)
+            for given in (asked(), asked([(40, 41)]))
+        ]
+        after = [part for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+    for answer, again in zip(answers, once_more, strict=True):
+        assert torch.equal(answer, again)
+    assert all(torch.equal(*both) for both in zip(before, after, strict=True))
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_from_it(llava: Any) -> None:
+    inputs, more = asked([TAILS[0]]), torch.tensor([[21, 22, 23]])
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        second = []
+        for given in (inputs | {CACHE_ARGUMENT: DynamicCache(config=llava.config)}, prefix.inputs(**inputs)):
+            llava(**given)
+            second.append(llava(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
+    assert relative_error(second[1], second[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_memory_is_told_and_freed(llava: Any) -> None:
+    with dropflow.attach(llava, POLICIES["fastv"]) as flow:
+        prefix = flow.prefix(**shown())
+        width, head = llava.config.text_config.hidden_size, llava.config.text_config.hidden_size // 4
+        entries, embeds, states, query = 2 * 2 * 2 * 20 * head, 20 * width, 20 * width, 20 * width
+        assert prefix.nbytes == 4 * (entries + embeds + states + query)
+        watched = weakref.ref(prefix._ahead.entries[0][0])
+        llava(**prefix.inputs(**asked()))
+        del prefix
+        gc.collect()
+        assert watched() is None
+
+
+@torch.no_grad()
+def test_a_store_lets_the_least_recent_go(llava: Any) -> None:
+    with dropflow.attach(llava, POLICIES["fastv"]) as flow:
+        made: list[str] = []
+
+        def get(key: str) -> dropflow.Prefix:
+            return store.get(key, lambda: made.append(key) or flow.prefix(**shown()))  # type: ignore[func-returns-value]
+
+        one = flow.prefix(**shown()).nbytes
+        store = dropflow.Prefixes(2 * one)
+        for key in ("a", "b", "a", "c", "a", "b"):
+            get(key)
+        assert made == ["a", "b", "c", "b"]
+        assert (len(store), store.nbytes) == (2, 2 * one)
+        held = get("a")
+        store.clear()
+        assert (len(store), store.nbytes) == (0, 0)
+        small = dropflow.Prefixes(one - 1)
+        small.get("a", lambda: held)
+        assert len(small) == 0
+    with pytest.raises(ValueError, match="expected a positive number of bytes"):
+        dropflow.Prefixes(0)
+
+
+@torch.no_grad()
+def test_a_store_makes_it_again_under_another_policy(llava: Any) -> None:
+    store = dropflow.Prefixes(10**9)
+    for keep in (6, 3):
+        with dropflow.attach(llava, policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": keep})) as flow:
+            prefix = store.get("a", lambda flow=flow: flow.prefix(**shown()))  # type: ignore[misc]
+            llava(**prefix.inputs(**asked()))
+            assert flow.report().layers[2].visual_tokens == keep
+
+
+def _calls(llava: Any, flow: dropflow.Flow) -> dict[str, tuple[Any, str]]:
+    prefix, inputs = flow.prefix(**shown()), asked()
+    other = inputs | {
+        "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == int(shown()["input_ids"][0, 1]), 77)
+    }
+    bare = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    ends = {name: value[:, :20] for name, value in bare.items() if name != "pixel_values"}
+    more = asked([(*TAILS[0], *[IMAGE] * 16)])
+    embeds = {"inputs_embeds": torch.zeros(3, 27, 32), "attention_mask": inputs["attention_mask"]}
+    return {
+        "other tokens": (lambda: llava(**prefix.inputs(**other)), r"input_ids\[0\]: does not begin with the 20 tokens"),
+        "nothing after": (lambda: prefix.inputs(input_ids=shown()["input_ids"][:, :20]), r"ends with the 20 tokens"),
+        "cut": (lambda: prefix.inputs(**ends), "does not begin with|ends with"),
+        "pixels": (
+            lambda: llava(**prefix.inputs(**inputs), pixel_values=inputs["pixel_values"]),
+            "pixel_values: the prefix",
+        ),
+        "more images": (lambda: llava(**prefix.inputs(**more)), "have image placeholders after the prefix"),
+        "embeddings": (
+            lambda: llava(**{**embeds, CACHE_ARGUMENT: prefix.inputs(**inputs)[CACHE_ARGUMENT]}),
+            "must state `input_ids`",
+        ),
+        "the decoder": (
+            lambda: llava.model.language_model(
+                input_ids=inputs["input_ids"], **{CACHE_ARGUMENT: prefix.inputs(**inputs)[CACHE_ARGUMENT]}
+            ),
+            "was called directly",
+        ),
+        "positions": (
+            lambda: llava(**prefix.inputs(**inputs), position_ids=torch.arange(27).expand(3, -1) + 1),
+            "position_ids: the tokens of the prefix have others",
+        ),
+        "a batch": (lambda: flow.prefix(**inputs), "of one prompt; make a prefix of each"),
+        "padding": (
+            lambda: flow.prefix(**{name: value[1:2] for name, value in inputs.items()}),
+            "the prompt has padding",
+        ),
+        "no image": (lambda: flow.prefix(input_ids=torch.tensor([[1, 5, 6]])), "brings no image"),
+        "too short": (lambda: flow.prefix(tokens=19, **shown()), "expected a number of tokens from 20, up to which"),
+        "too long": (lambda: flow.prefix(tokens=26, **shown()), "to 25, its length; got 26"),
+        "a cache": (lambda: flow.prefix(**shown(), use_cache=True), "use_cache: not for a prefix"),
+    }
+
+
+NAMES = (
+    *("other tokens", "nothing after", "cut", "pixels", "more images", "embeddings", "the decoder", "positions"),
+    *("a batch", "padding", "no image", "too short", "too long", "a cache"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_what_cannot_be_right_is_refused_before_a_layer_runs(llava: Any, name: str) -> None:
+    ran: list[int] = []
+    with dropflow.attach(llava, HIDROP) as flow:
+        before, calls = llava(**asked()).logits, _calls(llava, flow)
+        assert tuple(calls) == NAMES
+        call, message = calls[name]
+        handle = llava.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+        with pytest.raises(UnsupportedCall, match=message):
+            call()
+        handle.remove()
+        assert not ran
+        assert torch.equal(llava(**asked()).logits, before)
+
+
+def test_no_gradients_flow_through_a_prefix(llava: Any) -> None:
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        llava.train()
+        with pytest.raises(UnsupportedCall, match="through which no gradients flow"):
+            llava(**prefix.inputs(**asked()))
+
+
+@torch.no_grad()
+def test_it_survives_neither_detach_nor_another_policy(llava: Any) -> None:
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        ready = prefix.inputs(**asked())
+    with pytest.raises(UnsupportedCall, match="its policy 'test' is no longer attached"):
+        prefix.inputs(**asked())
+    with pytest.raises(UnsupportedCall, match="written under a policy"):
+        llava(**ready)
+    with dropflow.attach(llava, POLICIES["fastv"]), pytest.raises(UnsupportedCall, match="under another policy"):
+        llava(**ready)
+    with pytest.raises(UnsupportedCall, match="its policy 'test' is no longer attached"):
+        flow.prefix(**shown())
+
+
+@torch.no_grad()
+def test_the_policies_of_a_set_have_prefixes_of_their_own(llava: Any) -> None:
+    chosen = {"fast": POLICIES["fastv"], "hidrop": HIDROP}
+    with dropflow.attach_set(llava, chosen, default="fast") as flows:
+        for name in chosen:
+            flow = flows[name]
+            assert flow is not None
+            prefix = flow.prefix(**shown())
+            with flows.using(name):
+                anew = llava(**asked()).logits
+                again = llava(**prefix.inputs(**asked())).logits
+            tokens = after_prefix(asked())
+            assert relative_error(again[tokens], anew[tokens]) < 1e-5
+            other = next(one for one in chosen if one != name)
+            with flows.using(other), pytest.raises(UnsupportedCall, match="under another policy"):
+                llava(**prefix.inputs(**asked()))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma3", "this model lets tokens see later ones"),
+        ("paligemma", "this model lets tokens see later ones"),
+        ("gemma3n", "layer 5 shares the keys of others"),
+        ("qwen3_5", "layer 0 has a recurrent state"),
+    ],
+)
+def test_families_whose_prefix_is_more_than_entries_are_refused(family: str, message: str) -> None:
+    adapter, tiny = tiny_models()[family]
+    case = Case(family, adapter, tiny, policy(rank={"use": "fastv/attention-rank", "at": 3, "keep": 4}))
+    with case.attach() as flow, pytest.raises(UnsupportedModel, match=message):
+        flow.prefix(**case.single(0))
