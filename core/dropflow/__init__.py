@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dropflow.engine.attach.prefix import Prefix, Prefixes
     from dropflow.engine.attach.pretrained import from_pretrained
     from dropflow.engine.decoder.keeps import Keeps
+    from dropflow.engine.decoder.parked import parked_bytes
     from dropflow.engine.decoder.report import LayerReport, Report
 else:
     _HOMES = {
@@ -72,6 +73,7 @@ else:
         "dropflow.engine.attach.prefix": ("Prefix", "Prefixes"),
         "dropflow.engine.attach.pretrained": ("from_pretrained",),
         "dropflow.engine.decoder.keeps": ("Keeps",),
+        "dropflow.engine.decoder.parked": ("parked_bytes",),
         "dropflow.engine.decoder.report": ("LayerReport", "Report"),
     }
     __getattr__ = lazy_names(__name__, _HOMES)
@@ -141,6 +143,7 @@ __all__ = [
     "load_policy",
     "one_to_one",
     "operators",
+    "parked_bytes",
     "patch_blocks",
     "questions",
     "square_grid",

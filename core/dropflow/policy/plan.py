@@ -49,6 +49,14 @@ class Plan:
         return asked
 
     @lazy
+    def asks_from(self) -> int:
+        """The first boundary at which a stage prunes, and so may read the question; the number of layers for none.
+
+        Before it, the states of images and of the text before them are the same for every question.
+        """
+        return min((*self.prune_at, self.shape.layers))
+
+    @lazy
     def ranked_by(self) -> dict[int, int]:
         """Boundary -> the layer whose attention ranks there, where stages rank and the boundary's layer has none."""
         found = {}

@@ -62,6 +62,8 @@ class Policy:
     """Whether absolute numbers are scaled to other backbones instead of refused."""
     positions: Literal["persistent", "compact"] = "persistent"
     """Whether survivors keep their position ids, or these are renumbered after every drop."""
+    recall: bool = False
+    """Whether a later question of a conversation chooses anew among all visual tokens."""
     budget: CostBudget | None = None
     """What it may cost, where knobs are marked `solve`; resolving it for a backbone solves them."""
 
@@ -74,8 +76,9 @@ class Policy:
             "positions": self.positions,
         }
         tuned = {"tuned_for": self.tuned_for.model_dump()} if self.tuned_for else {}
+        recall = {"recall": True} if self.recall else {}
         budget = {"budget": self.budget.model_dump(exclude_none=True)} if self.budget else {}
-        return head | tuned | budget | {"stages": {name: use.to_dict() for name, use in self.stages.items()}}
+        return head | recall | tuned | budget | {"stages": {name: use.to_dict() for name, use in self.stages.items()}}
 
 
 class _Head(BaseModel):
@@ -90,6 +93,11 @@ class _Head(BaseModel):
         default="persistent",
         description="position ids of survivors: `persistent` keeps the original ones, `compact` renumbers them without "
         "gaps after every drop, and puts a generated token at the length of each layer's cache",
+    )
+    recall: bool = Field(
+        default=False,
+        description="let a later question of a conversation choose anew among all visual tokens, which stay parked "
+        "with their states before the first boundary at which a stage prunes",
     )
     budget: CostBudget | None = Field(
         default=None, description="what it may cost, from which the numbers written as `solve` follow on each backbone"

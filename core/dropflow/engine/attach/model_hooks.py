@@ -19,6 +19,7 @@ from dropflow.engine.attach import refusals
 from dropflow.engine.attach.begun_calls import begun_ahead, check_begun, refuse_direct_prefix, visual_ahead
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
+from dropflow.engine.attach.recall_refusals import check_recall
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
 from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
 from dropflow.engine.attach.stage_weights import save_weights
@@ -26,8 +27,10 @@ from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, sta
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
 from dropflow.engine.decoder.keeps import Keeps, Replayed
+from dropflow.engine.decoder.parked import Parked, parked_in
 from dropflow.engine.decoder.prefix_runs import BegunRun, Keeping, KeepingRun
 from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.decoder.recalled_run import RecalledRun
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import Site
@@ -498,6 +501,11 @@ class ModelHooks:
             # a decoder that shares keys may cut its states to these tokens between two layers
             kwargs = kwargs | {"logits_to_keep": 0}
         if call.visual is None:
+            parked = parked_in(cache) if site.plan.policy.recall and forward.part is not None else None
+            if parked is not None:
+                check_recall(site)
+                call.decoder = self._recalled(call, site, parked, embeds, cache, forward)
+                return args, kwargs
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
@@ -532,6 +540,17 @@ class ModelHooks:
         replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
         call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real, replayed)
         return args, kwargs
+
+    def _recalled(
+        self, call: Call, site: Site, parked: Parked, embeds: Tensor, cache: Any, forward: Forward
+    ) -> RecalledRun:
+        """The run of a text-only call for which visual tokens of earlier turns are chosen anew."""
+        assert forward.part is not None
+        valid = forward.part.valid
+        stated = stated_instruction_tokens(embeds, forward.seen)
+        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, None, stated)
+        questions = stated_questions(embeds) if site.plan.reads_questions else None
+        return RecalledRun(site, parked, embeds, cache, valid, instruction, questions)
 
     def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:
         """Begin a direct call of the decoder, which carries less information than a call of the core."""
@@ -570,7 +589,7 @@ class ModelHooks:
                 wanted = shifted(call.labels) != -100
                 hidden, call.live_rows = live_states(hidden, run.live, wanted.to(hidden.device))
             else:
-                hidden = run.live.expand(hidden)  # a token that is not live reads the last live one before it
+                hidden = run.expanded(hidden)
             if isinstance(output, tuple):
                 return (hidden, *output[1:])
             output["last_hidden_state"] = hidden

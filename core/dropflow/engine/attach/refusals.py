@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.mixer_refusals import check_mixers
+from dropflow.engine.attach.recall_refusals import recall_faults
 from dropflow.engine.attach.vision_refusals import vision_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
@@ -88,6 +89,7 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
             f"positions: `compact` renumbers the tokens of every layer, but layer {layer} reads keys that layer "
             f"{producer} has rotated by its own numbers; use `positions: persistent`"
         )
+    faults += recall_faults(backbone, plan) if plan.policy.recall else []
     if faults:
         raise PolicyError("\n".join(faults))
 

@@ -41,11 +41,6 @@ class Keeping:
     found: Ahead | None = None
 
 
-def boundary_of(site: Site) -> int:
-    """The first boundary at which a stage may read the question; the number of layers if none does."""
-    return min((*site.plan.prune_at, site.plan.shape.layers))
-
-
 class KeepingRun(PromptRun):
     """The forward of one prompt, up to the first boundary that may depend on its question, that keeps a prefix."""
 
@@ -54,7 +49,7 @@ class KeepingRun(PromptRun):
     ) -> None:
         """`positions` are the position ids that the model states to its decoder, or `None`."""
         super().__init__(site, prompt, embeds, residuals)
-        self._keeping, self._boundary, self._positions = keeping, boundary_of(site), positions
+        self._keeping, self._boundary, self._positions = keeping, site.plan.asks_from, positions
         self._masks: set[int] = set()
         (last,) = read(torch.where(prompt.visual, torch.arange(embeds.shape[1], device=embeds.device), -1).amax())[0]
         self._cut = last + 1 if keeping.tokens is None else keeping.tokens

@@ -12,6 +12,7 @@ from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide
 from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
 from dropflow.engine.decoder.keeps import Replayed
 from dropflow.engine.decoder.layer_arguments import LayerArguments
+from dropflow.engine.decoder.parked import Parking, park
 from dropflow.engine.decoder.places import check_places
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
@@ -22,8 +23,9 @@ from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
-from dropflow.engine.tokens.cache import convert_cache, seen_by
+from dropflow.engine.tokens.cache import convert_cache, flow_layers, seen_by
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
+from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
@@ -69,6 +71,10 @@ class PromptRun:
         self._notes: dict[str, Tensor] = {}
         """What stages noted about the samples, by stage name."""
         self._replayed = replayed
+        parks = plan.policy.recall and not site.training
+        self._parking = Parking(site, frozenset(self._taps)) if parks else None
+        self._before: tuple[int, int] = 0, 0
+        """Tokens and images that the cache had seen before the call."""
         decided = decide_window(plan, backbone, prompt) if replayed is None else _replayed_window(replayed, plan)
         self.window, self._window_edge_by = decided.window, decided.by
         if decided.keep_answer_sources:
@@ -112,6 +118,8 @@ class PromptRun:
         """Run decoder layer `number` on the tokens that are live before it."""
         if number == 0:
             self._begin(layer, args, kwargs)
+        if self._parking is not None:
+            self._parking.see(number, layer, args, kwargs)
         args, kwargs = self._cross(number, layer, args, kwargs)
         output = self._run(number, layer, args, kwargs)
         output = output if number >= len(self._residuals) else self._with_residual(number, output)
@@ -137,8 +145,12 @@ class PromptRun:
         if isinstance(held, FlowShared):
             self._shared.note_seen(number, held, self.live, self.live_mask)
         elif held is not None and held.is_initialized:
-            held.set_index(keys)
+            self._hold(held, keys)
         return output
+
+    def _hold(self, held: FlowLayer | UniformLayer, keys: KeyIndex) -> None:
+        """Record what a layer's cache holds after it ran."""
+        held.set_index(keys)
 
     def _tap(self, number: int, layer: nn.Module, given: Arguments, fitted: Arguments, keys: KeyIndex) -> Any:  # noqa: ARG002
         """Run a tapped layer on its `fitted` arguments; `given` are the model's, `keys` what its cache will hold."""
@@ -156,9 +168,22 @@ class PromptRun:
         kwargs = self._shared.restricted(number, kwargs, self.live)
         return self._arguments.arguments(layer, args, kwargs, self._caches.held.get(number), keys)
 
+    def expanded(self, hidden: Tensor) -> Tensor:
+        """The states after the last layer, of all tokens of the call: the last live one where a token is not live."""
+        return self.live.expand(hidden)
+
     def finish(self) -> None:
-        """Ask the cache stages."""
+        """Ask the cache stages, and park what later questions may recall."""
         self._caches.finish()
+        cache = self._caches.cache
+        if self._parking is None or cache is None:
+            return
+        prompt, seen = self.prompt, self._caches.seen
+        found = self._parking.result(
+            prompt, self._embeds, self._residuals, *self._before, seen, self._states, self.window
+        )
+        if found is not None:
+            park(cache, found)
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the arguments of the first layer before anything has run."""
@@ -173,6 +198,9 @@ class PromptRun:
         if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
             convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)
         self._caches.begin(cache)
+        if self._parking is not None and cache is not None:
+            index = next(iter(flow_layers(cache).values())).index
+            self._before = seen_by(cache), 0 if index is None else index.images
 
     def _with_residual(self, number: int, hidden: Tensor) -> Tensor:
         """Add to live visual tokens what the model itself adds to all visual tokens after layer `number`."""
@@ -192,6 +220,8 @@ class PromptRun:
         if not (at_window_edge or decides):
             return args, kwargs
         hidden = self._at_window_edge(number, hidden_of(args, kwargs))
+        if self._parking is not None and number == self._parking.boundary:
+            self._parking.park(hidden, self.live, self.live_mask, self.prompt)
         shown, shown_mask, decision = self.live, self.live_mask, Decision(self.live_mask)
         merged: Tensor | None = None
         if decides:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -104,6 +105,8 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         self.is_sliding = is_sliding
         self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
         self._notes: dict[str, Tensor] = {}
+        self.parked: Any = None
+        """What later turns may recall (`Parked`), in the first layer of a cache; `None` for nothing."""
 
     @classmethod
     def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> FlowLayer:
@@ -163,6 +166,12 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         self.index = index
         self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
 
+    def reorder(self, order: Int[Tensor, "batch entries"], index: KeyIndex) -> None:
+        """Keep the entries at the places in `order`, in that order; `index` describes what they hold."""
+        take = order[:, None, :, None].to(self.keys.device).expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
+        self.set_index(index)
+
     def get_seq_length(self) -> int:
         """Logical tokens seen."""
         return self.length
@@ -178,7 +187,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index, self.prompt, self._notes, self.shared = None, 0, {}, {}
+        self.index, self.prompt, self._notes, self.shared, self.parked = None, 0, {}, {}, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
@@ -216,6 +225,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
             self.each_shared(lambda seen: seen.rows(key, rows))
             self.keys, self.values = self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)]
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
+            self.parked = None if self.parked is None else self.parked.rows(picked)
 
 
 class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types

@@ -1,0 +1,46 @@
+"""Refuses to recall visual tokens of earlier turns where the result would not be that of the definition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dropflow.errors import UnsupportedCall
+
+if TYPE_CHECKING:
+    from dropflow.backbone.backbone import Backbone
+    from dropflow.engine.decoder.site import Site
+    from dropflow.policy.plan import Plan
+
+
+def recall_faults(backbone: Backbone, plan: Plan) -> list[str]:
+    """Why a policy with `recall: true` cannot be attached to this model; empty where it can."""
+    faults = []
+    if not plan.prune_at:
+        faults.append("recall: no stage prunes in the LLM, so every question sees the same tokens; leave it out")
+    if plan.policy.positions == "compact":
+        faults.append(
+            "recall: tokens that come back would need the positions of a sequence from which others were dropped; use "
+            "`positions: persistent`"
+        )
+    faults += [
+        f"recall: stages.{name} evicts entries that a later question might recall; leave the stage or `recall` out"
+        for name, _ in plan.hooks.implementers("decode_cache")
+    ]
+    other = next((number for number, one in enumerate(backbone.mixers) if one.name != "full_attention"), None)
+    if other is not None:
+        faults.append(
+            f"recall: layer {other} is of kind {backbone.mixers[other].name!r}, and tokens can come back only in "
+            "layers with full attention; leave it out for this model"
+        )
+    return faults
+
+
+def check_recall(site: Site) -> None:
+    """Refuse a later turn whose attention or gradients cannot take tokens back."""
+    if site.flash:
+        raise UnsupportedCall(
+            f"recall: {site.implementation} takes no mask, and tokens that come back stand among earlier text; load "
+            "the model with 'sdpa' or 'eager', or set `recall: false`"
+        )
+    if site.training:
+        raise UnsupportedCall("recall: no gradients flow through parked tokens; train on whole prompts")

@@ -1,0 +1,356 @@
+"""A later question chooses anew among all visual tokens, while earlier turns keep what they saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDROP, IMAGE, MIXED, PAD, policy, prompt, relative_error, tiny_llava
+from torch import Tensor
+from transformers import DynamicCache
+
+import dropflow
+from dropflow import Budget, Forecast, Keep, PruneCall, Stage, StageOptions, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.decoder.parked import parked_in
+from dropflow.engine.tokens.cache import flow_layers
+from dropflow.errors import PolicyError, UnsupportedCall
+from dropflow.operators import keep_top
+from dropflow.testing.families import tiny_models
+
+
+class ByStates(Stage[StageOptions]):
+    """Keeps the five tokens whose states and values of layer 1 point most along the instruction tokens' states."""
+
+    taps = (1,)
+    reads_states = True
+    ranks = False
+
+    def forecast(self) -> Forecast:
+        """Five tokens from boundary 3 on."""
+        return Forecast(keeps={3: Budget(tokens=5)})
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> Keep:
+        """Rank by what layer 1 returned, its values, and its attention."""
+        states, values = call.states(1), call.values(1)
+        own = call.instruction_slots[:, -1:]
+        asked = states.gather(1, own[..., None].expand(-1, -1, states.shape[2]))
+        rows = call.attention_rows(1, own)[:, :, 0]
+        score = (states * asked).sum(2) + values.norm(dim=3).sum(1)
+        score = score + 10 * rows[:, :, rows.shape[2] - states.shape[1] :].mean(1)
+        return Keep(keep_top(score, call.image_id, [5] * len(call.image_sizes)))
+
+
+FASTV = {**policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": 5}), "recall": True}
+POLICIES = {
+    "fastv": FASTV,
+    "hidrop": {**HIDROP, "recall": True},
+    "shares": {**policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 0.4, 4: 2}}), "recall": True},
+    "before all layers": {**policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {0: 6, 3: 2}}), "recall": True},
+    "at the entry": {
+        **policy(
+            inject={"use": "hidrop/late-injection", "at": 2}, rank={"use": "hidrop/concave-pyramid", "keep": {2: 6}}
+        ),
+        "recall": True,
+    },
+    "encode": {
+        **policy(few={"use": "divprune/max-min", "keep": 9}, rank={"use": "fastv/attention-rank", "at": 3, "keep": 4}),
+        "recall": True,
+    },
+    "protected": {
+        **policy(
+            keys={"use": "mustdrop/key-set", "share": 0.2}, rank={"use": "fastv/attention-rank", "at": 2, "keep": 5}
+        ),
+        "recall": True,
+    },
+    "states": {**policy(states={"use": ByStates}), "recall": True},
+    "raters": {**policy(text={"use": "sparsevlm/text-guided", "keep": {2: 7, 4: 3}, "recycle": False}), "recall": True},
+    "parts": {**policy(pyramid={"use": "pyramiddrop/pyramid", "keep": {2: 8, 4: 3}}), "recall": True},
+}
+
+
+class Conversation:
+    """A conversation under a policy, call by call, and what each layer's cache held after each of them."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs = model, dict(inputs)
+        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.mask: Tensor = inputs["attention_mask"][:, :0]
+        self.ids: Tensor = inputs["input_ids"][:, :0]
+
+    def ask(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits of one call, and which tokens of the conversation each layer holds after it."""
+        ids = inputs["input_ids"]
+        own = inputs.get("attention_mask", torch.ones_like(ids))
+        self.mask, self.ids = torch.cat((self.mask, own), 1), torch.cat((self.ids, ids), 1)
+        given = {**inputs, "attention_mask": self.mask, CACHE_ARGUMENT: self.cache, "use_cache": True}
+        if self.mask.all():
+            given.pop("attention_mask")  # some families would take it for that of the call's tokens alone
+        logits: Tensor = self.model(**given).logits
+        layers = flow_layers(self.cache)
+        held = torch.zeros(len(layers), *self.ids.shape, dtype=torch.bool)
+        for number, layer in layers.items():
+            index = layer.full_index()
+            shown = index.image_id != -2 if index.valid is None else index.valid & (index.image_id != -2)
+            for sample, own_shown in enumerate(shown):
+                held[number, sample, index.logical[sample, own_shown]] = True
+            ascending = index.logical.masked_fill(~shown, -1)
+            assert bool((ascending.diff(dim=1) > 0)[shown[:, 1:]].all())
+            if index.dropped is not None:
+                assert torch.equal(self.mask.sum(1) - index.dropped, shown.sum(1))
+        return logits, held
+
+
+@contextmanager
+def oracle(
+    model: Any, held: Tensor, mask: Tensor, frozen: Sequence[tuple[Tensor, Tensor]] | None, late: Tensor, entry: int
+) -> Iterator[Any]:
+    """The plain model over a whole conversation: each layer sees what it `held`, and frozen tokens have given states.
+
+    `frozen` has for each layer the tokens (batch, tokens) and the states (batch, tokens, dim). The tokens `late` enter
+    at boundary `entry` as they are. Yields the states that every layer received.
+    """
+    seen: list[Tensor] = []
+    layers = model.get_decoder().layers
+    order = torch.arange(mask.shape[1])
+    causal = (order[None] <= order[:, None])[None, None]
+
+    def enter(number: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if number <= entry:
+                hidden = torch.where(late[..., None], (seen or [hidden])[0], hidden)
+            elif frozen is not None:
+                tokens, states = frozen[number]
+                hidden = torch.where(tokens[..., None], states, hidden)
+            seen.append(hidden)
+            shown = causal & (held[number] & mask.bool())[:, None, None] | torch.eye(mask.shape[1], dtype=torch.bool)
+            if model.config._attn_implementation == "eager":
+                shown = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+            kwargs = kwargs | {"attention_mask": shown}
+            return (
+                ((hidden, *args[1:]), kwargs)
+                if "hidden_states" not in kwargs
+                else (args, kwargs | {"hidden_states": hidden})
+            )
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(enter(n), with_kwargs=True) for n, layer in enumerate(layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check(
+    model: Any, which: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], visual: Tensor
+) -> list[Tensor]:
+    """Compare a conversation with the oracle's; returns what was held after every call."""
+    conversation, calls = Conversation(model, first), []
+    with dropflow.attach(model, which) as flow:
+        boundary, entry = flow.plan.asks_from, flow.plan.window.entry
+        for turn in (first, *turns):
+            calls.append(conversation.ask(turn))
+    helds = [held for _, held in calls]
+    frozen: list[tuple[Tensor, Tensor]] | None = None
+    start = 0
+    for number, (logits, _) in enumerate(calls):
+        end = helds[number].shape[2]
+        mask, ids = conversation.mask[:, :end], conversation.ids[:, :end]
+        own = torch.nn.functional.pad(visual, (0, end - visual.shape[1]))
+        rest = {name: value for name, value in first.items() if name not in ("input_ids", "attention_mask")}
+        if "mm_token_type_ids" in rest:
+            rest["mm_token_type_ids"] = torch.nn.functional.pad(rest["mm_token_type_ids"], (0, end - visual.shape[1]))
+        with oracle(model, helds[number], mask, frozen, own, entry) as states:
+            expected = model(**rest, input_ids=ids, attention_mask=mask, use_cache=False).logits
+        shown = (mask.bool() & ~own)[:, start:]  # a visual token that is dropped reads another one's logits
+        assert relative_error(logits[shown], expected[:, start:][shown]) < 2e-5
+        more = calls[number + 1][1].shape[2] - end if number + 1 < len(calls) else 0
+        frozen = [
+            (
+                torch.nn.functional.pad(~own if layer > boundary else torch.ones_like(own), (0, more)),
+                torch.nn.functional.pad(state, (0, 0, 0, more)),
+            )
+            for layer, state in enumerate(states)
+        ]
+        start = end
+    return helds
+
+
+TURNS = ([11, 12, 13], [21, 22, 23, 24, 25], [31])
+
+
+def turns(batch: int, rows: Sequence[Sequence[int]] = TURNS) -> list[dict[str, Any]]:
+    """Later turns, the same for all samples but for a word."""
+    return [{"input_ids": torch.tensor([[*row[:-1], row[-1] + sample] for sample in range(batch)])} for row in rows]
+
+
+@pytest.mark.parametrize("samples", [((3, "I", 5),), MIXED], ids=["one", "ragged"])
+@pytest.mark.parametrize("which", POLICIES)
+@torch.no_grad()
+def test_turns_equal_those_of_the_definition(llava: Any, which: str, samples: Any) -> None:
+    first = prompt(samples)
+    visual = first["input_ids"] == IMAGE
+    helds = check(llava, POLICIES[which], first, turns(len(samples)), visual)
+    chosen = [held[4][:, : visual.shape[1]][visual] for held in helds]
+    assert any(not torch.equal(chosen[0], later) for later in chosen[1:])
+    assert all(len({int(held.sum()) for held in chosen}) == 1 for _ in chosen) or which == "raters"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_padding_in_every_turn(attention: str) -> None:
+    first = prompt(((3, "I", 5), ("I", 9), ("I", 2)))
+    own = turns(3)[:2]
+    own[0] |= {"attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]])}
+    own[1] |= {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])}
+    check(tiny_llava(attention=attention), POLICIES["hidrop"], first, own, first["input_ids"] == IMAGE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next"])
+@pytest.mark.parametrize("which", ["fastv", "hidrop", "before all layers"])
+@torch.no_grad()
+def test_other_families(family: str, which: str) -> None:
+    adapter, tiny = tiny_models()[family]
+    model = tiny.model("sdpa")
+    inputs, _ = tiny.prompt(((3, "I", 5),), side="left")
+    visual = adapter(model).placeholders(inputs["input_ids"])
+    more = turns(1)
+    if "mm_token_type_ids" in inputs:
+        for turn in more:
+            turn["mm_token_type_ids"] = torch.zeros_like(turn["input_ids"])
+    check(model, POLICIES[which], dict(inputs), more, visual)
+
+
+@torch.no_grad()
+def test_the_choice_is_that_of_asking_first(llava: Any) -> None:
+    """At boundary 0 nothing but the question's own words decides: the second turn keeps what it would keep first."""
+    first, second = prompt(((3, "I", 5),)), {"input_ids": torch.tensor([[11, 12, 13]])}
+    stages = policy(rank={"use": "control/stride", "keep": {2: 4}})
+    with dropflow.attach(llava, {**stages, "recall": True}):
+        conversation = Conversation(llava, first)
+        (_, once), (_, again) = conversation.ask(first), conversation.ask(second)
+    assert torch.equal(again[..., : once.shape[2]], once)
+
+
+@torch.no_grad()
+def test_without_recall_dropped_tokens_stay_gone(llava: Any) -> None:
+    first, visual = prompt(((3, "I", 5),)), prompt(((3, "I", 5),))["input_ids"] == IMAGE
+    found = []
+    for recall in (False, True):
+        with dropflow.attach(llava, {**FASTV, "recall": recall}):
+            conversation = Conversation(llava, first)
+            held = [conversation.ask(turn)[1][3][:, : visual.shape[1]][visual] for turn in (first, *turns(1))]
+            found.append([torch.equal(held[0], later) for later in held[1:]])
+            assert (parked_in(conversation.cache) is not None) == recall
+    assert found[0] == [True, True, True]
+    assert found[1] != [True, True, True]
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+@torch.no_grad()
+def test_generate_goes_on_with_it(llava: Any, mode: dict[str, Any]) -> None:
+    """`generate` on the cache of an answer equals calls of the model with the same tokens."""
+    first, budget = prompt(((3, "I", 5),)), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | mode
+    with dropflow.attach(llava, POLICIES["hidrop"]):
+        cache = DynamicCache(config=llava.config)
+        torch.manual_seed(0)
+        ids = llava.generate(**first, **budget, past_key_values=cache)
+        if "num_beams" in mode:
+            cache.batch_select_indices(torch.tensor([0]))
+        question = torch.cat((ids, torch.tensor([[11, 12, 13]])), 1)
+        again = llava.generate(
+            input_ids=question,
+            attention_mask=torch.ones_like(question),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=4,
+            min_new_tokens=4,
+        )
+        if mode:
+            return
+        conversation = Conversation(llava, first)
+        conversation.ask(first)
+        for token in ids[0, first["input_ids"].shape[1] : -1]:
+            conversation.ask({"input_ids": token.view(1, 1)})
+        conversation.mask = conversation.mask
+        logits, _ = conversation.ask({"input_ids": question[:, ids.shape[1] - 1 :]})
+        assert int(logits[0, -1].argmax()) == int(again[0, question.shape[1]])
+
+
+@torch.no_grad()
+def test_parked_tokens_follow_their_samples(llava: Any) -> None:
+    first, second = prompt(((3, "I", 5), ("I", 9))), turns(2)[0]
+    with dropflow.attach(llava, POLICIES["hidrop"]):
+        plain, turned = Conversation(llava, first), Conversation(llava, first)
+        plain.ask(first)
+        turned.ask(first)
+        expected, _ = plain.ask(second)
+        order = torch.tensor([1, 0])
+        turned.cache.batch_select_indices(order)
+        turned.mask, turned.ids = turned.mask[order], turned.ids[order]
+        found, _ = turned.ask({"input_ids": second["input_ids"][order]})
+    assert relative_error(found, expected[order]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_second_image_joins_what_is_parked(llava: Any) -> None:
+    first, more = prompt(((3, "I", 5),)), prompt(((2, "I", 3),), seed=5)
+    with dropflow.attach(llava, FASTV):
+        conversation = Conversation(llava, first)
+        conversation.ask(first)
+        conversation.ask(more)
+        parked = parked_in(conversation.cache)
+        assert parked is not None
+        assert parked.logical.tolist() == [[*range(4, 20), *range(28, 44)]]
+        assert parked.image_id.tolist() == [[0] * 16 + [1] * 16]
+        _, held = conversation.ask(turns(1)[0])
+    assert [int(held[3, 0, part].sum()) for part in (slice(4, 20), slice(28, 44))] == [5, 5]
+    assert parked.nbytes > 4 * 32 * 32 * 3
+
+
+def test_what_cannot_be_recalled_is_refused(llava: Any) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({**policy(few={"use": "divprune/max-min", "keep": 5}), "recall": True}, "no stage prunes in the LLM"),
+        ({**FASTV, "positions": "compact"}, "use `positions: persistent`"),
+        (
+            {
+                **policy(
+                    rank={"use": "fastv/attention-rank", "at": 2, "keep": 5},
+                    cache={"use": "mustdrop/output-aware-cache", "at": 2},
+                ),
+                "recall": True,
+            },
+            "recall: stages.cache evicts entries",
+        ),
+    ]
+    for which, message in refused:
+        with pytest.raises(PolicyError, match=message):
+            dropflow.attach(llava, which)
+    adapter, tiny = tiny_models()["gemma3"]
+    with pytest.raises(PolicyError, match="layer 0 is of kind 'sliding_attention'"):
+        dropflow.attach(tiny.model("sdpa"), FASTV, adapter=adapter)
+
+
+def test_training_goes_on_from_no_parked_tokens(llava: Any) -> None:
+    first = prompt(((3, "I", 5),))
+    with dropflow.attach(llava, FASTV):
+        conversation = Conversation(llava, first)
+        with torch.no_grad():
+            conversation.ask(first)
+        llava.train()
+        with pytest.raises(UnsupportedCall, match="no gradients flow through parked tokens"):
+            conversation.ask(turns(1)[0])
+        llava.eval()
+        with torch.no_grad():
+            llava(**first)
+
+
+def test_pad_is_no_word() -> None:
+    assert PAD not in {token for row in TURNS for token in row}
