@@ -23,6 +23,7 @@ from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
 from dropflow.testing.probes import INSIDE, RAGGED, UNITS, WINDOW
 from dropflow.testing.reading import check_reader
+from dropflow.testing.recalled import check_recall
 from dropflow.testing.trained import check_trained
 from dropflow.testing.units import check_units
 
@@ -91,7 +92,7 @@ def _error(case: Case) -> float:
     worst = max(check(case) for check in CHECKS.values())
     check_needs(case)
     check_trained(case)
-    return max(worst, check_asking_again(case), check_beside(case))
+    return max(worst, check_asking_again(case), check_recall(case), check_beside(case))
 
 
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

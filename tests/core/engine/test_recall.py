@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,9 +16,11 @@ from dropflow import Budget, Forecast, Keep, PruneCall, Stage, StageOptions, hoo
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.decoder.parked import parked_in
 from dropflow.engine.tokens.cache import flow_layers
-from dropflow.errors import PolicyError, UnsupportedCall
+from dropflow.engine.tokens.cache_index import PADDING
+from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.operators import keep_top
 from dropflow.testing.families import tiny_models
+from dropflow.testing.recalled import Conversation, turns_beside
 
 
 class ByStates(Stage[StageOptions]):
@@ -73,113 +74,15 @@ POLICIES = {
 }
 
 
-class Conversation:
-    """A conversation under a policy, call by call, and what each layer's cache held after each of them."""
-
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
-        self.model, self.inputs = model, dict(inputs)
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self.mask: Tensor = inputs["attention_mask"][:, :0]
-        self.ids: Tensor = inputs["input_ids"][:, :0]
-
-    def ask(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits of one call, and which tokens of the conversation each layer holds after it."""
-        ids = inputs["input_ids"]
-        own = inputs.get("attention_mask", torch.ones_like(ids))
-        self.mask, self.ids = torch.cat((self.mask, own), 1), torch.cat((self.ids, ids), 1)
-        given = {**inputs, "attention_mask": self.mask, CACHE_ARGUMENT: self.cache, "use_cache": True}
-        if self.mask.all():
-            given.pop("attention_mask")  # some families would take it for that of the call's tokens alone
-        logits: Tensor = self.model(**given).logits
-        layers = flow_layers(self.cache)
-        held = torch.zeros(len(layers), *self.ids.shape, dtype=torch.bool)
-        for number, layer in layers.items():
-            index = layer.full_index()
-            shown = index.image_id != -2 if index.valid is None else index.valid & (index.image_id != -2)
-            for sample, own_shown in enumerate(shown):
-                held[number, sample, index.logical[sample, own_shown]] = True
-            ascending = index.logical.masked_fill(~shown, -1)
-            assert bool((ascending.diff(dim=1) > 0)[shown[:, 1:]].all())
-            if index.dropped is not None:
-                assert torch.equal(self.mask.sum(1) - index.dropped, shown.sum(1))
-        return logits, held
-
-
-@contextmanager
-def oracle(
-    model: Any, held: Tensor, mask: Tensor, frozen: Sequence[tuple[Tensor, Tensor]] | None, late: Tensor, entry: int
-) -> Iterator[Any]:
-    """The plain model over a whole conversation: each layer sees what it `held`, and frozen tokens have given states.
-
-    `frozen` has for each layer the tokens (batch, tokens) and the states (batch, tokens, dim). The tokens `late` enter
-    at boundary `entry` as they are. Yields the states that every layer received.
-    """
-    seen: list[Tensor] = []
-    layers = model.get_decoder().layers
-    order = torch.arange(mask.shape[1])
-    causal = (order[None] <= order[:, None])[None, None]
-
-    def enter(number: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            if number <= entry:
-                hidden = torch.where(late[..., None], (seen or [hidden])[0], hidden)
-            elif frozen is not None:
-                tokens, states = frozen[number]
-                hidden = torch.where(tokens[..., None], states, hidden)
-            seen.append(hidden)
-            shown = causal & (held[number] & mask.bool())[:, None, None] | torch.eye(mask.shape[1], dtype=torch.bool)
-            if model.config._attn_implementation == "eager":
-                shown = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
-            kwargs = kwargs | {"attention_mask": shown}
-            return (
-                ((hidden, *args[1:]), kwargs)
-                if "hidden_states" not in kwargs
-                else (args, kwargs | {"hidden_states": hidden})
-            )
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(enter(n), with_kwargs=True) for n, layer in enumerate(layers)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def check(
     model: Any, which: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], visual: Tensor
 ) -> list[Tensor]:
-    """Compare a conversation with the oracle's; returns what was held after every call."""
-    conversation, calls = Conversation(model, first), []
+    """Compare a conversation with its definition; returns what was held after every call."""
     with dropflow.attach(model, which) as flow:
-        boundary, entry = flow.plan.asks_from, flow.plan.window.entry
-        for turn in (first, *turns):
-            calls.append(conversation.ask(turn))
-    helds = [held for _, held in calls]
-    frozen: list[tuple[Tensor, Tensor]] | None = None
-    start = 0
-    for number, (logits, _) in enumerate(calls):
-        end = helds[number].shape[2]
-        mask, ids = conversation.mask[:, :end], conversation.ids[:, :end]
-        own = torch.nn.functional.pad(visual, (0, end - visual.shape[1]))
-        rest = {name: value for name, value in first.items() if name not in ("input_ids", "attention_mask")}
-        if "mm_token_type_ids" in rest:
-            rest["mm_token_type_ids"] = torch.nn.functional.pad(rest["mm_token_type_ids"], (0, end - visual.shape[1]))
-        with oracle(model, helds[number], mask, frozen, own, entry) as states:
-            expected = model(**rest, input_ids=ids, attention_mask=mask, use_cache=False).logits
-        shown = (mask.bool() & ~own)[:, start:]  # a visual token that is dropped reads another one's logits
-        assert relative_error(logits[shown], expected[:, start:][shown]) < 2e-5
-        more = calls[number + 1][1].shape[2] - end if number + 1 < len(calls) else 0
-        frozen = [
-            (
-                torch.nn.functional.pad(~own if layer > boundary else torch.ones_like(own), (0, more)),
-                torch.nn.functional.pad(state, (0, 0, 0, more)),
-            )
-            for layer, state in enumerate(states)
-        ]
-        start = end
+        layers = list(model.get_decoder().layers._modules.values())
+        found, helds = turns_beside(model, layers, flow, first, turns, visual)
+    for logits, expected in found:
+        assert relative_error(logits, expected) < 2e-5
     return helds
 
 
@@ -229,12 +132,29 @@ def test_other_families(family: str, which: str) -> None:
 
 
 @torch.no_grad()
+def test_entries_stay_in_order_and_are_counted(llava: Any) -> None:
+    first = prompt(MIXED)
+    with dropflow.attach(llava, POLICIES["hidrop"]):
+        conversation = Conversation(llava, 3)
+        for turn in (first, *turns(3)):
+            conversation.ask(turn)
+            for layer in flow_layers(conversation.cache).values():
+                index = layer.full_index()
+                shown = index.image_id != PADDING
+                shown = shown if index.valid is None else shown & index.valid
+                steps = index.logical.masked_fill(~shown, -1).diff(dim=1)
+                assert bool((steps > 0)[shown[:, 1:]].all())
+                if index.dropped is not None:
+                    assert torch.equal(conversation.mask.sum(1) - index.dropped, shown.sum(1))
+
+
+@torch.no_grad()
 def test_the_choice_is_that_of_asking_first(llava: Any) -> None:
     """At boundary 0 nothing but the question's own words decides: the second turn keeps what it would keep first."""
     first, second = prompt(((3, "I", 5),)), {"input_ids": torch.tensor([[11, 12, 13]])}
     stages = policy(rank={"use": "control/stride", "keep": {2: 4}})
     with dropflow.attach(llava, {**stages, "recall": True}):
-        conversation = Conversation(llava, first)
+        conversation = Conversation(llava, len(first["input_ids"]))
         (_, once), (_, again) = conversation.ask(first), conversation.ask(second)
     assert torch.equal(again[..., : once.shape[2]], once)
 
@@ -245,7 +165,7 @@ def test_without_recall_dropped_tokens_stay_gone(llava: Any) -> None:
     found = []
     for recall in (False, True):
         with dropflow.attach(llava, {**FASTV, "recall": recall}):
-            conversation = Conversation(llava, first)
+            conversation = Conversation(llava, len(first["input_ids"]))
             held = [conversation.ask(turn)[1][3][:, : visual.shape[1]][visual] for turn in (first, *turns(1))]
             found.append([torch.equal(held[0], later) for later in held[1:]])
             assert (parked_in(conversation.cache) is not None) == recall
@@ -275,11 +195,10 @@ def test_generate_goes_on_with_it(llava: Any, mode: dict[str, Any]) -> None:
         )
         if mode:
             return
-        conversation = Conversation(llava, first)
+        conversation = Conversation(llava, len(first["input_ids"]))
         conversation.ask(first)
         for token in ids[0, first["input_ids"].shape[1] : -1]:
             conversation.ask({"input_ids": token.view(1, 1)})
-        conversation.mask = conversation.mask
         logits, _ = conversation.ask({"input_ids": question[:, ids.shape[1] - 1 :]})
         assert int(logits[0, -1].argmax()) == int(again[0, question.shape[1]])
 
@@ -288,7 +207,7 @@ def test_generate_goes_on_with_it(llava: Any, mode: dict[str, Any]) -> None:
 def test_parked_tokens_follow_their_samples(llava: Any) -> None:
     first, second = prompt(((3, "I", 5), ("I", 9))), turns(2)[0]
     with dropflow.attach(llava, POLICIES["hidrop"]):
-        plain, turned = Conversation(llava, first), Conversation(llava, first)
+        plain, turned = Conversation(llava, len(first["input_ids"])), Conversation(llava, len(first["input_ids"]))
         plain.ask(first)
         turned.ask(first)
         expected, _ = plain.ask(second)
@@ -303,7 +222,7 @@ def test_parked_tokens_follow_their_samples(llava: Any) -> None:
 def test_a_second_image_joins_what_is_parked(llava: Any) -> None:
     first, more = prompt(((3, "I", 5),)), prompt(((2, "I", 3),), seed=5)
     with dropflow.attach(llava, FASTV):
-        conversation = Conversation(llava, first)
+        conversation = Conversation(llava, len(first["input_ids"]))
         conversation.ask(first)
         conversation.ask(more)
         parked = parked_in(conversation.cache)
@@ -338,10 +257,22 @@ def test_what_cannot_be_recalled_is_refused(llava: Any) -> None:
         dropflow.attach(tiny.model("sdpa"), FASTV, adapter=adapter)
 
 
+def test_families_whose_image_tokens_see_each_other_are_refused_before_a_layer_runs() -> None:
+    adapter, tiny = tiny_models()["paligemma"]
+    model, (inputs, _) = tiny.model("sdpa"), tiny.prompt(((2, "I", 3),), side="left")
+    ran: list[int] = []
+    with dropflow.attach(model, FASTV, adapter=adapter) as flow, torch.no_grad():
+        model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: ran.append(0))
+        with pytest.raises(UnsupportedModel, match="recall: this model lets tokens see later ones"):
+            model(**inputs)
+        assert not ran
+        assert flow.attached
+
+
 def test_training_goes_on_from_no_parked_tokens(llava: Any) -> None:
     first = prompt(((3, "I", 5),))
     with dropflow.attach(llava, FASTV):
-        conversation = Conversation(llava, first)
+        conversation = Conversation(llava, len(first["input_ids"]))
         with torch.no_grad():
             conversation.ask(first)
         llava.train()
@@ -354,3 +285,15 @@ def test_training_goes_on_from_no_parked_tokens(llava: Any) -> None:
 
 def test_pad_is_no_word() -> None:
     assert PAD not in {token for row in TURNS for token in row}
+
+
+@torch.no_grad()
+def test_a_conversation_that_begins_with_a_prefix_recalls_the_same(llava: Any) -> None:
+    first, second = prompt(((3, "I", 5),)), turns(1)[0]["input_ids"]
+    found = []
+    with dropflow.attach(llava, POLICIES["hidrop"]) as flow:
+        prefix = flow.prefix(**first)
+        for given in (first | {CACHE_ARGUMENT: DynamicCache(config=llava.config)}, prefix.inputs(**first)):
+            llava(**given)
+            found.append(llava(input_ids=second, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
+    assert relative_error(found[1], found[0]) < 1e-5

@@ -23,8 +23,10 @@ from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import PROTECTED
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.masks import lets_see_later
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
+from dropflow.errors import UnsupportedModel
 from dropflow.lifecycle.stage import Window
 
 
@@ -130,10 +132,20 @@ class Parking:
         self._site, self._taps = site, taps
         self.boundary = site.plan.asks_from
         self._given: dict[int, dict[str, Any]] = {}
+        self._once = Once()
         self._found: tuple[LiveSet, Tensor] | None = None
 
     def see(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the arguments of a layer, as the model gave them."""
+        """Note the arguments of a layer, as the model gave them.
+
+        Raises `UnsupportedModel` for a mask that parked tokens could not have in a later turn.
+        """
+        mask = kwargs.get("attention_mask")
+        if self._once(("mask", mask), lambda: lets_see_later(mask)):
+            raise UnsupportedModel(
+                "recall: this model lets tokens see later ones, as where all tokens of an image see each other, which "
+                "no mask of a later turn says; set `recall: false`"
+            )
         if number >= self.boundary or number in self._taps:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             known = {**TOKEN_DIMS, **self._site.backbone.token_arguments}

@@ -19,6 +19,7 @@ from dropflow.engine.tokens.ahead import Ahead, PrefixCache, placed
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.masks import lets_see_later
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -50,7 +51,7 @@ class KeepingRun(PromptRun):
         """`positions` are the position ids that the model states to its decoder, or `None`."""
         super().__init__(site, prompt, embeds, residuals)
         self._keeping, self._boundary, self._positions = keeping, site.plan.asks_from, positions
-        self._masks: set[int] = set()
+        self._once = Once()
         (last,) = read(torch.where(prompt.visual, torch.arange(embeds.shape[1], device=embeds.device), -1).amax())[0]
         self._cut = last + 1 if keeping.tokens is None else keeping.tokens
         if not last < self._cut <= embeds.shape[1]:
@@ -79,12 +80,7 @@ class KeepingRun(PromptRun):
 
     def _check_mask(self, mask: Tensor | None) -> None:
         """Refuse a mask under which tokens see later ones, which a question may be among."""
-        if mask is None or mask.dim() != 4 or id(mask) in self._masks:
-            return
-        self._masks.add(id(mask))
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        ((ahead,),) = read(seen.triu(1).any())
-        if ahead:
+        if self._once(("mask", mask), lambda: lets_see_later(mask)):
             raise UnsupportedModel(
                 "prefix: this model lets tokens see later ones, as where all tokens of an image see each other, and "
                 "its masks are then not those of a call without pixels; ask with the whole prompt instead"

@@ -71,7 +71,7 @@ class PromptRun:
         self._notes: dict[str, Tensor] = {}
         """What stages noted about the samples, by stage name."""
         self._replayed = replayed
-        parks = plan.policy.recall and not site.training
+        parks = plan.policy.recall and not plan.uniform and not site.training
         self._parking = Parking(site, frozenset(self._taps)) if parks else None
         self._before: tuple[int, int] = 0, 0
         """Tokens and images that the cache had seen before the call."""

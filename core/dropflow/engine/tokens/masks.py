@@ -7,6 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.live_set import LiveSet
 
 
@@ -76,6 +77,18 @@ def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queri
     if keys.valid is None:
         return seen[:, None]
     return (seen & keys.valid[:, None, :])[:, None] | _own_slot(queries, keys)
+
+
+def lets_see_later(mask: Tensor | None) -> bool:
+    """Whether a mask (batch, heads, tokens, tokens) of a new prompt lets a token see a later one.
+
+    As where all tokens of an image see each other. One host synchronisation.
+    """
+    if mask is None or mask.dim() != 4:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    ((later,),) = read(seen.triu(1 + seen.shape[3] - seen.shape[2]).any())
+    return bool(later)
 
 
 def _seen(mask: Tensor, valid: Tensor) -> Tensor:
