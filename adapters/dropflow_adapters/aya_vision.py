@@ -13,6 +13,8 @@ from dropflow import Backbone, VisionReader, feature_boundary, patch_blocks, squ
 class AyaVision(Backbone):
     """`AyaVisionForConditionalGeneration`; every tile is a separate image."""
 
+    features_form = "tensor"
+
     @property
     def tokens_per_image(self) -> int:
         """Number of tokens in a tile."""

@@ -13,6 +13,8 @@ from dropflow import Backbone, VisionReader, patch_blocks, square_grid
 class Gemma3(Backbone):
     """`Gemma3ForConditionalGeneration`; every image, or pan-and-scan crop, has the same number of tokens."""
 
+    features_form = "tensor"
+
     @property
     def tokens_per_image(self) -> int:
         """Tokens after pooling."""

@@ -13,6 +13,7 @@ from dropflow import Backbone, VisionReader, feature_boundary, patch_blocks, squ
 class InternVL(Backbone):
     """`InternVLForConditionalGeneration`; every tile or video frame is a separate image, and the caller says which."""
 
+    features_form = "tensor"
     unstated_videos = frozenset({"image"})
 
     @property

@@ -15,6 +15,7 @@ from dropflow import Backbone, DecoderWidths, ImageLayout, VisionReader, patch_b
 class Lfm2VL(Backbone):
     """`Lfm2VlForConditionalGeneration`; every entry is a picture or a tile, and images vary in size."""
 
+    features_form = "list"
     final_norm_name = "embedding_norm"
     gridded = True
 

@@ -31,6 +31,8 @@ def sublayers(layer: Any) -> Sublayers:
 class Llava(Backbone):
     """`LlavaForConditionalGeneration`; with a Pixtral tower images vary in size, and row breaks are text tokens."""
 
+    features_form = "list"
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._tower = model.config.vision_config

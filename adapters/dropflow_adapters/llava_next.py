@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from dropflow_adapters.anyres import image_members, patches_per_side, unpadded
 class LlavaNext(Backbone):
     """`LlavaNextForConditionalGeneration`; the overview and the joined tiles are separate images."""
 
+    features_form: ClassVar[Literal["list", "tensor"] | None] = "list"
     gridded = True
 
     @property

@@ -15,6 +15,7 @@ from dropflow_adapters.llava_next import LlavaNext
 class LlavaNextVideo(LlavaNext):
     """`LlavaNextVideoForConditionalGeneration`; every frame is a separate image."""
 
+    features_form = None  # videos have another form than images
     modalities = ("image", "video")
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:

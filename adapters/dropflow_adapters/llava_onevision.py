@@ -19,6 +19,7 @@ from dropflow_adapters.llava_next import LlavaNext
 class LlavaOnevision(LlavaNext):
     """`LlavaOnevisionForConditionalGeneration`; a video's single final newline ends it as a whole."""
 
+    features_form = None  # videos have another form than images
     modalities = ("image", "video")
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:

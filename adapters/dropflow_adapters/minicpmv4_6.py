@@ -14,6 +14,7 @@ from dropflow import Backbone, ImageLayout, VisionReader, patch_blocks
 class MiniCPMV46(Backbone):
     """`MiniCPMV4_6ForConditionalGeneration`; every entry is a picture, a slice or a frame, and images vary in size."""
 
+    features_form = "list"
     modalities = ("image", "video")
     unstated_videos = frozenset({"video"})
     gridded = True

@@ -12,6 +12,7 @@ from dropflow_adapters.pixtral_tower import pixtral_reader
 class Mistral3(Backbone):
     """`Mistral3ForConditionalGeneration`; the row breaks between placeholders are text tokens, so they always stay."""
 
+    features_form = "list"
     gridded = True
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:

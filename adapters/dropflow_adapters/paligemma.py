@@ -8,6 +8,8 @@ from dropflow import Backbone, Sublayers, VisionEncoder, square_grid
 class PaliGemma(Backbone):
     """`PaliGemmaForConditionalGeneration`; every image has the same number of tokens."""
 
+    features_form = "tensor"
+
     @property
     def vision(self) -> VisionEncoder:
         """The tower's encoder: each patch is projected separately, and there is no CLS row."""

@@ -11,6 +11,7 @@ from dropflow import Backbone, Projections, square_grid
 class PerceptionLM(Backbone):
     """`PerceptionLMForConditionalGeneration`; every tile or frame is a separate image."""
 
+    features_form = "tensor"
     modalities = ("image", "video")
     gridded = True
 

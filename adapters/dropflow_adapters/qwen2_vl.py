@@ -20,6 +20,7 @@ class Qwen2VL(Backbone):
 
     modalities = ("image", "video")
     gridded = True
+    features_form = "list"
 
     @property
     def packed_tower(self) -> PackedTower | None:
@@ -45,6 +46,11 @@ class Qwen2VL(Backbone):
                 spatial_merge_size=tower.spatial_merge_size,
             )
         return PackedTables(rows, {"cu_seqlens": tables.get_vision_cu_seqlens(grid)})
+
+    @property
+    def deepstack_levels(self) -> int:
+        """Blocks of the ViT whose rows are added after the first decoder layers, in Qwen3-VL."""
+        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per time step, from the grid (time, height, width) of patches after the merger."""

@@ -10,6 +10,8 @@ from dropflow import Backbone, Projections, VisionReader, feature_boundary, one_
 class VipLlava(Backbone):
     """`VipLlavaForConditionalGeneration`; a row dropped inside the tower would be lost in parts, so none can be."""
 
+    features_form = "tensor"
+
     @property
     def tokens_per_image(self) -> int:
         """One token per patch; the CLS token of every layer is removed."""

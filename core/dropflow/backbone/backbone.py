@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -113,6 +113,11 @@ class Backbone:
     """Name of the text decoder's module after its last layer; `final_norm` is this module."""
     gridded: bool = False
     """Whether `layouts` gives every image a patch grid although images differ in size."""
+    features_form: ClassVar[Literal["list", "tensor"] | None] = None
+    """The form of `pooler_output` in which the core takes features: a list of (rows, dim) that it joins, or a tensor
+    whose rows it takes in order. Only for cores that put these rows in the places of the placeholders and do nothing
+    else with them, before a text decoder whose first layer receives its embeddings unchanged; the engine can then
+    encode images beside the text layers (`overlap`). `None` for other cores."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -325,6 +330,11 @@ class Backbone:
         `unstated_videos`.
         """
         return entries
+
+    @property
+    def deepstack_levels(self) -> int:
+        """Number of `deepstack_features` that come with the features of images; 0 where there are none."""
+        return 0
 
     def deepstack_residuals(
         self, arguments: Mapping[str, Any]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dropflow.errors import DecisionError
+from dropflow.lifecycle.lazy import lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,10 +41,17 @@ class WindowCall:
 
     backbone: Backbone
     """The model, as its adapter describes it."""
-    visual_tokens: Int[Tensor, "batch"]
-    """Visual tokens of each sample that reach the LLM."""
     text_tokens: Int[Tensor, "batch"]
     """Text tokens of each sample in this call, padding excluded."""
+    _count: Callable[[], Int[Tensor, "batch"]]
+
+    @lazy
+    def visual_tokens(self) -> Int[Tensor, "batch"]:
+        """Visual tokens of each sample that reach the LLM.
+
+        With `overlap`, reading it waits until the images have been encoded, and no layer runs meanwhile.
+        """
+        return self._count()
 
 
 @dataclass(frozen=True)

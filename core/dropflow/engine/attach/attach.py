@@ -21,6 +21,7 @@ from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.labelled_logits import check_loss_function
 from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.attach.overlap import check_overlap
 from dropflow.engine.attach.stage_modules import StageModules
 from dropflow.engine.attach.stage_weights import find_weights, knows_any, load_weights
 from dropflow.engine.model.tap import sweep
@@ -55,6 +56,13 @@ class _Attachment:
     def hooks(self, hooks: ModelHooks | None) -> None:
         self._hooks = None if hooks is None else weakref.ref(hooks)
 
+    @property
+    def running(self) -> bool:
+        """Whether this thread is inside a call of the model, or encodes beside one."""
+        hooks = self.hooks
+        beside = None if hooks is None else hooks.beside
+        return self.turns.mine() is not None or (beside is not None and beside.mine() is not None)
+
 
 _attachments: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
 """Attachments by core and by the model around it."""
@@ -69,6 +77,7 @@ def attach(
     allow_downloads: bool = False,
     logits: Literal["all", "labelled"] = "all",
     weights: str | PathLike[str] | None = None,
+    overlap: bool = False,
 ) -> Flow:
     """Apply `policy` to every forward of `model` until the flow is detached or its `with` block ends.
 
@@ -84,6 +93,10 @@ def attach(
     predict a label, and its `logits` are (1, rows, vocabulary): faster and smaller, for trainers that read the loss
     alone. The model's own forward computes the loss in either case.
 
+    With `overlap`, images are encoded beside the layers before vision enters, in a thread (on a CUDA device on a stream
+    of its own), with the same result bit for bit; for policies with late injection. See docs/overlap.md for the calls
+    that encode first as ever, and `report.overlap` for how a call did.
+
     Modules that stages train are registered on the model as `dropflow_stages`, with fresh weights, or with those in
     `weights`: a safetensors file, or a folder with one. By default they are read from the folder that the model was
     loaded from, if it has some for these stages. `model.save_pretrained` writes them to a file of their own.
@@ -98,8 +111,10 @@ def attach(
         check_loss_function(found.model)
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
     plan = _resolved(found, load_policy(source, overrides))
+    if overlap:
+        check_overlap(found, plan)
     own = _Weights(weights, recorded=policy is None, given=model)
-    hooks = _attach(found, {"": plan}, "", own, labelled_only=logits == "labelled")
+    hooks = _attach(found, {"": plan}, "", own, labelled_only=logits == "labelled", overlap=overlap)
     flow = hooks.flows[""]
     assert flow is not None
     hooks.handle = flow
@@ -218,13 +233,14 @@ def _attach(
     weights: _Weights,
     *,
     labelled_only: bool = False,
+    overlap: bool = False,
 ) -> ModelHooks:
     warn_if_untested()
     leave_uncompiled()
     core = backbone.core
     attachment = _attachments.setdefault(core, _Attachment())
     _attachments[backbone.model] = attachment
-    if attachment.turns.mine() is not None:
+    if attachment.running:
         raise UnsupportedCall("attach: called inside a forward of this model; call it before or afterwards")
     shards = refusals.head_shards(backbone)
     for plan in plans.values():
@@ -241,7 +257,9 @@ def _attach(
             raise UnsupportedModel(f"attach: the policy {names} is already attached to this model; detach it first")
         _clean(attachment)  # left by an interrupted attach or detach
         refusals.check_unshared(backbone)
-        hooks = attachment.hooks = ModelHooks(backbone, attachment.turns, shards, modules, labelled_only=labelled_only)
+        hooks = attachment.hooks = ModelHooks(
+            backbone, attachment.turns, shards, modules, labelled_only=labelled_only, overlap=overlap
+        )
         attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
         attached_plans.update(attachment.serials)
         recorded = plans[default]
@@ -264,7 +282,7 @@ def _flow(plan: Plan | None, hooks: ModelHooks, recording: Recording | None) -> 
 
 def _detach(core: Any) -> None:
     attachment = _attachments[core]
-    if attachment.turns.mine() is not None:
+    if attachment.running:
         raise UnsupportedCall("detach: called inside a forward of this model; call it when the forward has ended")
     turn = attachment.turns.take(sys._getframe())
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import DecoderRun, Site
+from dropflow.engine.model.side_work import SideWork
 from dropflow.engine.tokens.ahead import Ahead
 from dropflow.engine.tokens.prompt import VisualTokens
 from dropflow.engine.tokens.row_flags import RowFlags
@@ -16,6 +17,7 @@ from dropflow.engine.vision.vision_run import VisionRun
 
 if TYPE_CHECKING:
     from dropflow.engine.attach.flow import Flow
+    from dropflow.engine.attach.overlap import Promise
 
 
 @dataclass(eq=False)
@@ -40,6 +42,14 @@ class Call:
     """Whether the LM head and the loss run only on positions that predict a label."""
     live_rows: Tensor | None = None
     """Row of the LM head's input that each position (batch, tokens) reads, where it does not run on all of them."""
+    serial: str | None = None
+    """Why images are encoded before the decoder where `overlap` is on; `None` if they may be encoded beside it."""
+    promised: dict[str, Promise] = field(default_factory=dict)
+    """Modality -> its features, if they are encoded beside the decoder's first layers."""
+    work: SideWork[Any] | None = None
+    """The thread that encodes them."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """Modality -> its features as the model's own method made them beside the decoder's first layers."""
     core_runs: bool = False
     """True between the first and the last hook of the core."""
     outer: Any = None
@@ -60,5 +70,5 @@ class Call:
     def encodes(self, modality: str) -> str:
         """What the method of `modality` encodes now: some models encode the videos of a call with that for images."""
         brought = () if self.visual is None else self.visual.places
-        missing = [name for name in brought if name not in self.flags]
+        missing = [name for name in brought if name not in self.flags and name not in self.promised]
         return missing[0] if missing and modality not in missing else modality

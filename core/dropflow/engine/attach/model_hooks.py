@@ -19,6 +19,15 @@ from dropflow.engine.attach import refusals
 from dropflow.engine.attach.begun_calls import begun_ahead, check_begun, refuse_direct_prefix, visual_ahead
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
+from dropflow.engine.attach.overlap import (
+    Beside,
+    DeferredFeatures,
+    Encoded,
+    Promise,
+    own_features,
+    serial_because,
+    told,
+)
 from dropflow.engine.attach.recall_refusals import check_recall
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
 from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
@@ -43,13 +52,14 @@ from dropflow.engine.tokens.ahead import ahead_in, spread
 from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by
 from dropflow.engine.tokens.cache_layers import serving
 from dropflow.engine.tokens.prompt import (
+    Prompt,
     VisualTokens,
     document_starts,
     instruction_tokens,
     make_prompt,
     valid_tokens,
 )
-from dropflow.engine.vision.encoding import FlowFeatures, encode, joined, take_flags, with_flags
+from dropflow.engine.vision.encoding import FlowFeatures, encode, joined, take_flags
 from dropflow.engine.vision.vision_run import VisionRun, in_tower
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -73,13 +83,19 @@ class ModelHooks:
         modules: StageModules,
         *,
         labelled_only: bool = False,
+        overlap: bool = False,
     ) -> None:
-        """With `labelled_only`, training forwards with labels compute no logits but those that predict a label."""
+        """With `labelled_only`, training forwards with labels compute no logits but those that predict a label.
+
+        With `overlap`, images are encoded beside the layers before vision enters.
+        """
         self.backbone, self._turns, self._shards, self.modules = backbone, turns, shards, modules
         self._model, self._core = backbone.model, backbone.core
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
+        self.beside = Beside(backbone) if overlap else None
+        """The thread that encodes beside the first layers; `None` without `overlap`."""
         self._labelled = LabelledLoss(self._standing, self._live_rows) if labelled_only else None
         self.flows: Mapping[str, Flow | None] = {}
         """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
@@ -153,6 +169,8 @@ class ModelHooks:
     def remove(self) -> None:
         """Remove everything from the model; does nothing if already removed, and is safe to interrupt and repeat."""
         self.flows = {}
+        if self.beside is not None:
+            self.beside.end()
         self._passing.lift_all()
         self._standing.lift_all()
         while self._handles:
@@ -166,9 +184,11 @@ class ModelHooks:
 
         First restores anything that an interrupted call has left replaced in the model's objects.
         """
-        if self._turns.mine() is not None:
+        if self._mine() is not None:
             refuse_own_model(type(owner).__name__)
         turn = self._turns.take(frame)
+        if self.beside is not None:
+            self.beside.end()
         self._passing.lift_all()
         if not self.flows:
             turn.end()
@@ -182,7 +202,10 @@ class ModelHooks:
         return call
 
     def _mine(self) -> Call | None:
-        """The call of this thread; `None` outside a call."""
+        """The call of this thread; `None` outside a call. Of a thread that encodes beside a call, its side of it."""
+        side = None if self.beside is None else self.beside.mine()
+        if side is not None:
+            return side
         turn = self._turns.mine()
         return None if turn is None else turn.call
 
@@ -211,8 +234,7 @@ class ModelHooks:
         original = getattr(core, name)
         signature = inspect.signature(original)
 
-        @wraps(original)
-        def get_features(*args: Any, **kwargs: Any) -> Any:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any], *, later: bool) -> Any:
             call = self._mine()
             if call is not None and (call.decoder is not None or (call.vision is not None and call.vision.asking)):
                 refuse_own_model(name)
@@ -229,29 +251,45 @@ class ModelHooks:
                 if not kwargs.get("return_dict", True):
                     raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
                 given = signature.bind_partial(*args, **kwargs).arguments
-                call.encoding = True
                 encoded = modality if alone else call.encodes(modality)
-                call.vision = VisionRun(call.site, modality, given, encoded) if call.site.plan.encode_at else None
-                output, flags = encode(
-                    call.site,
-                    call.vision,
-                    encoded,
-                    lambda: original(*args, **(kwargs | {"return_dict": True})),
-                    given,
-                )
-                losses = () if call.vision is None else call.vision.losses
+                features = partial(original, *args, **(kwargs | {"return_dict": True}))
+                making = partial(_encoded, modality, encoded, features, given)
+                if later and self.beside is not None:
+                    if alone and inside_generate():
+                        now = partial(run, args, kwargs, later=False)
+                        return DeferredFeatures(making, now, call.site.plan.serial, given)
+                    if not alone and call.serial is None:
+                        return self.beside.stand_in(call, encoded, Promise(making, given))
+                made = making(call)
                 if alone:
-                    return with_flags(output, flags, losses)
-                call.losses += losses
-                call.flags[encoded] = joined(flags)
-                return output
+                    return made.with_flags()
+                call.losses += made.losses
+                call.flags[encoded] = joined(made.flags)
+                return made.output
             finally:
-                if call is not None:
-                    call.encoding, call.vision = False, None
                 if alone:
                     self._close(get_features)
 
+        @wraps(original)
+        def get_features(*args: Any, **kwargs: Any) -> Any:
+            return run(args, kwargs, later=True)
+
         return get_features
+
+    def _take_promises(self, call: Call, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """`encoded` with what `generate` has deferred: promised again in this call, or encoded now if they must be."""
+        assert self.beside is not None
+        assert call.site is not None
+        found = dict(encoded)
+        for modality, features in encoded.items():
+            promise = features.promise(call.site.plan.serial) if isinstance(features, DeferredFeatures) else None
+            if promise is None or promise.deferred is None:
+                continue
+            if call.serial is None:
+                found[modality] = self.beside.stand_in(call, modality, promise)
+            else:
+                promise.deferred.fill(promise.encode(call).with_flags())
+        return found
 
     def _saving(self, original: Any) -> Any:
         """The model's `save_pretrained`, which writes the weights of the stages' modules to a file of their own."""
@@ -420,17 +458,28 @@ class ModelHooks:
         call.attention_mask = kwargs.get("attention_mask")
         call.ahead = begun_ahead(self.backbone, kwargs)
         call.visual = self._visual_tokens(kwargs) if call.ahead is None else visual_ahead(*call.ahead, kwargs)
+        if self.beside is not None:
+            arranged = self.replayed.of(self, None) or self.keeping.of(self, None)
+            call.serial = serial_because(call, call.site, arranged, kwargs)
         if kwargs.get("mm_encoder_outputs"):
-            for features in kwargs["mm_encoder_outputs"].values():
+            given = kwargs["mm_encoder_outputs"]
+            if self.beside is not None:
+                given = self._take_promises(call, given)
+            for features in given.values():
                 call.losses += features.losses if isinstance(features, FlowFeatures) else ()
-            plain, call.flags = take_flags(call.site, kwargs["mm_encoder_outputs"], kwargs)
-            kwargs = kwargs | {"mm_encoder_outputs": plain}
+            there = {name: features for name, features in given.items() if name not in call.promised}
+            plain, call.flags = take_flags(call.site, there, kwargs)
+            kwargs = kwargs | {"mm_encoder_outputs": given | plain}
         return args, kwargs
 
     def _after_core(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._mine()
         if output is not None and call is not None:
             call.core_runs = False
+            for name, features in call.features.items():  # in the places of the zeros that the core has seen
+                stand_in_rows = output.get(f"{name}_hidden_states")
+                if stand_in_rows is not None:
+                    output[f"{name}_hidden_states"] = own_features(features, stand_in_rows)
             output = self._with_losses(core, kwargs, output)
             self._close(core)
         return output
@@ -509,9 +558,6 @@ class ModelHooks:
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
-        flags = call.visual.rows(call.flags)
-        if call.ahead is None:
-            refusals.check_encoded(site.plan, flags)
         batch, tokens = embeds.shape[:2]
         valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
         starts = None
@@ -521,10 +567,17 @@ class ModelHooks:
         stated = stated_instruction_tokens(embeds, forward.seen)
         instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
         visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
-        if call.ahead is None:
-            prompt = make_prompt(visual, flags, valid, instruction, self.backbone.tokens_per_image)
-        else:
-            prompt = spread(*call.ahead, valid, instruction)
+        per_image = self.backbone.tokens_per_image
+
+        def prompt_made() -> Prompt:
+            if call.ahead is not None:
+                return spread(*call.ahead, valid, instruction)
+            flags = visual.rows(call.flags)
+            refusals.check_encoded(site.plan, flags)
+            return make_prompt(visual, flags, valid, instruction, per_image)
+
+        later = self.beside is not None and bool(call.promised)
+        prompt = make_prompt(visual, None, valid, instruction, per_image) if later else prompt_made()
         if site.plan.reads_questions:
             prompt = replace(prompt, questions=stated_questions(embeds))
         if call.ahead is not None:
@@ -536,9 +589,12 @@ class ModelHooks:
         if keeping is not None:
             call.decoder = KeepingRun(site, prompt, embeds, residuals, keeping, kwargs.get("position_ids"))
             return args, kwargs
+        awaited = self.beside.begin(call, embeds, residuals, prompt_made) if self.beside is not None and later else None
         keeps = self.replayed.of(self, None)
         replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
-        call.decoder = PromptRun(site, prompt, embeds, residuals, forward.real, replayed)
+        call.decoder = run = PromptRun(site, prompt, embeds, residuals, forward.real, replayed, awaited)
+        if self.beside is not None and run.record is not None:
+            run.record.overlap = told(call, awaited, run.window.entry)
         return args, kwargs
 
     def _recalled(
@@ -572,6 +628,8 @@ class ModelHooks:
     def _after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         call = self._mine()
         try:
+            if output is None and call is not None and self.beside is not None:
+                self.beside.end()  # what it makes is not wanted any more
             if call is None or call.forward is None or call.flow is None or output is None:
                 return output
             run, forward = call.decoder, call.forward
@@ -616,6 +674,19 @@ class ModelHooks:
             f"a model with a policy attached cannot be copied or pickled ({names} is); detach first and attach to the "
             "copy. `save_pretrained` and `state_dict` work, and the config records the policy"
         )
+
+
+def _encoded(modality: str, encoded: str, features: Callable[[], Any], given: Mapping[str, Any], call: Call) -> Encoded:
+    """Encode what `call` brings as `encoded` with `features`, the method of `modality`, whose arguments are `given`."""
+    site = call.site
+    assert site is not None
+    call.encoding = True
+    try:
+        call.vision = VisionRun(site, modality, given, encoded) if site.plan.encode_at else None
+        output, flags = encode(site, call.vision, encoded, features, given)
+        return Encoded(output, flags, () if call.vision is None else tuple(call.vision.losses))
+    finally:
+        call.encoding, call.vision = False, None
 
 
 def _called(hook: Callable[..., Any], count: int, *given: Any) -> Any:

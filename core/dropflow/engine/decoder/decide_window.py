@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import DecisionError
@@ -28,9 +30,18 @@ class WindowDecision:
     """For each of the two boundaries, the stages that chose it."""
 
 
-def decide_window(plan: Plan, backbone: Backbone, prompt: Prompt) -> WindowDecision:
-    """Ask the `inject` and `exit` stages."""
-    call = WindowCall(backbone, (prompt.present & prompt.visual).sum(1), prompt.text.sum(1))
+def decide_window(plan: Plan, backbone: Backbone, text: Tensor, prompt: Callable[[], Prompt]) -> WindowDecision:
+    """Ask the `inject` and `exit` stages.
+
+    `text` (batch, tokens) are the text tokens; `prompt()` may wait for the features, and is called if a stage asks how
+    many visual tokens there are.
+    """
+
+    def visual_tokens() -> Tensor:
+        whole = prompt()
+        return (whole.present & whole.visual).sum(1)
+
+    call = WindowCall(backbone, text.sum(1), visual_tokens)
     layers = plan.shape.layers
     entries = _boundaries(plan.hooks.inject(call), "inject", layers)
     answered = {name: one if isinstance(one, Exit) else Exit(one) for name, one in plan.hooks.exit(call)}

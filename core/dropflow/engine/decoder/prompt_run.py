@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dropflow.engine.decoder.awaited import Awaited
 from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.decide_keeps import BoundaryState, Decision, decide_keeps
 from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
@@ -31,7 +35,7 @@ from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import check_arguments
 from dropflow.engine.tokens.shared_entries import FlowShared
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, UnsupportedCall
 from dropflow.lifecycle.events import BoundaryEvent
 from dropflow.lifecycle.stage import Window
 from dropflow.operators.merging import mean_into
@@ -51,11 +55,13 @@ class PromptRun:
         residuals: tuple[tuple[Tensor, Tensor], ...] = (),
         real: Tensor | None = None,
         replayed: Replayed | None = None,
+        awaited: Awaited | None = None,
     ) -> None:
         """`embeds` (batch, tokens, dim) are the input embeddings of the decoder.
 
         `residuals` are what the model adds after its first layers (see `Backbone.deepstack_residuals`). `real` is false
-        for padding in earlier calls. With `replayed`, its keeps take the place of the stages' decisions.
+        for padding in earlier calls. With `replayed`, its keeps take the place of the stages' decisions. With
+        `awaited`, only what concerns text is right in these until vision enters; then the arrival takes their place.
         """
         batch, tokens = embeds.shape[:2]
         plan, backbone = site.plan, site.backbone
@@ -75,14 +81,19 @@ class PromptRun:
         self._parking = Parking(site, frozenset(self._taps)) if parks else None
         self._before: tuple[int, int] = 0, 0
         """Tokens and images that the cache had seen before the call."""
-        decided = decide_window(plan, backbone, prompt) if replayed is None else _replayed_window(replayed, plan)
+        self._awaited = awaited
+        self._untold: list[Callable[[], None]] = []
+        """What observers are told once the features have arrived."""
+        whole = prompt
+        decided = (
+            decide_window(plan, backbone, prompt.text, lambda: whole if awaited is None else awaited.get().prompt)
+            if replayed is None
+            else _replayed_window(replayed, plan)
+        )
         self.window, self._window_edge_by = decided.window, decided.by
-        if decided.keep_answer_sources:
-            prompt = prompt.keeping_answer_sources()
-        self.prompt = prompt
-        self._outlive = prompt.answer_sources & prompt.present if decided.keep_answer_sources else None
+        self._spares_sources = decided.keep_answer_sources
+        prompt = self._take(prompt)
         self.live_mask, self._count = prompt.valid, prompt.extents["valid"].total
-        image = torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
         self.record: CallRecord | None = CallRecord(prompt.valid, prompt, embeds.element_size())
         self.losses: list[Tensor] = []
         """Terms that stages add to the loss of training."""
@@ -90,10 +101,36 @@ class PromptRun:
             site,
             embeds,
             LiveSet.whole(batch, tokens, embeds.device),
-            image,
+            _image_id(prompt),
             prompt.valid,
             len(prompt.image_sizes),
         )
+
+    def _take(self, prompt: Prompt) -> Prompt:
+        """Make `prompt` that of the run, with its answer sources protected if the exit spares them."""
+        self.prompt = prompt.keeping_answer_sources() if self._spares_sources else prompt
+        self._outlive = self.prompt.answer_sources & self.prompt.present if self._spares_sources else None
+        return self.prompt
+
+    def _arrive(self, number: int) -> None:
+        """Wait for features that are still being encoded, and take what follows from them, before layer `number`."""
+        if self._awaited is None:
+            return
+        arrival = self._awaited.get()
+        before, prompt = len(self.prompt.image_sizes), self._take(arrival.prompt)
+        images = len(prompt.image_sizes)
+        ran = [held.index for layer, held in self._caches.held.items() if layer < number and held.index is not None]
+        for index in {id(index): index for index in ran}.values():
+            index.images += images - before  # they hold no visual tokens, but the numbering goes on
+        self._embeds = self._entering = arrival.embeds
+        self._residuals = arrival.residuals
+        image_id = _image_id(prompt)
+        self._arguments = replace(self._arguments, embeds=arrival.embeds, image_id=image_id, images=images)
+        if self.record is not None:
+            self.record.prompt = prompt
+        self._awaited = None
+        while self._untold:
+            self._untold.pop(0)()
 
     @property
     def live(self) -> LiveSet:
@@ -174,6 +211,7 @@ class PromptRun:
 
     def finish(self) -> None:
         """Ask the cache stages, and park what later questions may recall."""
+        self._arrive(self._site.plan.shape.layers)
         self._caches.finish()
         cache = self._caches.cache
         if self._parking is None or cache is None:
@@ -190,6 +228,11 @@ class PromptRun:
         plan, known = self._site.plan, self._site.backbone.token_arguments
         _, cache = cache_in(kwargs)
         self._entering = hidden_of(args, kwargs)  # Granite scales the embeddings, Gemma 3n makes streams of them
+        if self._awaited is not None and self._entering is not self._embeds:
+            raise UnsupportedCall(
+                "overlap: the text decoder changes its input embeddings before the first layer, and could not change "
+                "those of images that are encoded meanwhile; attach the policy without `overlap`"
+            )
         if self.drops:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             check_arguments(given, self.live, known)
@@ -211,6 +254,8 @@ class PromptRun:
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Apply the policy's decisions at the boundary before layer `number` to the hidden states."""
+        if number in (self.window.entry, self.window.exit):
+            self._arrive(number)
         window, plan = self.window, self._site.plan
         inside = window.entry <= number < window.exit
         replayed = self._replayed
@@ -239,7 +284,12 @@ class PromptRun:
         if self.record is not None:
             self.record.add(number, self.live_mask, merged)
         if plan.hooks.watched("observe"):
-            self._tell(number, tuple(name for name, _ in stages), shown, decision, merged)
+            names = tuple(name for name, _ in stages)
+            tell = partial(self._tell, number, names, shown, decision, merged, self.live_mask)
+            if self._awaited is None:
+                tell()
+            else:
+                self._untold.append(tell)
         return with_hidden(hidden, args, kwargs)
 
     def _at_window_edge(self, number: int, hidden: Tensor) -> Tensor:
@@ -384,6 +434,11 @@ class PromptRun:
             notes=decision.notes,
         )
         self._site.plan.hooks.observe(event)
+
+
+def _image_id(prompt: Prompt) -> Tensor:
+    """Image number of each token, encoded as in `KeyIndex`."""
+    return torch.where(prompt.valid, prompt.image_id + prompt.protected * PROTECTED, PADDING)
 
 
 def _replayed_window(replayed: Replayed, plan: Plan) -> WindowDecision:

@@ -41,6 +41,8 @@ class CallRecord:
     """What the caches held before the forward; `None` for nothing."""
     ahead: tuple[int, Bool[Tensor, "batch tokens"]] | None = None
     """Tokens of a prefix, on which the layers before a boundary did not run again; `None` for none."""
+    overlap: str | None = None
+    """How its images were encoded, where `overlap` is on."""
     segments: list[tuple[int, Tensor]] = field(default_factory=list)
     merges: dict[int, Tensor] = field(default_factory=dict)
     """Boundary -> logical index of the token at whose place each token's state is from there on."""

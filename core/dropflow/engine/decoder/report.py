@@ -78,6 +78,8 @@ class Report:
     The prefill counts once, with the visual tokens live in each layer; every later forward counts once, with the visual
     entries that each layer's cache held when it began. Both include visual tokens of earlier turns.
     """
+    overlap: str | None = None
+    """Whether images were encoded beside the text layers or before them, and then why; `None` without `overlap`."""
 
     def plot(self) -> Figure:
         """Draw visual tokens and KV entries per layer; raises `ImportError` without the `figures` extra."""

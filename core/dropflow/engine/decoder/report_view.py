@@ -92,6 +92,8 @@ def _sums(report: Report) -> list[str]:
     tower, whole = report.tower_visual_tokens, report.tower_visual_tokens_dense
     if tower is not None and whole is not None and tower < whole:
         found.append(f"vision tower: {tower:g} visual tokens on average over its layers (dense {whole:g})")
+    if report.overlap is not None:
+        found.append(report.overlap)
     if report.steps:
         found.append(
             f"after {_times(report.steps, 'more token')}: KV bytes {report.kv_bytes_end:g} "

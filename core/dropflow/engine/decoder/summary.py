@@ -52,6 +52,7 @@ def summed_up(record: PromptRecord) -> Report:
         kv_bytes_end_dense=end.dense * len(record.holding) / end.rows * bytes_per_entry,
         kv_entries_over_time=tuple(_own_entries(record, one) for one in held),
         average_visual_tokens_answer=_attended(record, visual, held),
+        overlap=next((part.overlap for part in reversed(record.parts) if part.overlap is not None), None),
     )
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -58,10 +58,7 @@ class FlowFeatures(Features):
             and _read_by_a_model(sys._getframe(1))
             and self.flags().plan not in attached_plans
         ):
-            raise UnsupportedCall(
-                "mm_encoder_outputs: these features were encoded under a policy that has since been detached; encode "
-                "the images again"
-            )
+            refuse_detached()
         return super().__getattribute__(name)
 
     @property
@@ -74,6 +71,14 @@ class FlowFeatures(Features):
         """Flags of all rows."""
         fields = self.__dict__
         return RowFlags.unpack(torch.cat(list(fields["deepstack_features"][-1])), fields.get("known"))
+
+
+def refuse_detached() -> NoReturn:
+    """Refuse features of a policy that is no longer attached."""
+    raise UnsupportedCall(
+        "mm_encoder_outputs: these features were encoded under a policy that has since been detached; encode the "
+        "images again"
+    )
 
 
 def _read_by_a_model(frame: FrameType) -> bool:

@@ -69,6 +69,7 @@ class Scene:
 
     policy: dict[str, Any]
     run: Callable[[Any], Tensor]
+    overlap: bool = False
 
 
 SCENES = {
@@ -76,6 +77,7 @@ SCENES = {
     "prefill": Scene(policy(**PRUNING), prefill),
     "answer": Scene(policy(**PRUNING, **CACHE), answer),
     "everything": Scene(policy(**ENCODING, **PRUNING, **CACHE), answer),
+    "overlap": Scene(policy(**ENCODING, enter={"use": "hidrop/late-injection", "at": 1}), prefill, overlap=True),
 }
 """Scenes, cheap ones first: a line is tested in the first scene that executes it."""
 
@@ -86,7 +88,7 @@ class Subject:
     def __init__(self, scene: Scene) -> None:
         self.scene, self.model, self.worker, self.other = scene, tiny_llava(layers=2), Worker(), Worker()
         self.plain, self.before = self.call(), self.state()
-        with dropflow.attach(self.model, scene.policy):
+        with dropflow.attach(self.model, scene.policy, overlap=scene.overlap):
             self.reference = self.call()
         assert not torch.equal(self.plain, self.reference)
         self.policy = dropflow.load_policy(scene.policy)
@@ -123,7 +125,7 @@ class Subject:
 
     def attach(self) -> None:
         """Attach the policy in the thread that is interrupted."""
-        self.worker.run(lambda: dropflow.attach(self.model, self.policy))
+        self.worker.run(lambda: dropflow.attach(self.model, self.policy, overlap=self.scene.overlap))
 
 
 OWN = ("tokens/", "decoder/decide_", "decoder/layer_arguments", "vision/rows", "model/attention", "attach/refusals")
@@ -175,7 +177,7 @@ def interrupted_calls(name: str, lines: Sequence[Line], detached_every: int) -> 
     return faults
 
 
-@pytest.mark.parametrize("name", ["encoder", "prefill", "answer"])
+@pytest.mark.parametrize("name", ["encoder", "prefill", "answer", "overlap"])
 def test_a_call_may_be_interrupted_at_any_line_of_the_engine(name: str) -> None:
     lines = first_passes(name)
     assert len(lines) > 50
@@ -260,7 +262,7 @@ warned = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:Depr
 
 @forking
 @warned
-@pytest.mark.parametrize("name", ["encoder", "prefill"])
+@pytest.mark.parametrize("name", ["encoder", "prefill", "overlap"])
 def test_a_process_may_be_forked_while_another_thread_is_at_any_line(name: str) -> None:
     lines = first_passes(name)[::40]
     faults = forks_in_calls(name, lines)
