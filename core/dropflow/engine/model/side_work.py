@@ -37,7 +37,8 @@ class SideWork(Generic[T]):
     @property
     def mine(self) -> bool:
         """Whether this thread is the one that works."""
-        return threading.get_ident() == self._thread.ident
+        here = threading.get_ident() == self._thread.ident  # a number that another thread may have later
+        return here and not self._ended.is_set() and self._process == os.getpid()
 
     def begin(self) -> None:
         """Start the thread."""
