@@ -42,6 +42,8 @@ class Case:
     attention: str = "sdpa"
     side: str = "left"
     samples: Sequence[Sequence[Part]] = SAMPLES
+    overlap: bool = False
+    """Whether the case's policy encodes images beside the text layers."""
     absent: bool = False
     """Whether to compare with the absent oracle where the masked one would also do."""
 
@@ -74,9 +76,14 @@ class Case:
 
     def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
         """Attach the case's policy, or another one; modules of stages start fresh, whatever they decide."""
-        training = self.model.training
+        training, late = (
+            self.model.training,
+            policy is None or self.policy["stages"].items() <= policy["stages"].items(),
+        )
         try:
-            return attach(self.model.train(), policy or self.policy, adapter=self.adapter)
+            return attach(
+                self.model.train(), policy or self.policy, adapter=self.adapter, overlap=self.overlap and late
+            )
         finally:
             self.model.train(training)
 

@@ -21,6 +21,7 @@ from dropflow.testing.facts import check_facts, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
+from dropflow.testing.overlapped import check_overlap
 from dropflow.testing.probes import INSIDE, RAGGED, UNITS, WINDOW
 from dropflow.testing.reading import check_reader
 from dropflow.testing.recalled import check_recall
@@ -136,7 +137,7 @@ def assert_backbone_conforms(
 
     `tiny` is the family in miniature, by default that of `tiny_models()` under the adapter's name. Prompts contain
     images and, if the family has them, videos; tokens enter late, are ranked, dropped from the features, protected, and
-    exit early.
+    exit early. Where the adapter says that it is possible, images are also encoded beside the layers before they enter.
     Raises `BrokenGuarantee` for the first fact or guarantee that does not hold.
     """
     family: type[Backbone] = registry.load(registry.ADAPTERS, adapter) if isinstance(adapter, str) else adapter
@@ -167,4 +168,6 @@ def assert_backbone_conforms(
             case = Case(f"{name} ({told}, {kind} policy)", family, tiny, policy, attention, side, samples)
             worst = max(worst, *(check(case) for check in CHECKS.values()))
             worst = max(worst, check_prefill(replace(case, absent=True)))
+            if policy is WINDOW:
+                worst = max(worst, check_overlap(case))
     return worst

@@ -1,7 +1,17 @@
 """Measurements of the engine itself and of the shipped stages, on random weights."""
 
 from dropflow_lab.bench.engine import EngineBench, bench_engine
+from dropflow_lab.bench.overlap import OverlapBench, bench_overlap
 from dropflow_lab.bench.stages import StageBench, bench_stages
 from dropflow_lab.bench.train import TrainBench, bench_train
 
-__all__ = ["EngineBench", "StageBench", "TrainBench", "bench_engine", "bench_stages", "bench_train"]
+__all__ = [
+    "EngineBench",
+    "OverlapBench",
+    "StageBench",
+    "TrainBench",
+    "bench_engine",
+    "bench_overlap",
+    "bench_stages",
+    "bench_train",
+]

@@ -23,6 +23,7 @@ from dropflow.testing import (
     tiny_models,
 )
 from dropflow.testing.case import Case
+from dropflow.testing.overlapped import check_same_bits
 from dropflow.testing.probes import RAGGED, WINDOW, KeepAll, policy, use
 
 FAMILIES = tiny_models()
@@ -170,3 +171,24 @@ def test_unfinished_values_are_no_small_error() -> None:
     from dropflow.testing.case import relative_error
 
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+def test_a_form_of_features_that_the_core_does_more_with_breaks_the_first() -> None:
+    family, tiny = FAMILIES["molmo2"]  # adds features to the embeddings of their placeholders
+
+    class Wrong(family):  # type: ignore[misc, valid-type]  # a class that is found at run time
+        features_form = "list"
+
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 1 .*with `overlap`, logits differ .* see `features_form`"):
+        check_same_bits(Case("molmo2", Wrong, tiny, WINDOW))
+
+
+def test_deepstack_features_that_nobody_counts_break_the_first() -> None:
+    family, tiny = FAMILIES["qwen3_vl"]
+
+    class Wrong(family):  # type: ignore[misc, valid-type]  # a class that is found at run time
+        deepstack_levels = 1
+
+    check_same_bits(Case("qwen3_vl", family, tiny, WINDOW))
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 1 .*with `overlap`, logits differ .* `deepstack_levels` of"):
+        check_same_bits(Case("qwen3_vl", Wrong, tiny, WINDOW))

@@ -52,6 +52,7 @@ def test_without_a_command_the_help_is_shown(cli) -> None:
         "digits evaluate",
         "digits sample",
         "bench engine",
+        "bench overlap",
         "bench train",
         "bench gpu",
         "bench serve",

@@ -26,7 +26,8 @@ class SideWork(Generic[T]):
         """`inputs` hold the tensors on `device` that the work reads and that the caller may free."""
         self.holds = holds
         """Data that the owner keeps for the duration of the work."""
-        self._unclaimed: list[Callable[[], T]] = [make]
+        self._make: Callable[[], T] | None = make
+        self._claim: dict[str, str] = {}
         self._modes = _modes(device.type)
         self._stream = _SideStream(device, inputs) if device.type == "cuda" else None
         self._ended, self._process = threading.Event(), os.getpid()
@@ -57,22 +58,20 @@ class SideWork(Generic[T]):
 
     def end(self, *, claim: bool = True) -> None:
         """Wait until the work has ended; with `claim`, work that has not started never does."""
-        if self._process != os.getpid() or (claim and self._claimed() is not None):
+        if self._process != os.getpid() or (claim and self._claimed_by("end")):
             return  # a fork leaves only the thread that forks
         self._ended.wait()
         self._thread.join()
         if self._stream is not None:
             self._stream.join()
 
-    def _claimed(self) -> Callable[[], T] | None:
-        try:
-            return self._unclaimed.pop()
-        except IndexError:
-            return None
+    def _claimed_by(self, who: str) -> bool:
+        """Claim the work unless it has been; whether it is now `who`'s. Atomic, and the same whenever it is asked."""
+        return self._claim.setdefault("by", who) == who
 
     def _run(self) -> None:
-        make = self._claimed()
-        if make is None:
+        make, self._make = self._make, None
+        if make is None or not self._claimed_by("thread"):
             return
         try:
             with ExitStack() as inside:

@@ -1,0 +1,49 @@
+"""Checks that encoding beside the text layers changes nothing, on families whose adapter says that it is possible."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dropflow.testing.case import BUDGET, NO_OP, Case
+from dropflow.testing.guarantees import CHECKS
+
+BESIDE = "images encoded beside the text layers"
+
+
+@torch.no_grad()
+def check_same_bits(case: Case) -> None:
+    """Check that logits, loss, live tokens and generated tokens are those of the run that encodes first.
+
+    Nothing is checked for a family whose adapter states no `features_form`.
+    """
+    left, runs = case.padded_left().inputs, []
+    for overlap in (False, True):
+        own = replace(case, overlap=overlap)
+        model = own.model
+        with own.attach() as flow:
+            logits = model(**case.inputs).logits
+            live, told = flow.live(), flow.report().overlap
+            loss = model(**case.inputs, labels=case.inputs["input_ids"]).loss
+            runs.append((logits, live, loss, model.generate(**left, **BUDGET)))
+    if not str(told).startswith(BESIDE):
+        raise case.broken(NO_OP, f"with `overlap`, {told}, though nothing prevents encoding beside them")
+    names = ("logits", "live tokens", "the loss", "generated tokens")
+    for what, serial, beside in zip(names, *runs, strict=True):
+        if not torch.equal(serial, beside):
+            raise case.broken(
+                NO_OP,
+                f"with `overlap`, {what} differ from those of the serial run; see `features_form` and "
+                f"`deepstack_levels` of {case.adapter.__name__}",
+            )
+
+
+def check_overlap(case: Case) -> float:
+    """Check that `overlap` gives the same bits, and all guarantees with it; return the largest relative error."""
+    if case.adapter.features_form is None:
+        return 0.0
+    check_same_bits(case)
+    own: Any = replace(case, name=f"{case.name}, with overlap", overlap=True)
+    return max(check(own) for check in CHECKS.values())
