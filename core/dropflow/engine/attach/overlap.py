@@ -274,16 +274,16 @@ def _injecting(plan: Plan) -> set[str]:
     return {name for name, _ in plan.hooks.implementers("inject")}
 
 
-def serial_because(call: Call, site: Site, replayed: object, arguments: dict[str, Any]) -> str | None:
+def serial_because(call: Call, site: Site, arranged: object, arguments: dict[str, Any]) -> str | None:
     """Why a call encodes before the decoder although `overlap` is on; `None` if it need not.
 
-    `arguments` are those of the core.
+    `arranged` is what the caller has arranged for the call, if anything; `arguments` are those of the core.
     """
     model: Any = site.backbone.model
     devices = getattr(model, "hf_device_map", None) or {}
     reasons = {
         "the model trains": site.training,
-        "the keeps of another run are replayed": replayed is not None,
+        "keeps are replayed, or a prefix is kept": arranged is not None,
         "a stage reads the questions as text": site.plan.reads_questions,
         "instruction tokens are stated": stated_instruction() is not None,
         "a tuple was asked for": not arguments.get("return_dict", getattr(model.config, "return_dict", True)),

@@ -505,7 +505,7 @@ def test_what_cannot_overlap_runs_one_after_the_other_and_says_so() -> None:
 
     assert told(training) == BEFORE + "the model trains"
     assert told(counting) == BEFORE + "a mode of torch is active in this thread, such as a counter of FLOPs"
-    assert told(replaying) == BEFORE + "the keeps of another run are replayed"
+    assert told(replaying) == BEFORE + "keeps are replayed, or a prefix is kept"
     assert told(instructed) == BEFORE + "instruction tokens are stated"
     assert told(tuples) == BEFORE + "a tuple was asked for"
     assert "images encoded before the text layers: the model trains" in report_of_training(model, inputs)
