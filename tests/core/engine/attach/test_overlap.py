@@ -381,6 +381,20 @@ def test_threads_take_turns_with_what_runs_beside_them() -> None:
     assert all(torch.equal(one, expected[number]) for number, found in results.items() for one in found)
 
 
+@torch.no_grad()
+def test_a_prefix_is_kept_and_asked_as_without_overlap() -> None:
+    model, inputs = tiny_llava(), prompt(((3, "I", 5),))
+
+    def run(flow: Any) -> Any:
+        prefix = flow.prefix(**inputs)
+        return [prefix.nbytes, model.generate(**prefix.inputs(**inputs), **BUDGET), flow.live()], flow.report().overlap
+
+    (serial, _), (beside, told) = both(model, LATE, run)
+    assert same(serial, beside)
+    assert told is None  # a call that begins with a prefix encodes nothing
+    assert nothing_runs()
+
+
 class CountsVision(Stage[Any]):
     """Enters where the number of visual tokens says."""
 
