@@ -79,8 +79,10 @@ class Report:
     entries that each layer's cache held when it began. Both include visual tokens of earlier turns.
     """
     overlap: str | None = None
-    """Whether images were encoded beside the text layers or before them, and then why; `None` without `overlap`, and for
-    a prompt that begins with a prefix."""
+    """Whether images were encoded beside the text layers or before them, and then why.
+
+    `None` without `overlap`, and for a prompt that begins with a prefix.
+    """
 
     def plot(self) -> Figure:
         """Draw visual tokens and KV entries per layer; raises `ImportError` without the `figures` extra."""
