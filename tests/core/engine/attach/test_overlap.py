@@ -395,6 +395,20 @@ def test_a_prefix_is_kept_and_asked_as_without_overlap() -> None:
     assert nothing_runs()
 
 
+@torch.no_grad()
+def test_a_later_question_recalls_the_same() -> None:
+    model, first = tiny_llava(), prompt(((3, "I", 5),))
+
+    def run(flow: Any) -> Any:  # noqa: ARG001
+        cache = DynamicCache()
+        shown = model(**first, **{CACHE_ARGUMENT: cache}).logits
+        mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
+        asked = model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
+        return shown, asked, held(cache)
+
+    assert same(*both(model, {**LATE, "recall": True}, run))
+
+
 class CountsVision(Stage[Any]):
     """Enters where the number of visual tokens says."""
 
