@@ -1,4 +1,4 @@
-"""Encoding beside the text layers (`attach(..., overlap=True)`): HiDrop's parallel decoupling (section 3.4).
+"""Encoding beside the text layers (`attach(..., overlap=True)`): HiDrop's parallel decoupling (arXiv:2602.23699).
 
 Under a policy with late injection the layers before boundary B run on text alone, so they need no features. How a call
 goes, from top to bottom:
