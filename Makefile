@@ -9,7 +9,7 @@ TESTS  := tests/core
 PYTEST := -m pytest --numprocesses auto --dist loadgroup --max-worker-restart 0
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed docs troubleshooting results check format clean
+.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed test-vllm docs troubleshooting results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -41,6 +41,28 @@ test-trl test-trl-older: TESTS := tests/core/stacks/test_trl.py
 
 # Training on two ranks by DeepSpeed, too.
 test-deepspeed: TESTS := tests/lab/finetune/test_processes.py
+
+# Policies in vLLM, against the answers of the engine: two environments, since their ranges of transformers do not meet.
+test-vllm: $(VENV)/.dev .venvs/vllm/.ready
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/served/ask_engine.py .venvs/vllm-asked
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/served/site DROPFLOW_ASKED=.venvs/vllm-asked \
+		.venvs/vllm/bin/python -m pytest --confcutdir tests/served --override-ini filterwarnings= \
+		--override-ini pythonpath= tests/served $(FLAGS)
+
+# torch first, as above; then out go packages that are built for CUDA and needed by nothing here.
+VLLM_PIP := .venvs/vllm/bin/python -m pip --disable-pip-version-check
+.venvs/vllm/.packages: .venvs/vllm.txt
+	$(PYTHON) -m venv .venvs/vllm
+	$(VLLM_PIP) install --quiet --constraint $< torch
+	$(VLLM_PIP) install --quiet --constraint $< -r environments/vllm.txt jaxtyping pluggy pytest pytest-timeout hatchling
+	$(VLLM_PIP) uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+.venvs/vllm/.ready: .venvs/vllm/.packages $(SOURCE) $(wildcard distributions/vllm/*)
+	rm -rf .venvs/vllm/dist
+	$(VLLM_PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir .venvs/vllm/dist distributions/vllm
+	$(VLLM_PIP) install --quiet --force-reinstall --no-deps .venvs/vllm/dist/*.whl
+	touch $@
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev

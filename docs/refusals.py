@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ("core/dropflow", "core/dropflow_lab", "plugins", "adapters")
 ROOT_ERROR = "DropflowError"
 HOLE = "…"
-SPOKEN = {"CACHE_ARGUMENT": "past_key_values"}
+SPOKEN = {
+    "CACHE_ARGUMENT": "past_key_values",
+    "REMEDY": "run this policy on transformers, or use stages that encode alone",
+}
 """Holes that say the same in every message."""
 OPTION = {"model_validator", "field_validator", "BeforeValidator"}
 """What makes a `ValueError` of a function a fault of a policy."""
@@ -31,6 +34,7 @@ GROUPS = (POLICIES, ATTACHING, CALLING, CACHES, TRAINING, STAGES, BACKBONES, COM
 RULES: tuple[tuple[str, str, str, str], ...] = (
     ("dropflow_lab/(finetune|digits)", "", "", TRAINING),
     ("dropflow_lab", "", "", COMMANDS),
+    ("dropflow_vllm|encode_faults|lifecycle/lazy", "", "", ATTACHING),
     ("", "DecisionError", "", STAGES),
     ("dropflow/(policy|units|lifecycle/stage)|plugins", "", "", POLICIES),
     ("dropflow/backbone/wrapped", "", "", ATTACHING),

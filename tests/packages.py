@@ -27,5 +27,6 @@ PACKAGES = [
     "dropflow_visionzip",
     "dropflow_vtw",
     "dropflow_adapters",
+    "dropflow_vllm",
     "dropflow_policies",
 ]

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from dropflow.engine.decoder.keeps import Keeps
     from dropflow.engine.decoder.parked import parked_bytes
     from dropflow.engine.decoder.report import LayerReport, Report
+    from dropflow.engine.vision.encode_only import EncodeOnly, ReducedImage
 else:
     _HOMES = {
         "dropflow.backbone.backbone": (
@@ -75,6 +76,7 @@ else:
         "dropflow.engine.decoder.keeps": ("Keeps",),
         "dropflow.engine.decoder.parked": ("parked_bytes",),
         "dropflow.engine.decoder.report": ("LayerReport", "Report"),
+        "dropflow.engine.vision.encode_only": ("EncodeOnly", "ReducedImage"),
     }
     __getattr__ = lazy_names(__name__, _HOMES)
 
@@ -99,6 +101,7 @@ __all__ = [
     "EncodeBoundary",
     "EncodeCall",
     "EncodeEvent",
+    "EncodeOnly",
     "EncodeStep",
     "Entry",
     "Eviction",
@@ -118,6 +121,7 @@ __all__ = [
     "Prefixes",
     "Projections",
     "PruneCall",
+    "ReducedImage",
     "Report",
     "Rounding",
     "Scale",

@@ -34,7 +34,8 @@ class Pool(Stage[PoolOptions]):
 
     def forecast(self) -> Forecast:
         """How many windows an image has is up to its grid."""
-        return Forecast(encoded="data")
+        high, wide = self.options.window
+        return Forecast(encoded="data", by_grid=lambda grid: -(-grid[0] // high) * -(-grid[1] // wide))
 
     @hookimpl
     def encode(self, call: EncodeCall) -> Encode:

@@ -18,7 +18,11 @@ class SaliencyCoverageOptions(StageOptions):
     """Options of `scope/saliency-coverage`."""
 
     keep: Tokens = Field(default=64, description="visual tokens of each image that stay; published are 64, 128 and 192")
-    alpha: float = Field(default=1.0, ge=0, description="exponent of the saliency; 0 leaves coverage alone to decide")
+    alpha: float = Field(
+        default=1.0,
+        ge=0,
+        description="exponent of the saliency; 0 leaves coverage alone to decide, and reads no attention",
+    )
     combine: Literal["multi", "add"] = Field(
         default="multi", description="whether saliency multiplies what a token adds to the coverage, or is added to it"
     )
@@ -64,6 +68,8 @@ class SaliencyCoverage(Stage[SaliencyCoverageOptions]):
     def __init__(self, options: SaliencyCoverageOptions, context: StageContext) -> None:
         super().__init__(options, context)
         self._budget = context.scale.tokens(options.keep, context.path("keep"))
+        if not options.alpha:
+            self.needs = frozenset()
 
     @property
     def encode_at(self) -> tuple[EncodeBoundary, ...]:
@@ -72,8 +78,8 @@ class SaliencyCoverage(Stage[SaliencyCoverageOptions]):
 
     @property
     def vision_taps(self) -> tuple[int, ...]:
-        """The layer whose attention is the saliency."""
-        return (self.options.layer,)
+        """The layer whose attention is the saliency; none where its exponent is 0."""
+        return (self.options.layer,) if self.options.alpha else ()
 
     def forecast(self) -> Forecast:
         """The budget."""
@@ -100,7 +106,9 @@ class SaliencyCoverage(Stage[SaliencyCoverageOptions]):
         return Encode(keep=tuple(masks), scores=lambda: scores)
 
     def _saliency(self, call: EncodeCall) -> tuple[Float[Tensor, "rows"], ...]:
-        """Attention to each row, summed over heads."""
+        """Attention to each row, summed over heads; 1 where its exponent is 0."""
+        if not self.options.alpha:
+            return tuple(features.new_ones(len(features)) for features in call.features)
         layer = self.options.layer
         means = call.cls_attention(layer) if call.has_cls else call.received_attention(layer)
         heads = call.tower(layer).parts[0].whole().query.shape[1]

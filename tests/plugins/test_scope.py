@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from goldens_2026 import encode_call, golden, layer_of_cls_rows
@@ -159,3 +162,20 @@ def test_published_settings(tokens: int) -> None:
 def test_together_with_pyramiddrop() -> None:
     found = resolve(dropflow.load_policy("scope-pyramiddrop-192"), BackboneShape(32, 576)).schedule()
     assert found.per_layer == (192,) * 3 + (96,) * 29
+
+
+def test_with_an_exponent_of_0_no_attention_is_read() -> None:
+    features, _ = drawn(0)
+    stage = stage_of(SaliencyCoverage, keep=9, alpha=0)
+    assert stage.vision_taps == ()
+    assert stage.needs == frozenset()
+    assert SaliencyCoverage.needs == {"vision_attention"}
+    assert stage_of(SaliencyCoverage, keep=9).vision_taps == (-2,)
+    call = replace(encode_call([features], layer_of_cls_rows(cls_rows(torch.ones(30)))), tower=_hidden, members=_hidden)
+    (mask,) = stage.encode(call).keep
+    chosen = greedy(features, torch.ones(30), 9)
+    assert torch.equal(mask.nonzero()[:, 0], chosen.sort().values)
+
+
+def _hidden(_: int) -> Any:
+    raise AssertionError("a layer of the tower is read")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, Generic, Self, TypeVar, overload
 
+from dropflow.errors import MissingPackage
 from dropflow.lifecycle.field_texts import show_field_texts
 
 T = TypeVar("T")
@@ -43,14 +44,23 @@ def lazy_names(package: str, homes: Mapping[str, Iterable[str]]) -> Callable[[st
     """The `__getattr__` of a package that imports a name from its module when it is first read.
 
     `homes` maps modules to the names they define. A policy is validated without torch as long as nobody reads a name
-    that needs it.
+    that needs it. Reading a name raises `MissingPackage` where a part of the package is installed that leaves it out.
     """
     home_of = {name: module for module, names in homes.items() for name in names}
 
     def read(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        found = getattr(import_module(home_of[name]), name)
+        try:
+            home = import_module(home_of[name])
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(f"{package}."):
+                raise
+            raise MissingPackage(
+                f"{package}.{name}: is in the distribution `dropflow`, of which a part is installed here; install it "
+                "whole"
+            ) from error
+        found = getattr(home, name)
         show_field_texts(found)
         setattr(sys.modules[package], name, found)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -73,6 +73,8 @@ class Forecast:
 
     A share is relative to the rows that the stage finds.
     """
+    by_grid: Callable[[tuple[int, int]], int] | None = None
+    """For `data` that is no more than the patch grid: the rows that are left of a whole grid of (rows, columns)."""
     protected: Budget | None = None
     """Rows that no later stage may drop, of those that an `encode` stage finds."""
     keeps: Mapping[int, Budget | None] = field(default_factory=dict)
@@ -170,8 +172,10 @@ class Stage(Generic[O_co]):
     """Where the method is published, such as `arXiv:2602.23699`."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Options that suit any backbone, with shares for numbers; the conformance kit runs the stage with them."""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.FACTS`."""
+    needs: frozenset[str] = frozenset()
+    """Backbone facts it cannot do without, such as `cls` or `grid`: keys of `dropflow.FACTS`.
+
+    A stage that makes do with less under some options may set it on itself."""
     training_free: ClassVar[bool] = True
     """False where the published method trains the model with this stage; untrained, it runs with less accuracy."""
     published_as: ClassVar[tuple[str, ...]] = ()

@@ -62,8 +62,10 @@ def _left(current: int | None, entry: int | None, protected: int, budgets: Seque
     return max(min(dropping, default=current), min(current, protected))
 
 
-def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None, int]:
-    """Visual tokens of an image that reach the LLM, and how many of them are protected.
+def encoded(
+    visual_tokens: int, encodes: Sequence[Forecast], grid: tuple[int, int] | None = None
+) -> tuple[int | None, int]:
+    """Visual tokens of an image that reach the LLM, and how many of them are protected; `grid` is its patch grid.
 
     `None` and 0 where the data decides. It does where a stage drops rows after another has protected some, since how
     many of the protected rows it would have kept anyway is unknown.
@@ -72,7 +74,8 @@ def encoded(visual_tokens: int, encodes: Sequence[Forecast]) -> tuple[int | None
     protected = 0
     for forecast in encodes:
         if forecast.encoded == "data":
-            count = None
+            whole = grid is not None and count == grid[0] * grid[1]
+            count = forecast.by_grid(grid) if forecast.by_grid and grid and whole else None
         if count is None:
             return None, 0
         if isinstance(forecast.encoded, Budget):
