@@ -9,7 +9,7 @@ TESTS  := tests/core
 PYTEST := -m pytest --numprocesses auto --dist loadgroup --max-worker-restart 0
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed test-vllm docs troubleshooting results check format clean
+.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed test-vllm test-lmms test-extras docs troubleshooting results check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -63,6 +63,17 @@ VLLM_PIP := .venvs/vllm/bin/python -m pip --disable-pip-version-check
 	$(VLLM_PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir .venvs/vllm/dist distributions/vllm
 	$(VLLM_PIP) install --quiet --force-reinstall --no-deps .venvs/vllm/dist/*.whl
 	touch $@
+
+# lmms-eval, in one process and in two. It pulls in torchvision, whose wheel is made for CUDA and breaks on a CPU build of
+# torch; without it, transformers prepares pictures by Pillow.
+test-lmms: env-lmms
+	.venvs/lmms/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 .venvs/lmms/bin/python $(PYTEST) tests/adapters/lmms $(FLAGS)
+
+# Every extra alone: a fresh environment each, with the wheel and nothing else, in which what the extra is for is used
+# once. EXTRAS="serve tune" checks these.
+test-extras: $(VENV)/.wheel
+	$(BIN)/python environments/extras.py dist/*.whl $(EXTRAS)
 
 # The documents as a site, in `site`; no network. To read it while writing: `.venv/bin/mkdocs serve`.
 docs: $(VENV)/.dev

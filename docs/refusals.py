@@ -30,11 +30,13 @@ OPTION = {"model_validator", "field_validator", "BeforeValidator"}
 
 POLICIES, ATTACHING, CALLING, CACHES = "policy files", "attaching", "calling", "caches and generate"
 TRAINING, STAGES, BACKBONES, COMMANDS = "training", "stages", "backbones", "the command line"
-GROUPS = (POLICIES, ATTACHING, CALLING, CACHES, TRAINING, STAGES, BACKBONES, COMMANDS)
+BRIDGES = "harnesses"
+GROUPS = (POLICIES, ATTACHING, CALLING, CACHES, TRAINING, STAGES, BACKBONES, COMMANDS, BRIDGES)
 RULES: tuple[tuple[str, str, str, str], ...] = (
     ("dropflow_lab/(finetune|digits)", "", "", TRAINING),
     ("dropflow_lab", "", "", COMMANDS),
     ("dropflow_vllm|encode_faults|lifecycle/lazy", "", "", ATTACHING),
+    ("adapters/dropflow_lmms", "", "", BRIDGES),
     ("", "DecisionError", "", STAGES),
     ("dropflow/(policy|units|lifecycle/stage)|plugins", "", "", POLICIES),
     ("dropflow/backbone/wrapped", "", "", ATTACHING),

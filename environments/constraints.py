@@ -16,6 +16,12 @@ def pins(path: Path) -> dict[str, str]:
     return {re.split(r"[=<>! ]", line)[0].lower().replace("_", "-"): line for line in lines if line}
 
 
+def merged(name: str) -> list[str]:
+    """The constraints of an environment; those of constraints.txt where the folder has no such file."""
+    path = HERE / f"{name}.txt"
+    found = pins(HERE.parent / "constraints.txt") | (pins(path) if path.is_file() else {})
+    return [line for line in found.values() if re.search(r"[=<>!]", line)]
+
+
 if __name__ == "__main__":
-    merged = pins(HERE.parent / "constraints.txt") | pins(HERE / f"{sys.argv[1]}.txt")
-    print("\n".join(line for name, line in merged.items() if re.search(r"[=<>!]", line)))
+    print("\n".join(merged(sys.argv[1])))

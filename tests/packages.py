@@ -28,5 +28,6 @@ PACKAGES = [
     "dropflow_vtw",
     "dropflow_adapters",
     "dropflow_vllm",
+    "dropflow_lmms",
     "dropflow_policies",
 ]

@@ -14,6 +14,7 @@ from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.inputs.data import Sample
 from dropflow_lab.inputs.prompts import build_inputs, generate
+from dropflow_lab.measure.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,20 @@ def ask(
 ) -> Answers:
     """Answer all questions greedily under a policy (`None`: without one), in batches padded on the left."""
     name = "dense" if policy is None else policy.name
+    backbone = backbone_for(model)
     said: list[str] = []
-    average = over_answer = entry = 0.0
+    took = Prefill()
     with nullcontext() if policy is None else dropflow.attach(model, policy) as flow:
         for start in track(range(0, len(samples), batch), f"{name}: answers"):
             asked = samples[start : start + batch]
             inputs = build_inputs(processor, [(one.images(), one.question) for one in asked])
             with dropflow.questions([one.question for one in asked]):
                 said += generate(model, processor, inputs, max_new_tokens)
-            if flow is None or not flow.plan.stages:
-                tokens = int(backbone_for(model).placeholders(inputs["input_ids"]).sum())
-                average, over_answer, entry = average + tokens, over_answer + tokens, entry + tokens
-            else:
-                report = flow.report()
-                average += report.average_visual_tokens * len(asked)
-                over_answer += report.average_visual_tokens_answer * len(asked)
-                entry += report.entry_visual_tokens * len(asked)
-    questions = len(samples)
-    return Answers(tuple(said), average / questions, over_answer / questions, entry / questions)
+            took += Prefill.of(backbone, flow, inputs)
+    means = took.means()
+    return Answers(
+        tuple(said),
+        means["average_visual_tokens"],
+        means["average_visual_tokens_answer"],
+        means["entry_visual_tokens"],
+    )

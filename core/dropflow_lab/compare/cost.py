@@ -12,13 +12,13 @@ from rich.progress import track
 
 import dropflow
 from dropflow import Flow, Policy
-from dropflow.backbone import flops
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.inputs.data import Sample
 from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.measure.flop_count import count_flops
 from dropflow_lab.measure.memory import peak_bytes
+from dropflow_lab.measure.prefill import dense_flops
 from dropflow_lab.measure.selection_cost import SelectionMeter
 from dropflow_lab.measure.stopwatch import Split, Stopwatch, features_of, wrapped
 from dropflow_lab.measure.timing import Spread, no_garbage_collection, ratio
@@ -171,8 +171,7 @@ def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
 def _formula(flow: Flow | None, backbone: Backbone, prompt: Any) -> float:
     if flow is not None and not flow.plan.idle:
         return flow.report().flops
-    tokens = int(prompt["attention_mask"].sum())
-    return float(flops.layer(tokens, tokens, backbone.decoder_widths) * backbone.shape.layers)
+    return dense_flops(backbone, int(prompt["attention_mask"].sum()))
 
 
 @dataclass

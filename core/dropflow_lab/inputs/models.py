@@ -1,4 +1,4 @@
-"""Loads a multimodal model with its processor, from the package or from a local folder, never from a network."""
+"""Loads a multimodal model with its processor: from the package, a folder, or the cache of the hub."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from dropflow.policy.recorded import recorded_policy
 from dropflow_lab.errors import InputError, shortened
 
 
-def load_model(folder: Path | None = None) -> tuple[Any, Any]:
+def load_model(folder: Path | None = None, *, downloads: bool = False, **options: Any) -> tuple[Any, Any]:
     """Return model and processor of `folder`, or the embedded demo model; on a GPU if there is one (see `device`).
 
     If there is no such folder, `folder` may name a shipped checkpoint of the demo model, such as `hidrop`, or a model
-    in the local cache of the hub, such as `llava-hf/llava-1.5-7b-hf`. Weights keep the dtype they are stored in (the
-    shipped ones run in float32). Raises `InputError` if there is no such model, transformers cannot load it, or it
-    lacks weights of the model.
+    in the local cache of the hub, such as `llava-hf/llava-1.5-7b-hf`; with `downloads`, any model of the hub. Weights
+    keep the dtype they are stored in (the shipped ones run in float32). `options` are those of transformers'
+    `from_pretrained`, such as `dtype` and `revision`; with a `device_map`, the model stays where that puts it. Raises
+    `InputError` if there is no such model, transformers cannot load it, or it lacks weights of the model.
     """
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
-        model, processor = _from_folder(folder) if folder is not None and name is None else _embedded(name)
-    return model.to(device()).eval(), processor
+        if folder is None or name is not None:
+            folder, options = _embedded(name), {"dtype": torch.float32} | options
+        elif not downloads:
+            _check_is_local(folder)
+        model, processor = _loaded(folder, {"local_files_only": not downloads} | options)
+    return (model if "device_map" in options else model.to(device())).eval(), processor
 
 
 def device() -> str:
@@ -58,27 +63,30 @@ def _shipped(folder: Path) -> str | None:
     return str(folder) if not folder.is_dir() and str(folder) in checkpoint_names() else None
 
 
-def _embedded(name: str | None) -> tuple[Any, Any]:
-    from dropflow_lab.digits.checkpoints.model import load
+def _embedded(name: str | None) -> Path:
+    from dropflow_lab.digits.checkpoints.model import checkpoint_path
 
     try:
-        return load(name or "dense")
+        return checkpoint_path(name or "dense")
     except (OSError, LookupError) as error:
         raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}; reinstall dropflow") from None
 
 
-def _from_folder(folder: Path) -> tuple[Any, Any]:
+def _check_is_local(folder: Path) -> None:
     if not (folder / "config.json").is_file() and not _is_cached(folder):
         raise InputError(
             f"{folder}: expected a model folder with a config.json, or the name of a model in the local cache of the "
             "hub, found none"
         )
-    options = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _loaded(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    whose = {name: options[name] for name in ("local_files_only", "revision") if name in options}
     try:
         model, told = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **options
+            folder, **({"dtype": "auto"} | options), output_loading_info=True, trust_remote_code=False
         )
-        processor = AutoProcessor.from_pretrained(folder, **options)
+        processor = AutoProcessor.from_pretrained(folder, **whose, trust_remote_code=False)
     except Exception as error:  # transformers raises all kinds of errors on a broken file
         raise InputError(f"{folder}: transformers cannot load this model: {_one_line(error)}") from error
     missing = sorted(map(str, told["missing_keys"]))

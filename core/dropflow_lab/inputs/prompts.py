@@ -40,17 +40,15 @@ def build_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     )
 
 
-def build_conversations(processor: Any, conversations: Sequence[Conversation]) -> Any:
+def build_conversations(processor: Any, conversations: Sequence[Conversation], **options: Any) -> Any:
     """Return the model's inputs for a batch of conversations, arranged by the processor's chat template.
 
-    Otherwise as `build_inputs`. Raises `InputError` for a text that contains the placeholder for a picture, and for a
-    processor without a chat template.
+    Otherwise as `build_inputs`: without a chat template, a conversation is one user message with pictures and text.
+    `options` are handed to the processor, such as `num_frames` of videos. Raises `InputError` for a text that contains
+    the placeholder for a picture, and for a conversation that needs a chat template where there is none.
     """
     if getattr(processor, "chat_template", None) is None:
-        raise InputError(
-            "this model's processor has no chat template to arrange a conversation; send one user message alone, its "
-            "pictures before its text"
-        )
+        return build_inputs(processor, [_only_question(one) for one in conversations])
     for conversation in conversations:
         for part in (part for message in conversation for part in message["content"]):
             if part["type"] == "text":
@@ -61,8 +59,26 @@ def build_conversations(processor: Any, conversations: Sequence[Conversation]) -
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs=_padding(processor, len(conversations)),
+        processor_kwargs=_padding(processor, len(conversations)) | options,
     )
+
+
+def _only_question(conversation: Conversation) -> Question:
+    parts = conversation[0]["content"]
+    alone = len(conversation) == 1 and conversation[0]["role"] == "user"
+    if not alone or any(part["type"] not in ("image", "text") for part in parts):
+        raise InputError(
+            "this model's processor has no chat template to arrange a conversation; send one user message alone, its "
+            "pictures before its text"
+        )
+    return [part["image"] for part in parts if part["type"] == "image"], question_of(conversation)
+
+
+def question_of(conversation: Conversation) -> str:
+    """Return the text of the last user message, for stages that read the question."""
+    asked = [message for message in conversation if message["role"] == "user"]
+    parts = asked[-1]["content"] if asked else []
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _padding(processor: Any, batch: int) -> dict[str, Any]:

@@ -46,13 +46,6 @@ def open_conversation(
     ]
 
 
-def question_of(conversation: Sequence[dict[str, Any]]) -> str:
-    """Return the text of the last user message, for stages that read the question."""
-    asked = [message for message in conversation if message["role"] == "user"]
-    parts = asked[-1]["content"] if asked else []
-    return " ".join(part["text"] for part in parts if part["type"] == "text")
-
-
 def _opened(part: Part, where: str, owner: str, uploads: Uploads, limits: Limits) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}

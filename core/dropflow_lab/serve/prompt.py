@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dropflow.errors import escaped
 from dropflow_lab.errors import InputError
-from dropflow_lab.inputs.prompts import build_conversations, build_inputs
+from dropflow_lab.inputs.prompts import build_conversations, question_of
 from dropflow_lab.serve.api_error import ApiError
-from dropflow_lab.serve.conversation import question_of
 
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 """Inputs with one number per token, which are padded."""
@@ -75,7 +74,7 @@ def prepare(processor: Any, conversation: Sequence[dict[str, Any]], context: int
             400, "context_length_exceeded", f"{length:,} characters do not fit {context:,} tokens", "messages"
         )
     try:
-        inputs = dict(_inputs(processor, conversation))
+        inputs = dict(build_conversations(processor, [conversation]))
     except InputError as error:
         raise ApiError(400, "invalid_value", str(error), "messages") from None
     except Exception as error:  # templates and processors raise all kinds of errors on what they do not take
@@ -93,14 +92,6 @@ def prepare(processor: Any, conversation: Sequence[dict[str, Any]], context: int
             "messages",
         )
     return prompt
-
-
-def _inputs(processor: Any, conversation: Sequence[dict[str, Any]]) -> Any:
-    if getattr(processor, "chat_template", None) is None and len(conversation) == 1:
-        parts = conversation[0]["content"]
-        images = [part["image"] for part in parts if part["type"] == "image"]
-        return build_inputs(processor, [(images, question_of(conversation))])
-    return build_conversations(processor, [conversation])
 
 
 def joined(prompts: Sequence[Prompt], pad: int) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_only_training_digits_are_warped():
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install dropflow\[digits\]"):
+    with pytest.raises(ImportError, match=r"pip install 'dropflow\[digits\]'$"):
         digit_bank.__wrapped__()
 
 

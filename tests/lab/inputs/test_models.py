@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dropflow
 from dropflow_lab.errors import InputError
+from dropflow_lab.inputs import models
 from dropflow_lab.inputs.models import load_model, policy_of
 from dropflow_lab.inputs.widths import read_widths
 
@@ -95,3 +96,26 @@ def test_a_recorded_policy_whose_stages_lack_their_weights_is_refused_and_not_ru
     result = cli(*command, copied)
     assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
     assert "the recorded policy has trained weights, but" in result.stderr
+
+
+def test_options_of_transformers(copied: Path) -> None:
+    assert load_model(Path("hidrop"))[0].dtype == torch.float32
+    assert load_model(Path("hidrop"), dtype="float16")[0].dtype == torch.float16
+    model, _ = load_model(copied, attn_implementation="eager", device_map="cpu")
+    assert (model.config.text_config._attn_implementation, model.dtype) == ("eager", torch.bfloat16)
+    assert not model.training
+
+
+def test_models_of_the_hub_are_looked_for_only_if_downloads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def refuse(*_: Any, local_files_only: bool, **__: Any) -> Any:
+        asked.append(local_files_only)
+        raise OSError("no such model")
+
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"no/such: expected a model folder with a config\.json, or the name"):
+        load_model(Path("no/such"))
+    with pytest.raises(InputError, match="no/such: transformers cannot load this model: no such model"):
+        load_model(Path("no/such"), downloads=True)
+    assert asked == [False]

@@ -11,7 +11,7 @@ from PIL import Image
 from dropflow_lab.digits.checkpoints.model import build_processor, sample_image
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.data import Sample
-from dropflow_lab.inputs.prompts import build_inputs, check_questions
+from dropflow_lab.inputs.prompts import build_conversations, build_inputs, check_questions
 
 TEMPLATED = ["<s>", "user", ":", "is", "there", "a", "7", "?", "assistant", ":"]
 
@@ -58,3 +58,18 @@ def test_without_a_template_the_question_follows_the_images() -> None:
     assert seen["text"] == ["<img>\n<img>\nwhat is it ?", "<img>\nwho ?"]
     assert [len(images) for images in seen["images"]] == [2, 1]
     assert (seen["padding"], seen["padding_side"], tokenizer.pad_token) == (True, "left", "</s>")
+
+
+def test_without_a_template_a_conversation_is_one_question() -> None:
+    processor = build_processor()
+    processor.chat_template = None
+    picture = {"type": "image", "image": sample_image()}
+    words = [{"type": "text", "text": part} for part in ("is there", "a 7 ?")]
+    asked = {"role": "user", "content": [picture, *words]}
+    inputs = build_conversations(processor, [[asked]])
+    expected = build_inputs(processor, [([sample_image()], "is there a 7 ?")])
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    video = {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}
+    for conversation in ([asked, asked], [video], [{**asked, "role": "system"}]):
+        with pytest.raises(InputError, match="no chat template to arrange a conversation; send one user message alone"):
+            build_conversations(processor, [conversation])

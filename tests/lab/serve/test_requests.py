@@ -16,9 +16,10 @@ from serving import asking, uri
 
 import dropflow
 from dropflow_lab.errors import InputError
+from dropflow_lab.inputs.prompts import question_of
 from dropflow_lab.serve.api_error import ApiError
 from dropflow_lab.serve.chat import read_request
-from dropflow_lab.serve.conversation import open_conversation, question_of
+from dropflow_lab.serve.conversation import open_conversation
 from dropflow_lab.serve.keys import Keys
 from dropflow_lab.serve.limits import Limits
 from dropflow_lab.serve.names import Names

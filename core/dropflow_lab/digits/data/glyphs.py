@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from dropflow.errors import MissingPackage
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -91,8 +93,8 @@ def photo_regions(split: Split) -> tuple[PhotoRegion, ...]:
     return tuple(PhotoRegion(i, round(low * width), round(high * width)) for i, width in enumerate(widths))
 
 
-def _missing_extra() -> ImportError:
-    return ImportError(
+def _missing_extra() -> MissingPackage:
+    return MissingPackage(
         "the digits data are made from the images that come with scikit-learn, which is not installed: "
-        "pip install dropflow[digits]"
+        "pip install 'dropflow[digits]'"
     )
