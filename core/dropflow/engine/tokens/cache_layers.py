@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.room import Room
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
@@ -93,7 +94,8 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
 
     `get_seq_length` and `get_mask_sizes` count logical tokens, so that position ids, masks and `generate`'s slicing
     are the same as without pruning. A sliding window is enforced by the model's own full-length mask, so the memory
-    that a sliding cache would save is not saved.
+    that a sliding cache would save is not saved. Tensors with room for more hold the entries while decoding (see
+    `Room`); `keys` and `values` are views of exactly those that are held.
     """
 
     keys: Tensor
@@ -105,6 +107,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         self.is_sliding = is_sliding
         self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
         self._notes: dict[str, Tensor] = {}
+        self._rooms = Room(), Room()
         self.parked: Any = None
         """What later turns may recall (`Parked`), in the first layer of a cache; `None` for nothing."""
 
@@ -140,6 +143,18 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         held = self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 2 else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Append entries; returns the keys and values of all that are held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._rooms
+        self.keys, self.values = keys.appended(self.keys, key_states), values.appended(self.values, value_states)
+        return self.keys, self.values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled layer makes room of its own."""
+        return self.__dict__ | {"_rooms": (Room(), Room())}
+
     def remember(self, stage: str, notes: Tensor) -> None:
         """Store a stage's number for each entry (batch, entries)."""
         self._notes[stage] = notes
@@ -164,12 +179,16 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         length = self.length
         self.each_shared(lambda seen: seen.upto(length).compacted(kept))
         self.index = index
-        self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
+        self._replace(self.keys.gather(2, take), self.values.gather(2, take))
+
+    def _replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold other entries, and give up the room that was made for more of these."""
+        self.keys, self.values, self._rooms = keys, values, (Room(), Room())
 
     def reorder(self, order: Int[Tensor, "batch entries"], index: KeyIndex) -> None:
         """Keep the entries at the places in `order`, in that order; `index` describes what they hold."""
         take = order[:, None, :, None].to(self.keys.device).expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.keys, self.values = self.keys.gather(2, take), self.values.gather(2, take)
+        self._replace(self.keys.gather(2, take), self.values.gather(2, take))
         self.set_index(index)
 
     def get_seq_length(self) -> int:
@@ -188,6 +207,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         """Forget everything."""
         super().reset()
         self.index, self.prompt, self._notes, self.shared, self.parked = None, 0, {}, {}, None
+        self._rooms = Room(), Room()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
@@ -223,7 +243,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         if self.index is not None:
             self.index = self.index.rows(key, rows)
             self.each_shared(lambda seen: seen.rows(key, rows))
-            self.keys, self.values = self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)]
+            self._replace(self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)])
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
             self.parked = None if self.parked is None else self.parked.rows(picked)
 

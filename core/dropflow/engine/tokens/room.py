@@ -1,0 +1,51 @@
+"""Room to grow: keys or values of a cache layer that are appended to without copying all of them at every step."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LEAST = 64
+"""Smallest number of further entries for which room is made."""
+
+
+class Room:
+    """The tensor that holds the keys, or the values, of one cache layer, with room for more after them.
+
+    What was there before may belong to others and is never written to: the first append after anything else has
+    replaced the entries is an ordinary copy of their exact size. The second in a row copies them into a tensor with
+    room, and those that follow write in place, where no view handed out earlier looks. While gradients are enabled, in
+    compiled code and for tensors that are not plain, every append is an ordinary copy.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        """What the last append returned; whoever replaces the entries by others ends the right to write after them."""
+        self._whole: Tensor | None = None
+        """The tensor with room, of which `_last` is a view; `None` before there is one."""
+
+    def appended(
+        self, held: Float[Tensor, "batch heads entries dim"], new: Float[Tensor, "batch heads more dim"]
+    ) -> Float[Tensor, "batch heads entries+more dim"]:
+        """The entries `held`, followed by `new`; raises torch's own error if they do not fit together."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or held is not self._last or not _alike(held, new):
+            self._whole, self._last = None, torch.cat([held, new], dim=-2)
+            return self._last
+        before, entries, whole = held.shape[-2], held.shape[-2] + new.shape[-2], self._whole
+        frozen = whole is not None and whole.is_inference() and not torch.is_inference_mode_enabled()
+        if whole is None or whole.shape[-2] < entries or frozen:
+            whole = held.new_empty((*held.shape[:-2], entries + max(LEAST, entries // 8), held.shape[-1]))
+            whole.narrow(-2, 0, before).copy_(held)
+        whole.narrow(-2, before, new.shape[-2]).copy_(new)
+        self._whole, self._last = whole, whole.narrow(-2, 0, entries)
+        return self._last
+
+
+def _alike(held: Tensor, new: Tensor) -> bool:
+    """Whether both are plain tensors that only differ in their number of entries."""
+    return (
+        type(held) is type(new) is Tensor
+        and (held.dtype, held.device) == (new.dtype, new.device)
+        and (*held.shape[:-2], *held.shape[-1:]) == (*new.shape[:-2], *new.shape[-1:])
+    )
