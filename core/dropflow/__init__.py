@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from dropflow import errors, operators
 from dropflow.backbone.flops import DecoderWidths
-from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
+from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheSelect, CacheView, StepCall
 from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Eviction
 from dropflow.lifecycle.field_texts import show_field_texts
 from dropflow.lifecycle.hooks import hookimpl
@@ -94,6 +94,7 @@ __all__ = [
     "CacheCall",
     "CacheEvent",
     "CacheKeep",
+    "CacheSelect",
     "CacheView",
     "DecoderWidths",
     "Depth",
@@ -128,6 +129,7 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageOptions",
+    "StepCall",
     "Sublayers",
     "Tokens",
     "VisionEncoder",

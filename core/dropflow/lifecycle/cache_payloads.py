@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from dropflow.lifecycle.payloads import RowAttention
+
+    Logits = Callable[[], Float[Tensor, "batch heads keys"]]
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,53 @@ class CacheKeep:
     Notes are kept with the cache, so that they follow their entries through evictions, crops and beams, and calls of
     other conversations never see them.
     """
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """Payload of `decode_cache` at a layer in `decode_reads_at`: a decode step is about to attend in this layer.
+
+    Asked in every forward of one token per sample that follows a prompt with images. The new token's own entry is the
+    last one.
+    """
+
+    step: int
+    """Tokens generated since the prefill, this one included."""
+    view: CacheView
+    """What the layer's cache holds; its `memory` is `None`."""
+    images: int
+    """Images seen: every `CacheView.image_id` is below it."""
+    scores: Logits
+    """Called by `logits`."""
+
+    @property
+    def layer(self) -> int:
+        """Number of the decoder layer."""
+        return self.view.layer
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch keys"]:
+        """Entries that may be parked: visual and not protected."""
+        return (self.view.image_id >= 0) & ~self.view.protected
+
+    def logits(self) -> Float[Tensor, "batch heads keys"]:
+        """What the layer's softmax gets for the new token, float32: q k times the layer's scaling, capped and masked.
+
+        -inf, or about the smallest number of the model's dtype, for entries that the layer's mask hides.
+        """
+        return self.scores()
+
+
+@dataclass(frozen=True)
+class CacheSelect:
+    """Decision of `decode_cache` at a layer in `decode_reads_at`: which entries this step reads from there on.
+
+    Nothing is evicted. Later layers read the entries of the same tokens; visual tokens that only they hold are not
+    read. At another layer of the same step a stage may choose again, which replaces its choice from there on; where
+    several stages choose, an entry is read if all of them want it.
+    """
+
+    active: Bool[Tensor, "batch keys"]
+    """Entries that are read; text and protected entries always are, padding never is."""
+    from_layer: int | None = None
+    """First layer that reads only these: the layer of the call, if left out, or a later one."""

@@ -12,7 +12,7 @@ import pluggy
 from dropflow.errors import DecisionError, nearest
 
 if TYPE_CHECKING:
-    from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep
+    from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheSelect, StepCall
     from dropflow.lifecycle.events import BoundaryEvent, CacheEvent, EncodeEvent
     from dropflow.lifecycle.payloads import Encode, EncodeCall, Exit, Keep, PruneCall, WindowCall
     from dropflow.lifecycle.stage import Stage
@@ -42,8 +42,12 @@ class Lifecycle:
         """Return the boundary (0..L) from which no vision is live; asked once per prefill."""
 
     @hookspec
-    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
-        """Return the cache entries to keep per layer, after prefill and at decode steps the stage asks for."""
+    def decode_cache(self, call: CacheCall | StepCall) -> CacheKeep | CacheSelect | None:
+        """Return the cache entries to keep per layer, after prefill and at decode steps the stage asks for.
+
+        A stage with `decode_reads_at` gets a `StepCall` instead, at these layers of each decode step, and returns which
+        entries the step reads.
+        """
 
     @hookspec
     def observe_encode(self, event: EncodeEvent) -> None:
@@ -125,9 +129,10 @@ class Hooks:
         """Boundaries from which no vision is live, as answered in policy order."""
         return cast("Iterator[tuple[str, int | Exit]]", self._ask("exit", None, call=call))
 
-    def decode_cache(self, call: CacheCall, stage: Stage[Any]) -> CacheKeep | None:
+    def decode_cache(self, call: CacheCall | StepCall, stage: Stage[Any]) -> CacheKeep | CacheSelect | None:
         """The answer of one stage about the cache."""
-        return cast("CacheKeep | None", next((a for _, a in self._ask("decode_cache", stage, call=call)), None))
+        answer = next((a for _, a in self._ask("decode_cache", stage, call=call)), None)
+        return cast("CacheKeep | CacheSelect | None", answer)
 
     def observe_encode(self, event: EncodeEvent) -> None:
         """Notify every observer of the vision encoder; as below, what it returns is ignored."""

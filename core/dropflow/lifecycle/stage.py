@@ -234,6 +234,14 @@ class Stage(Generic[O_co]):
         return ()
 
     @property
+    def decode_reads_at(self) -> tuple[int, ...]:
+        """Decoder layers at which `decode_cache` chooses, in every decode step, which entries the step reads.
+
+        A stage that lists some gets a `StepCall` there, and is not asked after the prefill or the step.
+        """
+        return ()
+
+    @property
     def carries(self) -> int:
         """Numbers per patch that `encode` hands to `prune` of the same stage (`Encode.carry`, `PruneCall.carried`)."""
         return 0

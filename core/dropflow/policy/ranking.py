@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 def ranking_faults(plan: Plan) -> list[str]:
     """Errors for stages that read attention, or train through it, in layers that have none."""
+    shared = [fault for name, stage in plan.stages for fault in _sharing_faults(plan, name, stage)]
     if plan.shape.attending is None:
-        return []
+        return shared
     faults = {}
     for boundary, stages in plan.prune_at.items():
         for name, stage in stages:
@@ -21,7 +22,20 @@ def ranking_faults(plan: Plan) -> list[str]:
             lacking = next((layer for layer in read if not _ranked(plan, layer)), None)
             if lacking is not None and name not in faults:
                 faults[name] = _unranked(plan, name, boundary, lacking)
-    return [*faults.values(), *(fault for name, stage in plan.stages for fault in _stage_faults(plan, name, stage))]
+    return [
+        *faults.values(),
+        *shared,
+        *(fault for name, stage in plan.stages for fault in _stage_faults(plan, name, stage)),
+    ]
+
+
+def _sharing_faults(plan: Plan, name: str, stage: Stage[Any]) -> Iterator[str]:
+    shape = plan.shape
+    for layer, producer in shape.producers[-1:] if stage.decode_reads_at else ():
+        yield (
+            f"stages.{name}: chooses what a decode step reads, but layer {layer} of this backbone reads the keys of "
+            f"layer {producer} and has none to choose from; leave the stage out"
+        )
 
 
 def _ranked(plan: Plan, layer: int) -> bool:
@@ -41,7 +55,7 @@ def _unranked(plan: Plan, name: str, boundary: int, layer: int) -> str:
 
 def _stage_faults(plan: Plan, name: str, stage: Stage[Any]) -> Iterator[str]:
     shape = plan.shape
-    reads = next((layer for layer in stage.decode_taps if not shape.attends(layer)), None)
+    reads = next((layer for layer in (*stage.decode_taps, *stage.decode_reads_at) if not shape.attends(layer)), None)
     if reads is not None:
         nearest = shape.ranks_by(reads)
         yield (

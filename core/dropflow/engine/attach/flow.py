@@ -185,7 +185,7 @@ class Flow:
         """What every sample of the last prompt with images kept, for `replay`; otherwise as `report`.
 
         Small (a number per visual token), and plain data by `Keeps.to_dict`. Raises `UnsupportedCall` for a policy with
-        a `decode_cache` stage, whose evictions no single forward repeats.
+        a `decode_cache` stage, whose decisions no single forward repeats.
         """
         self._check_replayable()
         return keeps_of(self._last())
@@ -207,8 +207,8 @@ class Flow:
         evicts = self._plan.hooks.implementers("decode_cache")
         if evicts:
             raise UnsupportedCall(
-                f"stages.{evicts[0][0]}: evicts entries while answering, which no single forward can repeat; leave the "
-                "stage out of rollouts that are to be replayed"
+                f"stages.{evicts[0][0]}: evicts or parks entries while answering, which no single forward can repeat; "
+                "leave the stage out of rollouts that are to be replayed"
             )
 
     def record(self) -> None:

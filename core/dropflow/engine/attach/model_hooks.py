@@ -637,6 +637,8 @@ class ModelHooks:
                 run.finish()
                 forward.part = run.record or forward.part
                 call.losses += run.losses if isinstance(run, PromptRun) else ()
+                if isinstance(run, ContinuedRun) and run.reading is not None:
+                    forward.read = {number: active.counts for number, active in run.reading.read.items()}
             forward.cache = cache_after(kwargs, output)
             call.flow.noted(forward)
             call.decoder = call.forward = None

@@ -66,7 +66,8 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
     ]
     depth = plan.shape.layers
     for name, stage in plan.stages:
-        wrong = [layer for layer in (*stage.prune_at, *stage.taps, *stage.decode_taps) if not 0 <= layer < depth]
+        named = (*stage.prune_at, *stage.taps, *stage.decode_taps, *stage.decode_reads_at)
+        wrong = [layer for layer in named if not 0 <= layer < depth]
         faults += [
             f"stages.{name}: names layer {layer}, expected 0 to {depth - 1}; name a layer that exists"
             for layer in wrong

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dropflow.engine.decoder.decide_cache import cache_views, decide_cache
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.step_reading import StepReading
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import parameters_of
 from dropflow.engine.model.attention import QueryKey
@@ -18,7 +19,7 @@ from dropflow.engine.tokens.cache import entries_of, flow_layers, is_flow_cache,
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.shared_entries import FlowShared
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, UnsupportedModel
 from dropflow.lifecycle.events import CacheEvent, Eviction
 from dropflow.lifecycle.stage import Stage
 
@@ -28,7 +29,9 @@ class CacheStages:
 
     def __init__(self, site: Site, step: int, tokens: int, cache: Any = None) -> None:
         self._site, self._step, self._tokens = site, step, tokens
-        self.stages = [stage for stage in site.cache_stages if _asks(stage, step)]
+        self.stages = [stage for stage in site.cache_stages if not stage.decode_reads_at and _asks(stage, step)]
+        self.reading: StepReading | None = None
+        """What the call reads of its caches, if it is a decode step and stages choose."""
         self._tapped: dict[int, TappedLayer] = {}
         self.held: Mapping[int, FlowLayer | UniformLayer | FlowShared] = {}
         """What a cache written under a policy holds for each decoder layer with attention, before the call."""
@@ -40,6 +43,11 @@ class CacheStages:
         if is_flow_cache(cache):
             layers = flow_layers(cache)
             self.held = {**layers, **FlowShared.before(layers, self._site.plan.shape)}
+
+    def begin_step(self, length: int) -> None:
+        """Take the caches of a call of one token per sample, by which `length` logical tokens have been seen."""
+        if any(stage.decode_reads_at for stage in self._site.cache_stages):
+            self.reading = StepReading(self._site, self.held, self._step, length)
 
     def has_state(self, number: int) -> bool:
         """Whether a decoder layer without attention goes on from a state of earlier calls."""
@@ -72,11 +80,36 @@ class CacheStages:
         given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
         rotary = given.get("position_embeddings")
 
-        def keep(seen: QueryKey) -> None:
-            own = replace(seen, rotary=rotary, value=seen.value if values else None)
+        def keep(seen: QueryKey) -> QueryKey | None:
+            reading = self.reading
+            instead = None if reading is None else reading.of(number, seen)
+            own = seen if reading is None else reading.as_read(number, seen)
+            own = replace(own, rotary=rotary, value=seen.value if values else None)
             self._tapped[number] = TappedLayer(self._site.sharded(own), live)
+            return instead
 
         return tapped(self._site.implementation, keep, lambda: uncompiled(layer)(*args, **kwargs))
+
+    def read(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer of a decode step, which attends to what the stages have chosen.
+
+        Raises `UnsupportedModel` for a layer whose attention cannot be reached.
+        """
+        reading, reached = self.reading, False
+        assert reading is not None
+
+        def choose(seen: QueryKey) -> QueryKey | None:
+            nonlocal reached
+            reached = True
+            return reading.of(number, seen)
+
+        output = tapped(self._site.implementation, choose, lambda: uncompiled(layer)(*args, **kwargs))
+        if not reached:
+            raise UnsupportedModel(
+                f"layer {number}: its attention does not run through transformers' ALL_ATTENTION_FUNCTIONS, so that it "
+                "cannot be told what to read; leave out stages that choose while decoding"
+            )
+        return output
 
     def seen(self, layer: int) -> TappedLayer:
         """A tapped layer with the q and k it ran with."""

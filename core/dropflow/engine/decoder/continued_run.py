@@ -23,21 +23,28 @@ class ContinuedRun:
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
         """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
-        self._caches = CacheStages(site, _generated(next(iter(flow_layers(cache).values()))), embeds.shape[1], cache)
+        first = next(iter(flow_layers(cache).values()))
+        self._caches = CacheStages(site, _generated(first), embeds.shape[1], cache)
+        if embeds.shape[1] == 1 and first.index is not None and first.index.images:
+            self._caches.begin_step(int(first.length) + 1)  # a call of several tokens, such as drafts, reads everything
+        self.reading = self._caches.reading
         stages = self._caches.stages
         self._taps = {layer for stage in stages for layer in (*stage.taps, *stage.decode_taps)}
         self._arguments = ContinuedArguments(site, embeds)
 
     def leaves(self, number: int) -> bool:
         """Whether the layer runs unchanged: it has no attention, or its cache holds every token."""
-        held = self._caches.held
-        return number not in held or (number not in self._taps and self._arguments.fit(held[number]))
+        held, reading = self._caches.held, self.reading
+        chosen = reading is not None and reading.first is not None and number >= reading.first
+        return number not in held or not (chosen or number in self._taps or not self._arguments.fit(held[number]))
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on all tokens of the call."""
         kwargs = self._arguments.arguments(kwargs, self._caches.held[number])
         if number in self._taps:
             return self._caches.tap(number, layer, args, kwargs)
+        if self.reading is not None and self.reading.involves(number):
+            return self._caches.read(number, layer, args, kwargs)
         return layer(*args, **kwargs)
 
     def finish(self) -> None:

@@ -15,7 +15,7 @@ from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.errors import DecisionError
-from dropflow.lifecycle.cache_payloads import CacheCall, CacheView
+from dropflow.lifecycle.cache_payloads import CacheCall, CacheKeep, CacheView
 from dropflow.lifecycle.events import Eviction
 from dropflow.lifecycle.stage import Stage
 
@@ -55,6 +55,11 @@ def decide_cache(
         )
         if answer is None:
             continue
+        if not isinstance(answer, CacheKeep):
+            raise DecisionError(
+                f"stages.{name}: `decode_cache` answered {type(answer).__name__} after a forward, expected `CacheKeep` "
+                "or `None`; to choose what a step reads, list a layer in `decode_reads_at`"
+            )
         for number, notes in answer.memory.items():
             _check_entries(notes, None, number, views, name)
             layers[number].remember(name, notes)
@@ -142,6 +147,16 @@ def cache_views(cache: Cache) -> tuple[CacheView, ...]:
     return tuple(_views(full, {}).values())
 
 
+def cache_view(number: int, index: KeyIndex) -> CacheView:
+    """A view of what the cache of layer `number` holds, the tokens of its full `index`."""
+    valid = index.image_id != PADDING
+    if index.valid is not None:
+        valid &= index.valid
+    protected = valid & (index.image_id >= PROTECTED)
+    image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
+    return CacheView(number, index.logical, valid, image, protected, number, None)
+
+
 def _full_indices(layers: Mapping[int, Any]) -> dict[int, KeyIndex]:
     """The full index of each layer's cache; layers that share an index share the full one."""
     made: dict[tuple[KeyIndex, int], KeyIndex] = {}
@@ -164,11 +179,6 @@ def _views(full: Mapping[int, KeyIndex], memories: Mapping[int, Tensor | None]) 
     found = {}
     for number, index in full.items():
         if index not in made:
-            valid = index.image_id != PADDING
-            if index.valid is not None:
-                valid &= index.valid
-            protected = valid & (index.image_id >= PROTECTED)
-            image = torch.where(valid, index.image_id - protected * PROTECTED, -1)
-            made[index] = CacheView(number, index.logical, valid, image, protected, number, None)
+            made[index] = cache_view(number, index)
         found[number] = replace(made[index], layer=number, memory=memories.get(number))
     return found

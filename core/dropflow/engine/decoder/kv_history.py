@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,6 +31,16 @@ class Held:
         return Held(self.rows, tuple(held + more for held in self.entries), self.visual, self.dense + more)
 
 
+@dataclass(frozen=True)
+class Attended:
+    """Number of tokens that each layer attended to in one forward, as means over its samples, padding excluded."""
+
+    entries: tuple[float, ...]
+    """All tokens, those of the forward included."""
+    visual: tuple[float, ...]
+    """Visual tokens."""
+
+
 class KVHistory:
     """What the caches held from the end of a prompt on.
 
@@ -43,6 +53,8 @@ class KVHistory:
         self._indices, self._since = tuple(indices), length
         self._counted: list[_Counted] = []
         self._lengths = [length]
+        self._read: list[Mapping[int, Tensor]] = []
+        """For each later forward, layers (numbered as the indices) that did not read all they held: what they read."""
         self._starts = [0]
         """Number of the forward from which each state applies; the last state is not counted yet."""
 
@@ -51,9 +63,13 @@ class KVHistory:
         """Logical tokens seen after the last forward."""
         return self._lengths[-1]
 
-    def note(self, indices: Sequence[KeyIndex], length: int) -> None:
-        """Record what the layers hold after one more forward."""
+    def note(self, indices: Sequence[KeyIndex], length: int, read: Mapping[int, Tensor] | None = None) -> None:
+        """Record what the layers hold after one more forward.
+
+        `read` are the numbers of entries, and of visual ones, (2, batch) that layers read which did not read all.
+        """
         indices = tuple(indices)
+        self._read.append(read or {})
         if indices != self._indices:
             self._counted.append(self._count())
             self._starts.append(len(self._lengths))
@@ -66,6 +82,19 @@ class KVHistory:
         found = []
         for (held, since), (start, end) in zip(states, pairwise([*self._starts, len(self._lengths)]), strict=True):
             found += [held.after(length - since) for length in self._lengths[start:end]]
+        return found
+
+    def attended(self) -> list[Attended]:
+        """What the layers attended to in each forward after the prompt."""
+        found, means = [], dict[Tensor, list[float]]()
+        for held, (start, end), read in zip(self.moments(), pairwise(self._lengths), self._read, strict=False):
+            for counts in read.values():
+                if counts not in means:
+                    means[counts] = counts.double().mean(1).tolist()
+            own, more = {layer: means[counts] for layer, counts in read.items()}, max(end - start, 0)
+            entries = tuple(own[n][0] if n in own else one / held.rows + more for n, one in enumerate(held.entries))
+            visual = tuple(own[n][1] if n in own else one / held.rows for n, one in enumerate(held.visual))
+            found.append(Attended(entries, visual))
         return found
 
     def _count(self) -> _Counted:

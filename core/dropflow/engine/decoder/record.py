@@ -174,10 +174,11 @@ class PromptRecord:
             self.parts.pop()
         self._index = None
 
-    def step(self, tokens: int) -> None:
-        """Record a forward of `tokens` after the prompt."""
+    def step(self, tokens: int, read: Mapping[int, Tensor]) -> None:
+        """Record a forward of `tokens` after the prompt; `read` is what layers read that did not read all they held."""
         if self.history is not None:
-            self.history.note(self.held(), self._seen(self.history.length + tokens))
+            own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read}
+            self.history.note(self.held(), self._seen(self.history.length + tokens), own)
 
     def held(self) -> Sequence[KeyIndex]:
         """Index of the cache entries that each layer with attention reads."""

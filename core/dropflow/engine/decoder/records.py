@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool
@@ -38,6 +38,8 @@ class Forward:
     before: Sequence[KeyIndex] | None = None
     """What each layer's cache held before; `None` for a cache that was not written under a policy."""
     cache: Any = None
+    read: Mapping[int, Tensor] = field(default_factory=dict)
+    """Decoder layers that did not read all their entries: how many, and how many visual ones, they read (2, batch)."""
 
 
 class Records:
@@ -59,7 +61,7 @@ class Records:
         joins = fed is not None and part is not None and fed.joined_by(forward, part)
         replaced = joins or (part is not None and part.prompt is not None)
         if last is not None and cache is not None and last.cache is cache and not replaced:
-            last.step(forward.tokens)
+            last.step(forward.tokens, forward.read)
         if part is None and fed is not None:
             fed.open = False
         if part is None or (cache is None and part.prompt is None):

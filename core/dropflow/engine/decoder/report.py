@@ -27,6 +27,9 @@ class LayerReport:
     """Visual tokens in this layer's cache at the end of the answer, including earlier turns."""
     kv_entries_end: float
     """Tokens in this layer's cache at the end of the answer, including earlier turns."""
+    kv_entries_read: float
+    """Tokens that this layer attends to in a forward after the prompt, its own included, as the mean over these
+    forwards: fewer than it holds where a stage chooses what a step reads. 0 before the first of them."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,16 @@ class Report:
     """KV bytes at the end with every visual token in every layer and nothing evicted."""
     kv_entries_over_time: tuple[float, ...]
     """Total KV entries of all layers after the prefill and after each later forward, with evictions applied."""
+    kv_entries_read_over_time: tuple[float, ...]
+    """Total tokens that all layers attend to in each forward after the prompt, parked entries left out."""
+    kv_bytes_read: float
+    """KV bytes that a forward after the prompt reads in all layers, as the mean over these forwards."""
     average_visual_tokens_answer: float
     """Visual tokens that a layer attends to, averaged over all layers and over the forwards of prompt and answer.
 
     The prefill counts once, with the visual tokens live in each layer; every later forward counts once, with the visual
-    entries that each layer's cache held when it began. Both include visual tokens of earlier turns.
+    entries that each layer's cache held when it began, or those of them that it read. Both include visual tokens of
+    earlier turns.
     """
     overlap: str | None = None
     """Whether images were encoded beside the text layers or before them, and then why.

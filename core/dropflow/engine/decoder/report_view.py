@@ -100,6 +100,9 @@ def _sums(report: Report) -> list[str]:
             f"(dense {report.kv_bytes_end_dense:g}), "
             f"{report.average_visual_tokens_answer:.2f} visual tokens attended to on average"
         )
+        held = sum(report.kv_entries_over_time[1:])
+        if sum(report.kv_entries_read_over_time) < held - 0.5:
+            found.append(f"a step reads {report.kv_bytes_read:g} KV bytes on average; the other entries stay parked")
     return found
 
 

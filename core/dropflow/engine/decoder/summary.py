@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropflow.backbone import flops
-from dropflow.engine.decoder.kv_history import Held, held_with
+from dropflow.engine.decoder.kv_history import Attended, Held, held_with
 from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.decoder.report import LayerReport, Report
 from dropflow.engine.tokens.prompt import Prompt
@@ -22,6 +22,8 @@ def summed_up(record: PromptRecord) -> Report:
     held, after, end = _kv(record)
     held_after, held_end = _own_entries(record, after), _own_entries(record, end)
     kv, kv_end = (_every_layer(record, one) for one in (after, end))
+    attended = [] if record.history is None else record.history.attended()
+    read = _read(record, attended)
     bytes_per_entry = flops.kv_bytes(1, record.widths, max(part.bytes_per_number for part in record.parts))
     brought = [part.prompt for part in record.parts if part.prompt is not None]
     towers = [prompt.tower for prompt in brought if prompt.tower is not None]
@@ -36,6 +38,7 @@ def summed_up(record: PromptRecord) -> Report:
                 flops=work[layer],
                 visual_entries_end=kv_end.visual[layer] / end.rows,
                 kv_entries_end=kv_end.entries[layer] / end.rows,
+                kv_entries_read=read[layer],
             )
             for layer in range(depth)
         ),
@@ -51,7 +54,9 @@ def summed_up(record: PromptRecord) -> Report:
         kv_bytes_end=held_end * bytes_per_entry,
         kv_bytes_end_dense=end.dense * len(record.holding) / end.rows * bytes_per_entry,
         kv_entries_over_time=tuple(_own_entries(record, one) for one in held),
-        average_visual_tokens_answer=_attended(record, visual, held),
+        kv_entries_read_over_time=tuple(sum(one.entries) for one in attended),
+        kv_bytes_read=sum(read) * bytes_per_entry,
+        average_visual_tokens_answer=_attended(record, visual, attended),
         overlap=next((part.overlap for part in reversed(record.parts) if part.overlap is not None), None),
     )
 
@@ -131,15 +136,24 @@ def _kv(record: PromptRecord) -> tuple[list[Held], Held, Held]:
     return held, held[0].after(-record.parts[-1].taken_back), now
 
 
-def _attended(record: PromptRecord, visual: Sequence[float], held: Sequence[Held]) -> float:
-    """Mean number of visual tokens a layer attends to, over layers and forwards, from what was held before each.
+def _read(record: PromptRecord, attended: Sequence[Attended]) -> list[float]:
+    """Tokens that each layer attended to after the prompt, as the mean over forwards; 0 where there was none."""
+    found = [0.0] * record.plan.shape.layers
+    for number, layer in enumerate(record.attending):
+        if attended:
+            found[layer] = _mean([one.entries[number] for one in attended])
+    return found
+
+
+def _attended(record: PromptRecord, visual: Sequence[float], attended: Sequence[Attended]) -> float:
+    """Mean number of visual tokens a layer attends to, over layers and forwards.
 
     Layers without attention count in the prompt, which they read, and as 0 later.
     """
     depth = record.plan.shape.layers
     past = record.parts[0].past
     earlier = 0.0 if past is None else sum(_mean(row) for row in past.visual.tolist()) / depth
-    return _mean([earlier + _mean(visual), *(sum(one.visual) / one.rows / depth for one in held[:-1])])
+    return _mean([earlier + _mean(visual), *(sum(one.visual) / depth for one in attended)])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -81,6 +81,28 @@ def attend(
     layer: QueryKey, query: Float[Tensor, "batch heads rows dim"], rows: Int[Tensor, "batch rows"]
 ) -> Float[Tensor, "batch heads rows keys"]:
     """The same as `row_attention` with q of the rows passed separately; only the shape of `layer.query` is read."""
+    scores = _scores(layer, query, rows)
+    weights = torch.softmax(scores, -1)
+    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as in rows of padding
+    weights = weights.masked_fill(sees_nothing, 0.0).to(query.dtype)
+    return weights if layer.shards is None else layer.shards.whole(weights, layer.heads)
+
+
+def last_logits(layer: QueryKey) -> Float[Tensor, "batch heads keys"]:
+    """What the softmax of the last query gets: scaled and capped products in float32, with the mask added.
+
+    Keys hidden by a boolean mask get -inf, those hidden by an additive one about the smallest number of its dtype. In a
+    tensor-parallel model, the heads of all ranks.
+    """
+    query = layer.query[:, :, -1:]
+    last = torch.full((len(query), 1), layer.query.shape[2] - 1, device=query.device)
+    scores = _scores(layer, query, last)[:, :, 0]
+    return scores if layer.shards is None else layer.shards.whole(scores, layer.heads)
+
+
+def _scores(
+    layer: QueryKey, query: Float[Tensor, "batch heads rows dim"], rows: Int[Tensor, "batch rows"]
+) -> Float[Tensor, "batch heads rows keys"]:
     batch, heads, count, dim = query.shape
     key, rows = layer.key.to(query.device), rows.to(query.device)
     kv_heads = key.shape[1]
@@ -92,10 +114,7 @@ def attend(
     bias = row_bias(layer, rows)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    weights = torch.softmax(scores, -1)
-    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # as in rows of padding
-    weights = weights.masked_fill(sees_nothing, 0.0).to(query.dtype)
-    return weights if layer.shards is None else layer.shards.whole(weights, layer.heads)
+    return scores
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every attention layer of transformers 5 looks up its kernel in `ALL_ATTENTION_FUNCTIONS`. While a tap is open, the entry
 in use is shadowed by a dispatcher that passes q and k to the tap of the *current thread* and then delegates to the
-kernel; calls from other threads and of other models pass straight through.
+kernel, with other keys, values and mask if the tap returns some; calls from other threads and of other models pass
+straight through.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +22,7 @@ from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.turns import Turn, Turns
 from dropflow.lifecycle.spans import TAP, span
 
-Seen = Callable[[QueryKey], None]
+Seen = Callable[[QueryKey], "QueryKey | None"]
 T = TypeVar("T")
 
 
@@ -41,6 +42,7 @@ _table = Turns()
 def tapped(implementation: str, seen: Seen, call: Callable[[], T]) -> T:
     """Return `call()`, passing q and k of every attention that runs in it, in this thread, to `seen`.
 
+    Where `seen` returns something else than `None`, the kernel attends to the keys, values and mask of that instead.
     `implementation` is the model's attention implementation (`config._attn_implementation`).
     """
     with span(TAP):
@@ -71,7 +73,7 @@ def probe(implementation: str, layer: Callable[[], Any]) -> QueryKey:
     """Run `layer()` up to its first attention and return q and k; nothing after that point is executed."""
     found: list[QueryKey] = []
 
-    def stop(layer_qk: QueryKey) -> None:
+    def stop(layer_qk: QueryKey) -> NoReturn:
         found.append(layer_qk)
         raise Probed
 
@@ -113,7 +115,7 @@ def _dispatcher(implementation: str, tap: Turn) -> None:
 
 
 class _Dispatcher:
-    """Passes q and k to the current thread's tap, then runs what the model would have run."""
+    """Passes q and k to the current thread's tap, then runs what the model would have run, or what the tap returns."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
@@ -126,7 +128,9 @@ class _Dispatcher:
         tap = _here.get()
         if tap is not None and tap.mine:
             with span(TAP):
-                tap.call(_query_key(module, query, key, value, attention_mask, kwargs))
+                instead = tap.call(_query_key(module, query, key, value, attention_mask, kwargs))
+            if instead is not None:
+                key, value, attention_mask = instead.key, instead.value, instead.mask
         if self._original is not None:
             return self._original(module, query, key, value, attention_mask, **kwargs)
         # "eager" has no entry: each modeling file brings its own function

@@ -70,6 +70,32 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
     return held if valid is None else _seen(held, valid)
 
 
+def taken_mask(mask: Tensor | None, kept: LiveSet, *, flash: bool) -> Tensor | None:
+    """The mask of a single query per sample, reduced to the entries in the slots of `kept`, a live set over entries.
+
+    `None` means that every entry is seen; otherwise the kinds of masks are those of `gather_mask`.
+    """
+    valid = kept.valid
+    if mask is None:
+        return valid if valid is None or flash else valid[:, None, None]
+    columns = kept.index.to(mask.device)
+    valid = None if valid is None else valid.to(mask.device)
+    mask = mask.expand(len(columns), *mask.shape[1:])
+    if mask.dim() == 2:
+        taken = mask.gather(1, columns)
+        return taken if valid is None else taken * valid.to(taken.dtype)
+    taken = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    return taken if valid is None else _seen(taken, valid[:, None, None])
+
+
+def parked_mask(mask: Tensor | None, active: Bool[Tensor, "batch keys"], *, flash: bool) -> Tensor:
+    """The mask of a single query per sample in which entries that are not `active` are hidden."""
+    if mask is None:
+        return active if flash else active[:, None, None]
+    active = active.to(mask.device)
+    return mask * active.to(mask.dtype) if mask.dim() == 2 else _seen(mask, active[:, None, None])
+
+
 def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
     """A causal mask: each query sees the valid keys at or before its own position."""
     start = keys.length - queries.total
