@@ -23,6 +23,7 @@ PACKAGES = [
     "dropflow_sparsevlm",
     "dropflow_tome",
     "dropflow_vidcom2",
+    "dropflow_visionpulse",
     "dropflow_visionselector",
     "dropflow_visionzip",
     "dropflow_vtw",

@@ -114,3 +114,6 @@ class CacheEvent:
     """Decisions of `decode_cache` stages in this call, in the order they were applied."""
     layers: tuple[CacheView, ...]
     """What each layer's cache holds now."""
+    read: Mapping[int, Bool[Tensor, "batch keys"]] = field(default_factory=dict)
+    """Decoder layer -> entries it has read in this decode step, for layers that did not read all. They are those that
+    its cache held before this call's evictions, the new token's own included."""

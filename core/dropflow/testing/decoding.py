@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dropflow.engine.attach.flow import Flow
+from dropflow.lifecycle.cache_payloads import CacheView
 from dropflow.testing.case import BATCH, BUDGET, ISOLATION, Case
 from dropflow.testing.probes import HeldEntries
 
@@ -17,7 +18,7 @@ WATCH = "watched-by-the-kit"
 MOST = 24
 """Maximum number of tokens generated to have a stage asked twice while decoding."""
 Held = list[list[list[int]]]
-"""The logical tokens that a sample's cache holds, by step and layer."""
+"""The logical tokens that a sample's cache holds, by step and layer, and after them those that were read."""
 
 
 @torch.no_grad()
@@ -61,20 +62,27 @@ def _generate(
 ) -> tuple[Tensor, Sequence[Held]]:
     """Generated ids, and which tokens each sample's caches held, numbered without padding."""
     watch: Any = dict(flow.plan.stages)[WATCH]
-    watch.layers = []
+    watch.layers, watch.read = [], []
     tokens: Tensor = left.model.generate(**inputs, **budget)
     pads = (~inputs["attention_mask"].bool()).sum(1).tolist()
-    held = [
-        [[(view.index[sample, view.valid[sample]] - pad).tolist() for view in layers] for layers in watch.layers]
-        for sample, pad in enumerate(pads)
-    ]
+
+    def told(sample: int, views: Sequence[CacheView], read: Mapping[int, Tensor]) -> list[list[int]]:
+        seen = [view.valid & read.get(view.layer, view.valid) for view in views]
+        masks = [*((view, view.valid) for view in views), *zip(views, seen, strict=True)]
+        return [(view.index[sample, mask[sample]] - pads[sample]).tolist() for view, mask in masks]
+
+    calls = list(zip(watch.layers, watch.read, strict=True))
+    held = [[told(sample, views, read) for views, read in calls] for sample in range(len(pads))]
     return tokens, held
 
 
 def _difference(first: Held, second: Held) -> str:
     """A description of where two runs hold different tokens; "" if they hold the same."""
     for step, (one, other) in enumerate(zip(first, second, strict=True)):
+        layers = len(one) // 2
         for layer, (held, found) in enumerate(zip(one, other, strict=True)):
-            if held != found:
+            if held != found and layer < layers:
                 return f"other entries in the cache of layer {layer} after step {step}"
+            if held != found:
+                return f"read other entries in layer {layer - layers} in step {step}"
     return ""

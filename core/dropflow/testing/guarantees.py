@@ -32,6 +32,7 @@ from dropflow.testing.case import (
 from dropflow.testing.decoding import WATCH, check_decoding
 from dropflow.testing.forecasts import check_forecast
 from dropflow.testing.probes import EVERYTHING, RanksByNumbers
+from dropflow.testing.step_reads import check_reading_everything, reads
 from dropflow.testing.training import check_training, labelled
 
 
@@ -57,6 +58,7 @@ def check_no_op(case: Case) -> float:
             raise case.broken(
                 NO_OP, f"{what} differ from the plain model's by {by:.1e} (relative), expected equal bits"
             )
+    check_reading_everything(case)
     return 0.0
 
 
@@ -128,7 +130,8 @@ def _check_decoding(case: Case) -> None:
     left = case.padded_left()
     model = left.model
     with left.attach() as flow, text_inputs(left) as given:
-        tokens = model.generate(**left.inputs, **BUDGET)
+        with reads(flow, left.real.shape[1], len(left.samples)) as read:
+            tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
         evicting = flow.plan.hooks.implementers("decode_cache")
         static = _static_tokens(left) if flow.plan.uniform else None
@@ -137,6 +140,7 @@ def _check_decoding(case: Case) -> None:
         return  # the kit records this in the cell
     held = _held(left, live.shape[2]) if evicting else None
     replaced = given[0] if encodes else {}
+    replaced |= {"reads": torch.stack(read, 2)} if read else {}
     with left.oracle(model, live, left.adapter, held=held, merges=merges, **replaced) as oracle:
         expected = model.generate(**left.inputs, **BUDGET, use_cache=False)
     if not torch.equal(tokens, expected):

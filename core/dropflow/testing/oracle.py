@@ -26,9 +26,11 @@ class MaskedOracle:
     A position whose token is not live at the end reads the last live token at or before it. `embeds` (batch, tokens,
     dim) replaces the prompt's embeddings, and `deepstack` (visual tokens, dim) what the decoder adds to visual states
     after each of its first layers, for stages that change features. `held` (layers, batch, tokens) says which
-    tokens of the prompt later tokens can still see, for stages that evict cache entries. `merges` (boundary -> (batch,
-    tokens)) gives the token into which each token's state is averaged before a layer. `log_weights` (layers, batch,
-    tokens) are added to the attention scores of each layer's keys, for stages that return soft weights.
+    tokens of the prompt later tokens can still see, for stages that evict cache entries, and `reads` (layers, batch,
+    steps, tokens) which of them each of the first tokens after the prompt sees, for stages that park some. `merges`
+    (boundary -> (batch, tokens)) gives the token into which each token's state is averaged before a layer.
+    `log_weights` (layers, batch, tokens) are added to the attention scores of each layer's keys, for stages that return
+    soft weights.
     """
 
     name: ClassVar[str] = "masked"
@@ -43,11 +45,13 @@ class MaskedOracle:
         embeds: Tensor | None = None,
         deepstack: Sequence[Tensor] | None = None,
         held: Bool[Tensor, "layers batch tokens"] | None = None,
+        reads: Bool[Tensor, "layers batch steps tokens"] | None = None,
         merges: Mapping[int, Int[Tensor, "batch tokens"]] | None = None,
         log_weights: Float[Tensor, "layers batch tokens"] | None = None,
     ):
         self._backbone = backbone_for(model, adapter)
-        self._live, self._embeds, self._held, self._log_weights = live, embeds, held, log_weights
+        self._live, self._embeds, self._log_weights = live, embeds, log_weights
+        self._held, self._reads = held, reads
         self._merges, self._deepstack = merges or {}, deepstack
         self._handles: list[Any] = []
         self.hidden: list[Tensor] = []
@@ -136,10 +140,9 @@ class MaskedOracle:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         own = torch.eye(tokens, dtype=torch.bool, device=hidden.device)
         seen = seen & live[:, None, None, :]
-        if self._held is not None:
-            later = torch.arange(tokens, device=hidden.device)[:, None] >= self._held.shape[2]
-            held = self._of(number, hidden, self._held)
-            seen = seen & (held[:, None, None, :] | ~later)
+        later = self._seen_later(number, len(live), tokens)
+        if later is not None:
+            seen = seen & later.to(seen.device)[:, None]
         seen = seen | own
         if self._log_weights is not None:
             added = self._log_weights[number][:, None, None, :].to(hidden.dtype)
@@ -149,6 +152,19 @@ class MaskedOracle:
         return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
             ~seen, torch.finfo(mask.dtype).min
         )
+
+    def _seen_later(self, number: int, batch: int, tokens: int) -> Bool[Tensor, "batch tokens tokens"] | None:
+        """What each token of a layer may see of the others, as far as the cache decides; `None` for everything."""
+        if self._held is None and self._reads is None:
+            return None
+        prompt, beams = self._live.shape[2], batch // self._live.shape[1]
+        seen = torch.ones(self._live.shape[1], tokens, tokens, dtype=torch.bool)
+        if self._held is not None:
+            seen[:, prompt:, :prompt] &= self._held[number][:, None]
+        if self._reads is not None:
+            own = self._reads[number][:, : tokens - prompt]
+            seen[:, prompt : prompt + own.shape[1], :prompt] &= own
+        return seen.repeat_interleave(beams, 0)
 
     def _read(self, _: Any, __: Any, output: Any) -> Any:
         hidden = output[0]

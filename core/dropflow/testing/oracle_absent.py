@@ -109,13 +109,12 @@ class AbsentOracle(MaskedOracle):
         if mask is not None:
             rows = mask[min(sample, len(mask) - 1)][None]
             mask = rows[:, :, tokens][..., tokens]
-        if self._held is None or len(own) == self._held.shape[2]:
+        later = self._seen_later(number, len(self._live[0]), len(own))
+        if later is None or len(own) == self._live.shape[2]:
             return mask
         if mask is None:
             mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()[None, None]
-        held = torch.nn.functional.pad(self._held[number, sample], (0, len(own) - self._held.shape[2]), value=True)
-        later = tokens >= self._held.shape[2]
-        seen = (held[tokens][None, :] | ~later[:, None])[None, None]
+        seen = later[sample][tokens][:, tokens][None, None]
         if mask.dtype == torch.bool:
             return mask & seen
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)

@@ -179,11 +179,14 @@ class HeldEntries(Stage[Any]):
         super().__init__(options, context)
         self.layers: list[tuple[CacheView, ...]] = []
         """Views of all layers' caches, one tuple per call."""
+        self.read: list[Mapping[int, Tensor]] = []
+        """Layer -> entries that it read, for layers that did not read all; one mapping per call."""
 
     @hookimpl
     def observe_cache(self, event: CacheEvent) -> None:
         """Record the views of one call."""
         self.layers.append(event.layers)
+        self.read.append(event.read)
 
 
 def policy(**stages: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from dropflow import Budget, CacheCall, CacheKeep, Encode, EncodeCall, Forecast, Keep, PruneCall, Stage, hookimpl
+from dropflow import (
+    Budget,
+    CacheCall,
+    CacheKeep,
+    CacheSelect,
+    Encode,
+    EncodeCall,
+    Forecast,
+    Keep,
+    PruneCall,
+    Stage,
+    StepCall,
+    hookimpl,
+)
+from dropflow.engine.decoder.step_reading import StepReading
 from dropflow.testing import BrokenGuarantee, assert_stage_conforms, tiny_models
 
 LLAVA = {"llava": tiny_models()["llava"]}
@@ -50,6 +64,32 @@ class CountsItsCalls(Decides):
 class Fixed(Decides):
     def stays(self, call: CacheCall) -> torch.Tensor:
         return (call.layers[2].image_id >= 0).cumsum(1) <= 9 - call.step
+
+
+class Reads(Stage[Any]):
+    """Reads some entries from layer 2 on at every decode step; a subclass says how many."""
+
+    decode_reads_at = (2,)
+
+    def count(self, call: StepCall) -> int:
+        return 2 + call.step
+
+    @hookimpl
+    def decode_cache(self, call: StepCall) -> CacheSelect:
+        return CacheSelect(call.visual.cumsum(1) <= self.count(call))
+
+
+class ReadsByNeighbours(Reads):
+    def count(self, call: StepCall) -> int:
+        return 2 * len(call.visual)
+
+
+class ReadsByCalls(Reads):
+    calls = 0
+
+    def count(self, call: StepCall) -> int:  # noqa: ARG002
+        self.calls += 1
+        return self.calls % 7
 
 
 class RemembersPrompts(Stage[Any]):
@@ -136,6 +176,8 @@ FACTS = r"x llava: guarantee 5 .*: on a model without the fact '{}', which the s
         (EvictsByNeighbours, DECODING + r"of layer 2 after step 1 alone than in the batch; check what `dec"),
         (LeaksBetweenSamples, DECODING + r"of layer 2 after step \d alone"),
         (CountsItsCalls, r"guarantee 4 .*: a second, equal generation gives sample \d other entries .* layer 2 after"),
+        (ReadsByNeighbours, r"guarantee 3 .*: while decoding, sample 0 has read other entries in layer 2 in step 1"),
+        (ReadsByCalls, r"guarantee 4 .*: a second, equal generation gives sample \d read other entries in layer"),
         (RemembersPrompts, r"guarantee 4 .*: a second, equal call keeps other tokens of sample 0 from layer 2 on"),
         (KeepsEvenPlaces, r"guarantee 3 \(batch invariance\) is broken"),
         (Promises, r"guarantee 5 .*: 5 visual tokens are forecast for image 0 \(sample 0, 16 patches\) in layer 2,"),
@@ -151,6 +193,15 @@ def test_what_breaks_a_guarantee_is_named(stage: type[Stage[Any]], message: str)
         assert_stage_conforms(stage, models=LLAVA)
 
 
-def test_a_stage_that_evicts_by_its_payload_alone_conforms() -> None:
-    (cell,) = assert_stage_conforms(Fixed, models=LLAVA)
+@pytest.mark.parametrize("stage", [Fixed, Reads])
+def test_a_stage_that_decides_by_its_payload_alone_conforms(stage: type[Stage[Any]]) -> None:
+    (cell,) = assert_stage_conforms(stage, models=LLAVA)
     assert cell.outcome == "run"
+    assert (cell.detail == "") == (stage is Reads)  # what it reads can be compared with the oracle
+
+
+def test_a_step_that_does_not_read_what_was_chosen_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = StepReading.of
+    monkeypatch.setattr(StepReading, "of", lambda *given: decide(*given) and None)
+    with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step \d on"):
+        assert_stage_conforms(Reads, models=LLAVA)
