@@ -34,6 +34,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "merged rows in place": policy(**(ENCODE | {"merge": ENCODE["merge"] | {"order": "raster"}})),
     "compact positions": policy(**ENCODE) | {"positions": "compact"},
     "eviction while decoding": policy(**EVICTS),
+    "parked entries": policy(
+        pyramid={"use": "hidrop/concave-pyramid", "keep": {3: 9}},
+        read={"use": "visionpulse/decode-read", "at": 2, "tau": 0.4, "budget_min": 0.2, "budget_max": 0.6},
+    ),
     "random rows of the output": policy(
         r={"use": "control/random", "encode": 9}, pyramid={"use": "hidrop/concave-pyramid", "keep": {3: 4}}
     ),

@@ -114,6 +114,7 @@ class CacheEvent:
     """Decisions of `decode_cache` stages in this call, in the order they were applied."""
     layers: tuple[CacheView, ...]
     """What each layer's cache holds now."""
-    read: Mapping[int, Bool[Tensor, "batch keys"]] = field(default_factory=dict)
-    """Decoder layer -> entries it has read in this decode step, for layers that did not read all. They are those that
-    its cache held before this call's evictions, the new token's own included."""
+    read: Mapping[int, Bool[Tensor, "batch length"]] = field(default_factory=dict)
+    """Decoder layer -> logical tokens whose entries it read in this decode step, for layers that did not read all."""
+    read_by: tuple[str, ...] = ()
+    """Names, in the policy, of the stages that have chosen what this step reads."""

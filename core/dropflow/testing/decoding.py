@@ -67,7 +67,9 @@ def _generate(
     pads = (~inputs["attention_mask"].bool()).sum(1).tolist()
 
     def told(sample: int, views: Sequence[CacheView], read: Mapping[int, Tensor]) -> list[list[int]]:
-        seen = [view.valid & read.get(view.layer, view.valid) for view in views]
+        seen = [
+            view.valid & read[view.layer].gather(1, view.index) if view.layer in read else view.valid for view in views
+        ]
         masks = [*((view, view.valid) for view in views), *zip(views, seen, strict=True)]
         return [(view.index[sample, mask[sample]] - pads[sample]).tolist() for view, mask in masks]
 

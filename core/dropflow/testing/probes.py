@@ -180,7 +180,7 @@ class HeldEntries(Stage[Any]):
         self.layers: list[tuple[CacheView, ...]] = []
         """Views of all layers' caches, one tuple per call."""
         self.read: list[Mapping[int, Tensor]] = []
-        """Layer -> entries that it read, for layers that did not read all; one mapping per call."""
+        """Layer -> logical tokens that it read, for layers that did not read all; one mapping per call."""
 
     @hookimpl
     def observe_cache(self, event: CacheEvent) -> None:

@@ -100,11 +100,14 @@ def _call_faults(run: TracedRun, depth: int, tokens: int, path: str) -> Iterator
     for n, call in enumerate(run.calls):
         if call.step != n:
             yield f"{path}.calls.{n}.step: expected {n}, got {call.step}"
+        told = {f"evicted.{k}": eviction for k, eviction in enumerate(call.evicted)}
+        for name, part in (told | {f"read.{k}": read for k, read in enumerate(call.read)}).items():
+            where = f"{path}.calls.{n}.{name}"
+            if max(part.layers, default=-1) >= depth:
+                yield f"{where}.layers: layer {max(part.layers)} of {depth}"
+            if max(part.tokens, default=-1) >= tokens:
+                yield f"{where}.tokens: token {max(part.tokens)}, but the prompt has {tokens}"
         for k, eviction in enumerate(call.evicted):
             where = f"{path}.calls.{n}.evicted.{k}"
-            if max(eviction.layers, default=-1) >= depth:
-                yield f"{where}.layers: layer {max(eviction.layers)} of {depth}"
-            if max(eviction.tokens, default=-1) >= tokens:
-                yield f"{where}.tokens: token {max(eviction.tokens)}, but the prompt has {tokens}"
             if eviction.notes is not None and len(eviction.notes) != len(eviction.tokens):
                 yield f"{where}.notes: {len(eviction.notes)} entries for {len(eviction.tokens)} tokens"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from dropflow import BoundaryEvent, CacheEvent, EncodeEvent, EncodeStep, Policy, Report
@@ -24,6 +25,7 @@ from dropflow_lab.trace.schema import (
     TracedEviction,
     TracedImage,
     TracedLayer,
+    TracedRead,
     TracedRun,
 )
 
@@ -82,7 +84,14 @@ def traced_run(
         boundaries=[_boundary(event, images) for event in recorder.boundaries if event.keeps],
         layers=layers,
         calls=[
-            TracedCall(step=event.step, token=token, text=text, kv_entries=held, evicted=_evicted(event))
+            TracedCall(
+                step=event.step,
+                token=token,
+                text=text,
+                kv_entries=held,
+                evicted=_evicted(event),
+                read=_read(event, first.prompt.visual[0]),
+            )
             for event, held, (token, text) in zip(recorder.caches, recorder.held, tokens, strict=True)
         ],
         answer=answer,
@@ -223,6 +232,20 @@ def _evicted(event: CacheEvent) -> list[TracedEviction]:
     return [
         TracedEviction(stage=key[0], layers=layers, tokens=list(key[1]), notes=notes.get(key))
         for key, layers in found.items()
+    ]
+
+
+def _read(event: CacheEvent, visual: Bool[Tensor, "tokens"]) -> list[TracedRead]:
+    """Return what was read by layers that did not read all; layers that read the same share one."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    entries = {}
+    for layer, tokens in event.read.items():
+        own = tuple((tokens[0, : len(visual)] & visual.to(tokens.device)).nonzero()[:, 0].tolist())
+        found.setdefault(own, []).append(layer)
+        entries[own] = int(tokens[0].sum())
+    return [
+        TracedRead(stages=list(event.read_by), layers=layers, tokens=list(own), entries=entries[own])
+        for own, layers in found.items()
     ]
 
 

@@ -51,6 +51,8 @@ def keep_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
             if eviction["notes"] is not None:
                 eviction["notes"] = [eviction["notes"][n] for n in stays]
         call["evicted"] = [each for each in call["evicted"] if each["tokens"]]
+        for read in call["read"]:
+            read["tokens"] = sorted({*read["tokens"], *tokens})
     return _with_run(trace, run, data)
 
 

@@ -90,6 +90,7 @@ def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
             {
                 "text": call.text,
                 "kv": call.kv_entries,
+                "read": {layer: read.entries for read in call.read for layer in read.layers},
                 "evicted": [_evicted(e, where, len(images)) for e in call.evicted],
             }
             for call in run.calls

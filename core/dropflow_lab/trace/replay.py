@@ -14,6 +14,7 @@ from torch import Tensor
 from dropflow import (
     CacheCall,
     CacheKeep,
+    CacheSelect,
     Encode,
     EncodeCall,
     Exit,
@@ -24,6 +25,7 @@ from dropflow import (
     Stage,
     StageContext,
     StageOptions,
+    StepCall,
     WindowCall,
     hookimpl,
 )
@@ -31,7 +33,7 @@ from dropflow.errors import DecisionError, PolicyError
 from dropflow.lifecycle.stage import EncodeBoundary
 from dropflow.policy.policy import StageUse
 from dropflow_lab.trace.rows import across_frames, made_again, shares
-from dropflow_lab.trace.schema import Trace, TracedBoundary, TracedEncode, TracedEviction, TracedRun
+from dropflow_lab.trace.schema import Trace, TracedBoundary, TracedEncode, TracedEviction, TracedRead, TracedRun
 
 SUFFIX = " (replay)"
 
@@ -49,6 +51,8 @@ class Part:
     """Boundaries at which it is the first to prune, and enforces `kept`."""
     evictions: dict[int, list[TracedEviction]] = field(default_factory=dict)
     """Evictions by step."""
+    reads: dict[int, list[TracedRead]] = field(default_factory=dict)
+    """What layers read by step, where they did not read all."""
 
 
 class ReplayOptions(StageOptions):
@@ -103,6 +107,8 @@ def _parts(run: TracedRun, sizes: Sequence[int]) -> dict[str, Part]:
     for call in run.calls:
         for eviction in call.evicted:
             parts.setdefault(eviction.stage, Part()).evictions.setdefault(call.step, []).append(eviction)
+        for read in call.read:  # of several stages, the first one reads what all of them wanted
+            parts.setdefault(read.stages[0], Part()).reads.setdefault(call.step, []).append(read)
     return parts
 
 
@@ -119,7 +125,7 @@ def _obey(boundary: TracedBoundary, parts: dict[str, Part], sizes: Sequence[int]
 
 
 class Replay(Stage[ReplayOptions]):
-    """Repeats what one stage of a trace decided: rows, merges, protection, window, keeps and evictions."""
+    """Repeats what one stage of a trace decided: rows, merges, protection, window, keeps, evictions and reads."""
 
     Options = ReplayOptions
     summary = "forces the keeps of a trace, regardless of scores"
@@ -162,6 +168,12 @@ class Replay(Stage[ReplayOptions]):
     def decode_every(self) -> int:
         """1, every token, if the traced stage evicted while decoding; else 0."""
         return int(any(self._evictions))
+
+    @property
+    def decode_reads_at(self) -> tuple[int, ...]:
+        """Layers that did not read all they held."""
+        reads = self.options.part.reads.values()
+        return tuple(sorted({layer for step in reads for read in step for layer in read.layers}))
 
     def forecast(self) -> Forecast:
         """The traced window and boundaries."""
@@ -243,8 +255,10 @@ class Replay(Stage[ReplayOptions]):
         return slot.gather(1, into[index])
 
     @hookimpl
-    def decode_cache(self, call: CacheCall) -> CacheKeep | None:
-        """Evict the same entries."""
+    def decode_cache(self, call: CacheCall | StepCall) -> CacheKeep | CacheSelect | None:
+        """Evict or read the same entries."""
+        if isinstance(call, StepCall):
+            return self._read(call)
         keeps: dict[int, Bool[Tensor, "batch keys"]] = {}
         for eviction in self._evictions.get(call.step, ()):
             made: dict[int, Tensor] = {}  # one for all layers that hold the same, so that the engine treats them as one
@@ -255,6 +269,14 @@ class Replay(Stage[ReplayOptions]):
                     made[id(index)] = ~torch.isin(index, tokens)
                 keeps[number] = made[id(index)]
         return CacheKeep(keeps) if keeps else None
+
+    def _read(self, call: StepCall) -> CacheSelect | None:
+        """Return the entries that the layer read; `None` where it read all."""
+        for read in self.options.part.reads.get(call.step, ()):
+            if call.layer in read.layers:
+                tokens = torch.tensor(read.tokens, dtype=torch.long, device=call.view.index.device)
+                return CacheSelect(torch.isin(call.view.index, tokens))
+        return None
 
     def _check_layout(self, call: PruneCall) -> None:
         """Check that live patches are where the trace has patches of the same image, and text is where it has none."""

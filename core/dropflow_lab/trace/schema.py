@@ -139,6 +139,15 @@ class TracedEviction(_Part):
     )
 
 
+class TracedRead(_Part):
+    """What some layers read in one decode step, in which they did not read all their entries."""
+
+    stages: list[str] = Field(min_length=1, description="names in the policy of the stages that chose")
+    layers: Numbers
+    tokens: Numbers = Field(description="logical indices of the visual tokens whose entries were read")
+    entries: Count = Field(description="entries that were read, text included")
+
+
 class TracedCall(_Part):
     """One call of the model: the prefill, or a decode step."""
 
@@ -147,6 +156,7 @@ class TracedCall(_Part):
     text: str = Field(description="that token as text")
     kv_entries: Numbers = Field(description="entries that each layer's cache holds after the call")
     evicted: list[TracedEviction] = []
+    read: list[TracedRead] = Field(default=[], description="layers that did not read all; empty in the prefill")
 
 
 class TracedLayer(_Part):

@@ -124,6 +124,21 @@ def test_evictions_while_decoding() -> None:
     assert [b - a for a, b in zip(calls[1].kv_entries, calls[2].kv_entries, strict=True)] == [1] + [1 - 5] * 5
 
 
+def test_what_decode_steps_read() -> None:
+    *_, trace = tiny_trace(POLICIES["parked entries"], parts=((3, "I", 5),))
+    prefill, *steps = trace.runs[0].calls
+    assert prefill.read == []
+    visual = [16] * 3 + [9] * 3
+    for call in steps:
+        assert [(read.stages, read.layers) for read in call.read] == [(["read"], [2]), (["read"], [3, 4, 5])]
+        whole, held = (set(read.tokens) for read in call.read)
+        assert held < whole
+        assert len(whole) == 9  # of 16, 0.6 are the upper bound
+        for read in call.read:
+            text = call.kv_entries[read.layers[0]] - visual[read.layers[0]]
+            assert read.entries == len(read.tokens) + text
+
+
 def test_what_cannot_be_traced() -> None:
     model, two = tiny_llava(), prompt([(3, "I", 5), (3, "I", 5)])
     with pytest.raises(InputError, match="a batch of 2"):

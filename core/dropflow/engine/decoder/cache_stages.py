@@ -132,8 +132,11 @@ class CacheStages:
         if (self.stages or told is not None) and is_flow_cache(self.cache):
             decide_cache(self._site.plan, self.stages, self.cache, self._step, self._tokens, self.rows, told)
             if told is not None:
-                read = {} if self.reading is None else {layer: own.mask for layer, own in self.reading.read.items()}
-                hooks.observe_cache(CacheEvent(self._step, tuple(told), cache_views(self.cache), read))
+                event = CacheEvent(self._step, tuple(told), cache_views(self.cache))
+                if self.reading is not None:
+                    read = {layer: own.tokens for layer, own in self.reading.read.items()}
+                    event = replace(event, read=read, read_by=self.reading.chosen_by)
+                hooks.observe_cache(event)
 
 
 def _asks(stage: Stage[Any], step: int) -> bool:

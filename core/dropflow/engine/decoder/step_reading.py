@@ -36,11 +36,18 @@ class Active:
     """The same as a live set over entries."""
     visual: Bool[Tensor, "batch keys"]
     """Visual entries."""
+    index: KeyIndex
+    """The tokens of all entries."""
 
     @lazy
     def counts(self) -> Int[Tensor, "2 batch"]:
         """Number of entries that are read, and of visual ones among them."""
         return torch.stack([self.mask.sum(1), (self.mask & self.visual).sum(1)])
+
+    @lazy
+    def tokens(self) -> Bool[Tensor, "batch length"]:
+        """Logical tokens whose entries are read."""
+        return _of_tokens(self.mask, self.index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +84,11 @@ class StepReading:
     def first(self) -> int | None:
         """The first layer at which a stage is asked; `None` if no stage asks."""
         return min(self._asked, default=None)
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """Names of the stages that have chosen."""
+        return tuple(self._choices)
 
     def involves(self, number: int) -> bool:
         """Whether q and k of a layer are needed: a stage is asked there, or the layer may not read all entries."""
@@ -122,9 +134,7 @@ class StepReading:
             return
         chosen, first = _checked(answer, name, number, view)
         active = chosen.to(view.valid.device) & view.valid
-        spare = index.logical.masked_fill(~view.valid, self._length)  # padding: a column nobody reads
-        tokens = torch.zeros(len(active), self._length + 1, dtype=torch.bool, device=active.device)
-        self._choices[name] = _Choice(first, tokens.scatter(1, spare, active))
+        self._choices[name] = _Choice(first, _of_tokens(active, index))
 
     def _active(self, number: int, window: int | None) -> Active | None:
         """The entries that a layer reads; `None` for all. One host synchronisation for layers that hold the same."""
@@ -147,7 +157,7 @@ class StepReading:
             inside = stays & (index.logical >= self._length - window)
             if not bool((inside == stays).all()):
                 stays, counts = inside, read(inside.sum(1))[0]
-        return Active(stays, LiveSet.of(stays, Extent.of(counts)), view.image_id >= 0)
+        return Active(stays, LiveSet.of(stays, Extent.of(counts)), view.image_id >= 0, index)
 
     def _index(self, number: int) -> KeyIndex:
         """Index of all entries of a layer, this step's own included; layers that hold the same share it."""
@@ -159,6 +169,13 @@ class StepReading:
     def _view(self, index: KeyIndex) -> CacheView:
         found: CacheView = self._once(("view", index), lambda: cache_view(0, index))
         return found
+
+
+def _of_tokens(entries: Bool[Tensor, "batch keys"], index: KeyIndex) -> Bool[Tensor, "batch length"]:
+    """The logical tokens of some entries, which must not be padding."""
+    spare = index.logical.masked_fill(~entries, index.length)  # a column nobody reads
+    tokens = torch.zeros(len(entries), index.length + 1, dtype=torch.bool, device=entries.device)
+    return tokens.scatter(1, spare, True)[:, :-1]
 
 
 def _taken(states: Tensor, index: Int[Tensor, "batch slots"]) -> Tensor:

@@ -9,6 +9,11 @@ function heldNow(run, layer, moment) {
   return moment && run.calls.length ? run.calls[Math.min(moment, run.calls.length) - 1].kv[layer] : run.layers[layer][1];
 }
 
+function readNow(run, layer, moment) {
+  const read = moment > 1 && run.calls.length ? run.calls[Math.min(moment, run.calls.length) - 1].read[layer] : undefined;
+  return read === undefined ? "" : `, of which this step read ${read}`;
+}
+
 const panels = data.runs.map((run, number) => {
   const panel = { run, canvases: [] };
   panel.counts = make("p", { className: "counts" });
@@ -125,7 +130,7 @@ function updatePanel(panel) {
   const visual = run.layers[layer][0], held = heldNow(run, layer, moment);
   panel.counts.replaceChildren(
     `Layer ${layer}: `, make("span", { className: "visual", textContent: visual }), ` of ${mostVisual} visual tokens; `,
-    make("span", { className: "kv", textContent: held }), " KV entries");
+    make("span", { className: "kv", textContent: held }), " KV entries" + readNow(run, layer, moment));
   panel.parts.textContent = [
     counts.merged && `${plural(counts.merged, "patch")} merged into ${plural(counts.tokens, "token")}`,
     counts.away && `${counts.away} merged into other frames`,
