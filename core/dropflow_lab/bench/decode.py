@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -45,8 +47,8 @@ class DecodeBench:
     plain_ms: Spread
     """Milliseconds of a step without a policy."""
     share: float
-    entries_read: dict[str, tuple[float, ...]]
-    """Entries that each layer reads on average, by variant."""
+    entries_read: dict[str, tuple[int, ...]]
+    """Entries that each layer has read in the last step, by variant."""
     clock: str
     rounds: int
     subject: SubjectShape
@@ -92,14 +94,26 @@ def bench_decode(
             **{name: ratio(seconds[name], seconds["plain"]) for name in (*policies, "control")},
             plain_ms=Spread.of([1e3 * one for one in seconds["plain"]]),
             share=share,
-            entries_read={
-                name: tuple(row.kv_entries_read for row in flow.report().layers) for name, flow in flows.items()
-            },
+            entries_read={name: _read(models[name], runs[name]) for name in flows},
             clock="wall" if wall else "CPU time of the process",
             rounds=rounds,
             subject=shape,
             machine=this_machine(),
         )
+
+
+def _read(model: Any, step: Callable[[], object]) -> tuple[int, ...]:
+    """Return the number of keys that the attention of each decoder layer gets in one more step, which is not timed."""
+    text, seen = model.get_decoder(), list[int]()
+    kernel = ALL_ATTENTION_FUNCTIONS[text.config._attn_implementation]
+
+    def counted(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(key.shape[2])
+        return kernel(module, query, key, *args, **kwargs)
+
+    with mock.patch.dict(vars(ALL_ATTENTION_FUNCTIONS)["_local_mapping"], {text.config._attn_implementation: counted}):
+        step()
+    return tuple(seen)
 
 
 def _caches(filled: Any, flows: Mapping[str, dropflow.Flow]) -> dict[str, Any]:

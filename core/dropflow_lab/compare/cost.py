@@ -45,6 +45,9 @@ class Work:
     """The same after an answer of `NEW_TOKENS` tokens, where stages may have evicted entries at decode steps."""
     peak_bytes: float
     """Peak bytes allocated during the prefill, beyond the model itself."""
+    kv_bytes_read: float = 0.0
+    """Keys and values that a decode step reads, as the mean over the steps of that answer: what its caches hold, unless
+    stages choose."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
 
     with _attached(backbone, policy) as (flow, meter):
         at_the_end = _held(answer(NEW_TOKENS))
+        read = None if flow is None or flow.plan.idle else flow.report().kv_bytes_read
         cache = prefill()
         counts = _counted(backbone, meter, prefill)
         return Work(
@@ -165,7 +169,15 @@ def _work_of(backbone: Backbone, policy: Policy | None, prompt: Any) -> Work:
             kv_bytes=_held(cache),
             kv_bytes_end=at_the_end,
             peak_bytes=peak_bytes(prefill, backbone.model.device),
+            kv_bytes_read=_read(backbone, _held(cache), at_the_end) if read is None else read,
         )
+
+
+def _read(backbone: Backbone, before: float, after: float) -> float:
+    """Return the mean bytes that a step of an answer reads that reads everything, given what was held around it."""
+    shape, steps = backbone.shape, NEW_TOKENS - 1
+    held = before + (after - before) * (steps + 1) / (2 * steps)
+    return held * len(shape.with_attention) / len(shape.holding)
 
 
 def _formula(flow: Flow | None, backbone: Backbone, prompt: Any) -> float:

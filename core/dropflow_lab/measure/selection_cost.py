@@ -37,7 +37,7 @@ class SelectionMeter:
         self.largest_tensor = 0
         """Elements of the largest tensor that selection has allocated in any call of `watch`."""
         self._stages = [one for name, one in plan.stages if stage in (None, name)]
-        self._taps = any(one.taps or one.vision_taps or one.decode_taps for one in self._stages)
+        self._taps = any(one.taps or one.vision_taps or one.decode_taps or one.decode_reads_at for one in self._stages)
         self._watches = self._runs = False
         for hook in HOOKS:
             if any(self._is_metered(one) for _, one in plan.hooks.implementers(hook)):

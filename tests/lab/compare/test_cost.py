@@ -158,6 +158,18 @@ def test_what_is_evicted_while_decoding_shows_at_the_end(loaded: tuple[Any, Any]
     assert cost.work.kv_bytes_end == cost.dense.kv_bytes_end - 72 * each
 
 
+def test_what_steps_read_is_told_beside_what_is_held(loaded: tuple[Any, Any], samples: list[Sample]) -> None:
+    read = {"use": "visionpulse/decode-read", "at": 0, "fixed": 0.25}
+    policy = dropflow.load_policy({"name": "read", "stages": {"read": read}})
+    whole = dropflow.load_policy({"name": "read", "stages": {"read": read | {"fixed": 1.0}}})
+    cost, plain = (measure_cost(*loaded, one, samples[:1], rounds=0) for one in (policy, whole))
+    each = (cost.dense.kv_bytes_end - cost.dense.kv_bytes) / (NEW_TOKENS - 1)
+    assert plain.work.kv_bytes_read == pytest.approx(cost.dense.kv_bytes_read)
+    assert cost.dense.kv_bytes_read == pytest.approx(cost.dense.kv_bytes + 4 * each)
+    assert cost.work.kv_bytes_end == cost.dense.kv_bytes_end
+    assert cost.work.kv_bytes_read == pytest.approx(cost.dense.kv_bytes_read - 0.75 * 144 * each)
+
+
 def test_the_clock_gives_every_stretch_to_one_part(
     loaded: tuple[Any, Any], samples: list[Sample], mild: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

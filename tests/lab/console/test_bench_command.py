@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from dropflow_lab.bench import engine
+from dropflow_lab.bench import decode, engine
 from dropflow_lab.bench import stages as stage_bench
 from dropflow_lab.bench.random_llava import SubjectShape
 
@@ -40,6 +40,14 @@ def test_table_of_a_quick_run(toy_cli) -> None:
     shown = toy_cli("bench", "engine", "--quick").stdout
     assert all(f"{name}: " in shown for name in ("noop", "empty", "control", "reduced"))
     assert "3 rounds on 1 thread(s)" in shown
+
+
+def test_decode(cli, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "bench_decode", partial(decode.bench_decode, TOY, decode_steps=2))
+    told = json.loads(cli("bench", "decode", "--repeats", 2, "--share", 0.5, "--json").stdout)
+    assert (told["share"], told["rounds"], len(told["entries_read"]["late"])) == (0.5, 2, 16)
+    shown = cli("bench", "decode", "--quick", "--wall").stdout
+    assert all(name in shown for name in ("everything", "late", "early", "control", "entries read per layer", "wall"))
 
 
 def test_stages_as_json(toy_cli) -> None:

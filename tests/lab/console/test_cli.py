@@ -53,6 +53,7 @@ def test_without_a_command_the_help_is_shown(cli) -> None:
         "digits sample",
         "bench engine",
         "bench overlap",
+        "bench decode",
         "bench train",
         "bench gpu",
         "bench serve",

@@ -110,7 +110,7 @@ class StepReading:
             ("mask", seen.mask, active), lambda: taken_mask(seen.mask, active.kept, flash=self._site.flash)
         )
         key, value = (_taken(states, active.kept.index) for states in (seen.key, seen.value))
-        return replace(seen, key=key, value=value, mask=mask)
+        return replace(seen, key=key, value=value, mask=None if mask is None else mask.to(key.device))
 
     def as_read(self, number: int, seen: QueryKey) -> QueryKey:
         """What a layer has attended to, over all its entries: parked ones are hidden by its mask."""

@@ -53,7 +53,7 @@ def costs(rows: Sequence[Row]) -> Table:
     table = _table(
         "cost; prefill and decode are ratios to the model without a policy, parts are shares of its total time"
     )
-    work = ("FLOPs", "counted", "KV", "KV at the end", "peak")
+    work = ("FLOPs", "counted", "KV", "KV at the end", "KV read", "peak")
     _columns(table, *work, "prefill", "decode", "vision", "selection", "rest", "decode part", "sum")
     for row in rows:
         if row.cost is not None:
@@ -71,6 +71,7 @@ def _cost(cost: Cost) -> list[str]:
         si(work.flops_counted),
         si(work.kv_bytes, "B"),
         si(work.kv_bytes_end, "B"),
+        si(work.kv_bytes_read, "B"),
         si(work.peak_bytes, "B"),
         *ratios,
         *cells.parts(cost),
