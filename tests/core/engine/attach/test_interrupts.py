@@ -76,6 +76,7 @@ SCENES = {
     "encoder": Scene(policy(**ENCODING), features),
     "prefill": Scene(policy(**PRUNING), prefill),
     "answer": Scene(policy(**PRUNING, **CACHE), answer),
+    "parked": Scene(policy(read={"use": "visionpulse/decode-read", "at": 1, "fixed": 0.3}), answer),
     "everything": Scene(policy(**ENCODING, **PRUNING, **CACHE), answer),
     "overlap": Scene(policy(**ENCODING, enter={"use": "hidrop/late-injection", "at": 1}), prefill, overlap=True),
 }
@@ -177,7 +178,7 @@ def interrupted_calls(name: str, lines: Sequence[Line], detached_every: int) -> 
     return faults
 
 
-@pytest.mark.parametrize("name", ["encoder", "prefill", "answer", "overlap"])
+@pytest.mark.parametrize("name", ["encoder", "prefill", "answer", "overlap", "parked"])
 def test_a_call_may_be_interrupted_at_any_line_of_the_engine(name: str) -> None:
     lines = first_passes(name)
     assert len(lines) > 50
