@@ -34,6 +34,10 @@ POLICIES = {
     "at the entry": policy(
         inject=HIDROP["stages"]["inject"], pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 7, 3: 2}}
     ),
+    "parked entries": policy(
+        pyramid={"use": "pyramiddrop/pyramid", "keep": {2: 8}},
+        read={"use": "visionpulse/decode-read", "at": 1, "fixed": 0.4},
+    ),
     "before all layers": policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {0: 7, 3: 2}}),
 }
 TAILS = ((5, 6, 7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))

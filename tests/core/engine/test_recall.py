@@ -173,6 +173,27 @@ def test_without_recall_dropped_tokens_stay_gone(llava: Any) -> None:
     assert found[1] != [True, True, True]
 
 
+@torch.no_grad()
+def test_steps_may_read_less_of_what_was_recalled(llava: Any) -> None:
+    first, question = prompt(((3, "I", 5),)), torch.tensor([[11, 12, 13]])
+    found, read = [], []
+    for share in (None, 1.0, 0.4):
+        stages = {} if share is None else {"read": {"use": "visionpulse/decode-read", "at": 3, "fixed": share}}
+        which = {**FASTV, "stages": {**FASTV["stages"], **stages}}
+        with dropflow.attach(llava, which) as flow:
+            cache = DynamicCache()
+            logits = [llava(**first, **{CACHE_ARGUMENT: cache}).logits[:, -1]]
+            for ids in (*question.T[:2], question, *question.T):
+                logits.append(llava(input_ids=ids.view(1, -1), **{CACHE_ARGUMENT: cache}).logits[:, -1])
+            found.append(logits)
+            read.append(flow.report().kv_entries_read_over_time)
+    assert all(map(torch.equal, found[0], found[1]))
+    assert torch.equal(found[0][0], found[2][0])
+    assert not torch.equal(found[0][1], found[2][1])
+    assert read[0] == read[1]
+    assert sum(read[2]) < sum(read[1])
+
+
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
 @torch.no_grad()
 def test_generate_goes_on_with_it(llava: Any, mode: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ def recall_faults(backbone: Backbone, plan: Plan) -> list[str]:
         )
     faults += [
         f"recall: stages.{name} evicts entries that a later question might recall; leave the stage or `recall` out"
-        for name, _ in plan.hooks.implementers("decode_cache")
+        for name, stage in plan.hooks.implementers("decode_cache")
+        if not stage.decode_reads_at
     ]
     other = next((number for number, one in enumerate(backbone.mixers) if one.name != "full_attention"), None)
     if other is not None:
