@@ -23,11 +23,15 @@ class SelectionMeter:
     Selection is everything that runs inside the stage's hooks, including the attention rows it requests (the norm, q, k
     and RoPE that a probe computes, and the softmax over rows), and what a tap of an earlier layer adds to that layer:
     opening it, keeping q and k, closing it. Moving the survivors and fitting masks is the engine's work and not part of
-    it. Times are wall-clock times on the CPU: work still queued on a GPU would be missed.
+    it. Times are taken on the CPU: work still queued on a GPU would be missed.
     """
 
-    def __init__(self, plan: Plan, stage: str | None = None) -> None:
-        """Wrap the hooks of `plan`; `stage` is the name of a stage in the policy, `None` for all stages."""
+    def __init__(self, plan: Plan, stage: str | None = None, clock: Callable[[], float] | None = None) -> None:
+        """Wrap the hooks of `plan`; `stage` is the name of a stage in the policy, `None` for all stages.
+
+        `clock` reads seconds; by default those on the wall.
+        """
+        self._clock = clock or time.perf_counter
         self.seconds: list[float] = []
         """One entry per call of `measure`."""
         self.elapsed = 0.0
@@ -83,19 +87,21 @@ class SelectionMeter:
         if self._runs:
             yield
             return
-        self._runs, start = True, time.perf_counter()
+        self._runs, start = True, self._clock()
         try:
             yield
         finally:
-            self.elapsed += time.perf_counter() - start
+            self.elapsed += self._clock() - start
             self._runs = False
 
 
 @contextmanager
-def metered(model: Any, policy: Any, stage: str | None = None) -> Iterator[SelectionMeter]:
+def metered(
+    model: Any, policy: Any, stage: str | None = None, clock: Callable[[], float] | None = None
+) -> Iterator[SelectionMeter]:
     """Attach `policy` to `model` with a meter around the stage of that name in the policy, or around all stages."""
     with dropflow.attach(model, policy) as flow:
-        yield SelectionMeter(flow.plan, stage)
+        yield SelectionMeter(flow.plan, stage, clock)
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

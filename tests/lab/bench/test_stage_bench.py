@@ -27,9 +27,9 @@ def measured() -> StageBench:
 
 
 def test_every_shipped_stage_has_a_row(measured: StageBench) -> None:
-    """But for stages that need a packed tower, training, or videos, none of which the random LLaVA has.
+    """But for stages that need training, and those of other benchmarks.
 
-    Nor for those that select nothing in the prefill, which `dropflow bench decode` measures.
+    The video benchmark has stages for a packed tower and for videos, the decode benchmark those that only read less.
     """
     shipped = {point.name: point.load() for point in distribution("dropflow").entry_points.select(group=GROUP)}
     measurable = {name for name, kind in shipped.items() if "units" not in kind.needs and not kind.needs_training}

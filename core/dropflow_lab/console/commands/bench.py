@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.console.commands import bench_serving, bench_training
+from dropflow_lab.console.commands import bench_serving, bench_training, bench_videos
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
@@ -27,6 +27,7 @@ app = typer.Typer(help="Measure what the engine and the stages cost and save; `d
 app.command("train")(bench_training.train)
 app.command("gpu")(bench_training.gpu)
 app.command("serve")(bench_serving.serve)
+app.command("video")(bench_videos.video)
 
 _QUICK_ROUNDS = 3
 
@@ -87,7 +88,7 @@ def stages(
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time the selection of every shipped stage, and what its policy saves of the prefill.
+    """Time the selection of every shipped stage for pictures, and what its policy saves of the prefill.
 
     On a random model of 32 layers, 576 visual and 64 text tokens, every policy in turn. Both are shares of the time of
     a prefill without a policy; the saving is net of selection. All are medians with quartiles.
