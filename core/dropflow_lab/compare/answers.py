@@ -13,6 +13,7 @@ import dropflow
 from dropflow import Policy
 from dropflow.backbone.backbone import backbone_for
 from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.frames import stating_videos
 from dropflow_lab.inputs.prompts import build_inputs, generate
 from dropflow_lab.measure.prefill import Prefill
 
@@ -43,7 +44,7 @@ def ask(
         for start in track(range(0, len(samples), batch), f"{name}: answers"):
             asked = samples[start : start + batch]
             inputs = build_inputs(processor, [(one.images(), one.question) for one in asked])
-            with dropflow.questions([one.question for one in asked]):
+            with dropflow.questions([one.question for one in asked]), stating_videos(inputs, asked):
                 said += generate(model, processor, inputs, max_new_tokens)
             took += Prefill.of(backbone, flow, inputs)
     means = took.means()

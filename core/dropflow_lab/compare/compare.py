@@ -101,7 +101,8 @@ class Comparing:
         keep = self._share_of(answers.average_visual_tokens_answer)
         if keep is None:
             return Member(answers, dense, (), "as many visual tokens as without a policy", cost)
-        controls = tuple(self._answers(_random(keep, seed)) for seed in range(self.rules.control_seeds))
+        per = "video" if self._only_videos else "image"
+        controls = tuple(self._answers(_random(keep, seed, per)) for seed in range(self.rules.control_seeds))
         return Member(answers, dense, controls, "" if controls else "not asked for", cost)
 
     def downsampled(self, tokens: int) -> Member:
@@ -110,13 +111,26 @@ class Comparing:
         return Member(answers, self._answers(None))
 
     def _share_of(self, average: float) -> int | float | None:
-        """Tokens per image that give this average: a count, or a share if images differ in size; `None` for all."""
+        """Tokens per image that give this average: a count, or a share if images differ in size; `None` for all.
+
+        Where all questions are about videos alone, and each about one, these are tokens per video.
+        """
         whole = self._answers(None).entry_visual_tokens
+        if self._only_videos:
+            count = max(1, round(average))
+            if len({len(sample.pictures) for sample in self.samples}) > 1 or whole != round(whole):
+                return max(average, 1) / whole if average < whole else None
+            return count if count < whole else None
         each = backbone_for(self._model).tokens_per_image
         if each is None or whole != round(whole):
             return max(average, 1) / whole if average < whole else None
         count = max(1, round(average * each / whole))
         return count if count < each else None
+
+    @property
+    def _only_videos(self) -> bool:
+        """Whether every question is about one video, and no other picture."""
+        return all([len(video) for video in sample.videos] == [len(sample.pictures)] for sample in self.samples)
 
     def _answers(self, policy: Policy | None, asked: Sequence[Sample] = (), name: str = "") -> Answers:
         """Answers to `asked` (if empty, all questions of the comparison), stored under `name` or the policy's name."""
@@ -160,9 +174,9 @@ def smaller(samples: Sequence[Sample], tokens: int, cell: int) -> list[Sample]:
     return [replace(sample, pictures=tuple(map(shrunk, sample.pictures))) for sample in samples]
 
 
-def _random(keep: int | float, seed: int) -> Policy:
-    """Random pruning before the LLM, shared by policies with about the same average."""
-    stage = {"use": "control/random", "encode": keep, "seed": seed}
+def _random(keep: int | float, seed: int, per: str) -> Policy:
+    """Random pruning before the LLM, per image or per video, shared by policies with about the same average."""
+    stage = {"use": "control/random", "encode": keep, "seed": seed} | ({"per": per} if per != "image" else {})
     return dropflow.load_policy({"name": f"random-{float(f'{keep:.3g}'):g}-seed-{seed}", "stages": {"random": stage}})
 
 

@@ -15,6 +15,7 @@ from dropflow import Flow, Policy
 from dropflow.backbone.backbone import Backbone, backbone_for
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.frames import stating_videos
 from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.measure.flop_count import count_flops
 from dropflow_lab.measure.memory import peak_bytes
@@ -110,8 +111,7 @@ def measure_cost(
     backbone = backbone_for(model)
     name = "dense" if policy is None else policy.name
     prompts = [
-        (build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype), one.question)
-        for one in samples
+        (build_inputs(processor, [(one.images(), one.question)]).to(model.device, model.dtype), one) for one in samples
     ]
     with torch.no_grad():
         dense = dense or _work(backbone, None, prompts)
@@ -119,8 +119,8 @@ def measure_cost(
         splits: list[tuple[Split, Split]] = []
         with no_garbage_collection():
             for number in track(range(rounds + 1), f"{name}: time", disable=not rounds):
-                for prompt, question in prompts if rounds else ():
-                    with dropflow.questions([question]):
+                for prompt, sample in prompts if rounds else ():
+                    with _stating(prompt, sample):
                         pair = _pair(backbone, policy, prompt, swap=bool(number % 2))
                     if number:  # the first round warms up
                         splits.append(pair)
@@ -140,10 +140,17 @@ def _split(backbone: Backbone, policy: Policy | None, prompt: Any) -> Split:
         return Stopwatch(backbone, meter).split(lambda: backbone.model.generate(**prompt, **options))
 
 
-def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any, str]]) -> Work:
+@contextmanager
+def _stating(prompt: Any, sample: Sample) -> Iterator[None]:
+    """State question and videos of a prompt."""
+    with dropflow.questions([sample.question]), stating_videos(prompt, [sample]):
+        yield
+
+
+def _work(backbone: Backbone, policy: Policy | None, prompts: Sequence[tuple[Any, Sample]]) -> Work:
     found = []
-    for prompt, question in prompts:
-        with dropflow.questions([question]):
+    for prompt, sample in prompts:
+        with _stating(prompt, sample):
             found.append(_work_of(backbone, policy, prompt))
     return Work(**{name: sum(getattr(one, name) for one in found) / len(found) for name in Work.__dataclass_fields__})
 

@@ -31,6 +31,11 @@ def _samples(stage: TrainingStage, seed: int, processor: Any) -> Dataset[Dialogu
         return Dialogues((stage.steps or 0) * stage.batch, rounds=stage.rounds, seed=seed)
     samples = read_samples(stage.data, maxsize)
     check_questions(processor, samples)
+    if filmed := next((sample for sample in samples if sample.videos), None):
+        raise InputError(
+            f"{filmed.where or stage.data}: has a video, expected pictures alone; training does not state videos, so "
+            "name the frames as `images`"
+        )
     found = FolderDialogues(samples, stage.rounds)
     if not len(found):
         raise InputError(f"{stage.data}: expected at least one sample")

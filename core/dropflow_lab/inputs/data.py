@@ -1,4 +1,4 @@
-"""Questions about pictures: from a folder with `images/` and a JSONL file, or the embedded digits questions."""
+"""Questions about pictures and videos: from a folder with a JSONL file, or the embedded questions about digits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dropflow_lab.errors import InputError, shortened
+from dropflow_lab.inputs.frames import frame_files
 from dropflow_lab.inputs.images import is_file, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DIGITS = "digits"
-"""Name of the embedded questions, in place of a folder."""
+DIGITS, CLIPS = "digits", "clips"
+"""Names of the embedded questions about pictures and about videos, in place of a folder."""
+EMBEDDED = (DIGITS, CLIPS)
 _SHOWN_FAULTS = 10
 
 
@@ -35,9 +37,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one or more pictures."""
+    """One question about one or more pictures or videos."""
 
     pictures: tuple[Picture, ...]
+    """Frames among them."""
     question: str
     answer: str | None = None
     """The right answer, if it is known."""
@@ -45,6 +48,8 @@ class Sample:
     """Kind of question, if the data distinguishes kinds."""
     where: str = ""
     """File and line that it comes from."""
+    videos: tuple[tuple[int, ...], ...] = ()
+    """For each video, the numbers of its frames among the pictures, in the order of time."""
 
     def images(self) -> list[Image]:
         """Open all pictures; raises `InputError` where one cannot be read."""
@@ -61,6 +66,8 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     image: str | None = None
     images: list[str] = Field(default_factory=list)
+    video: str | None = None
+    videos: list[str] = Field(default_factory=list)
     question: str = Field(min_length=1)
     answer: str | None = None
     kind: str | None = None
@@ -70,19 +77,25 @@ class _Line(BaseModel):
         """Files of all images."""
         return [*([] if self.image is None else [self.image]), *self.images]
 
+    @property
+    def folders(self) -> list[str]:
+        """Folders of all videos."""
+        return [*([] if self.video is None else [self.video]), *self.videos]
+
 
 def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
-    """Return up to `count` samples of `source`, in order: a folder, or `digits` for the embedded test questions.
+    """Return up to `count` samples of `source`, in order: a folder, or one of `EMBEDDED` for embedded test questions.
 
     A folder has one `data.jsonl` (or one other `.jsonl` file). Each line is an object with `question`, with `image` (a
-    file name) or `images` (several), and, where known, `answer` and `kind`. File names are relative to the folder or to
-    its `images/` and must not lead out of it; links are followed wherever they lead. `seed` selects the digits
-    questions. Pictures are opened later, sample by sample.
+    file name), `images` (several), `video` (a folder of frames) or `videos` (several), and, where known, `answer` and
+    `kind`. Images precede videos in the prompt. Names are relative to the folder or to its `images/` or `videos/` and
+    must not lead out of it; links are followed wherever they lead. `seed` selects the embedded questions. Pictures are
+    opened later, sample by sample; of frames, names and sizes are read at once.
 
     Raises `InputError` naming file and line of each of the first faulty lines.
     """
-    if str(source) == DIGITS:
-        return list(_digits(count, seed))
+    if str(source) in EMBEDDED:
+        return list((_digits if str(source) == DIGITS else _clips)(count, seed))
     table = _table(Path(source))
     samples: list[Sample] = []
     faults: list[str] = []
@@ -102,7 +115,10 @@ def read_samples(source: str | Path, count: int, seed: int = 0) -> list[Sample]:
 
 def _table(folder: Path) -> Path:
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected {DIGITS!r} or a folder with images/ and data.jsonl, found no such folder")
+        raise InputError(
+            f"{folder}: expected {' or '.join(map(repr, EMBEDDED))} or a folder with images/ and data.jsonl, "
+            "found no such folder"
+        )
     found = sorted(path for path in folder.glob("*.jsonl") if path.is_file())
     named = folder / "data.jsonl"
     if named in found:
@@ -130,19 +146,38 @@ def _sample(folder: Path, text: str) -> Sample:
         ) from None
     except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or a depth of 10,000
         raise ValueError(f"expected a JSON object: {shortened(str(error))}") from None
-    if not line.names:
-        raise ValueError("image: missing; name a file, or several in `images`")
-    pictures = tuple(_picture(folder, name) for name in line.names)
-    return Sample(pictures, line.question, line.answer, line.kind)
+    if not line.names and not line.folders:
+        raise ValueError(
+            "image: missing; name a file, or several in `images`, or a folder of frames in `video`, or several in "
+            "`videos`"
+        )
+    pictures = [_picture(folder, name) for name in line.names]
+    videos = []
+    for name in line.folders:
+        frames = _frames(folder, name)
+        videos.append(tuple(range(len(pictures), len(pictures) + len(frames))))
+        pictures += frames
+    return Sample(tuple(pictures), line.question, line.answer, line.kind, videos=tuple(videos))
 
 
 def _fault(where: tuple[int | str, ...], message: str) -> str:
     return f"{'.'.join(map(str, where)) or 'line'}: {message[0].lower()}{message[1:]}"
 
 
-def _picture(folder: Path, name: str) -> Picture:
+def _check_inside(folder: Path, name: str, what: str) -> None:
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"image: {shortened(repr(name))} leads out of {folder}; name a file inside, or a link to it")
+        raise ValueError(f"{what}: {shortened(repr(name))} leads out of {folder}; name a file inside, or a link to it")
+
+
+def _frames(folder: Path, name: str) -> list[Picture]:
+    _check_inside(folder, name, "video")
+    places = (folder / name, folder / "videos" / name)
+    found = next((place for place in places if place.is_dir()), places[0])
+    return [Picture(str(path), partial(read_image, path)) for path in frame_files(found, name, folder)]
+
+
+def _picture(folder: Path, name: str) -> Picture:
+    _check_inside(folder, name, "image")
     for path in (folder / name, folder / "images" / name):
         if is_file(path):
             return Picture(str(path), partial(read_image, path))
@@ -161,6 +196,20 @@ def _digits(count: int, seed: int) -> Iterator[Sample]:
     for index in range(count):
         scene, question = question_at("test", index, seed)
         yield Sample((picture(index, scene),), question.text, question.answer, question.kind)
+
+
+def _clips(count: int, seed: int) -> Iterator[Sample]:
+    from dropflow_lab.digits.data.clip_questions import clip_question_at
+    from dropflow_lab.digits.data.clips import FRAMES, Clip, frame_of
+
+    def frame(index: int, clip: Clip, number: int) -> Picture:
+        return Picture(f"{CLIPS}:test:{seed}:{index}:{number}", lambda: frame_of(clip, number))
+
+    for index in range(count):
+        clip, question = clip_question_at("test", index, seed)
+        frames = tuple(frame(index, clip, number) for number in range(FRAMES))
+        asked = question.text, question.answer, question.kind
+        yield Sample(frames, *asked, videos=(tuple(range(FRAMES)),))
 
 
 def _plain(answer: str) -> str:

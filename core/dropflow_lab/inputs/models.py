@@ -28,6 +28,9 @@ def load_model(folder: Path | None = None, *, downloads: bool = False, **options
     """
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
+        if name == "clips":
+            model, processor = _clips(options)
+            return model.to(device()).eval(), processor
         if folder is None or name is not None:
             folder, options = _embedded(name), {"dtype": torch.float32} | options
         elif not downloads:
@@ -58,9 +61,20 @@ def policy_of(model: Any, overrides: Sequence[str] = ()) -> dropflow.Policy:
 
 def _shipped(folder: Path) -> str | None:
     """Return the shipped checkpoint that `folder` names, or `None`."""
+    from dropflow_lab.digits.checkpoints.low_rank import CLIPS
     from dropflow_lab.digits.checkpoints.model import checkpoint_names
 
-    return str(folder) if not folder.is_dir() and str(folder) in checkpoint_names() else None
+    return str(folder) if not folder.is_dir() and str(folder) in (*checkpoint_names(), CLIPS) else None
+
+
+def _clips(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the shipped model for clips, which is made of another one and a change; of the options it takes `dtype`."""
+    from dropflow_lab.digits.checkpoints.low_rank import load_clips
+
+    if unknown := sorted(options.keys() - {"dtype"}):
+        raise InputError(f"clips: this embedded model takes no option {unknown[0]!r}; leave it out")
+    model, processor = load_clips()
+    return model.to(options.get("dtype", torch.float32)), processor
 
 
 def _embedded(name: str | None) -> Path:

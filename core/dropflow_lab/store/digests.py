@@ -37,6 +37,8 @@ def digest_of_questions(samples: Sequence[Sample]) -> str:
     for sample in samples:
         names = [picture.name for picture in sample.pictures]
         digest.update(repr((names, sample.question, sample.answer, sample.kind)).encode())
+        if sample.videos:
+            digest.update(repr(sample.videos).encode())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 import dropflow
 from dropflow import Policy
 from dropflow_lab.inputs.data import Sample
+from dropflow_lab.inputs.frames import stating_videos
 from dropflow_lab.inputs.prompts import build_inputs
 from dropflow_lab.profile.sweep import Answers, Tally, end_tokens, generate
 from dropflow_lab.store.digests import digest_of_code, digest_of_questions, digest_of_weights
@@ -105,7 +106,12 @@ class Judge:
                 break
             batch = self.samples[start : start + self._batch]
             inputs, dense = self._without(start)
-            with dropflow.questions([sample.question for sample in batch]), dropflow.attach(self.model, policy) as flow:
+            asked = [sample.question for sample in batch]
+            with (
+                dropflow.questions(asked),
+                stating_videos(inputs, batch),
+                dropflow.attach(self.model, policy) as flow,
+            ):
                 given = generate(self.model, self._processor, inputs, None, self._max_new_tokens)
                 report = flow.report()
             tally.add(batch, dense, given, self._ends)
@@ -113,9 +119,9 @@ class Judge:
             tokens += len(batch) * report.average_visual_tokens_answer
             flops += len(batch) * report.flops / report.flops_dense
             kv += len(batch) * report.kv_bytes / report.kv_bytes_dense
-        asked = len(right)
-        costs = (tokens / asked, flops / asked, kv / asked)
-        return Verdict(tuple(tally.kl), tuple(tally.same), tuple(right), *costs, stopped=asked < len(self.samples))
+        judged = len(right)
+        costs = (tokens / judged, flops / judged, kv / judged)
+        return Verdict(tuple(tally.kl), tuple(tally.same), tuple(right), *costs, stopped=judged < len(self.samples))
 
     def _without(self, start: int) -> tuple[Any, Answers]:
         """Inputs of one batch, and the answers without a policy."""

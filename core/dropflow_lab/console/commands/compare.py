@@ -96,7 +96,8 @@ def compare(
 
     Accuracy, and agreement with the answers of the model without a policy, have 95 % intervals. `gain` is the gain over
     random pruning at the policy's own average tokens, question by question. Of the embedded questions, those that ask
-    for the number of digits (`count`) and for all of them (`read`) are shown separately. A policy whose numbers were
+    for numbers of digits (`count`, `total`) and for all of them (`read`) are shown separately. `--data clips` asks
+    about videos of eight frames, by default of the embedded model `clips`. A policy whose numbers were
     scaled to the model is marked as rescaled. Times are ratios to the model without a policy, timed in turn in this
     process. Every finished measurement is stored in the folder, so that an interrupted run continues where it stopped.
     Writes compare.json, compare.png and compare.svg.
@@ -110,7 +111,7 @@ def compare(
     from dropflow_lab.compare.lineup import line_up, load_models, subjects_of
     from dropflow_lab.compare.page import page
     from dropflow_lab.errors import InputError
-    from dropflow_lab.inputs.data import read_samples
+    from dropflow_lab.inputs.data import CLIPS, read_samples
     from dropflow_lab.inputs.prompts import check_questions
     from dropflow_lab.markdown import around, renew
     from dropflow_lab.measure.machine import this_machine, torch_threads
@@ -129,7 +130,8 @@ def compare(
             around(into, _MARK)  # a document that cannot be updated is refused before anything is measured
         samples = read_samples(data, questions, seed)
         subjects = subjects_of(_sources(named), several)
-        loaded = load_models(subjects, seeds, partial(_load, model, dtype))
+        shared = Path(CLIPS) if model is None and data == CLIPS else model
+        loaded = load_models(subjects, seeds, partial(_load, shared, dtype))
         for _, processor in loaded.values():
             check_questions(processor, samples)
         settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
@@ -193,13 +195,15 @@ def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
 
 def _apart(given: str | None, data: str) -> tuple[str, ...]:
     """Return the kinds shown separately: those requested, or the embedded kinds that ask about every digit."""
-    from dropflow_lab.inputs.data import DIGITS
+    from dropflow_lab.inputs.data import CLIPS, EMBEDDED
 
-    if data == DIGITS:
+    if data in EMBEDDED:
         from dropflow_lab.console.commands.digits import require_scikit_learn
+        from dropflow_lab.digits.data.clip_questions import HOW_MANY
 
         require_scikit_learn()
-        return ("count", "read") if given is None else tuple(_listed(given))
+        apart = HOW_MANY if data == CLIPS else ("count", "read")
+        return apart if given is None else tuple(_listed(given))
     return tuple(_listed(given or ""))
 
 

@@ -40,23 +40,33 @@ def train(
     plain: Annotated[
         bool, typer.Option("--plain", help="Never leave visual tokens out; takes the vision tower of `dense`.")
     ] = False,
+    clips: Annotated[
+        bool, typer.Option("--clips", help="A change of low rank to `dense` instead, for videos of eight small frames.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the model from scratch on the CPU and write a checkpoint."""
     require_scikit_learn()
+    from dropflow_lab.compare.clips_accuracy import evaluate_clips
     from dropflow_lab.compare.digits_accuracy import TEST_QUESTIONS, TEST_SEED
     from dropflow_lab.compare.digits_accuracy import evaluate as measure
     from dropflow_lab.digits.training.recipe import PLAIN, Recipe
     from dropflow_lab.digits.training.train import train as run_training
+    from dropflow_lab.digits.training.train_clips import train_clips
     from dropflow_lab.errors import InputError
 
     def test(model: Any, processor: Any) -> str:
         return measure(model, processor, "test", TEST_QUESTIONS, TEST_SEED).to_json()
 
+    if clips and plain:
+        raise InputError("--clips: starts from `dense`, so --plain does not apply; leave one of them out")
     with chatter_to_stderr():
         try:
-            recipe = PLAIN if plain else Recipe()
-            folder = run_training(out, seed=seed, threads=threads, resume=resume, recipe=recipe, test=test)
+            if clips:
+                folder = train_clips(out, seed=seed, threads=threads, resume=resume, test=evaluate_clips)
+            else:
+                recipe = PLAIN if plain else Recipe()
+                folder = run_training(out, seed=seed, threads=threads, resume=resume, recipe=recipe, test=test)
         except ValueError as error:  # the existing run has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")
@@ -101,14 +111,16 @@ def sample(
     questions: Questions = 10,
     split: Annotated[Split, typer.Option(help="Which split to draw from.")] = Split.TEST,
     seed: Seed = 0,
+    clips: Annotated[bool, typer.Option("--clips", help="Videos, as folders of frames, instead of pictures.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write pictures with questions and answers, for other commands to read."""
     require_scikit_learn()
+    from dropflow_lab.digits.data.clip_folder import write_clips
     from dropflow_lab.digits.data.dataset import write_folder
 
     with chatter_to_stderr():
-        table = write_folder(out, split.value, questions, seed)
+        table = (write_clips if clips else write_folder)(out, split.value, questions, seed)
     emit({"table": str(table), "questions": questions}, as_json, f"wrote {table}")
 
 

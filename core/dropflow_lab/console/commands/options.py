@@ -18,7 +18,11 @@ _MODEL = "Local model folder; by default the embedded model."
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL)]
 ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help=_MODEL)]
 Data = Annotated[
-    str, typer.Option(metavar="digits|DIR", help="The embedded questions, or a folder with images/ and a .jsonl file.")
+    str,
+    typer.Option(
+        metavar="digits|clips|DIR",
+        help="The embedded questions about pictures or videos, or a folder with images/ or videos/ and a .jsonl file.",
+    ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]

@@ -118,9 +118,9 @@ def _number(text: str) -> int | float:
 def _split(data: str, questions: int, held_out: int, seed: int, apart: str | None) -> tuple[list[Sample], list[Sample]]:
     """Questions to tune on, and others about other pictures."""
     from dropflow_lab.errors import InputError
-    from dropflow_lab.inputs.data import DIGITS, read_samples
+    from dropflow_lab.inputs.data import DIGITS, EMBEDDED, read_samples
 
-    if data == DIGITS:
+    if data in EMBEDDED:
         from dropflow_lab.console.commands.digits import require_scikit_learn
 
         require_scikit_learn()

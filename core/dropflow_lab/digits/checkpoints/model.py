@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -41,20 +42,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_config(decoder_layers: int = 12) -> LlavaConfig:
-    """Return the configuration: CLIP 96 wide x 4 layers, Llama 128 wide x `decoder_layers`."""
-    ids = {word: i for i, word in enumerate(VOCABULARY)}
+def build_config(decoder_layers: int = 12, words: Sequence[str] = VOCABULARY, side: int = CANVAS) -> LlavaConfig:
+    """Return the configuration: CLIP 96 wide x 4 layers, Llama 128 wide x `decoder_layers`.
+
+    `words` are those of its prompts, `side` is the width and height of its pictures in pixels.
+    """
+    ids = {word: i for i, word in enumerate(words)}
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=3,
-        image_size=CANVAS,
+        image_size=side,
         patch_size=PATCH,
         projection_dim=96,
     )
     text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(words),
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=decoder_layers,
@@ -70,18 +74,20 @@ def build_config(decoder_layers: int = 12) -> LlavaConfig:
         vision_config=vision,
         text_config=text,
         image_token_id=ids["<image>"],
-        image_seq_length=(CANVAS // PATCH) ** 2,
+        image_seq_length=(side // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
 
 
-def build_model(seed: int = 0, decoder_layers: int = 12) -> LlavaForConditionalGeneration:
+def build_model(
+    seed: int = 0, decoder_layers: int = 12, words: Sequence[str] = VOCABULARY, side: int = CANVAS
+) -> LlavaForConditionalGeneration:
     """Return the untrained model in float32; leaves the global random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(build_config(decoder_layers))
+        model = LlavaForConditionalGeneration(build_config(decoder_layers, words, side))
     config = model.generation_config
     config.pad_token_id = VOCABULARY.index("<pad>")
     config.bos_token_id = VOCABULARY.index("<s>")
@@ -89,13 +95,15 @@ def build_model(seed: int = 0, decoder_layers: int = 12) -> LlavaForConditionalG
     return model
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(
+    words: Sequence[str] = VOCABULARY, side: int = CANVAS, template: str = CHAT_TEMPLATE
+) -> LlavaProcessor:
     """Return the processor: word-level lower-cased tokenizer padded on the left, PIL image processor."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    level.normalizer = normalizers.Lowercase()
+    level.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=level,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -105,8 +113,8 @@ def build_processor() -> LlavaProcessor:
         model_max_length=512,
     )
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": CANVAS},
-        crop_size={"height": CANVAS, "width": CANVAS},
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=list(PIXEL_MEAN),
         image_std=list(PIXEL_STD),
     )
@@ -115,7 +123,7 @@ def build_processor() -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         num_additional_image_tokens=1,
     )
 

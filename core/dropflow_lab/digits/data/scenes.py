@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +93,7 @@ def draw_scene(split: str, seed: int | tuple[int, ...], digits: tuple[int, int] 
     rng = np.random.default_rng([SPLITS.index(known), *numbers])
     count = int(rng.integers(low, high + 1))
     cells = sorted(int(cell) for cell in rng.choice(9, size=count, replace=False))
-    return Scene(tuple(_draw_item(rng, known, cell) for cell in cells), _draw_background(rng, known))
+    return Scene(tuple(_draw_item(rng, known, cell) for cell in cells), draw_background(rng, known))
 
 
 def _draw_item(rng: np.random.Generator, split: Split, cell: int) -> Item:
@@ -101,11 +102,7 @@ def _draw_item(rng: np.random.Generator, split: Split, cell: int) -> Item:
     size = int(rng.integers(_SMALLEST, _LARGEST + 1))
     row, column = divmod(cell, 3)
     left, top = rng.integers(0, CELL - size + 1, size=2)
-    tint = rng.integers(-15, 16, size=3)
-    warp = (0.0, 0.0, 1.0, 1.0)
-    if split == "train":
-        angle, shear = rng.uniform(-0.22, 0.22), rng.uniform(-0.18, 0.18)
-        warp = (float(angle), float(shear), float(rng.uniform(0.85, 1.12)), float(rng.uniform(0.85, 1.12)))
+    warp, tint = draw_warp(rng, split)
     return Item(
         digit=digit,
         color=tuple(COLORS)[int(rng.integers(len(COLORS)))],
@@ -116,11 +113,22 @@ def _draw_item(rng: np.random.Generator, split: Split, cell: int) -> Item:
         top=row * CELL + int(top),
         size=size,
         warp=warp,
-        tint=(int(tint[0]), int(tint[1]), int(tint[2])),
+        tint=tint,
     )
 
 
-def _draw_background(rng: np.random.Generator, split: Split) -> Background:
+def draw_warp(rng: np.random.Generator, split: Split) -> tuple[tuple[float, float, float, float], tuple[int, int, int]]:
+    """Draw an item's warp and tint."""
+    red, green, blue = (int(offset) for offset in rng.integers(-15, 16, size=3))
+    warp = (0.0, 0.0, 1.0, 1.0)
+    if split == "train":
+        angle, shear = rng.uniform(-0.22, 0.22), rng.uniform(-0.18, 0.18)
+        warp = (float(angle), float(shear), float(rng.uniform(0.85, 1.12)), float(rng.uniform(0.85, 1.12)))
+    return warp, (red, green, blue)
+
+
+def draw_background(rng: np.random.Generator, split: Split) -> Background:
+    """Draw a crop that stays inside the split's region of its photo."""
     regions = photo_regions(split)
     region = regions[int(rng.integers(len(regions)))]
     size = int(rng.integers(48, 65))
@@ -140,28 +148,35 @@ def render(scene: Scene) -> tuple[UInt8[np.ndarray, "96 96 3"], Int[np.ndarray, 
     Returns the RGB picture and, per patch in reading order, the index of the item that covers at least a
     tenth of it, or -1 for background.
     """
-    canvas = _background_pixels(scene.background)
+    canvas = render_items(scene.background, scene.items).round().astype(np.uint8)
     cover = np.zeros((CANVAS, CANVAS), dtype=np.float32)
     owner = np.full((CANVAS // PATCH, CANVAS // PATCH), -1, dtype=np.int64)
     side = CELL // PATCH
     for index, item in enumerate(scene.items):
         box = np.s_[item.top : item.top + item.size, item.left : item.left + item.size]
-        alpha = _glyph_mask(item)
-        color = np.clip(np.asarray(COLORS[item.color]) + np.asarray(item.tint), 0, 255).astype(np.float32)
-        canvas[box] += alpha[..., None] * (color - canvas[box])
-        cover[box] = alpha
+        cover[box] = _glyph_mask(item)
         owner[item.row * side : (item.row + 1) * side, item.column * side : (item.column + 1) * side] = index
     rows = CANVAS // PATCH
     share = cover.reshape(rows, PATCH, rows, PATCH).mean(axis=(1, 3))
-    return canvas.round().astype(np.uint8), np.where(share >= _COVERED, owner, -1).reshape(-1)
+    return canvas, np.where(share >= _COVERED, owner, -1).reshape(-1)
 
 
-def _background_pixels(background: Background) -> Float[np.ndarray, "96 96 3"]:
+def render_items(background: Background, items: Sequence[Item], side: int = CANVAS) -> Float[np.ndarray, "side side 3"]:
+    """Draw items over a background, in RGB of 0..255, not rounded."""
+    canvas = _background_pixels(background, side)
+    for item in items:
+        box = np.s_[item.top : item.top + item.size, item.left : item.left + item.size]
+        color = np.clip(np.asarray(COLORS[item.color]) + np.asarray(item.tint), 0, 255).astype(np.float32)
+        canvas[box] += _glyph_mask(item)[..., None] * (color - canvas[box])
+    return canvas
+
+
+def _background_pixels(background: Background, side: int) -> Float[np.ndarray, "side side 3"]:
     top, left, size = background.top, background.left, background.size
     crop = Image.fromarray(photos()[background.photo][top : top + size, left : left + size])
     if background.mirrored:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(crop.resize((CANVAS, CANVAS), Image.Resampling.BILINEAR), dtype=np.float32)
+    pixels = np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
     return pixels * np.float32(background.brightness)
 
 

@@ -7,6 +7,7 @@ the losses are those of the unpacked prompts, at a fraction of the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dropflow_lab.digits.checkpoints.model import PIXEL_MEAN, PIXEL_STD
+from dropflow_lab.digits.data.clip_questions import ClipQuestion
 from dropflow_lab.digits.data.mix import shuffled
 from dropflow_lab.digits.data.questions import KINDS, VOCABULARY, Question
 from dropflow_lab.digits.data.scenes import COLORS, PATCHES, Scene, draw_scene, render
@@ -64,7 +66,7 @@ def draw_questions(scene: Scene, room: int, rng: np.random.Generator) -> list[Qu
     return chosen
 
 
-def _words(question: Question) -> list[str]:
+def _words(question: Question | ClipQuestion) -> list[str]:
     return [*question.text.split(), "assistant", ":", *question.answer.split(), "</s>"]
 
 
@@ -80,7 +82,7 @@ def draw_batch(
 def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> PackedBatch:
     """Lay out the questions of each scene after its picture, in rows of at least `length` tokens."""
     drawn = [render(scene) for scene in scenes]
-    rows = [_lay_out(questions) for questions in asked]
+    rows = [lay_out(questions, WORD_IDS) for questions in asked]
     length = max(length, *(row.shape[1] for row in rows))
     fill = np.asarray([[WORD_IDS["<pad>"]], [IGNORED], [-1], [0]])
     table = np.stack([np.concatenate([row, np.repeat(fill, length - row.shape[1], axis=1)], axis=1) for row in rows])
@@ -95,7 +97,7 @@ def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> P
         facts[1, row, : len(scene.items)] = [_COLOR_IDS[item.color] for item in scene.items]
     tokens, labels, segment, offset = torch.from_numpy(table).unbind(1)
     return PackedBatch(
-        pixels=_normalize(np.stack([pixels for pixels, _ in drawn])),
+        pixels=normalize(np.stack([pixels for pixels, _ in drawn])),
         owner=torch.from_numpy(np.stack([owner for _, owner in drawn])),
         tokens=tokens,
         labels=labels,
@@ -108,18 +110,19 @@ def pack(scenes: list[Scene], asked: list[list[Question]], length: int = 0) -> P
     )
 
 
-def _lay_out(questions: list[Question]) -> Int[np.ndarray, "4 length"]:
-    """Return tokens, labels, segment and offset of one row."""
+def lay_out(questions: Sequence[Question | ClipQuestion], word_ids: Mapping[str, int]) -> Int[np.ndarray, "4 length"]:
+    """Return tokens, labels, segment and offset of one row of questions."""
     columns: list[tuple[int, int, int, int]] = []
     for number, question in enumerate(questions):
-        ids = [WORD_IDS[word] for word in _words(question)]
+        ids = [word_ids[word] for word in _words(question)]
         answer = len(ids) - len(question.answer.split()) - 1
         for place, (token, following) in enumerate(zip(ids, [*ids[1:], IGNORED], strict=True)):
             columns.append((token, following if place >= answer - 1 else IGNORED, number, place))
     return np.asarray(columns, dtype=np.int64).T
 
 
-def _normalize(pixels: np.ndarray) -> Float[Tensor, "batch 3 96 96"]:
+def normalize(pixels: np.ndarray) -> Float[Tensor, "batch 3 side side"]:
+    """Return RGB pixels of 0..255, `(batch, side, side, 3)`, as the model takes them."""
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return (scaled - mean) / std
@@ -129,7 +132,13 @@ def packed_mask(
     segment: Int[Tensor, "batch length"], visual: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "batch 1 total total"]:
     """Return the additive mask of packed rows: 0 for visible tokens, very low elsewhere."""
-    before = len(PREFIX) + visual
+    return mask_after(segment, len(PREFIX) + visual, dtype)
+
+
+def mask_after(
+    segment: Int[Tensor, "batch length"], before: int, dtype: torch.dtype
+) -> Float[Tensor, "batch 1 total total"]:
+    """Return the additive mask of rows of questions after `before` tokens that all of them see."""
     causal = torch.ones(before + segment.shape[1], before + segment.shape[1], dtype=torch.bool).tril()
     seen = causal.repeat(segment.shape[0], 1, 1)  # (batch, total, total)
     seen[:, before:, before:] &= segment[:, :, None] == segment[:, None, :]
