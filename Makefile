@@ -9,7 +9,7 @@ TESTS  := tests/core
 PYTEST := -m pytest --numprocesses auto --dist loadgroup --max-worker-restart 0
 SOURCE := $(shell find core plugins adapters policies -type f -not -path '*/__pycache__/*') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed test-vllm test-lmms test-extras docs troubleshooting results check format clean
+.PHONY: demo test test-oldest test-newest test-quantized test-trl test-trl-older test-deepspeed test-vllm test-lmms test-extras docs troubleshooting results results-video check format clean
 
 demo: $(VENV)/.wheel
 	$(BIN)/dropflow run
@@ -91,6 +91,15 @@ results: $(VENV)/.dev
 	$(COMPARE) dense-plain & first=$$!; $(COMPARE) dense; wait $$first
 	$(COMPARE) dense,dense-plain --into docs/results.md
 	cp results/compare.png docs/results/compare.png
+
+# The methods for videos on the clips of the embedded model, into docs/video.md.
+CLIPS := $(patsubst %,docs/results/clips/%.yaml,evs-25 vidcom2-25 flashvid-25 holitom-25 stride-25 frames-25 dycoke-70 \
+	evs-46 vidcom2-46 flashvid-46 holitom-46 stride-46 frames-46)
+comma := ,
+empty :=
+results-video: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/dropflow compare --data clips --questions 270 --seed 1 --timed 0 --max-new-tokens 3 \
+		--by-kind --out results-video --into docs/video.md --policies $(subst $(empty) $(empty),$(comma),$(CLIPS))
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

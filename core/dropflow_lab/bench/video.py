@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,16 @@ class VideoRow:
 
 
 @dataclass(frozen=True)
+class Shorter:
+    """A video of a quarter of the frames, without a policy: how far time falls with FLOPs on this machine at all."""
+
+    prefill_speedup: Spread
+    flops_ratio: float
+    efficiency: Spread
+    """Speed-up divided by the FLOPs ratio, as in `VideoRow`, which no policy that leaves a quarter can be far above."""
+
+
+@dataclass(frozen=True)
 class EncoderRow:
     """One stage on pixels, on the page; of the vision encoder alone, selection included."""
 
@@ -99,6 +109,7 @@ class VideoBench:
     """Results of the video benchmark: CPU time of this process, medians with quartiles over rounds."""
 
     rows: tuple[VideoRow, ...]
+    shorter: Shorter
     encoder: tuple[EncoderRow, ...]
     dense_prefill_seconds: Spread
     dense_encoder_seconds: Spread
@@ -121,16 +132,18 @@ def bench_video(
     """
     video, page = video or QwenShape(), page or PAGE
     with torch_threads(threads), torch.no_grad():
-        rows, prefill = _videos(video, rounds)
+        rows, shorter, prefill = _videos(video, rounds)
         encoder, encoding = _pages(page, rounds)
-        return VideoBench(rows, encoder, prefill, encoding, rounds, video, page, this_machine())
+        return VideoBench(rows, shorter, encoder, prefill, encoding, rounds, video, page, this_machine())
 
 
-def _videos(shape: QwenShape, rounds: int) -> tuple[tuple[VideoRow, ...], Spread]:
+def _videos(shape: QwenShape, rounds: int) -> tuple[tuple[VideoRow, ...], Shorter, Spread]:
     with ExitStack() as attached:
         plain, inputs = build_qwen(shape), build_video_prompt(shape)
         runs: dict[str, Callable[[], object]] = {"dense": prefill_of(plain, inputs)}
+        runs["shorter"] = prefill_of(plain, build_video_prompt(replace(shape, frames=shape.frames // 4)))
         dense_flops = count_flops(runs["dense"])
+        fewer = dense_flops / count_flops(runs["shorter"])
         meters, facts = {}, {}
         for name, stages in VIDEO_POLICIES.items():
             model = twin(plain)
@@ -154,7 +167,8 @@ def _videos(shape: QwenShape, rounds: int) -> tuple[tuple[VideoRow, ...], Spread
                 largest_tensor=meters[name].largest_tensor,
             )
         )
-    return tuple(rows), Spread.of(dense)
+    speedup = ratio(dense, seconds["shorter"])
+    return tuple(rows), Shorter(speedup, fewer, speedup.over(fewer)), Spread.of(dense)
 
 
 def _facts(model: Any, stages: Mapping[str, Any], inputs: Mapping[str, Any], dense_flops: int) -> tuple[float, float]:

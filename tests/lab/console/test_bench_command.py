@@ -11,7 +11,9 @@ import pytest
 
 from dropflow_lab.bench import decode, engine
 from dropflow_lab.bench import stages as stage_bench
+from dropflow_lab.bench import video as video_bench
 from dropflow_lab.bench.random_llava import SubjectShape
+from dropflow_lab.bench.random_qwen import QwenShape
 
 TOY = SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32)
 
@@ -68,4 +70,19 @@ def test_stages_as_a_table(toy_cli) -> None:
     shown = toy_cli("bench", "stages", "--repeats", 2).stdout
     assert all(word in shown for word in ("control", "hidrop", "mustdrop", "selection", "saving", "largest"))
     assert "would hold 1936 elements" in shown
+    assert "2 rounds on 1 thread(s)" in shown
+
+
+def test_video(cli, monkeypatch) -> None:
+    video = replace(QwenShape(), hidden=64, intermediate=96, heads=2, vocabulary=64, side=4, text_tokens=8)
+    page = replace(video, layers=1, frames=0, vision_layers=1)
+    monkeypatch.setattr(video_bench, "bench_video", partial(video_bench.bench_video, video, page))
+    few = ("EVS at 25 %", "every fourth time step")
+    monkeypatch.setattr(video_bench, "VIDEO_POLICIES", {name: video_bench.VIDEO_POLICIES[name] for name in few})
+    told = json.loads(cli("bench", "video", "--repeats", 2, "--json").stdout)
+    assert [row["policy"] for row in told["rows"]] == list(few)
+    assert [row["policy"] for row in told["encoder"]] == ["PixelPrune", "PixelPrune's baseline"]
+    assert told["rows"][0]["entry_share"] == 0.25
+    shown = cli("bench", "video", "--repeats", 2).stdout
+    assert all(word in shown for word in ("evs", "control", "pixelprune", "efficiency", "selection"))
     assert "2 rounds on 1 thread(s)" in shown

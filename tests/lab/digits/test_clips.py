@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dropflow_lab.compare.answers import ask
 from dropflow_lab.digits.checkpoints import low_rank
 from dropflow_lab.digits.checkpoints.model import load
 from dropflow_lab.digits.data.clip_questions import CLIP_KINDS, CLIP_WORDS, ask_clip, clip_question_at
@@ -18,6 +20,8 @@ from dropflow_lab.digits.data.scenes import Background, Item
 from dropflow_lab.digits.training.packed_clips import draw_clips, pack_clips, prefix_ids
 from dropflow_lab.digits.training.packing import IGNORED, mask_after
 from dropflow_lab.digits.training.train_clips import ClipRecipe, losses, train_clips
+from dropflow_lab.inputs.data import read_samples
+from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import build_inputs
 
 
@@ -131,7 +135,7 @@ def test_the_start_is_dense_with_more_words() -> None:
 
 
 def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
-    recipe = ClipRecipe(steps=2, batch=1, validate_every=2, validation=45)
+    recipe = ClipRecipe(steps=2, schedule=2, batch=1, validate_every=2, validation=45)
     train_clips(tmp_path / "whole", recipe=recipe, save_seconds=0)
     path = tmp_path / "whole" / "change.safetensors"
     model, _ = low_rank.load_clips(path)
@@ -142,3 +146,13 @@ def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     assert path.stat().st_size < 600_000
     with pytest.raises(FileExistsError, match="holds a training run already"):
         train_clips(tmp_path / "whole", recipe=recipe)
+
+
+def test_the_shipped_model_answers_most_questions() -> None:
+    model, processor = load_model(Path(low_rank.CLIPS))
+    samples = read_samples("clips", 36, seed=5)
+    said = ask(model, processor, None, samples, batch=18, max_new_tokens=3).said
+    right = Counter(sample.kind for sample, given in zip(samples, said, strict=True) if sample.is_answered_by(given))
+    assert sum(right.values()) >= 20, "71 % on the validation questions"
+    assert right["d2c"] >= 3
+    assert low_rank.shipped_change().stat().st_size < 600_000

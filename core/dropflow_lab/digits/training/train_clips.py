@@ -29,13 +29,15 @@ from dropflow_lab.files import write_text
 class ClipRecipe:
     """The numbers of a training run; the defaults are those of the shipped checkpoint."""
 
-    steps: int = 340
+    steps: int = 290
+    schedule: int = 340
+    """Steps after which the rate would be 0; the last ones are not taken."""
     batch: int = 12
     """Clips per step, each with about 13 questions."""
     rate: float = 3e-3
     """Peak learning rate."""
     hold: float = 0.6
-    """Share of the steps after which the rate falls."""
+    """Share of the schedule after which the rate falls."""
     validate_every: int = 100
     validation: int = 270
     """Validation questions, one per clip, kinds in equal numbers."""
@@ -55,7 +57,7 @@ class ClipPhase:
     def step(self, index: int) -> StepReport:
         """Take step `index`."""
         batch = draw_clips("train", (self.seed, 4, index), self.recipe.batch)
-        rate = optimizers.learning_rate(index, self.steps, self.recipe.rate, hold=self.recipe.hold)
+        rate = optimizers.learning_rate(index, self.recipe.schedule, self.recipe.rate, hold=self.recipe.hold)
         with precision.autocast(), parametrize.cached():
             loss = losses(self.model, batch)[0].mean()
         torch.autograd.backward(loss)
