@@ -94,7 +94,7 @@ results: $(VENV)/.dev
 
 # The methods for videos on the clips of the embedded model, into docs/video.md.
 CLIPS := $(patsubst %,docs/results/clips/%.yaml,evs-25 vidcom2-25 flashvid-25 holitom-25 stride-25 frames-25 dycoke-70 \
-	evs-46 vidcom2-46 flashvid-46 holitom-46 stride-46 frames-46)
+	stride-46 frames-46)
 comma := ,
 empty :=
 results-video: $(VENV)/.dev

@@ -27,6 +27,8 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_lab/digits/checkpoints/hidrop/training-log.jsonl",
         "dropflow_lab/digits/checkpoints/hidrop-90/model.safetensors",
         "dropflow_lab/digits/checkpoints/hidrop-90/training-log.jsonl",
+        "dropflow_lab/digits/checkpoints/clips/change.safetensors",
+        "dropflow_lab/digits/checkpoints/clips/training-log.jsonl",
         "dropflow_policies/hidrop-digits.yaml",
         "dropflow_policies/hidrop-digits-90.yaml",
     ):
