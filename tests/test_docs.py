@@ -164,6 +164,19 @@ def test_the_results_are_of_policies_that_fit_the_embedded_model() -> None:
     around(ROOT / "docs" / "results.md", "comparison")  # where `make results` writes
 
 
+def test_the_results_on_videos_are_of_policies_that_fit_the_model_for_clips() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.findall(r"[\w-]+-\d\d", re.findall(r"^CLIPS := .*?\)", makefile, re.DOTALL | re.MULTILINE)[0])
+    sources = sorted((ROOT / "docs" / "results" / "clips").glob("*.yaml"))
+    assert sorted(listed) == [source.stem for source in sources]
+    page = (ROOT / "docs" / "video.md").read_text(encoding="utf-8")
+    for source in sources:
+        policy = dropflow.load_policy(source)
+        resolve(policy, BackboneShape(12, 36))
+        assert f"| `{policy.name}` |" in page
+    around(ROOT / "docs" / "video.md", "comparison")  # where `make results-video` writes
+
+
 def test_the_training_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("peft")

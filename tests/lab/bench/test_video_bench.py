@@ -42,9 +42,7 @@ def test_policies_leave_what_they_are_named_after(measured: VideoBench) -> None:
     assert rows["EVS at 25 %"].entry_share == rows["every fourth time step"].entry_share == 0.25
     assert rows["VidCom2 at 25 %"].entry_share == pytest.approx(0.25, abs=0.03)
     assert rows["EVS at 25 %"].flops_ratio == rows["every fourth time step"].flops_ratio > 1.5
-    assert measured.shorter.flops_ratio == pytest.approx(
-        rows["EVS at 25 %"].flops_ratio, rel=0.3
-    )  # its tower is cheaper
+    assert measured.shorter.flops_ratio > rows["EVS at 25 %"].flops_ratio, "its tower runs on fewer frames, too"
     assert rows["FlashVID at 25 %, late"].flops_ratio == rows["FlashVID at 25 %, merging"].flops_ratio
     square = (TOY.visual_tokens + TOY.text_tokens + 2) ** 2
     assert all(row.largest_tensor < square for row in measured.rows)
