@@ -31,7 +31,7 @@ class SelectionMeter:
 
         `clock` reads seconds; by default those on the wall.
         """
-        self._clock = clock or time.perf_counter
+        self._clock = clock or (lambda: time.perf_counter())  # looked up at each reading, so that tests can replace it
         self.seconds: list[float] = []
         """One entry per call of `measure`."""
         self.elapsed = 0.0
