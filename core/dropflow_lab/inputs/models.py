@@ -68,7 +68,7 @@ def _shipped(folder: Path) -> str | None:
 
 
 def _clips(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the shipped model for clips, which is made of another one and a change; of the options it takes `dtype`."""
+    """Return the shipped model for clips, which is `dense` and a change; its only option is `dtype`."""
     from dropflow_lab.digits.checkpoints.low_rank import load_clips
 
     if unknown := sorted(options.keys() - {"dtype"}):
