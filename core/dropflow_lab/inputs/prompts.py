@@ -12,6 +12,7 @@ from dropflow_lab.errors import InputError, shortened
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    import dropflow
     from dropflow_lab.inputs.data import Sample
 
 _PLACEHOLDERS = ("image_token", "video_token")
@@ -113,10 +114,13 @@ def _content(images: Sequence[Image], question: str) -> list[dict[str, Any]]:
     return [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
 
 
-def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Return the greedy answers to a batch of prompts."""
+def generate(
+    model: Any, processor: Any, inputs: Any, max_new_tokens: int, prefix: dropflow.Prefix | None = None
+) -> list[str]:
+    """Return the greedy answers to a batch of prompts, which begin with `prefix` if there is one."""
     inputs = inputs.to(model.device, model.dtype)
+    given = inputs if prefix is None else prefix.inputs(**inputs)
     with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        out = model.generate(**given, do_sample=False, max_new_tokens=max_new_tokens)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

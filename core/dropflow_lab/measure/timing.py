@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Spread:
 
 
 def interleaved(
+<<<<<<< HEAD
     runs: Mapping[str, Callable[[], object]],
     rounds: int,
     repeats: Mapping[str, int] | None = None,
@@ -43,8 +47,20 @@ def interleaved(
     Every other round runs in reverse, so that no run always follows the same one. A warm-up round is discarded.
     Garbage is collected before each sample and never during one. On a machine that others use, `time.process_time` as
     the `clock` leaves out what they run.
+=======
+    runs: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    repeats: Mapping[Name, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
+    """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls (or of one).
+
+    Every other round runs in reverse, so that no run always follows the same one. A warm-up round is discarded.
+    Garbage is collected before each sample and never during one. `clock` reads seconds: `time.process_time`, for runs
+    on one thread of a CPU, leaves out what other programs take of it.
+>>>>>>> b305374 (Compare begins questions about the same picture with a prefix; bench reuse; answers of the embedded model with and without)
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[Name, list[float]] = {name: [] for name in runs}
     order = list(runs)
     with no_garbage_collection():
         for index in range(rounds + 1):

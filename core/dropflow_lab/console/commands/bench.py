@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.console.commands import bench_serving, bench_training, bench_videos
+from dropflow_lab.console.commands import bench_reuse, bench_serving, bench_training, bench_videos
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
@@ -26,6 +26,7 @@ app = typer.Typer(help="Measure what the engine and the stages cost and save; `d
 
 app.command("train")(bench_training.train)
 app.command("gpu")(bench_training.gpu)
+app.command("reuse")(bench_reuse.reuse)
 app.command("serve")(bench_serving.serve)
 app.command("video")(bench_videos.video)
 

@@ -1,0 +1,194 @@
+"""The reuse benchmark: several questions about one image, each asked anew and with a prefix, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from typing import Any, TypeVar
+
+import torch
+
+import dropflow
+from dropflow_lab.bench.bare_layers import bare, shapes_in
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
+from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
+
+POLICIES = ("hidrop-64", "fastv-k2-r50", "divprune-56")
+"""A policy that prunes late, one that prunes early, and one that only encodes; scaled to the depth of the model."""
+
+
+@dataclass(frozen=True)
+class ReuseRow:
+    """One policy: a prefill of one more question about an image that has been asked about."""
+
+    policy: str
+    boundary: int
+    """Layers before it run only on what follows the prefix; the number of layers where no stage reads the question."""
+    prefix_bytes: int
+    """Memory that the prefix holds."""
+    anew_seconds: Spread
+    """Time of a prefill of whole prompts with their images."""
+    again_seconds: Spread
+    """Time of a prefill that begins with the prefix, `Prefix.inputs` included."""
+    making_seconds: Spread
+    """Time to make the prefix."""
+    flops_saved: float
+    """Share of the FLOPs that the prefix saves of each further question; the limit of `time_saved`."""
+    time_saved: Spread
+    """Share of the time that it saves of each further question."""
+    efficiency: Spread
+    """Share of time saved over share of FLOPs saved: 1 if time falls as FLOPs do."""
+    bare_saved: Spread
+    """Share of the time that is saved where the same layers run by hand on as many tokens, without the engine."""
+    bare_efficiency: Spread
+    """`bare_saved` over share of FLOPs saved: what this machine allows, whose few rows cost more per FLOP than many."""
+    questions_to_pay: int
+    """Number of questions from which on prefix and questions together take less time than asking anew; by medians."""
+
+
+@dataclass(frozen=True)
+class ReuseBench:
+    """Results of the reuse benchmark; times are medians with quartiles over the questions."""
+
+    rows: tuple[ReuseRow, ...]
+    questions: int
+    subject: SubjectShape
+    clock: str
+    """`cpu` where times are the CPU time of this process, `wall` on a GPU."""
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def bench_reuse(
+    shape: SubjectShape | None = None,
+    *,
+    questions: int = 20,
+    policies: Sequence[str] = POLICIES,
+    threads: int = 1,
+) -> ReuseBench:
+    """Ask so many questions about one image under every policy, anew and with a prefix in turn, on shared weights.
+
+    `shape.batch` questions are asked at once; those of a batch differ in length. On a CPU, times are the CPU time of
+    this process, which other programs affect least. Torch's number of threads is set for the duration of the
+    measurement.
+    """
+    shape = shape or SubjectShape()
+    on_cpu = torch.device(shape.device).type == "cpu"
+    with torch_threads(threads), torch.no_grad(), ExitStack() as attached:
+        plain, asked = build_model(shape), _questions(shape, questions)
+        subjects = {}
+        for name in policies:
+            model = twin(plain)
+            flow = attached.enter_context(dropflow.attach(model, name, overrides=["rescale=true"]))
+            subjects[name] = _Subject(model, flow, asked)
+        runs = {(name, what): run for name, subject in subjects.items() for what, run in subject.runs(plain).items()}
+        flops = {run: count_flops(runs[run]) for run in runs}
+        seconds = interleaved(runs, questions, clock=time.process_time if on_cpu else time.perf_counter)
+        rows = tuple(_row(subject, name, _of(name, seconds), _of(name, flops)) for name, subject in subjects.items())
+        return ReuseBench(rows, questions, shape, "cpu" if on_cpu else "wall", this_machine())
+
+
+Found = TypeVar("Found")
+_WHATS = ("anew", "again", "making", "bare anew", "bare again")
+
+
+def _of(name: str, found: Mapping[tuple[str, str], Found]) -> dict[str, Found]:
+    return {what: found[name, what] for what in _WHATS}
+
+
+class _Subject:
+    """A model under a policy, and the questions that it is asked."""
+
+    def __init__(self, model: Any, flow: dropflow.Flow, asked: Sequence[dict[str, Any]]) -> None:
+        self._model, self._flow, self._asked = model, flow, asked
+        self._shown = _alone(asked[0])
+        self.prefix = flow.prefix(**self._shown)
+
+    def runs(self, plain: Any) -> dict[str, Callable[[], object]]:
+        """What is timed, by `_WHATS`; every call of one of the first two takes the next question.
+
+        `plain` is the model without a policy.
+        """
+        questions = {what: cycle(self._asked) for what in ("anew", "again")}
+
+        def anew() -> None:
+            self._prefill(next(questions["anew"]))
+
+        def again() -> None:
+            self._prefill(self.prefix.inputs(**next(questions["again"])))
+
+        return {
+            "anew": anew,
+            "again": again,
+            "making": lambda: self._flow.prefix(**self._shown),
+            "bare anew": bare(plain, shapes_in(self._model, anew), self._asked[0]["pixel_values"]),
+            "bare again": bare(plain, shapes_in(self._model, again), None),
+        }
+
+    def _prefill(self, inputs: dict[str, Any]) -> None:
+        self._model(**{"use_cache": True, "logits_to_keep": 1} | inputs)
+
+
+def _row(subject: _Subject, name: str, seconds: dict[str, list[float]], flops: dict[str, int]) -> ReuseRow:
+    times = {what: Spread.of(found) for what, found in seconds.items()}
+    most = 1 - flops["again"] / flops["anew"]
+    saved, possible = _saved(seconds["again"], seconds["anew"]), _saved(seconds["bare again"], seconds["bare anew"])
+    gain = times["anew"].median - times["again"].median
+    return ReuseRow(
+        policy=name,
+        boundary=subject.prefix.boundary,
+        prefix_bytes=subject.prefix.nbytes,
+        anew_seconds=times["anew"],
+        again_seconds=times["again"],
+        making_seconds=times["making"],
+        flops_saved=most,
+        time_saved=saved,
+        efficiency=saved.over(most),
+        bare_saved=possible,
+        bare_efficiency=possible.over(most),
+        questions_to_pay=int(times["making"].median / gain) + 1 if gain > 0 else 0,
+    )
+
+
+def _saved(again: Sequence[float], anew: Sequence[float]) -> Spread:
+    kept = ratio(again, anew)
+    return Spread(1 - kept.median, 1 - kept.high, 1 - kept.low)
+
+
+def _questions(shape: SubjectShape, count: int) -> list[dict[str, Any]]:
+    """Return batches of prompts that begin with the same text and image, padded on the left.
+
+    The first question of a batch has all tokens after the image, the last one the fewest.
+    """
+    return list(_batches(shape, count))
+
+
+def _batches(shape: SubjectShape, count: int) -> Iterator[dict[str, Any]]:
+    shown = build_prompt(replace(shape, batch=1))
+    tokens = shown["input_ids"].shape[1]
+    start = shape.text_tokens // 2 + shape.visual_tokens
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        asked = torch.randint(2, shape.vocabulary, (shape.batch, tokens - start), generator=generator)
+        ids = shown["input_ids"].repeat(shape.batch, 1)
+        ids[:, start:] = asked.to(ids)
+        mask = torch.ones_like(ids)
+        for row in range(1, shape.batch):
+            padding = row * (tokens - start - 1) // shape.batch
+            ids[row] = ids[row].roll(padding)
+            ids[row, :padding], mask[row, :padding] = 0, 0
+        pixels = shown["pixel_values"].repeat(shape.batch, 1, 1, 1)
+        yield {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first prompt of a batch, which has no padding."""
+    return {name: value[:1] for name, value in inputs.items()}
