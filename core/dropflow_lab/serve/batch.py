@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import dropflow
+from dropflow.errors import UnsupportedCall
 from dropflow_lab.serve.pieces import Pieces
-from dropflow_lab.serve.prompt import joined
+from dropflow_lab.serve.prompt import Prompt, joined
+from dropflow_lab.serve.reuse import Reuse
 from dropflow_lab.serve.sampling import Sampler
 from dropflow_lab.serve.waiting import Finished, Piece, Waiting
 
@@ -20,9 +22,9 @@ from dropflow_lab.serve.waiting import Finished, Piece, Waiting
 class Answering:
     """A model with attached policies that answers batches; all of one batch under one policy."""
 
-    def __init__(self, model: Any, processor: Any, flows: dropflow.FlowSet) -> None:
+    def __init__(self, model: Any, processor: Any, flows: dropflow.FlowSet, reuse: Reuse) -> None:
         """`flows` are those attached to the model."""
-        self._model, self._flows = model, flows
+        self._model, self._flows, self._reuse = model, flows, reuse
         # of its own, because a tokenizer that another thread is encoding with cannot be used
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         ends = model.generation_config.eos_token_id
@@ -37,24 +39,44 @@ class Answering:
 
         Whatever the model raises is passed on, and requests that have not been told `Finished` are not finished.
         """
-        rows = _Rows(batch, self._ends, self._decode)
-        inputs = {
+        inputs = self._inputs([request.prompt for request in batch])
+        (policy,) = {request.policy for request in batch}
+        with dropflow.questions([request.prompt.question for request in batch]), self._flows.using(policy):
+            prefix = self._reuse.shared(batch, lambda request: self._inputs([request.prompt]))
+            if prefix is None or not self._begun(batch, prefix, inputs):
+                self._generate(batch, inputs)
+
+    def _begun(self, batch: Sequence[Waiting], prefix: dropflow.Prefix, inputs: dict[str, Any]) -> bool:
+        """Answer requests that begin with a prefix; false if they do not fit it, which shows before a layer runs."""
+        try:
+            self._generate(batch, prefix.inputs(**inputs))
+        except UnsupportedCall:
+            if any(request.begun for request in batch):
+                raise
+            self._reuse.forget(batch)
+            return False
+        return True
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The inputs of a batch, where the model is."""
+        return {
             name: value.to(self._model.device, self._model.dtype if value.is_floating_point() else None)
             if isinstance(value, Tensor)
             else value
-            for name, value in joined([request.prompt for request in batch], self._pad).items()
+            for name, value in joined(prompts, self._pad).items()
         }
+
+    def _generate(self, batch: Sequence[Waiting], inputs: dict[str, Any]) -> None:
+        rows = _Rows(batch, self._ends, self._decode)
         sampled = any(request.choice.temperature > 0 for request in batch)
-        (policy,) = {request.policy for request in batch}
-        with dropflow.questions([request.prompt.question for request in batch]), self._flows.using(policy):
-            self._model.generate(
-                **inputs,
-                do_sample=False,
-                pad_token_id=self._pad,
-                max_new_tokens=max(request.choice.tokens for request in batch),
-                stopping_criteria=[rows],
-                logits_processor=[Sampler([request.choice for request in batch])] if sampled else None,
-            )
+        self._model.generate(
+            **inputs,
+            do_sample=False,
+            pad_token_id=self._pad,
+            max_new_tokens=max(request.choice.tokens for request in batch),
+            stopping_criteria=[rows],
+            logits_processor=[Sampler([request.choice for request in batch])] if sampled else None,
+        )
         rows.end()
 
     def _decode(self, tokens: Sequence[int]) -> str:

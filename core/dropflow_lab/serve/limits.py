@@ -29,6 +29,8 @@ class Limits:
     """Tokens of one answer; 400 beyond."""
     upload_bytes: int = 256 * 2**20
     """Bytes of all uploaded files together, which are held in memory; 507 beyond."""
+    prefix_bytes: int = 256 * 2**20
+    """Bytes of all prefixes together, which requests about the same pictures begin with; 0 makes none."""
     upload_seconds: float = 3600.0
     """Seconds that an uploaded file is kept."""
     grace: float = 30.0

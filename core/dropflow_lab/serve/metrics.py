@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from dropflow_lab.serve.names import Names
+from dropflow_lab.serve.reuse import Reuse
 from dropflow_lab.serve.waiting import Waiting
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -42,6 +45,10 @@ class Metrics:
         ):
             Gauge(name, text, registry=self._registry).set_function(count)
 
+    def follow(self, reuse: Reuse, names: Names) -> None:
+        """Tell what requests about the same pictures share."""
+        self._registry.register(_Reused(reuse, names))
+
     def batch(self, model: str, batch: Sequence[Waiting]) -> None:
         """Count a batch that is about to be answered."""
         self._batch.labels(model).observe(len(batch))
@@ -61,3 +68,22 @@ class Metrics:
     def text(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return bytes(generate_latest(self._registry))
+
+
+class _Reused:
+    """Reads the counts of `Reuse` when it is asked for them."""
+
+    def __init__(self, reuse: Reuse, names: Names) -> None:
+        self._reuse, self._names = reuse, names
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        counts = {
+            "dropflow_prefix_hits": ("Requests whose pictures were not run again.", self._reuse.hits),
+            "dropflow_prefixes_made": ("Prefixes that were made.", self._reuse.made),
+        }
+        for name, (text, by_policy) in counts.items():
+            family = CounterMetricFamily(name, text, labels=["model"])
+            for policy, count in by_policy.items():
+                family.add_metric([self._names.full(policy)], count)
+            yield family
+        yield GaugeMetricFamily("dropflow_prefix_bytes", "Bytes that prefixes hold.", value=self._reuse.nbytes)

@@ -16,7 +16,7 @@ from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.prompts import build_conversations, question_of
 from dropflow_lab.serve.api_error import ApiError
 
-_PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 """Inputs with one number per token, which are padded."""
 _PER_PICTURE = frozenset(
     {
@@ -57,9 +57,9 @@ class Prompt:
         """
         found: list[Any] = []
         for name, value in sorted(self.inputs.items()):
-            if name not in _PER_TOKEN | _PER_PICTURE or not isinstance(value, Tensor):
+            if name not in PER_TOKEN | _PER_PICTURE or not isinstance(value, Tensor):
                 return (id(self),)
-            found.append((name, str(value.dtype), None if name in _PER_TOKEN else tuple(value.shape[1:])))
+            found.append((name, str(value.dtype), None if name in PER_TOKEN else tuple(value.shape[1:])))
         return tuple(found)
 
 
@@ -102,7 +102,7 @@ def joined(prompts: Sequence[Prompt], pad: int) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for name in prompts[0].inputs:
         values = [prompt.inputs[name] for prompt in prompts]
-        if name in _PER_TOKEN:
+        if name in PER_TOKEN:
             fill = pad if name == "input_ids" else 0
             values = [torch.nn.functional.pad(one, (longest - one.shape[1], 0), value=fill) for one in values]
         batch[name] = torch.cat(values)

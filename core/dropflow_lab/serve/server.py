@@ -23,6 +23,7 @@ from dropflow_lab.serve.keys import Keys
 from dropflow_lab.serve.limits import Limits
 from dropflow_lab.serve.names import Names
 from dropflow_lab.serve.prompt import prepare
+from dropflow_lab.serve.reuse import Reuse
 from dropflow_lab.serve.service import Service
 from dropflow_lab.serve.waiting import Choice, Told, Waiting
 
@@ -43,11 +44,12 @@ class Server:
         try:
             self._flows = dropflow.attach_set(model, names.policies, default=names.default)
             try:
-                answers = Answering(model, processor, self._flows)
+                reuse = Reuse(model, self._flows, limits.prefix_bytes)
+                answers = Answering(model, processor, self._flows, reuse)
                 context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST_CONTEXT
                 for policy in names.policies:
                     _try(answers, processor, policy, context)
-                self._service = Service(processor, answers, names, limits, keys, context)
+                self._service = Service(processor, answers, reuse, names, limits, keys, context)
             except BaseException:
                 self._flows.detach()
                 raise

@@ -18,7 +18,8 @@ from dropflow_lab.serve.limits import Limits
 from dropflow_lab.serve.line import Line
 from dropflow_lab.serve.metrics import Metrics
 from dropflow_lab.serve.names import Names
-from dropflow_lab.serve.prompt import prepare
+from dropflow_lab.serve.prompt import Prompt, prepare
+from dropflow_lab.serve.reuse import Reuse
 from dropflow_lab.serve.uploads import Uploads
 from dropflow_lab.serve.waiting import Choice, Told, Waiting
 from dropflow_lab.serve.worker import Answers, Worker
@@ -34,17 +35,18 @@ class Service:
     """Everything that the requests of one server share; used in one event loop."""
 
     def __init__(
-        self, processor: Any, answers: Answers, names: Names, limits: Limits, keys: Keys, context: int
+        self, processor: Any, answers: Answers, reuse: Reuse, names: Names, limits: Limits, keys: Keys, context: int
     ) -> None:
         """`context` is the number of positions that the model has for prompt and answer."""
         self.names, self.limits, self.keys = names, limits, keys
         self.uploads = Uploads(limits.upload_bytes, limits.upload_seconds)
         self.line = Line(limits.batch, limits.wait)
         self.metrics = Metrics(lambda: self._inside, self.line.__len__)
+        self.metrics.follow(reuse, names)
         self.worker = Worker(self.line, answers, lambda batch: self.metrics.batch(names.full(batch[0].policy), batch))
         self.created = int(time.time())
         self.stopping = False
-        self._processor, self._context = processor, context
+        self._processor, self._reuse, self._context = processor, reuse, context
         self._inside = 0
         self._told: set[Waiting] = set()
         self._opening = ThreadPoolExecutor(_OPEN, "dropflow-open")
@@ -100,10 +102,14 @@ class Service:
         with self.line.expecting():
             async with self._opened:
                 request, policy, conversation = await loop.run_in_executor(self._opening, opened)
-                prompt = await loop.run_in_executor(
-                    self._preparing, prepare, self._processor, conversation, self._context
+                prompt, beginning = await loop.run_in_executor(
+                    self._preparing, self._prepared, conversation, policy, owner
                 )
-            return request, Waiting(prompt, policy, self._choice(request, prompt.tokens), hand_on)
+            return request, Waiting(prompt, policy, self._choice(request, prompt.tokens), hand_on, beginning)
+
+    def _prepared(self, conversation: Conversation, policy: str, owner: str) -> tuple[Prompt, str | None]:
+        prompt = prepare(self._processor, conversation, self._context)
+        return prompt, self._reuse.digest(prompt, policy, owner)
 
     def _choice(self, request: ChatRequest, prompt: int) -> Choice:
         most, room = self.limits.answer_tokens, self._context - prompt

@@ -53,6 +53,8 @@ class Waiting:
     choice: Choice
     hand_on: Callable[[Told], None]
     """Hands on what happens; called in any thread, and must not block."""
+    beginning: str | None = None
+    """Stands for its policy, pictures and the text before them (see `Reuse.digest`); `None` if it shares nothing."""
     arrived: float = field(default_factory=time.monotonic)
     """Reading of `time.monotonic` when it was put in line."""
     cancelled: bool = False

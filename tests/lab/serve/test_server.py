@@ -384,7 +384,7 @@ def test_32_clients_get_their_own_answers_and_memory_stays_flat(
     start: Any, samples: list[Sample], alone: dict[str, list[str]], requests: int, growth: int | None
 ) -> None:
     # clients and server are one process here, which was seen to move by more than 24 MiB without a leak
-    with start(queue=64) as many:
+    with start(queue=64, prefix_bytes=4 * 2**20) as many:
         asked = list(islice(cycle(product(alone, range(len(samples)))), requests))
         prepared = {n: messages(sample) for n, sample in enumerate(samples)}
 

@@ -55,6 +55,9 @@ def serve(
     max_uploads: Annotated[
         int, typer.Option(min=0, help="MiB of all uploaded files, which are kept for an hour.")
     ] = 256,
+    prefix_memory: Annotated[
+        int, typer.Option(min=0, help="MiB for what requests about the same pictures share; 0 asks each anew.")
+    ] = 256,
     fetch_from: Annotated[
         list[str] | None,
         typer.Option(metavar="HOST", help="Host that pictures may be fetched from; by default none is."),
@@ -79,7 +82,8 @@ def serve(
 
     limits = Limits(
         batch, wait, queue, timeout, body_timeout, max_body * _MIB, max_images, max_pixels, max_tokens,
-        upload_bytes=max_uploads * _MIB, grace=grace, hosts=frozenset(map(str.lower, fetch_from or ())),
+        upload_bytes=max_uploads * _MIB, prefix_bytes=prefix_memory * _MIB, grace=grace,
+        hosts=frozenset(map(str.lower, fetch_from or ())),
     )  # fmt: skip
     with chatter_to_stderr():
         keys = Keys.read(api_keys)
