@@ -35,22 +35,10 @@ class Spread:
 
 
 def interleaved(
-<<<<<<< HEAD
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    repeats: Mapping[str, int] | None = None,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls (or of one).
-
-    Every other round runs in reverse, so that no run always follows the same one. A warm-up round is discarded.
-    Garbage is collected before each sample and never during one. On a machine that others use, `time.process_time` as
-    the `clock` leaves out what they run.
-=======
     runs: Mapping[Name, Callable[[], object]],
     rounds: int,
     repeats: Mapping[Name, int] | None = None,
+    *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Return seconds per call of each run, one sample per round; a sample is the mean of `repeats` calls (or of one).
@@ -58,7 +46,6 @@ def interleaved(
     Every other round runs in reverse, so that no run always follows the same one. A warm-up round is discarded.
     Garbage is collected before each sample and never during one. `clock` reads seconds: `time.process_time`, for runs
     on one thread of a CPU, leaves out what other programs take of it.
->>>>>>> b305374 (Compare begins questions about the same picture with a prefix; bench reuse; answers of the embedded model with and without)
     """
     samples: dict[Name, list[float]] = {name: [] for name in runs}
     order = list(runs)
