@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +42,11 @@ def shapes_in(model: Any, run: Callable[[], object]) -> list[LayerShape]:
     return shapes
 
 
-def bare(model: Any, shapes: Sequence[LayerShape], pixels: Tensor | None) -> Callable[[], None]:
+def bare(model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor] | None) -> Callable[[], None]:
     """Return a callable that runs the decoder layers on random states of these shapes, and the LM head on one token.
 
-    With `pixels`, the vision side runs first. Entries beyond the tokens' own are in the cache already. `model` has no
-    policy attached.
+    With `pictures`, what the processor gave for them, the vision side runs first. Entries beyond the tokens' own are in
+    the cache already. `model` has no policy attached.
     """
     text = model.model.language_model
     weight = text.layers[0].self_attn.k_proj.weight
@@ -54,14 +54,15 @@ def bare(model: Any, shapes: Sequence[LayerShape], pixels: Tensor | None) -> Cal
     made = {"device": weight.device, "dtype": weight.dtype}
     states = {one: torch.randn(one.samples, one.tokens, weight.shape[1], **made) for one in shapes}
     held = {one: torch.randn(one.samples, heads, one.entries - one.tokens, width, **made) for one in shapes}
+    axes = (3, 1) if "mrope_section" in text.config.rope_parameters else (1,)  # positions of Qwen have three axes
     masks = {one: _mask(one, weight.device) for one in shapes}
 
     def run() -> None:
-        if pixels is not None:
-            model.model.get_image_features(pixels)
+        if pictures is not None:
+            model.model.get_image_features(**pictures)
         cache, hidden = DynamicCache(config=text.config), states[shapes[0]]
         angles = {
-            one: text.rotary_emb(states[one], torch.arange(one.tokens, device=weight.device)[None])
+            one: text.rotary_emb(states[one], torch.arange(one.tokens, device=weight.device).expand(*axes, -1))
             for one in dict.fromkeys(shapes)
         }
         for number, (one, layer) in enumerate(zip(shapes, text.layers, strict=True)):

@@ -1,16 +1,17 @@
-"""The model for engine benchmarks: LLaVA with random weights, wide enough that computation outweighs overhead."""
+"""The models for engine benchmarks: random weights, wide enough that computation outweighs overhead."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow_lab.bench.qwen_subject import qwen_model, qwen_pictures
 
 _IMAGE_TOKEN = 1
 
@@ -32,6 +33,11 @@ class SubjectShape:
     vision_layers: int = 1
     vision_intermediate: int = 0
     """Width of the vision tower's MLP; 0 means twice the width of the tower."""
+    vision_heads: int = 0
+    """Heads of the vision tower; 0 means 64 wide."""
+    kv_heads: int = 0
+    """Heads of keys and values; 0 means `heads`."""
+    family: Literal["llava", "qwen2_5_vl"] = "llava"
     batch: int = 1
     device: str = "cpu"
     dtype: str = "float32"
@@ -42,6 +48,11 @@ class SubjectShape:
     def visual_tokens(self) -> int:
         """Visual tokens of the image."""
         return self.image_side**2
+
+    @property
+    def words(self) -> int:
+        """Number of token ids from which text is drawn, from the third on: without special ones."""
+        return self.vocabulary - (3 if self.family == "qwen2_5_vl" else 0)
 
 
 SHAPES = {
@@ -57,28 +68,66 @@ SHAPES = {
         vision_layers=24,
         vision_intermediate=4096,
     ),
+    "qwen2.5-vl-7b": SubjectShape(
+        layers=28,
+        hidden=3584,
+        intermediate=18944,
+        heads=28,
+        kv_heads=4,
+        vocabulary=152064,
+        vision_hidden=1280,
+        vision_layers=32,
+        vision_intermediate=3420,
+        vision_heads=16,
+        family="qwen2_5_vl",
+    ),
+    "tiny-qwen": SubjectShape(
+        layers=16,
+        hidden=32,
+        intermediate=64,
+        heads=2,
+        kv_heads=1,
+        image_side=6,
+        text_tokens=8,
+        vocabulary=32,
+        family="qwen2_5_vl",
+    ),
     "tiny": SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32),
 }
-"""Shapes by name: the CPU benchmarks, one whose tower takes about as long as half the decoder, LLaVA-1.5-7B with its
-CLIP tower, and a tiny one for smoke tests."""
+"""Shapes by name: the CPU benchmarks, one whose tower takes about as long as half the decoder, LLaVA-1.5-7B and
+Qwen2.5-VL-7B with their towers, and tiny ones for smoke tests."""
 
 
-def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
+def build_model(shape: SubjectShape) -> Any:
     """Return the model, with the same weights every time on the same kind of device."""
+    kind, config = qwen_model(shape, _IMAGE_TOKEN) if shape.family == "qwen2_5_vl" else _llava(shape)
+    made = {"dtype": getattr(torch, shape.dtype), "attn_implementation": shape.attention}
+    with torch.random.fork_rng(devices=[]), torch.device(shape.device):
+        torch.manual_seed(0)
+        return kind._from_config(config, **made).eval()
+
+
+def tower_of(model: Any, shape: SubjectShape) -> torch.nn.Module:
+    """Return the vision tower of a model of this shape."""
+    tower: torch.nn.Module = model.model.visual if shape.family == "qwen2_5_vl" else model.model.vision_tower
+    return tower
+
+
+def _llava(shape: SubjectShape) -> tuple[type[Any], LlavaConfig]:
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         max_position_embeddings=4096,
     )
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_hidden,
         intermediate_size=shape.vision_intermediate or 2 * shape.vision_hidden,
         num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_hidden // 64,
+        num_attention_heads=shape.vision_heads or shape.vision_hidden // 64,
         image_size=shape.image_side * 14,
         patch_size=14,
         projection_dim=64,
@@ -90,13 +139,10 @@ def build_model(shape: SubjectShape) -> LlavaForConditionalGeneration:
         image_seq_length=shape.visual_tokens,
         vision_feature_layer=-1,
     )
-    made = {"dtype": getattr(torch, shape.dtype), "attn_implementation": shape.attention}
-    with torch.random.fork_rng(devices=[]), torch.device(shape.device):
-        torch.manual_seed(0)
-        return LlavaForConditionalGeneration._from_config(config, **made).eval()
+    return LlavaForConditionalGeneration, config
 
 
-def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def twin(model: Any) -> Any:
     """Return a second model that shares the weights, so that a policy can be attached to only one of them."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
@@ -106,11 +152,15 @@ def build_prompt(shape: SubjectShape) -> dict[str, Any]:
     before = shape.text_tokens // 2
     generator = torch.Generator().manual_seed(0)
     tokens = shape.text_tokens + shape.visual_tokens
-    ids = torch.randint(2, shape.vocabulary, (shape.batch, tokens), generator=generator)
+    ids = torch.randint(2, shape.words, (shape.batch, tokens), generator=generator)
     ids[:, before : before + shape.visual_tokens] = _IMAGE_TOKEN
-    side = shape.image_side * 14
-    pixels = torch.randn((shape.batch, 3, side, side), generator=generator).to(getattr(torch, shape.dtype))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if shape.family == "qwen2_5_vl":
+        pictures = qwen_pictures(shape, ids == _IMAGE_TOKEN, generator)
+    else:
+        side = shape.image_side * 14
+        pixels = torch.randn((shape.batch, 3, side, side), generator=generator)
+        pictures = {"pixel_values": pixels.to(getattr(torch, shape.dtype))}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures}
     return {name: value.to(shape.device) for name, value in inputs.items()}
 
 

@@ -83,12 +83,12 @@ def bench_reuse(
     shape = shape or SubjectShape()
     on_cpu = torch.device(shape.device).type == "cpu"
     with torch_threads(threads), torch.no_grad(), ExitStack() as attached:
-        plain, asked = build_model(shape), _questions(shape, questions)
+        plain, asked, shown = build_model(shape), _questions(shape, questions), build_prompt(replace(shape, batch=1))
         subjects = {}
         for name in policies:
             model = twin(plain)
-            flow = attached.enter_context(dropflow.attach(model, name, overrides=["rescale=true"]))
-            subjects[name] = _Subject(model, flow, asked)
+            flow = attached.enter_context(dropflow.attach(model, name, overrides=_overrides(shape)))
+            subjects[name] = _Subject(model, flow, asked, shown)
         runs = {(name, what): run for name, subject in subjects.items() for what, run in subject.runs(plain).items()}
         flops = {run: count_flops(runs[run]) for run in runs}
         seconds = interleaved(runs, questions, clock=time.process_time if on_cpu else time.perf_counter)
@@ -104,12 +104,18 @@ def _of(name: str, found: Mapping[tuple[str, str], Found]) -> dict[str, Found]:
     return {what: found[name, what] for what in _WHATS}
 
 
+def _overrides(shape: SubjectShape) -> list[str]:
+    """Compact positions, which some policies publish, are not defined for Qwen's."""
+    return ["rescale=true", *(["positions=persistent"] if shape.family == "qwen2_5_vl" else [])]
+
+
 class _Subject:
     """A model under a policy, and the questions that it is asked."""
 
-    def __init__(self, model: Any, flow: dropflow.Flow, asked: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, model: Any, flow: dropflow.Flow, asked: Sequence[dict[str, Any]], shown: dict[str, Any]) -> None:
+        """`shown` is one prompt with the same beginning as all that is asked."""
         self._model, self._flow, self._asked = model, flow, asked
-        self._shown = _alone(asked[0])
+        self._shown = shown
         self.prefix = flow.prefix(**self._shown)
 
     def runs(self, plain: Any) -> dict[str, Callable[[], object]]:
@@ -129,7 +135,7 @@ class _Subject:
             "anew": anew,
             "again": again,
             "making": lambda: self._flow.prefix(**self._shown),
-            "bare anew": bare(plain, shapes_in(self._model, anew), self._asked[0]["pixel_values"]),
+            "bare anew": bare(plain, shapes_in(self._model, anew), _pictures(self._asked[0])),
             "bare again": bare(plain, shapes_in(self._model, again), None),
         }
 
@@ -175,9 +181,10 @@ def _batches(shape: SubjectShape, count: int) -> Iterator[dict[str, Any]]:
     shown = build_prompt(replace(shape, batch=1))
     tokens = shown["input_ids"].shape[1]
     start = shape.text_tokens // 2 + shape.visual_tokens
+    visual = int(shown["input_ids"][0, start - 1])
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
-        asked = torch.randint(2, shape.vocabulary, (shape.batch, tokens - start), generator=generator)
+        asked = torch.randint(2, shape.words, (shape.batch, tokens - start), generator=generator)
         ids = shown["input_ids"].repeat(shape.batch, 1)
         ids[:, start:] = asked.to(ids)
         mask = torch.ones_like(ids)
@@ -185,10 +192,11 @@ def _batches(shape: SubjectShape, count: int) -> Iterator[dict[str, Any]]:
             padding = row * (tokens - start - 1) // shape.batch
             ids[row] = ids[row].roll(padding)
             ids[row, :padding], mask[row, :padding] = 0, 0
-        pixels = shown["pixel_values"].repeat(shape.batch, 1, 1, 1)
-        yield {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        pictures = {name: torch.cat([value] * shape.batch) for name, value in _pictures(shown).items()}
+        kinds = {"mm_token_type_ids": (ids == visual).int()} if "mm_token_type_ids" in shown else {}
+        yield {"input_ids": ids, "attention_mask": mask, **kinds, **pictures}
 
 
-def _alone(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The first prompt of a batch, which has no padding."""
-    return {name: value[:1] for name, value in inputs.items()}
+def _pictures(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the processor gave for the pictures."""
+    return {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}

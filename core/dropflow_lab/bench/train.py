@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import dropflow
-from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_batch, build_model, twin
+from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_batch, build_model, tower_of, twin
 from dropflow_lab.measure.flop_count import count_flops
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.memory import peak_bytes
@@ -62,7 +62,7 @@ def bench_train(
     shape = shape or SHAPE
     with torch_threads(threads):
         dense = build_model(shape).train()
-        dense.model.vision_tower.requires_grad_(False)
+        tower_of(dense, shape).requires_grad_(False)
         if checkpointing:
             # transformers 5.23 renames the call, 5.20 knows only the second name
             enable = getattr(dense, "activation_checkpointing_enable", None) or dense.gradient_checkpointing_enable

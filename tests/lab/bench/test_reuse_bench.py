@@ -11,7 +11,7 @@ import torch
 import dropflow
 from dropflow_lab.bench import reuse
 from dropflow_lab.bench.bare_layers import LayerShape, bare, shapes_in
-from dropflow_lab.bench.random_llava import SubjectShape, build_model, twin
+from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_model, build_prompt, twin
 from dropflow_lab.bench.reuse import ReuseBench, bench_reuse
 from dropflow_lab.measure.flop_count import count_flops
 
@@ -55,7 +55,7 @@ def test_bare_layers_do_the_work_of_the_call_alone() -> None:
     model = twin(plain)
     first, _ = reuse._questions(TOY, 2)
     with dropflow.attach(model, "divprune-56") as flow:
-        subject = reuse._Subject(model, flow, [first])
+        subject = reuse._Subject(model, flow, [first], build_prompt(TOY))
         runs = subject.runs(plain)
         anew, again = (shapes_in(model, runs[what]) for what in ("anew", "again"))
     assert anew == [LayerShape(1, 72, 72)] * 16
@@ -65,6 +65,12 @@ def test_bare_layers_do_the_work_of_the_call_alone() -> None:
     for shapes, tokens in ((anew, 72), (again, 8)):
         counted = count_flops(bare(plain, shapes, None))
         assert counted == 2 * tokens * weights + 16 * 4 * tokens * 72 * 32 + head
+
+
+def test_another_family() -> None:
+    found = bench_reuse(SHAPES["tiny-qwen"], questions=2, policies=["hidrop-64", "divprune-56"])
+    assert [row.boundary for row in found.rows] == [5, 16]
+    assert all(0 < row.flops_saved < 1 for row in found.rows)
 
 
 def test_command_as_json(cli: Any) -> None:
