@@ -52,6 +52,7 @@ def test_a_few_answers_do_not_differ(which: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("which", POLICIES)
 def test_a_thousand_answers_do_not_differ(which: str) -> None:
     asked, differ = _differences(which, 110)
