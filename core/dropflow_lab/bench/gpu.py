@@ -1,4 +1,4 @@
-"""The GPU benchmark: prefill and training step of a random LLaVA-1.5-7B, with each available attention."""
+"""The GPU benchmark: prefill, decode, selection, host syncs, reuse and training step, with each available attention."""
 
 from __future__ import annotations
 
@@ -10,22 +10,45 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.bench.reuse import ReuseRow, bench_reuse
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 from dropflow_lab.errors import InputError
+from dropflow_lab.measure.host_syncs import count_host_syncs
 from dropflow_lab.measure.machine import torch_threads
+from dropflow_lab.measure.selection_cost import metered
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
+
+_DECODE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One prompt (a batch of one), without a policy and with HiDrop-64; the vision tower is included on both sides."""
+
+    prefill_speedup: Spread
+    dense_prefill_seconds: Spread
+    policy_prefill_seconds: Spread
+    decode_speedup: Spread
+    """Of one decode step over a cache that holds the prompt."""
+    dense_decode_seconds: Spread
+    policy_decode_seconds: Spread
+    selection_seconds: Spread
+    """Selection inside a prefill with the policy, for which the host waits before and after."""
+    dense_host_syncs: int | None
+    """Times that the host waits for the GPU in a prefill; `None` where the device is no GPU."""
+    policy_host_syncs: int | None
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """Results of one attention implementation, without a policy and with HiDrop-64."""
+    """Results of one attention implementation."""
 
     attention: str
-    prefill_speedup: Spread
-    """Speed-up of the prefill of one prompt (a batch of one), vision tower included on both sides."""
-    dense_prefill_seconds: Spread
-    policy_prefill_seconds: Spread
+    inference: Inference
+    reuse: tuple[ReuseRow, ...]
+    """A further question about the same image, with a prefix."""
     train: TrainBench
 
     def to_json(self) -> dict[str, Any]:
@@ -42,18 +65,10 @@ def bench_gpu(
     """
     for attention in _attentions(shape.device):
         own = replace(shape, attention=attention)
-        with torch_threads(threads), torch.no_grad():
-            dense, inputs = build_model(replace(own, batch=1)), build_prompt(replace(own, batch=1))
-            model = twin(dense)
-            with dropflow.attach(model, POLICY, overrides=OVERRIDES):
-                runs = {"dense": prefill_of(dense, inputs), "policy": prefill_of(model, inputs)}
-                seconds = interleaved(runs, rounds, {"policy": 3})
-        del dense, model, runs, inputs
         yield GpuRow(
             attention=attention,
-            prefill_speedup=ratio(seconds["dense"], seconds["policy"]),
-            dense_prefill_seconds=Spread.of(seconds["dense"]),
-            policy_prefill_seconds=Spread.of(seconds["policy"]),
+            inference=_inference(replace(own, batch=1), rounds, threads),
+            reuse=bench_reuse(replace(own, batch=1), questions=rounds, threads=threads).rows,
             train=bench_train(own, rounds=rounds, threads=threads, checkpointing=checkpointing),
         )
 
@@ -61,6 +76,37 @@ def bench_gpu(
 def device_name(device: str) -> str:
     """Return the name of the GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def _inference(shape: SubjectShape, rounds: int, threads: int) -> Inference:
+    with torch_threads(threads), torch.no_grad():
+        dense, inputs = build_model(shape), build_prompt(shape)
+        model = twin(dense)
+        runs = {"dense": prefill_of(dense, inputs), "policy": prefill_of(model, inputs)}
+        with dropflow.attach(model, POLICY, overrides=OVERRIDES):
+            caches = {name: run() for name, run in runs.items()}
+            prefill = interleaved(runs, rounds, {"policy": 3})
+            syncs = {name: count_host_syncs(run, torch.device(shape.device)) for name, run in runs.items()}
+            token = torch.tensor([[2]], device=shape.device)
+            steps = {
+                "dense": lambda: dense(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: caches["dense"]}),
+                "policy": lambda: model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: caches["policy"]}),
+            }
+            decode = interleaved(steps, rounds, dict.fromkeys(steps, _DECODE_STEPS))
+        with metered(model, dropflow.load_policy(POLICY, OVERRIDES)) as meter:
+            for _ in range(rounds + 1):
+                meter.measure(runs["policy"])
+    return Inference(
+        prefill_speedup=ratio(prefill["dense"], prefill["policy"]),
+        dense_prefill_seconds=Spread.of(prefill["dense"]),
+        policy_prefill_seconds=Spread.of(prefill["policy"]),
+        decode_speedup=ratio(decode["dense"], decode["policy"]),
+        dense_decode_seconds=Spread.of(decode["dense"]),
+        policy_decode_seconds=Spread.of(decode["policy"]),
+        selection_seconds=Spread.of(meter.seconds[1:]),
+        dense_host_syncs=syncs["dense"],
+        policy_host_syncs=syncs["policy"],
+    )
 
 
 def _attentions(device: str) -> list[str]:

@@ -15,6 +15,7 @@ from dropflow.lifecycle.hooks import HOOKS
 from dropflow.lifecycle.spans import watched
 from dropflow.policy.plan import Plan
 from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.timing import finish_queued
 
 
 class SelectionMeter:
@@ -23,7 +24,7 @@ class SelectionMeter:
     Selection is everything that runs inside the stage's hooks, including the attention rows it requests (the norm, q, k
     and RoPE that a probe computes, and the softmax over rows), and what a tap of an earlier layer adds to that layer:
     opening it, keeping q and k, closing it. Moving the survivors and fitting masks is the engine's work and not part of
-    it. Times are taken on the CPU: work still queued on a GPU would be missed.
+    it. On a GPU, the host waits for it wherever the clock is read, so that the rest of a call is slower than without.
     """
 
     def __init__(self, plan: Plan, stage: str | None = None, clock: Callable[[], float] | None = None) -> None:
@@ -87,10 +88,12 @@ class SelectionMeter:
         if self._runs:
             yield
             return
+        finish_queued()
         self._runs, start = True, self._clock()
         try:
             yield
         finally:
+            finish_queued()
             self.elapsed += self._clock() - start
             self._runs = False
 

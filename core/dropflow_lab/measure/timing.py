@@ -65,15 +65,15 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
 
 
 def _seconds(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
-    _finish_queued()
+    finish_queued()
     start = clock()
     for _ in range(repeats):
         run()
-    _finish_queued()
+    finish_queued()
     return (clock() - start) / repeats
 
 
-def _finish_queued() -> None:
+def finish_queued() -> None:
     """Wait for the work that is still queued on a GPU."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.synchronize()

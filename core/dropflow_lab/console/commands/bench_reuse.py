@@ -33,7 +33,9 @@ def reuse(
     ] = None,
     threads: Threads = 1,
     quick: Annotated[bool, typer.Option("--quick", help=f"{_QUICK_QUESTIONS} questions: a smoke test.")] = False,
-    shape: Annotated[Name, typer.Option(help="bench: 16 layers, d=512; llava-7b: LLaVA-1.5-7B; tiny.")] = Name.bench,
+    shape: Annotated[
+        Name, typer.Option(help="bench: 16 layers, d=512; llava-7b, qwen2.5-vl-7b; tiny, tiny-qwen.")
+    ] = Name.bench,
     device: Device = "cpu",
     dtype: Precision = DType.float32,
     as_json: AsJson = False,

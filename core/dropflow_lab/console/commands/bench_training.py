@@ -16,20 +16,10 @@ from dropflow_lab.files import write_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dropflow_lab.bench.gpu import GpuRow
     from dropflow_lab.bench.train import TrainBench
     from dropflow_lab.measure.timing import Spread
 
 _QUICK_ROUNDS = 2
-_COLUMNS = (
-    "attention",
-    "prefill, dense",
-    "prefill, HiDrop-64",
-    "speed-up",
-    "training step speed-up",
-    "FLOPs ratio",
-    "peak memory ratio",
-)
 
 
 class Name(StrEnum):
@@ -37,7 +27,9 @@ class Name(StrEnum):
 
     bench = "bench"
     llava_7b = "llava-7b"
+    qwen_7b = "qwen2.5-vl-7b"
     tiny = "tiny"
+    tiny_qwen = "tiny-qwen"
 
 
 class DType(StrEnum):
@@ -47,7 +39,10 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-ShapeName = Annotated[Name, typer.Option(help="bench: 16 layers, d=512; llava-7b: LLaVA-1.5-7B; tiny: a smoke test.")]
+ShapeName = Annotated[
+    Name,
+    typer.Option(help="bench: 16 layers, d=512; llava-7b, qwen2.5-vl-7b; tiny, tiny-qwen: smoke tests."),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per training step, with one image each.")]
 Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision of weights and activations.")]
@@ -97,12 +92,14 @@ def gpu(
     checkpointing: Checkpointing = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and training step of a random LLaVA-1.5-7B on a GPU, dense and through HiDrop-64, in turn.
+    """Time a random LLaVA-1.5-7B or Qwen2.5-VL-7B on a GPU, dense and through HiDrop-64, in turn.
 
-    Attention is SDPA and, if it is installed, FlashAttention. AdamW in bfloat16 needs 54 GB for weights, gradients and
+    Prefill, decode step, selection, host synchronisations, the reuse of a prefix and a training step. Attention is SDPA
+    and, if it is installed, FlashAttention. AdamW in bfloat16 needs 54 GB for weights, gradients and
     its state, plus memory for activations: use a smaller --batch or --checkpointing if that is too much.
     """
     from dropflow_lab.bench.gpu import bench_gpu, device_name
+    from dropflow_lab.bench.gpu_page import page, told
     from dropflow_lab.bench.random_llava import SHAPES
 
     chosen = replace(SHAPES[shape.value], batch=batch, device=device, dtype=dtype.value)
@@ -113,8 +110,12 @@ def gpu(
     name = device_name(device)
     if out is not None:
         options = f"--shape {shape.value} --batch {batch} --device {device} --dtype {dtype.value} --repeats {repeats}"
-        write_text(out, _markdown(rows, name, options + " --checkpointing" * checkpointing))
-    emit({"device": name, "rows": [row.to_json() for row in rows]}, as_json, *(_gpu_text(row, name) for row in rows))
+        write_text(out, page(rows, name, options + " --checkpointing" * checkpointing))
+    emit(
+        {"device": name, "rows": [row.to_json() for row in rows]},
+        as_json,
+        *(f"{name}, {told(row)}\n{_circumstances(row.train)}" for row in rows),
+    )
 
 
 def _table(measured: TrainBench) -> Table:
@@ -140,43 +141,5 @@ def _circumstances(measured: TrainBench) -> str:
     )
 
 
-def _gpu_text(row: GpuRow, device: str) -> str:
-    return (
-        f"{device}, {row.attention}: prefill {_seconds(row.dense_prefill_seconds)} dense, "
-        f"{_seconds(row.policy_prefill_seconds)} through the policy, speed-up {_spread(row.prefill_speedup)}; "
-        f"training step speed-up {_spread(row.train.step_speedup)}, FLOPs ratio {row.train.flops_ratio:.3f}, "
-        f"peak memory ratio {row.train.peak_memory_ratio:.3f}\n{_circumstances(row.train)}"
-    )
-
-
-def _markdown(rows: list[GpuRow], device: str, options: str) -> str:
-    machine = rows[0].train.machine
-    lines = [
-        "# Prefill and training on a GPU",
-        "",
-        f"`dropflow bench gpu {options}`, dense and HiDrop-64 in turn, random weights. Machine: {device}, "
-        f"torch {machine.torch}, transformers {machine.transformers}. Medians with quartiles in brackets.",
-        "",
-        f"| {' | '.join(_COLUMNS)} |",
-        "|---" * len(_COLUMNS) + "|",
-    ]
-    for row in rows:
-        cells = (
-            row.attention,
-            _seconds(row.dense_prefill_seconds),
-            _seconds(row.policy_prefill_seconds),
-            _spread(row.prefill_speedup),
-            _spread(row.train.step_speedup),
-            f"{row.train.flops_ratio:.3f}",
-            f"{row.train.peak_memory_ratio:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _seconds(spread: Spread) -> str:
     return f"{1000 * spread.median:.1f} ms [{1000 * spread.low:.1f} .. {1000 * spread.high:.1f}]"
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.3f} [{spread.low:.3f} .. {spread.high:.3f}]"
