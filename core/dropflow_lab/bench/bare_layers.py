@@ -55,7 +55,8 @@ def bare(model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor
     states = {one: torch.randn(one.samples, one.tokens, weight.shape[1], **made) for one in shapes}
     held = {one: torch.randn(one.samples, heads, one.entries - one.tokens, width, **made) for one in shapes}
     axes = (3, 1) if "mrope_section" in text.config.rope_parameters else (1,)  # positions of Qwen have three axes
-    masks = {one: _mask(one, weight.device) for one in shapes}
+    flash = text.config._attn_implementation.startswith("flash")  # takes no such mask: tokens come last by itself
+    masks = {one: None if flash else _mask(one, weight.device) for one in shapes}
 
     def run() -> None:
         if pictures is not None:

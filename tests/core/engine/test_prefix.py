@@ -100,6 +100,22 @@ def test_generated_tokens_are_those_of_the_whole_prompt(which: str, mode: dict[s
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("which", POLICIES)
+@torch.no_grad()
+def test_under_the_contract_of_flash_attention(which: str) -> None:
+    from flash_stand_in import registered
+
+    with registered() as name:
+        model = tiny_llava()
+        model.get_decoder().config._attn_implementation = name
+        with dropflow.attach(model, POLICIES[which]) as flow:
+            prefix = flow.prefix(**shown())
+            for side in ("left", "right"):
+                inputs = asked(side=side)
+                anew, tokens = model(**inputs).logits, after_prefix(inputs)
+                assert relative_error(model(**prefix.inputs(**inputs)).logits[tokens], anew[tokens]) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next", "internvl", "llama4", "glm4v"])
 @pytest.mark.parametrize("which", ["hidrop", "fastv"])
 def test_other_families(family: str, which: str) -> None:

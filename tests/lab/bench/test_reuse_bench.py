@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,24 @@ def test_bare_layers_do_the_work_of_the_call_alone() -> None:
     for shapes, tokens in ((anew, 72), (again, 8)):
         counted = count_flops(bare(plain, shapes, None))
         assert counted == 2 * tokens * weights + 16 * 4 * tokens * 72 * 32 + head
+
+
+@torch.no_grad()
+def test_bare_layers_under_the_contract_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_stand_in import registered
+
+    small = replace(TOY, layers=2)
+    shapes, seen = [LayerShape(1, 8, 72)] * 2, []
+    with registered() as name:
+        for attention in (name, "sdpa"):
+            model = build_model(small)
+            model.get_decoder().config._attn_implementation = attention
+            monkeypatch.setattr(
+                model.lm_head, "forward", lambda states, head=model.lm_head: seen.append(head.weight @ states[0, -1])
+            )
+            torch.manual_seed(0)
+            bare(model, shapes, None)()
+    torch.testing.assert_close(*seen)
 
 
 def test_another_family() -> None:
