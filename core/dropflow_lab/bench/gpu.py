@@ -1,4 +1,4 @@
-"""The GPU benchmark: prefill, decode, selection, host syncs, reuse and training step, with each available attention."""
+"""The GPU benchmark: prefill, overlap, decode, selection, host syncs, reuse and training, with each attention."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class Inference:
     prefill_speedup: Spread
     dense_prefill_seconds: Spread
     policy_prefill_seconds: Spread
+    overlap_prefill_seconds: Spread
+    """With the policy, the image encoded beside the layers before vision enters."""
+    overlap_speedup: Spread
+    """Prefill with the policy over that with overlap, too."""
     decode_speedup: Spread
     """Of one decode step over a cache that holds the prompt."""
     dense_decode_seconds: Spread
@@ -81,11 +85,15 @@ def device_name(device: str) -> str:
 def _inference(shape: SubjectShape, rounds: int, threads: int) -> Inference:
     with torch_threads(threads), torch.no_grad():
         dense, inputs = build_model(shape), build_prompt(shape)
-        model = twin(dense)
-        runs = {"dense": prefill_of(dense, inputs), "policy": prefill_of(model, inputs)}
-        with dropflow.attach(model, POLICY, overrides=OVERRIDES):
+        model, beside = twin(dense), twin(dense)
+        subjects = {"dense": dense, "policy": model, "overlap": beside}
+        runs = {name: prefill_of(one, inputs) for name, one in subjects.items()}
+        with (
+            dropflow.attach(model, POLICY, overrides=OVERRIDES),
+            dropflow.attach(beside, POLICY, overrides=OVERRIDES, overlap=True),
+        ):
             caches = {name: run() for name, run in runs.items()}
-            prefill = interleaved(runs, rounds, {"policy": 3})
+            prefill = interleaved(runs, rounds, {"policy": 3, "overlap": 3})
             syncs = {name: count_host_syncs(run, torch.device(shape.device)) for name, run in runs.items()}
             token = torch.tensor([[2]], device=shape.device)
             steps = {
@@ -100,6 +108,8 @@ def _inference(shape: SubjectShape, rounds: int, threads: int) -> Inference:
         prefill_speedup=ratio(prefill["dense"], prefill["policy"]),
         dense_prefill_seconds=Spread.of(prefill["dense"]),
         policy_prefill_seconds=Spread.of(prefill["policy"]),
+        overlap_prefill_seconds=Spread.of(prefill["overlap"]),
+        overlap_speedup=ratio(prefill["policy"], prefill["overlap"]),
         decode_speedup=ratio(decode["dense"], decode["policy"]),
         dense_decode_seconds=Spread.of(decode["dense"]),
         policy_decode_seconds=Spread.of(decode["policy"]),

@@ -20,7 +20,8 @@ def told(row: GpuRow) -> str:
         f"{_milliseconds(found.policy_prefill_seconds)} through the policy, speed-up {_spread(found.prefill_speedup)}; "
         f"training step speed-up {_spread(train.step_speedup)}, FLOPs ratio {train.flops_ratio:.3f}, peak memory ratio "
         f"{train.peak_memory_ratio:.3f}",
-        f"decode step {_milliseconds(found.dense_decode_seconds)} dense, "
+        f"prefill with overlap {_milliseconds(found.overlap_prefill_seconds)}, a further speed-up "
+        f"{_spread(found.overlap_speedup)}; decode step {_milliseconds(found.dense_decode_seconds)} dense, "
         f"{_milliseconds(found.policy_decode_seconds)} through the policy; selection "
         f"{_milliseconds(found.selection_seconds)}; host synchronisations in a prefill {_syncs(row)}",
     ]
@@ -41,8 +42,8 @@ def page(rows: Sequence[GpuRow], device: str, options: str) -> str:
             [_trained(row) for row in rows],
         ),
         table(
-            ("attention", "decode step, dense", "decode step, HiDrop-64", "speed-up", "selection in a prefill",
-             "host syncs, dense / HiDrop-64"),
+            ("attention", "prefill with overlap", "speed-up by it", "decode step, dense", "decode step, HiDrop-64",
+             "speed-up", "selection in a prefill", "host syncs, dense / HiDrop-64"),
             [_decoded(row) for row in rows],
         ),
         "A further question about the same image, with a [prefix](../cache.md#prefixes), against asking anew; "
@@ -73,6 +74,8 @@ def _decoded(row: GpuRow) -> list[str]:
     found = row.inference
     return [
         row.attention,
+        _milliseconds(found.overlap_prefill_seconds),
+        _spread(found.overlap_speedup),
         _milliseconds(found.dense_decode_seconds),
         _milliseconds(found.policy_decode_seconds),
         _spread(found.decode_speedup),

@@ -37,7 +37,7 @@ def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path) -> None:
     assert f"speed-up {speedup}; training step" in shown
     assert decoded.split("|")[-2].strip() == "- / -"  # no GPU, no host synchronisations
     assert [row.split("|")[2].strip() for row in reused] == ["`hidrop-64`", "`fastv-k2-r50`", "`divprune-56`"]
-    assert f"selection {decoded.split('|')[5].strip()}; host" in shown
+    assert f"selection {decoded.split('|')[7].strip()}; host" in shown
 
 
 def test_gpu_in_the_shape_of_qwen(cli) -> None:

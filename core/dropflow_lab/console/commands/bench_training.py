@@ -94,8 +94,8 @@ def gpu(
 ) -> None:
     """Time a random LLaVA-1.5-7B or Qwen2.5-VL-7B on a GPU, dense and through HiDrop-64, in turn.
 
-    Prefill, decode step, selection, host synchronisations, the reuse of a prefix and a training step. Attention is SDPA
-    and, if it is installed, FlashAttention. AdamW in bfloat16 needs 54 GB for weights, gradients and
+    Prefill, overlap, decode step, selection, host synchronisations, the reuse of a prefix and a training step.
+    Attention is SDPA and, if it is installed, FlashAttention. AdamW in bfloat16 needs 54 GB for weights, gradients and
     its state, plus memory for activations: use a smaller --batch or --checkpointing if that is too much.
     """
     from dropflow_lab.bench.gpu import bench_gpu, device_name
