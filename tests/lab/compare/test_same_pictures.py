@@ -91,6 +91,20 @@ def test_answers_and_tokens_are_those_of_asking_anew(
     assert begun.entry_visual_tokens == anew.entry_visual_tokens
 
 
+def test_questions_about_the_same_video(
+    subject: tuple[Any, Any], samples: list[Sample], made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = tuple(picture for one in samples[:2] for picture in one.pictures)
+    asked = [replace(one, pictures=frames, videos=((0, 1),)) for one in samples[:3]]
+    asked.append(replace(asked[0], videos=()))  # the same pictures, but no video
+    thinned = dropflow.load_policy({"name": "thinned", "stages": {"frames": {"use": "dycoke/temporal", "drop": 0.7}}})
+    assert answers._batches(asked, 4) == [[0, 1, 2], [3]]
+    begun = _ask(subject, thinned, asked)
+    assert made == [4]
+    monkeypatch.setattr(answers._Asking, "_shared", lambda *_: None)
+    assert _ask(subject, thinned, asked).said == begun.said
+
+
 def test_without_a_policy_and_without_stages_nothing_is_prefixed(
     subject: tuple[Any, Any], samples: list[Sample], made: list[int]
 ) -> None:
