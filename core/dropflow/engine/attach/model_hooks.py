@@ -33,6 +33,7 @@ from dropflow.engine.attach.stage_losses import share_of_step, summed, with_loss
 from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
 from dropflow.engine.attach.stage_weights import save_weights
 from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, stated_questions, stated_tokens
+from dropflow.engine.attach.tower_hooks import TowerHooks
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
 from dropflow.engine.decoder.keeps import Keeps, Replayed
@@ -60,7 +61,7 @@ from dropflow.engine.tokens.prompt import (
     valid_tokens,
 )
 from dropflow.engine.vision.encoding import FlowFeatures, encode, joined, take_flags
-from dropflow.engine.vision.vision_run import VisionRun, in_tower
+from dropflow.engine.vision.vision_run import VisionRun
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -136,23 +137,7 @@ class ModelHooks:
             self._standing.lay(model.__dict__, "save_pretrained", self._saving(model.save_pretrained))
         plans = [flow.plan for flow in flows.values() if flow is not None]
         stand_in(self._standing, text, self._decoder_run)
-        encoder = self.backbone.vision
-        if encoder is not None:
-            stand_in(self._standing, encoder.owner, self._vision_run)
-            projector: Any = encoder.projector
-            if projector is not None and any("features" in plan.encode_at for plan in plans):
-                self._handles.append(projector.register_forward_pre_hook(self._before_projector))
-                # compiled code that inlined this module ignores a new hook, but is recompiled for another forward
-                self._standing.lay(projector.__dict__, "forward", self._projecting(projector.forward))
-        packed = self.backbone.packed_tower
-        if packed is not None and any(in_tower(place) for plan in plans for place in plan.encode_at):
-            stand_in(self._standing, packed.owner, self._vision_run, packed.blocks)
-            self._standing.lay(packed.owner.__dict__, "forward", self._running_tower(packed.owner))
-            for merger in packed.mergers:
-                self._standing.lay(merger.__dict__, "forward", self._merging(merger.forward))
-        if encoder is None and any(stage.vision_taps for plan in plans for _, stage in plan.stages):
-            for reader in filter(None, map(self.backbone.reader, self.backbone.modalities)):
-                stand_in(self._standing, reader.owner, self._vision_run, reader.layers)
+        TowerHooks(self.backbone, self._mine).install(self._standing, self._handles, plans)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
         for modality in MODALITIES:
@@ -222,10 +207,6 @@ class ModelHooks:
     def _decoder_run(self) -> Run | None:
         call = self._mine()
         return None if call is None else call.decoder
-
-    def _vision_run(self) -> Run | None:
-        call = self._mine()
-        return call.vision if call is not None and call.vision is not None and call.vision.inside else None
 
     # Images
 
@@ -311,48 +292,6 @@ class ModelHooks:
             return saved
 
         return save_pretrained
-
-    def _before_projector(self, projector: Any, args: tuple[Any, ...]) -> Any:  # noqa: ARG002
-        return self._projected(args[0]), *args[1:]
-
-    def _projecting(self, forward: Any) -> Any:
-        """The projector's forward, applied only to the rows that the stages keep of its input."""
-
-        @wraps(forward)
-        def project(rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return forward(self._projected(rows), *args, **kwargs)
-
-        return project
-
-    def _projected(self, rows: Tensor) -> Tensor:
-        call = self._mine()
-        if call is None or call.vision is None or not call.vision.reduces_features:
-            return rows
-        return call.vision.features(rows)
-
-    def _running_tower(self, tower: Any) -> Any:
-        """A packed tower's forward, on the units that the stages keep."""
-        forward = tower.forward
-
-        @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            call = self._mine()
-            if call is None or call.vision is None:
-                return forward(*args, **kwargs)
-            return call.vision.tower(forward, named(tower, args, kwargs)[1])
-
-        return run
-
-    def _merging(self, forward: Any) -> Any:
-        """The forward of a packed tower's merger, with rows for the units that the stages left out inside the tower."""
-
-        @wraps(forward)
-        def merge(*args: Any, **kwargs: Any) -> Any:
-            call, merged = self._mine(), forward(*args, **kwargs)
-            packed = None if call is None or call.vision is None else call.vision.packed
-            return merged if packed is None else packed.merged(merged)
-
-        return merge
 
     # `generate`: which forwards are one prompt
 
