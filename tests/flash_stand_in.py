@@ -1,4 +1,7 @@
-"""A CPU stand-in for FlashAttention's contract: a (batch, keys) mask or none, causal aligned at the bottom right."""
+"""A CPU stand-in for FlashAttention's contract: a (batch, keys) mask or none, causal aligned at the bottom right.
+
+A sliding window counts the entries that are left once padding is gone.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ def attention(
         if module.is_causal:
             count = q.shape[1]
             seen = torch.ones(count, k.shape[1], dtype=torch.bool).tril(k.shape[1] - count)
+            if kwargs.get("sliding_window") is not None:
+                seen = seen.triu(k.shape[1] - count - kwargs["sliding_window"] + 1)
             scores = scores.masked_fill(~seen, -torch.inf)
         output[sample][:, asks] = scores.softmax(-1) @ v
     return output.transpose(1, 2), None

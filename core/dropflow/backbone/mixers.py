@@ -53,6 +53,18 @@ class PlaceScale:
         return cls(layers, int(config.floor_scale), "attn_temperature_tuning") if layers else None
 
 
+def windows_of(config: Any) -> dict[int, int]:
+    """Tokens in the sliding window of each decoder layer that has one, from the transformers config.
+
+    Where the config does not list kinds of layers, a window is that of all of them, as with Mistral.
+    """
+    window, depth = getattr(config, "sliding_window", None), config.num_hidden_layers
+    if window is None:
+        return {}
+    names = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+    return {number: int(window) for number, name in enumerate(names) if name == "sliding_attention"}
+
+
 def mixers_of(config: Any, layers: Sequence[Any] = ()) -> tuple[Mixer, ...]:
     """The mixer of every layer of a text decoder, from its transformers config.
 

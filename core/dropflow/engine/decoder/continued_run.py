@@ -10,6 +10,7 @@ from dropflow.engine.decoder.cache_stages import CacheStages
 from dropflow.engine.decoder.layer_arguments import ContinuedArguments
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.decoder.windows import check_continued_windows
 from dropflow.engine.tokens.cache import flow_layers, note_padding
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 
@@ -25,6 +26,8 @@ class ContinuedRun:
         self._cache, self._real = cache, real
         first = next(iter(flow_layers(cache).values()))
         self._caches = CacheStages(site, _generated(first), embeds.shape[1], cache)
+        if embeds.shape[1] > 1:
+            check_continued_windows(site, self._caches.held, embeds.shape[1])
         if embeds.shape[1] == 1 and first.index is not None and first.index.images:
             self._caches.begin_step(int(first.length) + 1)  # a call of several tokens, such as drafts, reads everything
         self.reading = self._caches.reading
@@ -40,7 +43,7 @@ class ContinuedRun:
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number` on all tokens of the call."""
-        kwargs = self._arguments.arguments(kwargs, self._caches.held[number])
+        kwargs = self._arguments.arguments(kwargs, self._caches.held[number], number)
         if number in self._taps:
             return self._caches.tap(number, layer, args, kwargs)
         if self.reading is not None and self.reading.involves(number):

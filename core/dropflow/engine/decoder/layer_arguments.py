@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.weights import weighted_mask
+from dropflow.engine.decoder.windows import within_window
 from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
@@ -53,8 +54,10 @@ class ContinuedArguments:
         """Whether the model's own arguments already fit the layer."""
         return held.index is None or (held.index.complete and not self._site.compact)
 
-    def arguments(self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer | FlowShared) -> dict[str, Any]:
-        """Keyword arguments with the mask and the positions that the layer's cache needs."""
+    def arguments(
+        self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer | FlowShared, number: int
+    ) -> dict[str, Any]:
+        """Keyword arguments of layer `number`, with the mask and the positions that its cache needs."""
         index = held.index
         if index is None:
             return kwargs
@@ -64,6 +67,12 @@ class ContinuedArguments:
             length, total, flash = held.length, self._embeds.shape[1], self._site.flash
             found["attention_mask"] = self._once(
                 ("mask", mask, index), lambda: continued_mask(mask, index, length, total, flash=flash)
+            )
+        window = self._site.windows.get(number)
+        if window is not None and not index.complete and self._embeds.shape[1] == 1:
+            seen, after = found.get("attention_mask", mask), int(held.length) + 1
+            found["attention_mask"] = self._once(
+                ("window", seen, index, window), lambda: within_window(seen, index, after, window)
             )
         return kwargs | found if found else kwargs
 

@@ -22,7 +22,7 @@ def check_places(backbone: Backbone, plan: Plan, prompt: Prompt, window: Window,
     scale = backbone.place_scale
     if scale is None or length < scale.tokens:
         return
-    first = _first_drop(plan, prompt, window)
+    first = first_drop(plan, prompt, window)
     layer = next((number for number in scale.layers if number >= first), None)
     if layer is not None:
         raise UnsupportedCall(
@@ -31,7 +31,7 @@ def check_places(backbone: Backbone, plan: Plan, prompt: Prompt, window: Window,
         )
 
 
-def _first_drop(plan: Plan, prompt: Prompt, window: Window) -> int:
+def first_drop(plan: Plan, prompt: Prompt, window: Window) -> int:
     """The first boundary from which on tokens may be missing."""
     if window.entry or prompt.extents["present"] != prompt.extents["valid"]:
         return 0

@@ -25,6 +25,7 @@ from dropflow.engine.decoder.shared_keys import SharedKeys
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.decoder.weights import with_positional_mask
+from dropflow.engine.decoder.windows import check_prompt_windows
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
 from dropflow.engine.tokens.cache import convert_cache, flow_layers, seen_by
@@ -238,6 +239,7 @@ class PromptRun:
             check_arguments(given, self.live, known)
             length = seen_by(cache) + self.live.total
             check_places(self._site.backbone, plan, self.prompt, self.window, length)
+            check_prompt_windows(self._site, self.prompt, self.window, length)
         if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
             convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)
         self._caches.begin(cache)

@@ -117,7 +117,7 @@ class RecalledRun(PromptRun):
 
     def _alone(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = self._caches.held[number]
-        fitted = self._continued.arguments(kwargs, held)
+        fitted = self._continued.arguments(kwargs, held, number)
         if number not in self._taps:
             return layer(*args, **fitted)
         index = held.full_index()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dropflow.backbone.mixers import windows_of
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.trained import Trained
 from dropflow.engine.model.attention import HeadShards, QueryKey
@@ -59,6 +61,18 @@ class Site:
     def flash(self) -> bool:
         """Whether the attention implementation takes two-dimensional masks."""
         return "flash" in self.implementation
+
+    @property
+    def windows(self) -> Mapping[int, int]:
+        """Sliding windows, by layer, that the attention kernel enforces itself, by counting the entries that it gets.
+
+        Kernels with four-dimensional masks leave windows to these.
+        """
+        return self._windows if self.flash else {}
+
+    @lazy
+    def _windows(self) -> Mapping[int, int]:
+        return windows_of(self._text.config)
 
     @lazy
     def compact(self) -> bool:
