@@ -20,7 +20,7 @@ class DecodeReadOptions(StageOptions):
 
     at: Depth = Field(
         description="the anchor: the layer whose attention chooses (of a backbone in which it has none, the last one "
-        "before it that has); published is 17 of 36"
+        "before it that has); published is 17 of 36. A sliding window ranks what it hides last, so take a layer without"
     )
     variant: Literal["official", "blocks", "port"] = Field(
         default="official",
@@ -52,6 +52,11 @@ class DecodeReadOptions(StageOptions):
             raise ValueError(f"`budget_min` {self.budget_min} is above `budget_max` {self.budget_max}")
         if self.top_p is not None and (self.variant != "port" or self.fixed is not None):
             raise ValueError("`top_p` goes with `variant: port` and without `fixed`")
+        if self.variant == "port" and self.fixed is not None and not self.budget_min <= self.fixed <= self.budget_max:
+            raise ValueError(
+                f"`fixed` {self.fixed} lies outside `budget_min` {self.budget_min} to `budget_max` {self.budget_max}, "
+                "between which `variant: port` holds it; widen them"
+            )
         return self
 
 
@@ -84,6 +89,13 @@ class DecodeRead(Stage[DecodeReadOptions]):
             expected = f"a layer from {shape.with_attention[0]} to {shape.layers - 1}"
             raise PolicyError(f"{path}: layer {asked} has no attention by which it could choose; expected {expected}")
         self._anchor = anchor
+        later = options.from_layer or ("anchor" if options.variant == "official" else "next")
+        self._first = anchor + (later == "next")
+        if self._first > max(shape.with_attention):
+            raise PolicyError(
+                f"{path}: no layer after {anchor} has attention, so that nothing would be read less; expected a layer "
+                f"before {max(shape.with_attention)}, or `from_layer: anchor`"
+            )
 
     @property
     def decode_reads_at(self) -> tuple[int, ...]:
@@ -95,9 +107,8 @@ class DecodeRead(Stage[DecodeReadOptions]):
         """Choose what the step reads from the anchor on."""
         import torch
 
-        first = self.options.from_layer or ("anchor" if self.options.variant == "official" else "next")
         with torch.no_grad():
-            return CacheSelect(self._active(call), call.layer + (first == "next"))
+            return CacheSelect(self._active(call), self._first)
 
     def _active(self, call: StepCall) -> Bool[Tensor, "batch keys"]:
         from dropflow_visionpulse.rules import Budget, by_block, by_importance, by_mass

@@ -105,7 +105,11 @@ def _mass(weights: Float[Tensor, "batch heads keys"], visual: Bool[Tensor, "batc
 def _best(
     scores: Float[Tensor, "batch keys"], visual: Bool[Tensor, "batch keys"], counts: Int[Tensor, "batch"]
 ) -> Bool[Tensor, "batch keys"]:
-    """The `counts` visual entries of each sample that score best, ties to the first; all if there are fewer."""
-    order = torch.where(visual, scores, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    """The `counts` visual entries of each sample that score best, ties to the first; all if there are fewer.
+
+    Those that the layer's mask hides are visual, too: they come last, before what is not visual.
+    """
+    hidden = torch.finfo(scores.dtype).min
+    order = torch.where(visual, scores.clamp(min=hidden), -torch.inf).sort(dim=1, descending=True, stable=True).indices
     first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
     return torch.zeros_like(visual).scatter(1, order, first) & visual

@@ -221,6 +221,28 @@ def test_ties_go_to_the_first_and_a_sample_without_vision_parks_nothing() -> Non
     assert active.tolist() == [[False, True, True, False, False, False], [False] * 6]
 
 
+def test_entries_that_the_anchor_cannot_see_are_counted_and_come_last() -> None:
+    """As where a sliding window ends: the smallest share is read all the same, not text in place of it."""
+    visual = torch.arange(40) >= 4
+    visual[-4:] = False
+    for hidden in (-torch.inf, torch.finfo(torch.float32).min):
+        logits = torch.zeros(1, 4, 40)
+        logits[:, :, :36] = hidden
+        assert by_mass(logits, visual[None], Budget(0.1, 0.25, 0.5)).nonzero()[:, 1].tolist() == list(range(4, 12))
+        logits[:, :, 30] = 1.0
+        active = by_mass(logits, visual[None], Budget(0.1, 0.25, 0.25))
+        assert active.nonzero()[:, 1].tolist() == [*range(4, 11), 30]
+
+
+def test_an_anchor_after_which_nothing_could_be_read_less_is_refused() -> None:
+    shapes = (BackboneShape(6, 16), 5), (BackboneShape(6, 16, attending=(1, 4)), 4)
+    for shape, last in shapes:
+        for variant in ("blocks", "port"):
+            with pytest.raises(PolicyError, match=rf"stages\.read\.at: no layer after {last} has attention"):
+                resolve(dropflow.load_policy(policy(read=HALF | {"at": last, "variant": variant})), shape)
+        resolve(dropflow.load_policy(policy(read=HALF | {"at": last})), shape)
+
+
 def test_a_fixed_share_of_the_other_port_is_rounded_half_to_even_and_bounded() -> None:
     logits, visual = drawn(0, 1, 22)
     assert int(visual.sum()) == 10
@@ -346,6 +368,7 @@ def test_the_anchor_is_a_layer_with_attention() -> None:
     for options, told in (
         ({"budget_min": 0.6}, "is above `budget_max`"),
         ({"top_p": 0.9}, "goes with `variant: port`"),
+        ({"variant": "port", "fixed": 0.9}, r"`fixed` 0\.9 lies outside `budget_min` 0\.3 to `budget_max` 0\.5"),
     ):
         with pytest.raises(PolicyError, match=told):
             dropflow.load_policy(policy(read=HALF | options))
