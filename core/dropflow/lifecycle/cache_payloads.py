@@ -128,11 +128,12 @@ class CacheSelect:
     """Decision of `decode_cache` at a layer in `decode_reads_at`: which entries this step reads from there on.
 
     Nothing is evicted. Later layers read the entries of the same tokens; visual tokens that only they hold are not
-    read. At another layer of the same step a stage may choose again, which replaces its choice from there on; where
-    several stages choose, an entry is read if all of them want it.
+    read. At another layer of the same step a stage may choose again, which replaces its choice in the layers from which
+    on the new one holds; where several stages choose, an entry is read if all of them want it.
     """
 
     active: Bool[Tensor, "batch keys"]
     """Entries that are read; text and protected entries always are, padding never is."""
     from_layer: int | None = None
-    """First layer that reads only these: the layer of the call, if left out, or a later one."""
+    """First layer that reads only these: the layer of the call, if left out, or a later one; the number of layers for
+    none."""

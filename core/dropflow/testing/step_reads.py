@@ -29,7 +29,7 @@ def reads(flow: Flow, tokens: int, samples: int) -> Iterator[list[Tensor]]:
     """
     found: list[Tensor] = []
     hooks, layers = flow.plan.hooks, flow.plan.shape.layers
-    decide, chosen = hooks.decode_cache, dict[int, Tensor]()
+    decide, chosen = hooks.decode_cache, dict[int, Tensor]()  # for each stage (layers, samples, tokens)
 
     def note(call: Any, stage: Any) -> Any:
         answer = decide(call, stage)
@@ -38,14 +38,16 @@ def reads(flow: Flow, tokens: int, samples: int) -> Iterator[list[Tensor]]:
         if call.step > len(found):
             found.append(torch.ones(layers, samples, tokens, dtype=torch.bool))
             chosen.clear()
-        if isinstance(answer, CacheSelect):
+        wanted = chosen.setdefault(id(stage), torch.ones_like(found[-1]))
+        if answer is None:
+            wanted[call.layer :] = True
+        else:
             own = torch.zeros(samples, tokens + call.step, dtype=torch.bool)
             active = (answer.active | ~call.visual) & call.view.valid
             for sample, index in enumerate(call.view.index):
                 own[sample, index[active[sample]]] = True
-            chosen[id(stage)] = own[:, :tokens]
-            first = call.layer if answer.from_layer is None else answer.from_layer
-            found[-1][first:] = torch.stack(list(chosen.values())).all(0)
+            wanted[call.layer if answer.from_layer is None else answer.from_layer :] = own[:, :tokens]
+        found[-1] = torch.stack(list(chosen.values())).all(0)
         return answer
 
     with mock.patch.object(hooks, "decode_cache", note):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class StepReading:
         for name, stage in site.plan.hooks.implementers("decode_cache"):
             for layer in stage.decode_reads_at:
                 self._asked.setdefault(layer, []).append((name, stage))
-        self._choices: dict[str, _Choice] = {}
+        self._choices: dict[str, list[_Choice]] = {}
         self._once = Once()
         self.read: dict[int, Active] = {}
         """What each layer that has run has read, where it did not read all."""
@@ -92,7 +93,7 @@ class StepReading:
 
     def involves(self, number: int) -> bool:
         """Whether q and k of a layer are needed: a stage is asked there, or the layer may not read all entries."""
-        return number in self._asked or any(choice.first <= number for choice in self._choices.values())
+        return number in self._asked or bool(self._wanted(number))
 
     def of(self, number: int, seen: QueryKey) -> QueryKey | None:
         """The keys, values and mask that a layer about to attend shall read; `None` for those it has.
@@ -132,13 +133,18 @@ class StepReading:
         if answer is None:
             self._choices.pop(name, None)
             return
-        chosen, first = _checked(answer, name, number, view)
+        chosen, first = _checked(answer, name, number, view, self._site.plan.shape.layers)
         active = chosen.to(view.valid.device) & view.valid
-        self._choices[name] = _Choice(first, _of_tokens(active, index))
+        self._choices.setdefault(name, []).append(_Choice(first, _of_tokens(active, index)))
+
+    def _wanted(self, number: int) -> tuple[Bool[Tensor, "batch length"], ...]:
+        """The tokens that each stage wants a layer to read: its last choice among those that have begun there."""
+        begun = ([choice for choice in choices if choice.first <= number] for choices in self._choices.values())
+        return tuple(choices[-1].tokens for choices in begun if choices)
 
     def _active(self, number: int, window: int | None) -> Active | None:
         """The entries that a layer reads; `None` for all. One host synchronisation for layers that hold the same."""
-        chosen = tuple(choice.tokens for choice in self._choices.values() if choice.first <= number)
+        chosen = self._wanted(number)
         if not chosen:
             return None
         index = self._index(number)
@@ -187,26 +193,29 @@ def _taken(states: Tensor, index: Int[Tensor, "batch slots"]) -> Tensor:
     return states.transpose(1, 2)[rows, index].transpose(1, 2)
 
 
-def _checked(answer: object, name: str, number: int, view: CacheView) -> tuple[Tensor, int]:
+def _checked(answer: object, name: str, number: int, view: CacheView, layers: int) -> tuple[Tensor, int]:
     """The entries that an answer wants to be read, and the first layer that reads only these.
 
     Raises `DecisionError` for an answer that makes no sense.
     """
-    start = f"stages.{name}: `decode_cache` answered"
+    where, start = f"in layer {number} of a decode step, expected", f"stages.{name}: `decode_cache` answered"
     if not isinstance(answer, CacheSelect):
         raise DecisionError(
-            f"{start} {type(answer).__name__} in layer {number} of a decode step, expected `CacheSelect` or `None`; to "
-            "evict entries, use a stage without `decode_reads_at`"
+            f"{start} {type(answer).__name__} {where} `CacheSelect` or `None`; to evict entries, use a stage without "
+            "`decode_reads_at`"
         )
-    if answer.active.shape != view.valid.shape or answer.active.dtype != torch.bool:
+    active, shape = answer.active, tuple(view.valid.shape)
+    plain = isinstance(active, Tensor) and active.layout == torch.strided and active.device.type != "meta"
+    if not plain or active.dtype != torch.bool or active.shape != shape:
+        got = f"{active.dtype} {tuple(active.shape)}" if isinstance(active, Tensor) else type(active).__name__
+        kind = "" if plain or not isinstance(active, Tensor) else f", {active.layout} on {active.device}"
         raise DecisionError(
-            f"{start} {answer.active.dtype} {tuple(answer.active.shape)} in layer {number} of a decode step, expected "
-            f"torch.bool {tuple(view.valid.shape)}, one value per entry of `StepCall.view`"
+            f"{start} {got}{kind} {where} a dense torch.bool {shape}, one value per entry of `StepCall.view`"
         )
-    first = number if answer.from_layer is None else answer.from_layer
-    if first < number:
+    first: Any = number if answer.from_layer is None else answer.from_layer
+    if isinstance(first, bool) or not isinstance(first, Integral) or not number <= first <= layers:
         raise DecisionError(
-            f"{start} `from_layer` {first} in layer {number} of a decode step, expected {number} or a later layer: the "
-            "others have run"
+            f"{start} `from_layer` {first!r} {where} a layer from {number}, since the others have run, to {layers}, "
+            "which reads everything"
         )
-    return answer.active, first
+    return active, int(first)

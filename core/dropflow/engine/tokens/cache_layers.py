@@ -140,7 +140,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
     @property
     def length(self) -> int:
         """Logical tokens seen."""
-        held = self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 2 else 0
+        held = self.keys.shape[-2] if self._holds else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
@@ -216,10 +216,10 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
             raise UnsupportedCall(
                 f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer"
             )
-        if count == 0 or self.index is None:
+        if count == 0 or not self._holds:
             return
-        explicit = count - (self.length - self.index.length)
-        if explicit > 0:
+        explicit = 0 if self.index is None else count - (self.length - self.index.length)
+        if self.index is not None and explicit > 0:
             self.index = self.index.without_last(explicit)
             self.each_shared(lambda seen: seen.without_last(explicit))
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
@@ -234,15 +234,20 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
-        if self.index is not None:
-            batch, device = self.index.logical.shape[0], self.index.logical.device
-            rows = torch.arange(batch, device=device).repeat_interleave(repeats)
+        if self._holds:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
             self._pick(repeats, lambda: rows, rows)
+
+    @property
+    def _holds(self) -> bool:
+        """Whether it holds entries, with an index or without."""
+        return bool(self.is_initialized) and self.keys.dim() > 2
 
     def _pick(self, key: Any, rows: Any, picked: Tensor) -> None:
         if self.index is not None:
             self.index = self.index.rows(key, rows)
             self.each_shared(lambda seen: seen.rows(key, rows))
+        if self._holds:
             self._replace(self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)])
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
             self.parked = None if self.parked is None else self.parked.rows(picked)

@@ -24,6 +24,8 @@ class Room:
         """What the last append returned; whoever replaces the entries by others ends the right to write after them."""
         self._whole: Tensor | None = None
         """The tensor with room, of which `_last` is a view; `None` before there is one."""
+        self._entries = 0
+        """Number of entries of `_whole` that `_last` shows."""
 
     def appended(
         self, held: Float[Tensor, "batch heads entries dim"], new: Float[Tensor, "batch heads more dim"]
@@ -33,12 +35,14 @@ class Room:
             self._whole, self._last = None, torch.cat([held, new], dim=-2)
             return self._last
         before, entries, whole = held.shape[-2], held.shape[-2] + new.shape[-2], self._whole
+        if whole is not None and (whole.data_ptr() != held.data_ptr() or before != self._entries):
+            whole = None  # the same tensor object was given other contents (`.data`)
         frozen = whole is not None and whole.is_inference() and not torch.is_inference_mode_enabled()
         if whole is None or whole.shape[-2] < entries or frozen:
             whole = held.new_empty((*held.shape[:-2], entries + max(LEAST, entries // 8), held.shape[-1]))
             whole.narrow(-2, 0, before).copy_(held)
         whole.narrow(-2, before, new.shape[-2]).copy_(new)
-        self._whole, self._last = whole, whole.narrow(-2, 0, entries)
+        self._whole, self._entries, self._last = whole, entries, whole.narrow(-2, 0, entries)
         return self._last
 
 

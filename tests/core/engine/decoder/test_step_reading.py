@@ -226,6 +226,28 @@ def test_a_later_choice_replaces_the_stages_own_and_joins_those_of_others(llava:
 
 
 @torch.no_grad()
+def test_a_choice_holds_until_the_stages_next_one_begins(llava: Any) -> None:
+    """Of choices that begin later than where they are made, each layer takes the last that has begun."""
+    inputs = prompt(((3, "I", 5),))
+
+    def counts(*answers: tuple[int, int, int]) -> list[float]:
+        """Entries that layers read, where the stage answers (divisor, first layer) in some layers."""
+        told = {layer: (divisor, first) for layer, divisor, first in answers}
+
+        def choose(call: StepCall) -> CacheSelect:
+            divisor, first = told[call.layer]
+            return CacheSelect(call.visual.cumsum(1) % divisor == 0, first)
+
+        with dropflow.attach(llava, policy(a={"use": stage(choose, tuple(told))})) as flow:
+            decoded(llava, inputs, 1)
+            return [row.kv_entries_read - 10 for row in flow.report().layers]
+
+    assert counts((1, 2, 1), (2, 4, 4)) == [16, 8, 8, 8, 4, 4]
+    assert counts((1, 2, 5), (2, 4, 3)) == [16, 16, 16, 4, 4, 4]
+    assert counts((1, 2, 6)) == [16] * 6
+
+
+@torch.no_grad()
 def test_rows_read_by_another_stage_are_those_of_what_was_read(llava: Any) -> None:
     rows: list[Tensor] = []
 
@@ -295,6 +317,12 @@ def test_an_interrupted_step_leaves_nothing(llava: Any) -> None:
         (lambda call: CacheSelect(call.view.valid.float()), r"torch\.float32"),
         (lambda call: CacheSelect(call.view.valid, from_layer=1), "the others have run"),
         (lambda call: CacheKeep({call.layer: call.view.valid}), "expected `CacheSelect`"),
+        (lambda call: CacheSelect(call.view.valid.tolist()), "answered list"),
+        (lambda call: CacheSelect(call.view.valid.to_sparse()), r"sparse_coo on cpu .* expected a dense"),
+        (lambda call: CacheSelect(call.view.valid.to("meta")), r"strided on meta .* expected a dense"),
+        (lambda call: CacheSelect(call.view.valid, from_layer=7), r"`from_layer` 7 .* from 2, .* to 6"),
+        (lambda call: CacheSelect(call.view.valid, from_layer=3.5), r"`from_layer` 3\.5"),
+        (lambda call: CacheSelect(call.view.valid, from_layer=True), "`from_layer` True"),
     ],
 )
 @torch.no_grad()

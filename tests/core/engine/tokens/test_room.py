@@ -222,3 +222,37 @@ def test_a_crop_and_another_answer_leave_the_first_answer_its_entries(llava: Any
         llava(input_ids=token + 1, **{CACHE_ARGUMENT: cache})
     assert torch.equal(first, before)
     assert not torch.equal(cache.layers[0].keys[:, :, -1], before[:, :, -2])
+
+
+@pytest.mark.parametrize("change", [lambda keys: keys * 2, lambda keys: keys[..., :-2, :], lambda keys: keys.half()])
+@torch.no_grad()
+def test_other_contents_of_the_same_tensor_object_are_held(change: Any) -> None:
+    layer = a_layer()
+    grown(layer, 3)
+    before, view = layer.keys.clone(), layer.keys[...]
+    layer.keys.data = change(layer.keys.data)
+    expected, new = layer.keys.clone(), entries(1, 9)[0]
+    layer.update(new, new)
+    assert torch.equal(layer.keys, torch.cat((expected, new), 2))
+    assert torch.equal(view, before)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_serves_text_with_beams_and_crops(llava: Any) -> None:
+    """Entries that follow a reset have no index, and are picked and taken back like others."""
+    text, beams = prompt([(7,), (9,)]), {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 3}
+    with dropflow.attach(llava, RAGGED):
+        expected, plain = llava.generate(**text, **beams), llava(**text)
+        cache = DynamicCache()
+        llava(**prompt(), **{CACHE_ARGUMENT: cache})
+        cache.reset()
+        assert torch.equal(llava.generate(**text, **beams, **{CACHE_ARGUMENT: cache}), expected)
+        cache.reset()
+        llava(**text, **{CACHE_ARGUMENT: cache})
+        cache.crop(-2)
+        assert cache.get_seq_length() == text["input_ids"].shape[1] - 2
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        more = {"input_ids": text["input_ids"][[1, 0], -2:], "attention_mask": text["attention_mask"][[1, 0]]}
+        found = llava(**more, **{CACHE_ARGUMENT: cache}).logits[:, -1]
+    assert torch.allclose(found, plain.logits[[1, 0], -1], atol=1e-4)
