@@ -39,7 +39,7 @@ def reads(flow: Flow, tokens: int, samples: int) -> Iterator[list[Tensor]]:
             found.append(torch.ones(layers, samples, tokens, dtype=torch.bool))
             chosen.clear()
         wanted = chosen.setdefault(id(stage), torch.ones_like(found[-1]))
-        if answer is None:
+        if not isinstance(answer, CacheSelect):
             wanted[call.layer :] = True
         else:
             own = torch.zeros(samples, tokens + call.step, dtype=torch.bool)

@@ -212,10 +212,11 @@ def _checked(answer: object, name: str, number: int, view: CacheView, layers: in
         raise DecisionError(
             f"{start} {got}{kind} {where} a dense torch.bool {shape}, one value per entry of `StepCall.view`"
         )
-    first: Any = number if answer.from_layer is None else answer.from_layer
-    if isinstance(first, bool) or not isinstance(first, Integral) or not number <= first <= layers:
+    given: Any = number if answer.from_layer is None else answer.from_layer
+    first = -1 if isinstance(given, bool) or not isinstance(given, Integral) else int(given)
+    if not number <= first <= layers:
         raise DecisionError(
-            f"{start} `from_layer` {first!r} {where} a layer from {number}, since the others have run, to {layers}, "
+            f"{start} `from_layer` {given!r} {where} a layer from {number}, since the others have run, to {layers}, "
             "which reads everything"
         )
-    return active, int(first)
+    return active, first
