@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def ranking_faults(plan: Plan) -> list[str]:
     """Errors for stages that read attention, or train through it, in layers that have none."""
-    shared = [fault for name, stage in plan.stages for fault in _sharing_faults(plan, name, stage)]
+    shared = [fault for name, stage in plan.stages for fault in _reading_faults(plan, name, stage)]
     if plan.shape.attending is None:
         return shared
     faults = {}
@@ -29,8 +29,16 @@ def ranking_faults(plan: Plan) -> list[str]:
     ]
 
 
-def _sharing_faults(plan: Plan, name: str, stage: Stage[Any]) -> Iterator[str]:
+def _reading_faults(plan: Plan, name: str, stage: Stage[Any]) -> Iterator[str]:
+    """Errors for a stage that chooses what decode steps read where it could not, or would not be asked."""
     shape = plan.shape
+    if stage.decode_reads_at and not hasattr(stage, "decode_cache"):
+        yield f"stages.{name}: lists `decode_reads_at`, but has no `decode_cache` to choose there; define it"
+    elif stage.decode_reads_at and (stage.decode_every or stage.decode_taps):
+        yield (
+            f"stages.{name}: chooses what decode steps read (`decode_reads_at`), for which it is asked inside them and "
+            "nowhere else; leave out `decode_every` and `decode_taps`, and evict in a stage of its own"
+        )
     for layer, producer in shape.producers[-1:] if stage.decode_reads_at else ():
         yield (
             f"stages.{name}: chooses what a decode step reads, but layer {layer} of this backbone reads the keys of "

@@ -15,6 +15,7 @@ from dropflow.engine.decoder.decide_cache import cache_view
 from dropflow.engine.decoder.layer_arguments import Once
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.model.attention import QueryKey, last_logits
+from dropflow.engine.model.tap import untapped
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.host import Extent, read
@@ -129,7 +130,8 @@ class StepReading:
             index.images,
             lambda: last_logits(self._site.sharded(seen)).to(index.logical.device),
         )
-        answer = self._site.plan.hooks.decode_cache(call, stage)
+        with untapped():  # the stage may call a model of its own
+            answer = self._site.plan.hooks.decode_cache(call, stage)
         if answer is None:
             self._choices.pop(name, None)
             return

@@ -335,6 +335,48 @@ def test_answers_that_make_no_sense(llava: Any, answer: Any, told: str) -> None:
 
 
 @torch.no_grad()
+def test_a_stage_may_call_a_model_of_its_own(llava: Any) -> None:
+    inputs, other = prompt(((3, "I", 5),)), tiny_llava(seed=5)
+    expected = other(**inputs).logits
+    found: list[Tensor] = []
+
+    def choose(call: StepCall) -> CacheSelect:
+        found.append(other(**inputs).logits)
+        return CacheSelect((call.visual.cumsum(1) + call.step) % 3 == 0)
+
+    with dropflow.attach(llava, reading()):
+        alone, _ = decoded(llava, inputs, 3)
+    with dropflow.attach(llava, policy(reads={"use": stage(choose)})):
+        both, _ = decoded(llava, inputs, 3)
+    assert all(map(torch.equal, both, alone))
+    assert len(found) == 3
+    assert all(torch.equal(own, expected) for own in found)
+    with dropflow.attach(other, reading(every=2)), dropflow.attach(llava, policy(reads={"use": stage(choose)})):
+        both, _ = decoded(llava, inputs, 3)
+    assert all(map(torch.equal, both, alone))
+
+
+def test_stages_that_would_not_be_asked_are_refused(llava: Any) -> None:
+    class Nothing(Stage[StageOptions]):
+        """Chooses nowhere."""
+
+        decode_reads_at = (2,)  # type: ignore[assignment]
+
+        @hookimpl
+        def exit(self, call: Any) -> None: ...
+
+    class Both(Reads):
+        decode_every = 2  # type: ignore[assignment]
+
+    class Taps(Reads):
+        decode_taps = (3,)  # type: ignore[assignment]
+
+    for use, told in ((Nothing, "has no `decode_cache`"), (Both, "nowhere else"), (Taps, "nowhere else")):
+        with pytest.raises(PolicyError, match=rf"stages\.reads: .*{told}"):
+            dropflow.attach(llava, policy(reads={"use": use}))
+
+
+@torch.no_grad()
 def test_a_selection_after_the_prefill_is_refused(llava: Any) -> None:
     class Wrong(Stage[StageOptions]):
         """Chooses where it may only evict."""
