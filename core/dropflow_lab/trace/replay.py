@@ -132,7 +132,7 @@ class Replay(Stage[ReplayOptions]):
 
     def __init__(self, options: ReplayOptions, context: StageContext) -> None:
         super().__init__(options, context)
-        self._images = options.trace.prompt.images
+        self._images, self._attending = options.trace.prompt.images, context.scale.target.with_attention
         self._run = options.trace.runs[options.run]
         depth, name = options.trace.depth, options.stage
         if context.scale.target.layers != depth:
@@ -171,9 +171,10 @@ class Replay(Stage[ReplayOptions]):
 
     @property
     def decode_reads_at(self) -> tuple[int, ...]:
-        """Layers that did not read all they held."""
+        """The first layer that did not read all it held, and those after it, which may have."""
         reads = self.options.part.reads.values()
-        return tuple(sorted({layer for step in reads for read in step for layer in read.layers}))
+        first = min((layer for step in reads for read in step for layer in read.layers), default=None)
+        return () if first is None else tuple(layer for layer in self._attending if layer >= first)
 
     def forecast(self) -> Forecast:
         """The traced window and boundaries."""

@@ -14,6 +14,7 @@ from tiny import HIDROP, policy, prompt, tiny_llava
 from transformers import DynamicCache
 
 import dropflow
+from dropflow import CacheSelect, Stage, StageOptions, StepCall, hookimpl
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.testing import tiny_models
 from dropflow_lab.errors import InputError
@@ -137,6 +138,30 @@ def test_what_decode_steps_read() -> None:
         for read in call.read:
             text = call.kv_entries[read.layers[0]] - visual[read.layers[0]]
             assert read.entries == len(read.tokens) + text
+
+
+class ChoosesOnce(Stage[StageOptions]):
+    """Reads every other visual entry from layer 1 on, and everything again from layer 3 on."""
+
+    decode_reads_at = (1, 3)  # type: ignore[assignment]  # a constant
+
+    @hookimpl
+    def decode_cache(self, call: StepCall) -> CacheSelect | None:
+        return CacheSelect((call.visual.cumsum(1) + call.step) % 2 == 0) if call.layer == 1 else None
+
+
+def test_a_choice_that_is_taken_back_in_the_same_step_is_traced_and_replayed() -> None:
+    model, inputs, trace = tiny_trace(policy(read={"use": ChoosesOnce}))
+    steps = trace.runs[0].calls[1:]
+    assert [[(read.stages, read.layers, len(read.tokens)) for read in call.read] for call in steps] == [
+        [(["read"], [1, 2], 16)]
+    ] * (STEPS - 1)
+    found = []
+    for which in (policy(read={"use": ChoosesOnce}), replay_policy(trace)):
+        with dropflow.attach(model, which) as flow, torch.no_grad():
+            model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+            found.append(flow.report().kv_entries_read_over_time)
+    assert found[0] == found[1]
 
 
 def test_what_cannot_be_traced() -> None:

@@ -78,6 +78,7 @@ class StepReading:
             for layer in stage.decode_reads_at:
                 self._asked.setdefault(layer, []).append((name, stage))
         self._choices: dict[str, list[_Choice]] = {}
+        self._chosen: dict[str, None] = {}
         self._once = Once()
         self.read: dict[int, Active] = {}
         """What each layer that has run has read, where it did not read all."""
@@ -89,8 +90,8 @@ class StepReading:
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
-        """Names of the stages that have chosen."""
-        return tuple(self._choices)
+        """Names of the stages that have chosen in some layer, whatever they answered later."""
+        return tuple(self._chosen)
 
     def involves(self, number: int) -> bool:
         """Whether q and k of a layer are needed: a stage is asked there, or the layer may not read all entries."""
@@ -137,6 +138,7 @@ class StepReading:
             return
         chosen, first = _checked(answer, name, number, view, self._site.plan.shape.layers)
         active = chosen.to(view.valid.device) & view.valid
+        self._chosen[name] = None
         self._choices.setdefault(name, []).append(_Choice(first, _of_tokens(active, index)))
 
     def _wanted(self, number: int) -> tuple[Bool[Tensor, "batch length"], ...]:
