@@ -318,3 +318,46 @@ def test_a_conversation_that_begins_with_a_prefix_recalls_the_same(llava: Any) -
             llava(**given)
             found.append(llava(input_ids=second, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
     assert relative_error(found[1], found[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_later_turn_is_no_part_of_the_prompt_that_is_reported(llava: Any) -> None:
+    """Its work and its choice are others, so that keeps replayed over it would be wrong."""
+    with dropflow.attach(llava, FASTV) as flow:
+        conversation = Conversation(llava, 1)
+        conversation.ask(prompt(((3, "I", 5),)))
+        live, keeps, flops = flow.live(), flow.keeps(), flow.report().flops
+        conversation.ask(turns(1)[0])
+        assert torch.equal(flow.live(), live)
+        assert (flow.keeps(), flow.report().flops) == (keeps, flops)
+        held = sum(2 * layer.keys.numel() * 4 for layer in conversation.cache.layers)
+        assert flow.report().kv_bytes_end == held
+        with flow.replay(keeps), pytest.raises(UnsupportedCall, match="replay: keeps are those of one prompt"):
+            conversation.ask(turns(1)[1])
+
+
+@torch.no_grad()
+def test_a_turn_of_another_number_of_samples_is_refused(llava: Any) -> None:
+    with dropflow.attach(llava, FASTV):
+        conversation = Conversation(llava, 1)
+        conversation.ask(prompt(((3, "I", 5),)))
+        ids = torch.cat((conversation.ids, torch.tensor([[11, 12, 13]])), 1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE_ARGUMENT: conversation.cache}
+        with pytest.raises(UnsupportedCall, match="holds 1 samples, and the call has 3, as with beams"):
+            llava.generate(**given, num_beams=3, do_sample=False, max_new_tokens=2)
+        conversation.cache.batch_repeat_interleave(3)
+        beams = llava.generate(**given, num_beams=3, do_sample=False, max_new_tokens=2)
+        assert beams.shape == (1, ids.shape[1] + 2)
+
+
+def test_what_is_parked_holds_no_gradients_and_shares_what_layers_share(llava: Any) -> None:
+    cache = DynamicCache(config=llava.config)
+    with dropflow.attach(llava, FASTV):
+        llava(**prompt(((3, "I", 5),)), **{CACHE_ARGUMENT: cache})
+        parked = parked_in(cache)
+        assert parked is not None
+        once = parked.nbytes
+        assert not any(one.requires_grad for one in (parked.hidden, parked.embeds, *parked.queries.values()))
+        with torch.no_grad():
+            llava(**prompt(((3, "I", 5),)), **{CACHE_ARGUMENT: cache})
+        assert dropflow.parked_bytes(cache) == 2 * once

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from dropflow.engine.decoder.site import Site
 
 
-def begun_ahead(backbone: Backbone, arguments: dict[str, Any]) -> tuple[Ahead, Tensor] | None:
+def begun_ahead(
+    backbone: Backbone, arguments: dict[str, Any], labels: object, replayed: object
+) -> tuple[Ahead, Tensor] | None:
     """The prefix with which a call of the core begins, and where it does in each sample; `None` for other calls.
 
-    Raises `UnsupportedCall` for a call that does not begin with it, or that brings more than text after it.
+    `labels` are those of the call and `replayed` the keeps that the caller states for it, if any. Raises
+    `UnsupportedCall` for a call that does not begin with it, that brings more than text after it, or asks for what it
+    cannot give.
     """
     ahead = ahead_in(cache_in(arguments)[1])
     if ahead is None:
@@ -33,23 +37,34 @@ def begun_ahead(backbone: Backbone, arguments: dict[str, Any]) -> tuple[Ahead, T
             f"{pixels[0]}: the prefix from which the cache was made holds its images already, and a question cannot "
             "bring more; leave it out, as `Prefix.inputs` does, or ask with the whole prompt and a fresh cache"
         )
+    _check_asked(ahead, arguments, labels, replayed)
     ids = arguments.get("input_ids")
-    mask = arguments.get("attention_mask")
     if ids is None:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: made from a prefix, so the call must state `input_ids`, which tell that it begins with "
             "it; pass them instead of `inputs_embeds`"
         )
-    valid = valid_tokens(mask, ids.shape[0], ids.shape[1], ids.device, 0)
-    first = begins_at(ahead, ids, valid)
-    visual = placed(ahead.prompt.visual, first, ids.shape[1], False)
-    ((more,),) = read((backbone.placeholders(ids) & ~visual).any())
-    if more:
+    valid = valid_tokens(arguments.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device, 0)
+    return ahead, begins_at(ahead, ids, valid, backbone.placeholders(ids))
+
+
+def _check_asked(ahead: Ahead, arguments: dict[str, Any], labels: object, replayed: object) -> None:
+    """Refuse what a call that begins with a prefix cannot give."""
+    if arguments.get("use_cache") is False:
         raise UnsupportedCall(
-            "input_ids: have image placeholders after the prefix from which the cache was made; a question cannot "
-            "bring images of its own, so ask with the whole prompt and a fresh cache"
+            "use_cache: false, but a prefix rides on the cache, which every later step must continue; leave it out, or "
+            f"ask with the whole prompt and no {CACHE_ARGUMENT}"
         )
-    return ahead, first
+    if labels is not None and ahead.hidden is None:
+        raise UnsupportedCall(
+            "labels: the policy decides nothing in the LLM, so the prefix has no states after the last layer, from "
+            "which the first label is predicted; ask with the whole prompt, or compute the loss from the logits"
+        )
+    if replayed is not None:
+        raise UnsupportedCall(
+            "replay: keeps are replayed over whole prompts, and this call begins with a prefix; pass the whole prompt "
+            "and a fresh cache"
+        )
 
 
 def visual_ahead(ahead: Ahead, first: Tensor, arguments: dict[str, Any]) -> VisualTokens:
@@ -70,11 +85,15 @@ def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Si
     positions = arguments.get("position_ids")
     if positions is None:  # the decoder would count padding, too
         return arguments | {"position_ids": (valid.cumsum(1) - 1).clamp(min=0)}
-    tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
-    own = positions.expand(*positions.shape[:-2], len(first), -1)
-    index = tokens.to(own.device).expand(*own.shape[:-1], -1)
     made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
-    ((same,),) = read((own.gather(-1, index) == made.to(own.device)).all())
+    same = positions.dim() == made.dim()
+    if same and made.dim() == 3:  # of four planes the first has text positions, which a forward alone does not state
+        positions, made = (one[-min(len(positions), len(made)) :] for one in (positions, made))
+    if same:
+        tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
+        own = positions.expand(*positions.shape[:-2], len(first), -1)
+        index = tokens.to(own.device).expand(*own.shape[:-1], -1)
+        ((same,),) = read((own.gather(-1, index) == made.to(own.device)).all())
     if not same:
         raise UnsupportedCall(
             "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "

@@ -395,7 +395,7 @@ class ModelHooks:
             check_loss_call(self._model)
         call.core_runs = True
         call.attention_mask = kwargs.get("attention_mask")
-        call.ahead = begun_ahead(self.backbone, kwargs)
+        call.ahead = begun_ahead(self.backbone, kwargs, call.labels, self.replayed.of(self, None))
         call.visual = self._visual_tokens(kwargs) if call.ahead is None else visual_ahead(*call.ahead, kwargs)
         if self.beside is not None:
             arranged = self.replayed.of(self, None) or self.keeping.of(self, None)
@@ -491,7 +491,7 @@ class ModelHooks:
         if call.visual is None:
             parked = parked_in(cache) if site.plan.policy.recall and forward.part is not None else None
             if parked is not None:
-                check_recall(site)
+                check_recall(site, parked, len(embeds), self.replayed.of(self, None))
                 call.decoder = self._recalled(call, site, parked, embeds, cache, forward)
                 return args, kwargs
             padded = forward.part if forward.stated else None
@@ -574,7 +574,8 @@ class ModelHooks:
             run, forward = call.decoder, call.forward
             if run is not None:
                 run.finish()
-                forward.part = run.record or forward.part
+                # the keeps and the work of a recalled turn are not those of its prompt
+                forward.part = None if isinstance(run, RecalledRun) else run.record or forward.part
                 call.losses += run.losses if isinstance(run, PromptRun) else ()
                 if isinstance(run, ContinuedRun) and run.reading is not None:
                     forward.read = {number: active.counts for number, active in run.reading.read.items()}

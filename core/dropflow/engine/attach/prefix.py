@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,11 @@ _KINDS = ("token_type_ids", "mm_token_type_ids")
 """What some processors give to say of which kind a token is, 0 for text."""
 _OF_TOKENS = ("input_ids", "attention_mask", *_KINDS)
 """What a processor gives for every token of a prompt."""
+_OF_CALLS = (
+    *(CACHE_ARGUMENT, "use_cache", "labels", "inputs_embeds", "position_ids", "cache_position", "logits_to_keep"),
+    *("return_dict", "output_attentions", "output_hidden_states"),
+)
+"""What callers ask of a forward, which no processor gives."""
 
 
 class Prefix:
@@ -33,11 +38,12 @@ class Prefix:
     Made by `Flow.prefix`; holds one sample, which any number of questions may begin with. Its memory is freed with it.
     """
 
-    def __init__(self, flow: Flow, ahead: Ahead, inputs: dict[str, Any]) -> None:
-        """`inputs` are those of the prompt it was made from, without pixels."""
-        self._flow, self._ahead = flow, ahead
-        self._kinds = {name: inputs[name][:, : ahead.tokens] for name in _KINDS if inputs.get(name) is not None}
-        self._inputs = {name: value for name, value in inputs.items() if name not in _OF_TOKENS}
+    def __init__(self, flow: Flow, ahead: Ahead, inputs: dict[str, Any], pixels: frozenset[str]) -> None:
+        """`inputs` are those of the prompt it was made from, of which `pixels` are not kept."""
+        self._flow, self._ahead, self._given = flow, ahead, frozenset(inputs)
+        kinds = {name: inputs[name] for name in _KINDS if inputs.get(name) is not None}
+        self._kinds = {name: value[:, : ahead.tokens].clone() for name, value in kinds.items()}
+        self._inputs = {name: value for name, value in inputs.items() if name not in {*_OF_TOKENS, *pixels}}
 
     @property
     def tokens(self) -> int:
@@ -68,16 +74,16 @@ class Prefix:
         """Inputs of the model or of `generate` for prompts that begin with the prefix.
 
         `inputs` are whole prompts, as the processor gives them: `input_ids` (batch, tokens), `attention_mask` if they
-        are padded, on either side, and other values per token. Pixels and sizes of images are ignored, since the
-        prefix has them. What is returned holds a cache for one call; ask again with new inputs.
+        are padded, on either side, and kinds of tokens. Pixels and sizes of images are ignored, since the prefix has
+        them. What else the model or `generate` is to get goes beside what is returned, which holds a cache for one
+        call; ask again with new inputs.
 
-        Raises `UnsupportedCall` where a prompt does not begin with the prefix, and once the policy is detached.
+        Raises `UnsupportedCall` for other inputs, where a prompt does not begin with the prefix, and once the policy is
+        detached.
         """
         _check_attached(self._flow)
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            raise UnsupportedCall("prefix: expected `input_ids` (batch, tokens) of whole prompts")
-        mask = inputs.get("attention_mask")
+        ids, mask = _tokens_in(inputs, "whole prompts")
+        self._check_names(inputs)
         begins_at(self._ahead, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
         given = {name: value for name, value in inputs.items() if name in _OF_TOKENS}
         plan = self._flow.plan
@@ -88,11 +94,23 @@ class Prefix:
             CACHE_ARGUMENT: cache,
         }
 
+    def _check_names(self, given: Iterable[str]) -> None:
+        unknown = sorted(set(given) - {*_OF_TOKENS, *self._given})
+        if unknown:
+            raise UnsupportedCall(
+                f"prefix: {unknown[0]}: not among the inputs that the prefix was made from; pass it to the model "
+                "beside what is returned"
+            )
+
     def inputs_after(self, **inputs: Any) -> dict[str, Any]:
-        """The same from what follows the prefix alone: `input_ids` and, if padded, `attention_mask` (batch, tokens)."""
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask", torch.ones_like(ids))
-        own = self._ahead.ids.to(ids.device).expand(len(ids), -1)
+        """The same from what follows the prefix alone: `input_ids` and, if padded, `attention_mask` (batch, tokens).
+
+        Other inputs are those of `inputs`, except kinds of tokens, since what follows is text.
+        """
+        ids, mask = _tokens_in(inputs, "what follows the prefix")
+        mask = torch.ones_like(ids) if mask is None else mask
+        self._check_names(name for name in inputs if name not in _KINDS)
+        own = self._ahead.ids.to(ids).expand(len(ids), -1)
         ids, mask = torch.cat((own, ids), 1), torch.cat((torch.ones_like(own), mask), 1)
         # padding goes to the left of the prefix
         order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
@@ -154,7 +172,7 @@ class Prefixes:
 
 def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> Prefix:
     """Run the model on one prompt up to the boundary, and keep what its prefix needs."""
-    _check(flow, hooks, inputs)
+    _check(flow, hooks, tokens, inputs)
     ids = inputs["input_ids"]
     keeping = Keeping(tokens, ids)
     model = hooks.backbone.model
@@ -164,11 +182,10 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
         model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
     if keeping.found is None:
         raise UnsupportedCall("prefix: the model ran without its text decoder; pass the inputs of a whole prompt")
-    pixels = hooks.backbone.pixels_in(inputs)
-    return Prefix(flow, keeping.found, {name: value for name, value in inputs.items() if name not in pixels})
+    return Prefix(flow, keeping.found, inputs, hooks.backbone.pixels_in(inputs))
 
 
-def _check(flow: Flow, hooks: ModelHooks, inputs: dict[str, Any]) -> None:
+def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> None:
     plan, ids = flow.plan, inputs.get("input_ids")
     _check_attached(flow)
     if plan.idle:
@@ -177,14 +194,20 @@ def _check(flow: Flow, hooks: ModelHooks, inputs: dict[str, Any]) -> None:
         raise UnsupportedCall(
             "prefix: expected `input_ids` (1, tokens) of one prompt; make a prefix of each, and ask it many questions"
         )
-    mask = inputs.get("attention_mask")
+    _, mask = _tokens_in(inputs, "one prompt")
     if mask is not None and not bool(mask.bool().all()):
         raise UnsupportedCall("prefix: the prompt has padding; pass it alone and without padding")
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool)):
+        raise UnsupportedCall(
+            f"prefix: expected `tokens` as a whole number, got {tokens!r}; leave it out to end with the last image"
+        )
     if not hooks.backbone.has_images(inputs):
         raise UnsupportedCall("prefix: the prompt brings no image; a prefix ends with the last visual token")
-    given = [name for name in (CACHE_ARGUMENT, "use_cache", "labels", "inputs_embeds") if inputs.get(name) is not None]
+    given = [name for name in _OF_CALLS if inputs.get(name) is not None]
     if given:
-        raise UnsupportedCall(f"{given[0]}: not for a prefix, which runs a fresh prompt; leave it out")
+        raise UnsupportedCall(
+            f"{given[0]}: not for a prefix, which runs a fresh prompt as its processor gives it; leave it out"
+        )
     shape = plan.shape
     if len(shape.holding) < shape.layers:
         what = "shares the keys of others" if shape.producers else "has a recurrent state, a convolution or no cache"
@@ -200,6 +223,18 @@ def _check_attached(flow: Flow) -> None:
         raise UnsupportedCall(
             f"prefix: its policy {flow.policy.name!r} is no longer attached; attach it and make the prefix again"
         )
+
+
+def _tokens_in(inputs: Mapping[str, Any], what: str) -> tuple[Tensor, Tensor | None]:
+    """`input_ids` and `attention_mask`; raises `UnsupportedCall` where they are not of this form."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        got = f"a tensor {tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise UnsupportedCall(f"prefix: expected `input_ids` (batch, tokens) of {what}, got {got}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        got = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedCall(f"prefix: expected `attention_mask` {tuple(ids.shape)}, as `input_ids`, got {got}")
+    return ids, mask
 
 
 def _repeated(value: Any, times: int) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import UnsupportedCall
 
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
+    from dropflow.engine.decoder.parked import Parked
     from dropflow.engine.decoder.site import Site
     from dropflow.policy.plan import Plan
 
@@ -36,8 +38,11 @@ def recall_faults(backbone: Backbone, plan: Plan) -> list[str]:
     return faults
 
 
-def check_recall(site: Site) -> None:
-    """Refuse a later turn whose attention or gradients cannot take tokens back."""
+def check_recall(site: Site, parked: Parked, batch: int, replayed: object) -> None:
+    """Refuse a later turn whose attention, gradients or number of samples cannot take tokens back.
+
+    `replayed` are the keeps that the caller states, which cannot say what a later turn chooses.
+    """
     if site.flash:
         raise UnsupportedCall(
             f"recall: {site.implementation} takes no mask, and tokens that come back stand among earlier text; load "
@@ -45,3 +50,14 @@ def check_recall(site: Site) -> None:
         )
     if site.training:
         raise UnsupportedCall("recall: no gradients flow through parked tokens; train on whole prompts")
+    if replayed is not None:
+        raise UnsupportedCall(
+            "replay: keeps are those of one prompt, and this turn chooses anew; leave the turn out of the block, or "
+            "set `recall: false`"
+        )
+    held = len(parked.logical)
+    if held != batch:
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: holds {held} samples, and the call has {batch}, as with beams or several returned "
+            "sequences; repeat the cache's samples by its `batch_repeat_interleave`, or pick by `batch_select_indices`"
+        )

@@ -79,7 +79,7 @@ class Parked:
                 found[id(value)] = value.numel() * value.element_size()
             return value
 
-        for one in (self.hidden, self.embeds, self.residuals, self.queries, self.states, self.arguments):
+        for one in (self.hidden, self.embeds, self.residuals, self.queries, self.states, self.arguments, self.carried):
             _each(one, count)
         return sum(found.values())
 
@@ -108,6 +108,8 @@ class Parked:
             else torch.where(later.video_id < 0, -1, later.video_id + self.images),
         )
 
+        once = Once()  # layers that share an argument go on sharing it
+
         def joined(one: Any, other: Any, name: str) -> Any:
             if isinstance(one, Mapping):
                 return {key: joined(one[key], other[key], key if isinstance(key, str) else name) for key in one}
@@ -115,7 +117,8 @@ class Parked:
                 return type(one)(joined(*pair, name) for pair in zip(one, other, strict=True))
             if not isinstance(one, Tensor):
                 return one
-            return torch.cat((one, other), self.token_dims.get(name, 2 if name == "queries" else 1))
+            dim = self.token_dims.get(name, 2 if name == "queries" else 1)
+            return once((one, other), lambda: torch.cat((one, other), dim))
 
         changed = {name: joined(getattr(self, name), getattr(first, name), name) for name in _PER_TOKEN}
         return replace(self, images=self.images + later.images, lines=self.lines + later.lines, **changed)
@@ -222,7 +225,13 @@ class Parking:
 
 
 def park(cache: Any, parked: Parked) -> None:
-    """Let `parked` ride on a cache, after what earlier turns have left there."""
+    """Let `parked` ride on a cache, without gradients, after what earlier turns have left there."""
+    made = Once()
+
+    def detached(value: Any, _: str) -> Any:
+        return made((value,), value.detach) if isinstance(value, Tensor) else value
+
+    parked = replace(parked, **{name: _each(getattr(parked, name), detached, name) for name in _PER_TOKEN})
     first = _first(cache)
     if first is not None:
         earlier = first.parked

@@ -90,23 +90,23 @@ class KeepingRun(PromptRun):
         count, live, prompt = self._cut, self.live, self.prompt
         own = live.index[0] < count  # one sample without padding: the first slots
         assert self.record is not None
-        segments = tuple((boundary, mask[:, :count]) for boundary, mask in self.record.segments)
+        segments = tuple((boundary, mask[:, :count].clone()) for boundary, mask in self.record.segments)
         if hidden is not None:
-            segments = (*segments, (self._boundary, self.live_mask[:, :count]))
+            segments = (*segments, (self._boundary, self.live_mask[:, :count].clone()))
         taps = {number: self._caches.seen(number) for number in self._taps if number < self._boundary}
         self._keeping.found = Ahead(
-            ids=self._keeping.ids[0, :count],
+            ids=self._keeping.ids[0, :count].clone(),  # no view, which would keep the rest alive
             boundary=self._boundary,
             window=self.window,
             prompt=_cut(prompt, count),
-            embeds=self._embeds[:, :count],
+            embeds=self._embeds[:, :count].clone(),
             entries=_entries(cache.layers[: self._boundary], count),
             segments=segments,
             hidden=None if hidden is None else hidden[:, own],
             queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
             states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
-            residuals=tuple((where[:, :count], rows[: int(where[:, :count].sum())]) for where, rows in self._residuals),
-            positions=None if self._positions is None else self._positions[..., :count],
+            residuals=tuple((where[:, :count].clone(), rows) for where, rows in self._residuals),
+            positions=None if self._positions is None else self._positions[..., :count].clone(),
         )
         raise PrefixKept
 
@@ -121,9 +121,9 @@ class _Joined:
     count: int
 
     @classmethod
-    def of(cls, mask: Tensor) -> _Joined:
-        """One host synchronisation."""
-        extent = Extent.read(mask)
+    def of(cls, mask: Tensor, after: Extent, before: int) -> _Joined:
+        """The tokens of `mask`: `after` counts those after the prefix, and `before` those of the prefix."""
+        extent = Extent(after.low + before, after.high + before, after.total + len(mask) * before)
         return cls(mask, LiveSet.of(mask, extent), extent.total)
 
 
@@ -149,6 +149,8 @@ class BegunRun(PromptRun):
             )
         self._ahead, self._first, self._within, self._cache = ahead, first, within, cache
         self._after, self._once = prompt.valid & ~within, Once()
+        low, high, total = prompt.extents["valid"]
+        self._count_after = Extent(low - count, high - count, total - len(first) * count)
         assert self.record is not None
         self.record.ahead = ahead.boundary, within
 
@@ -169,7 +171,7 @@ class BegunRun(PromptRun):
         hidden = hidden_of(args, kwargs)
         if number < ahead.boundary:
             if number == 0:
-                hidden = self._move(self._after, hidden, None)
+                hidden = self._move(self._after, hidden, None, self._count_after)
                 self._arguments = replace(self._arguments, dropped=None)
             if any(number == boundary for boundary, _ in ahead.segments):
                 self._note(number)
@@ -198,7 +200,12 @@ class BegunRun(PromptRun):
         """The tokens that are live before a layer up to the boundary, those of the prefix included."""
         live = self._ahead.live(number)
         made: _Joined = self._once(
-            (live,), lambda: _Joined.of(placed(live, self._first, self._within.shape[1], False) | self._after)
+            (live,),
+            lambda: _Joined.of(
+                placed(live, self._first, self._within.shape[1], False) | self._after,
+                self._count_after,
+                self._ahead.count(number),
+            ),
         )
         return made
 
@@ -206,7 +213,7 @@ class BegunRun(PromptRun):
         """States of the live tokens of the prefix (1, live, dim), at their places among all tokens of the call."""
         live = self._ahead.live(number)
         whole = kept.new_zeros(1, live.shape[1], kept.shape[2])
-        whole[:, live[0].to(kept.device)] = kept
+        whole = whole.masked_scatter(live[:, :, None].to(kept.device), kept)
         found: Tensor = placed(whole, self._first.to(kept.device), self._within.shape[1], 0.0)
         return found
 
@@ -249,7 +256,7 @@ def _cut(prompt: Prompt, count: int) -> Prompt:
     """What is known of the first `count` tokens of a prompt of one sample."""
     per_token = ("image_id", "valid", "present", "protected", "extra", "line", "carried", "tower", "video_id")
     values = ((name, getattr(prompt, name)) for name in per_token)
-    cut: dict[str, Any] = {name: None if value is None else value[:, :count] for name, value in values}
+    cut: dict[str, Any] = {name: None if value is None else value[:, :count].clone() for name, value in values}
     return replace(prompt, **cut)
 
 

@@ -66,12 +66,18 @@ class Ahead:
         """Bytes of all tensors that are kept, except small ones (a few numbers per token)."""
         kept = [self.embeds, *(part for keys, values, _ in self.entries for part in (keys, values))]
         kept += [*self.queries.values(), *self.states.values(), *(rows for _, rows in self.residuals)]
-        kept += [] if self.hidden is None else [self.hidden]
+        kept += [one for one in (self.hidden, self.prompt.carried) if one is not None]
         return sum(one.numel() * one.element_size() for one in kept)
 
     def live(self, layer: int) -> Bool[Tensor, "1 prefix"]:
         """The tokens that are live before a layer up to the boundary."""
         return [live for boundary, live in self.segments if boundary <= layer][-1]
+
+    def count(self, layer: int) -> int:
+        """Number of these tokens."""
+        held = self.hidden if layer == self.boundary else self.entries[layer][0]
+        assert held is not None
+        return held.shape[-2]
 
 
 class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers ships no types
@@ -102,24 +108,34 @@ def ahead_in(cache: Any) -> Ahead | None:
 
 
 def begins_at(
-    ahead: Ahead, ids: Int[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
+    ahead: Ahead,
+    ids: Int[Tensor, "batch tokens"],
+    valid: Bool[Tensor, "batch tokens"],
+    placeholders: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Int[Tensor, "batch"]:
     """The token at which the prefix begins in each sample: its first that is not padding.
 
-    Raises `UnsupportedCall` where a sample does not begin with the prefix, or nothing follows it. One host
-    synchronisation.
+    Raises `UnsupportedCall` where a sample does not begin with the prefix, nothing follows it, or `placeholders` of
+    images do. One host synchronisation.
     """
     first, count = valid.long().argmax(1), ahead.tokens
     place = (first[:, None] + torch.arange(count, device=ids.device)).clamp(max=ids.shape[1] - 1)
-    same = (ids.gather(1, place) == ahead.ids.to(ids.device)).all(1)
-    wrong, short = read((~same).long(), (valid.sum(1) <= count).long())
+    same = ((ids.gather(1, place) == ahead.ids.to(ids.device)) & valid.gather(1, place)).all(1)
+    shown = valid.new_zeros(1) if placeholders is None else placeholders & valid & (valid.cumsum(1) > count)
+    wrong, short, (more,) = read(~same, valid.sum(1) <= count, shown.any())
     for number, (differs, ends) in enumerate(zip(wrong, short, strict=True)):
         if differs or ends:
             what = "ends with" if ends and not differs else "does not begin with"
             raise UnsupportedCall(
                 f"input_ids[{number}]: {what} the {count} tokens of the prefix from which its cache was made; pass the "
-                "whole prompt, the prefix and at least one token after it, or a fresh cache"
+                "whole prompt, the prefix and at least one token after it, in one forward (`prefill_chunk_size` cuts "
+                "prompts), or a fresh cache"
             )
+    if more:
+        raise UnsupportedCall(
+            "input_ids: have image placeholders after the prefix from which the cache was made; a question cannot "
+            "bring images of its own, so ask with the whole prompt and a fresh cache"
+        )
     return first
 
 
