@@ -106,6 +106,31 @@ def test_wrong_inputs_are_refused_before_a_layer_runs(llava: Any) -> None:
 
 
 @torch.no_grad()
+def test_inputs_serve_one_call_alone(llava: Any) -> None:
+    """Whole prompts on the cache of an earlier answer would be taken for text, placeholders included."""
+    with dropflow.attach(llava, HIDROP) as flow:
+        prefix = flow.prefix(**shown())
+        first, second, third = (prefix.inputs(**asked()) for _ in range(3))
+        llava(**first)
+        llava.generate(**second, do_sample=False, **BUDGET)
+        with pytest.raises(UnsupportedCall, match="cu_seq_lens_q"):
+            llava(**third, cu_seq_lens_q=torch.tensor([0, 27]))
+        for again in (first, second, third):
+            with pytest.raises(UnsupportedCall, match="a call has begun with this cache of a prefix already"):
+                llava(**again)
+        with pytest.raises(UnsupportedCall, match="a call has begun with this cache of a prefix already"):
+            llava.generate(**second, do_sample=False, **BUDGET)
+
+
+def test_a_prefix_is_made_without_dropout(llava: Any) -> None:
+    with dropflow.attach(llava.train(), HIDROP) as flow:
+        with pytest.raises(UnsupportedCall, match=r"prefix: the model is in `train\(\)`"):
+            flow.prefix(**shown())
+        llava.eval()
+        assert flow.prefix(**shown()).tokens == 20
+
+
+@torch.no_grad()
 def test_keeps_are_not_replayed_over_a_prefix(llava: Any) -> None:
     with dropflow.attach(llava, POLICIES["fastv"]) as flow:
         prefix, inputs = flow.prefix(**shown()), asked()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.model.arguments import cache_in
-from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, placed
+from dropflow.engine.tokens.ahead import Ahead, PrefixCache, ahead_in, begins_at, placed
 from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.prompt import VisualTokens, valid_tokens
 from dropflow.errors import UnsupportedCall
@@ -28,8 +28,10 @@ def begun_ahead(
     `UnsupportedCall` for a call that does not begin with it, that brings more than text after it, or asks for what it
     cannot give.
     """
-    ahead = ahead_in(cache_in(arguments)[1])
+    cache = cache_in(arguments)[1]
+    ahead = ahead_in(cache)
     if ahead is None:
+        _check_unused(backbone, cache, arguments.get("input_ids"))
         return None
     pixels = sorted(backbone.pixels_in(arguments)) or [name for name in ("mm_encoder_outputs",) if arguments.get(name)]
     if pixels:
@@ -46,6 +48,17 @@ def begun_ahead(
         )
     valid = valid_tokens(arguments.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device, 0)
     return ahead, begins_at(ahead, ids, valid, backbone.placeholders(ids))
+
+
+def _check_unused(backbone: Backbone, cache: Any, ids: Tensor | None) -> None:
+    """Refuse to begin with a prefix a second time; one host synchronisation for a long call on such a cache."""
+    if not isinstance(cache, PrefixCache) or ids is None or ids.shape[1] <= cache.begun_with:
+        return
+    if bool(backbone.placeholders(ids).any()):
+        raise UnsupportedCall(
+            f"{CACHE_ARGUMENT}: a call has begun with this cache of a prefix already, even if it failed, and these are "
+            "whole prompts again; call `Prefix.inputs` anew for every call of the model or of `generate`"
+        )
 
 
 def _check_asked(ahead: Ahead, arguments: dict[str, Any], labels: object, replayed: object) -> None:

@@ -188,6 +188,11 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
 def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> None:
     plan, ids = flow.plan, inputs.get("input_ids")
     _check_attached(flow)
+    if hooks.backbone.text.training:
+        raise UnsupportedCall(
+            "prefix: the model is in `train()`, where dropout would differ from question to question; call `eval()` "
+            "first"
+        )
     if plan.idle:
         raise UnsupportedCall(f"prefix: the policy {plan.policy.name!r} has no stages, so nothing is attached")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:

@@ -87,6 +87,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers ships no 
         """`layers` is the number of decoder layers; the entries are those of the prefix, which are never written to."""
         super().__init__()
         self.ahead: Ahead | None = ahead
+        self.begun_with = ahead.tokens
+        """Number of tokens of the prefix, also once a call has begun with it."""
         self.layers = [FlowLayer(written_by=written_by) for _ in range(layers)]
 
     def open(self, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
