@@ -361,3 +361,28 @@ def test_what_is_parked_holds_no_gradients_and_shares_what_layers_share(llava: A
         with torch.no_grad():
             llava(**prompt(((3, "I", 5),)), **{CACHE_ARGUMENT: cache})
         assert dropflow.parked_bytes(cache) == 2 * once
+
+
+@torch.no_grad()
+def test_a_sample_recalls_the_same_whatever_its_neighbours_bring(llava: Any) -> None:
+    """In a call that brings images nothing is recalled, so no sample of it may have tokens to recall and no image."""
+    first = prompt((("I", 5), (3,), ("I", 4)))
+    with dropflow.attach(llava, FASTV):
+        conversation = Conversation(llava, 3)
+        conversation.ask(first)
+        with pytest.raises(UnsupportedCall, match="recall: in this call some samples bring images"):
+            conversation.ask(prompt((("I", 3), ("I", 3), (19,)), seed=5))
+        together = Conversation(llava, 3)
+        together.ask(first)
+        # the second sample had none before, the others bring new ones
+        more = prompt((("I", 3), (19,), ("I", 3)), seed=5)
+        asked = [together.ask(more)[0], together.ask(turns(3)[0])[0]]
+        alone = Conversation(llava, 1)
+        for number, call in enumerate((first, more)):
+            pixels = call["pixel_values"][-1:]  # of the last sample
+            own = call["attention_mask"][2].bool()
+            found, _ = alone.ask({"input_ids": call["input_ids"][2:, own], "pixel_values": pixels})
+            if number:
+                assert relative_error(found[0, -3:], asked[0][2, -3:]) < 1e-5
+        found, _ = alone.ask({"input_ids": turns(3)[0]["input_ids"][2:]})
+        assert relative_error(found[0], asked[1][2]) < 1e-5

@@ -28,7 +28,7 @@ from dropflow.engine.attach.overlap import (
     serial_because,
     told,
 )
-from dropflow.engine.attach.recall_refusals import check_recall
+from dropflow.engine.attach.recall_refusals import check_more_images, check_recall
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
 from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
 from dropflow.engine.attach.stage_weights import save_weights
@@ -497,6 +497,9 @@ class ModelHooks:
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
+        held = parked_in(cache) if site.plan.policy.recall else None
+        if held is not None:
+            check_more_images(held, call.visual.mask)
         batch, tokens = embeds.shape[:2]
         valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
         starts = None

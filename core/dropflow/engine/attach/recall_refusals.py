@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.tokens.host import read
 from dropflow.errors import UnsupportedCall
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.decoder.parked import Parked
     from dropflow.engine.decoder.site import Site
@@ -60,4 +63,18 @@ def check_recall(site: Site, parked: Parked, batch: int, replayed: object) -> No
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: holds {held} samples, and the call has {batch}, as with beams or several returned "
             "sequences; repeat the cache's samples by its `batch_repeat_interleave`, or pick by `batch_select_indices`"
+        )
+
+
+def check_more_images(parked: Parked, visual: Tensor) -> None:
+    """Refuse a call in which some samples bring images, where `visual` (batch, tokens) is true, and others recall.
+
+    Alone, the others would choose anew among their parked tokens. One host synchronisation.
+    """
+    there = parked.valid
+    ((mixed,),) = [[0]] if len(there) != len(visual) else read((there.any(1) & ~visual.any(1).to(there.device)).any())
+    if mixed:
+        raise UnsupportedCall(
+            "recall: in this call some samples bring images, which ends their choice among earlier ones, and others "
+            "would choose anew; run them in calls of their own, or set `recall: false`"
         )
