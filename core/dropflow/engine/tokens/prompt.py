@@ -42,9 +42,9 @@ class VisualTokens:
         for modality, places in self.places.items():
             rows, found = len(flags[modality]), len(places)
             if rows != found:
-                remedy = "correct `modalities` or `visual_ids` of the adapter"
+                remedy = "pass the prompt's own images, or correct `modalities` or `visual_ids` of the adapter"
                 if rows and found % rows == 0:  # some families repeat features in their own code
-                    remedy = "generate one sequence per sample, without beams, if samples were repeated; or " + remedy
+                    remedy = "generate one sequence per sample, without beams, if samples were repeated; " + remedy
                 raise UnsupportedModel(
                     f"the prompt has {found} {modality} placeholders by the adapter's token ids, but the model encoded "
                     f"{rows} rows of {modality} features; {remedy}"
