@@ -194,7 +194,7 @@ def test_pictures_that_are_encoded_to_other_tokens_are_refused(llava: Any) -> No
 def test_a_policy_that_evicts_while_answering_is_refused(llava: Any) -> None:
     evicting = policy(cache={"use": "mustdrop/output-aware-cache", "at": 2})
     with dropflow.attach(llava, evicting) as flow:
-        with pytest.raises(UnsupportedCall, match=r"stages\.cache: evicts entries while answering"):
+        with pytest.raises(UnsupportedCall, match=r"stages\.cache: evicts or parks entries while answering"):
             flow.keeps()
         with pytest.raises(UnsupportedCall, match=r"stages\.cache: evicts"), flow.replay([]):
             pass
