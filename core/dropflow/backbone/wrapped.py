@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,6 +17,8 @@ from transformers import PreTrainedModel
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
+COMPILED = "dropflow.engine.tokens.room"
+"""The module whose code compiled layers run inside themselves: it appends to their caches."""
 PEFT_CALLS_MODELS = Version("0.21")
 """From this version on PEFT calls the model it holds; earlier ones call its `forward` and bypass every hook."""
 
@@ -58,9 +62,21 @@ def check_compiled(parts: Mapping[str, Any]) -> None:
 
 
 @cache  # the rules are global to the process, and every call would add one
+@cache
 def leave_uncompiled() -> None:
-    """Make Dynamo leave the code of this package uncompiled, but still compile what it calls, such as layers."""
-    trace_rules.add(__name__.partition(".")[0])
+    """Make Dynamo leave the code of this package uncompiled, but still compile what it calls, such as layers.
+
+    Not that of `COMPILED`, which layers call: a layer that is compiled by itself would be cut in two there.
+    """
+    _skip(__name__.partition(".")[0])
+
+
+def _skip(package: str) -> None:
+    for found in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+        if COMPILED.startswith(f"{found.name}."):
+            _skip(found.name)
+        elif found.name != COMPILED:
+            trace_rules.add(found.name)
 
 
 def check_called(model: Any) -> None:

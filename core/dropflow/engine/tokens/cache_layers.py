@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.room import Room
+from dropflow.engine.tokens.room import Growing, Room
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
@@ -89,7 +89,7 @@ def _asked_by_generate() -> bool:
     return False
 
 
-class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers ships no types
+class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transformers ships no types
     """A cache layer that may hold fewer entries than tokens were seen.
 
     `get_seq_length` and `get_mask_sizes` count logical tokens, so that position ids, masks and `generate`'s slicing
@@ -107,7 +107,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         self.is_sliding = is_sliding
         self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
         self._notes: dict[str, Tensor] = {}
-        self._rooms = Room(), Room()
+        self.rooms = Room(), Room()
         self.parked: Any = None
         """What later turns may recall (`Parked`), in the first layer of a cache; `None` for nothing."""
 
@@ -143,17 +143,9 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         held = self.keys.shape[-2] if self._holds else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Append entries; returns the keys and values of all that are held."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self._rooms
-        self.keys, self.values = keys.appended(self.keys, key_states), values.appended(self.values, value_states)
-        return self.keys, self.values
-
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes room of its own."""
-        return self.__dict__ | {"_rooms": (Room(), Room())}
+        return self.__dict__ | {"rooms": (Room(), Room())}
 
     def remember(self, stage: str, notes: Tensor) -> None:
         """Store a stage's number for each entry (batch, entries)."""
@@ -183,7 +175,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
 
     def _replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold other entries, and give up the room that was made for more of these."""
-        self.keys, self.values, self._rooms = keys, values, (Room(), Room())
+        self.keys, self.values, self.rooms = keys, values, (Room(), Room())
 
     def reorder(self, order: Int[Tensor, "batch entries"], index: KeyIndex) -> None:
         """Keep the entries at the places in `order`, in that order; `index` describes what they hold."""
@@ -207,7 +199,7 @@ class FlowLayer(Indexed, DynamicLayer):  # type: ignore[misc]  # transformers sh
         """Forget everything."""
         super().reset()
         self.index, self.prompt, self._notes, self.shared, self.parked = None, 0, {}, {}, None
-        self._rooms = Room(), Room()
+        self.rooms = Room(), Room()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +46,28 @@ class Room:
         whole.narrow(-2, before, new.shape[-2]).copy_(new)
         self._whole, self._entries, self._last = whole, entries, whole.narrow(-2, 0, entries)
         return self._last
+
+
+class Growing:
+    """The part of a cache layer that appends entries; the only code of the engine that compiled layers run inside."""
+
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+    rooms: tuple[Room, Room]
+    """Room for keys and for values."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device of the first entries, as transformers' layers do."""
+        super().lazy_initialization(key_states, value_states)  # type: ignore[misc]  # of the layer it is mixed into
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Append entries; returns the keys and values of all that are held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.rooms
+        self.keys, self.values = keys.appended(self.keys, key_states), values.appended(self.values, value_states)
+        return self.keys, self.values
 
 
 def _alike(held: Tensor, new: Tensor) -> bool:

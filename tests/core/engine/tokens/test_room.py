@@ -186,8 +186,8 @@ def test_an_emptied_layer_gives_up_its_room() -> None:
     grown(layer, 3)
     layer.reset()
     assert layer.length == 0
-    assert all(room._whole is None for room in layer._rooms)
-    assert isinstance(layer._rooms[0], Room)
+    assert all(room._whole is None for room in layer.rooms)
+    assert isinstance(layer.rooms[0], Room)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
