@@ -47,7 +47,7 @@ test-vllm: $(VENV)/.dev .venvs/vllm/.ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/served/ask_engine.py .venvs/vllm-asked
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/served/site DROPFLOW_ASKED=.venvs/vllm-asked \
 		.venvs/vllm/bin/python -m pytest --confcutdir tests/served --override-ini filterwarnings= \
-		--override-ini pythonpath= tests/served $(FLAGS)
+		--override-ini pythonpath= --timeout 1200 tests/served $(FLAGS)
 
 # torch first, as above; then out go packages that are built for CUDA and needed by nothing here.
 VLLM_PIP := .venvs/vllm/bin/python -m pip --disable-pip-version-check
