@@ -76,10 +76,8 @@ class Case:
 
     def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
         """Attach the case's policy, or another one; modules of stages start fresh, whatever they decide."""
-        training, late = (
-            self.model.training,
-            policy is None or self.policy["stages"].items() <= policy["stages"].items(),
-        )
+        training = self.model.training
+        late = policy is None or self.policy.get("stages", {}).items() <= policy["stages"].items()
         try:
             return attach(
                 self.model.train(), policy or self.policy, adapter=self.adapter, overlap=self.overlap and late

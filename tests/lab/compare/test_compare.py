@@ -228,4 +228,4 @@ def test_a_folder_of_questions_by_the_command(cli: Any, refused: Any, model_fold
 
 @pytest.mark.parametrize(("keep", "name"), [(64, "64"), (1234, "1230"), (12_345, "12300"), (0.12345, "0.123")])
 def test_random_pruning_has_a_plain_name_at_any_number_of_tokens(keep: float, name: str) -> None:
-    assert comparing._random(keep, 2).name == f"random-{name}-seed-2"
+    assert comparing._random(keep, 2, "image").name == f"random-{name}-seed-2"

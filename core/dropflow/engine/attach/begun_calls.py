@@ -96,8 +96,9 @@ def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Si
             f"{CACHE_ARGUMENT}: made from a prefix, through which no gradients flow; train on whole prompts"
         )
     positions = arguments.get("position_ids")
+    counted = (valid.cumsum(1) - 1).clamp(min=0)
     if positions is None:  # the decoder would count padding, too
-        return arguments | {"position_ids": (valid.cumsum(1) - 1).clamp(min=0)}
+        return arguments | {"position_ids": counted}
     made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
     same = positions.dim() == made.dim()
     if same and made.dim() == 3:  # of four planes the first has text positions, which a forward alone does not state
@@ -105,8 +106,11 @@ def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Si
     if same:
         tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
         own = positions.expand(*positions.shape[:-2], len(first), -1)
-        index = tokens.to(own.device).expand(*own.shape[:-1], -1)
-        ((same,),) = read((own.gather(-1, index) == made.to(own.device)).all())
+        found = own.gather(-1, tokens.to(own.device).expand(*own.shape[:-1], -1))
+        made, shift = made.to(own.device), first[:, None].to(own.device)
+        ((same,), (shifted,)) = read((found == made).all(), (found == made + shift).all())
+        if shifted and not same and made.dim() == 2:  # its core counts padding, too
+            return arguments | {"position_ids": counted}
     if not same:
         raise UnsupportedCall(
             "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
