@@ -22,6 +22,8 @@ from dropflow.testing.probes import EveryThird, KeepAll
 from dropflow_adapters.auto import Auto
 
 FAMILIES: dict[str, tuple[type[Backbone], Tiny]] = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
+ALIKE = frozenset({"qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "glm46v", "qwen2_vl"})
+"""Families that differ from another one in what no policy touches; checked thoroughly by the slow set alone."""
 STAGES = registry.names(registry.STAGES)
 ALONE = "all kinds of stages"
 
@@ -67,7 +69,9 @@ def test_units_left_out_of_the_tower_keep_the_guarantees(place: str | int, adapt
     assert ("units" in facts) == adapter.startswith("qwen")
 
 
-@pytest.mark.parametrize("adapter", FAMILIES)
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FAMILIES]
+)
 def test_every_adapter_keeps_the_guarantees_under_all_kinds_of_stages(adapter: str, cells: list[Cell]) -> None:
     family, tiny = FAMILIES[adapter]
     try:

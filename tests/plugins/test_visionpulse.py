@@ -392,7 +392,9 @@ def test_published_settings(name: str, first: int, variant: str) -> None:
     assert plan.schedule(1024).per_layer == (1024,) * 36
 
 
-@pytest.mark.parametrize("variant", ["official", "blocks", "port"])
+@pytest.mark.parametrize(
+    "variant", ["official", *(pytest.param(other, marks=pytest.mark.slow) for other in ("blocks", "port"))]
+)
 def test_it_conforms_on_several_families(variant: str) -> None:
     chosen = {name: tiny_models()[name] for name in ("llava", "qwen3_vl", "internvl", "gemma3", "qwen3_5")}
     cells = assert_stage_conforms(STAGE, {**DecodeRead.example, "variant": variant, "block": 3}, chosen)

@@ -40,6 +40,7 @@ def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path) -> None:
     assert f"selection {decoded.split('|')[7].strip()}; host" in shown
 
 
+@pytest.mark.slow
 def test_gpu_in_the_shape_of_qwen(cli) -> None:
     told = json.loads(
         cli(

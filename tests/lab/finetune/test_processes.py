@@ -96,6 +96,9 @@ def work(folder: Path) -> None:
     (folder / f"divided-{rank}.json").write_text(json.dumps(divided))
 
 
+pytestmark = pytest.mark.slow  # `.ci/run` runs this file by itself
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which one rank and two ranks have trained."""
