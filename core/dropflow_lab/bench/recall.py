@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.digits.data.dialogues import Dialogues
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import Conversation, build_conversations
@@ -120,7 +121,7 @@ class _Talk:
         if cache.get_seq_length():
             ids = inputs["input_ids"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        made = self._model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=TOKENS)
+        made = self._model.generate(**inputs, **{CACHE_ARGUMENT: cache}, do_sample=False, max_new_tokens=TOKENS)
         answer: torch.Tensor = made[0, inputs["input_ids"].shape[1] :]
         return answer
 

@@ -202,14 +202,14 @@ def test_generate_goes_on_with_it(llava: Any, mode: dict[str, Any]) -> None:
     with dropflow.attach(llava, POLICIES["hidrop"]):
         cache = DynamicCache(config=llava.config)
         torch.manual_seed(0)
-        ids = llava.generate(**first, **budget, past_key_values=cache)
+        ids = llava.generate(**first, **budget, **{CACHE_ARGUMENT: cache})
         if "num_beams" in mode:
             cache.batch_select_indices(torch.tensor([0]))
         question = torch.cat((ids, torch.tensor([[11, 12, 13]])), 1)
         again = llava.generate(
             input_ids=question,
             attention_mask=torch.ones_like(question),
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             do_sample=False,
             max_new_tokens=4,
             min_new_tokens=4,
