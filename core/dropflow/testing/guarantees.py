@@ -118,8 +118,7 @@ def _held(case: Case, tokens: int) -> Tensor:
     held = torch.zeros(depth, len(case.samples), tokens, dtype=torch.bool)
     for number, layer in flow_layers(cache).items():
         index = layer.full_index()
-        valid = torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
-        held[number].scatter_(1, index.logical, valid)
+        held[number].scatter_(1, index.logical, index.filled)
     for number, producer in case.adapter(case.model).shape.producers:  # what it no longer sees, the oracle hides
         held[number] = held[producer]
     return held

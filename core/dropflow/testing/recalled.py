@@ -51,8 +51,7 @@ class Conversation:
         held = torch.zeros(len(layers), *self.ids.shape, dtype=torch.bool)
         for number, layer in layers.items():
             index = layer.full_index()
-            shown = index.image_id != PADDING
-            shown = shown if index.valid is None else shown & index.valid
+            shown = index.filled & (index.image_id != PADDING)
             for sample, own in enumerate(shown):
                 held[number, sample, index.logical[sample, own]] = True
         return held

@@ -22,7 +22,7 @@ from dropflow.engine.model.arguments import parameters_of
 from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import PROTECTED
 from dropflow.engine.tokens.cache_layers import FlowLayer
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, picked
 from dropflow.engine.tokens.masks import lets_see_later
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
@@ -177,7 +177,7 @@ class Parking:
         if self._found is None:
             return None
         live, hidden = self._found
-        valid = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
+        valid = live.filled
         known, once = self._site.backbone.token_arguments, Once()
 
         def own(values: Tensor | None) -> Any:
@@ -257,9 +257,7 @@ def _first(cache: Any) -> FlowLayer | None:
 
 def _slots(tap: TappedLayer, live: LiveSet) -> Tensor:
     """q (batch, heads, parked, dim) of a tapped layer for the tokens in the slots of `live`."""
-    query = tap.seen.query
-    slots = (live.index if tap.live is None else tap.live.slots_of(live)).to(query.device)
-    return query.gather(2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    return picked(tap.seen.query, live.index if tap.live is None else tap.live.slots_of(live))
 
 
 def _each(value: Any, change: Callable[..., Any], name: str = "") -> Any:

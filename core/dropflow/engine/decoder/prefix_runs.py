@@ -18,7 +18,7 @@ from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with
 from dropflow.engine.tokens.ahead import Ahead, PrefixCache, placed
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.host import Extent, read
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, picked
 from dropflow.engine.tokens.masks import lets_see_later
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import UnsupportedCall, UnsupportedModel
@@ -234,12 +234,12 @@ class BegunRun(PromptRun):
         fitted = arguments.arguments(layer, args, kwargs, None, arguments.keys(None))[1]
         ahead = self._ahead.queries[number].to(seen.query)
         query = torch.cat((ahead.expand(len(seen.query), -1, -1, -1), seen.query), 2)
-        order = _columns(keys, joined.live)
+        order = keys.entries_of(joined.live.index, joined.live.total)
         whole = replace(
             seen,
-            query=_ordered(query, order),
-            key=_ordered(seen.key, order),
-            value=None if seen.value is None else _ordered(seen.value, order),
+            query=picked(query, order),
+            key=picked(seen.key, order),
+            value=None if seen.value is None else picked(seen.value, order),
             mask=fitted.get("attention_mask"),
             rotary=fitted.get("position_embeddings"),
         )
@@ -281,18 +281,3 @@ def _entries(layers: Sequence[Any], count: int) -> tuple[tuple[Tensor, Tensor, K
             (layer.keys[:, :, take.to(layer.keys.device)], layer.values[:, :, take.to(layer.values.device)], own)
         )
     return tuple(found)
-
-
-def _columns(keys: KeyIndex, live: LiveSet) -> Tensor:
-    """The entry (batch, slots) that holds the token in each slot of `live`; any in padding slots."""
-    batch, entries = keys.logical.shape
-    token = keys.logical if keys.valid is None else torch.where(keys.valid, keys.logical, live.total)
-    column = torch.zeros(batch, live.total + 1, dtype=torch.long, device=token.device)
-    column.scatter_(1, token, torch.arange(entries, device=token.device).expand(batch, -1))
-    return column.gather(1, live.index.to(token.device))
-
-
-def _ordered(values: Tensor, order: Tensor) -> Tensor:
-    """Rows (batch, heads, rows, dim) in another order (batch, slots)."""
-    order = order.to(values.device)[:, None, :, None]
-    return values.gather(2, order.expand(-1, values.shape[1], -1, values.shape[3]))

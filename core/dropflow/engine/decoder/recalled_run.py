@@ -19,7 +19,8 @@ from dropflow.engine.tokens.cache import flow_layers, note_padding
 from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.host import Extent, read
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, picked
+from dropflow.engine.tokens.masks import without
 from dropflow.engine.tokens.prompt import Prompt
 
 
@@ -52,7 +53,14 @@ class RecalledRun(PromptRun):
         first = self._parked_tokens = parked.logical.shape[1]
         prompt = _prompt(parked, valid, (instruction[0] + first, instruction[1]), questions)
         whole = torch.cat((parked.embeds.to(embeds), embeds), 1)
-        super().__init__(site, prompt, whole)
+        visual = torch.nn.functional.pad(parked.valid, (0, valid.shape[1]))
+        residuals = tuple(
+            (visual, parked.residuals[number][parked.valid.to(embeds.device)])
+            if number in parked.residuals
+            else (torch.zeros_like(visual), embeds.new_zeros(0, embeds.shape[2]))
+            for number in range(max(parked.residuals, default=-1) + 1)
+        )
+        super().__init__(site, prompt, whole, residuals)
         self.window, self._window_edge_by, self._outlive = parked.window, {}, None
         self.record = None
         self._parking = None
@@ -60,6 +68,7 @@ class RecalledRun(PromptRun):
             (parked.logical, self._seen + torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)), 1
         )
         """Logical index in the conversation of each virtual token."""
+        self._take_out()
 
     @property
     def drops(self) -> bool:
@@ -73,29 +82,23 @@ class RecalledRun(PromptRun):
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run decoder layer `number`: before the boundary on the call's tokens, after it with parked ones."""
         boundary = self._site.plan.asks_from
-        if number == 0:
-            self._take_out()
         if number < boundary:
             return self._alone(number, layer, args, kwargs)
-        hidden = hidden_of(args, kwargs)
-        given = self._virtual(number, layer, args, kwargs)
+        args, kwargs = self._virtual(number, layer, args, kwargs)
         if number == boundary:
-            hidden = torch.cat((self._parked.hidden.to(hidden), hidden), 1)
-        args, kwargs = with_hidden(hidden, *given)
-        args, kwargs = self._cross(number, layer, args, kwargs)
-        output = self._run(number, layer, args, kwargs)
-        output = self._with_parked_residual(number, output)
-        if number in self._site.plan.states_taps:
-            states = output[0] if isinstance(output, tuple) else output
-            self._states[number] = self.live, self._site.backbone.seen_states(states)
-        return output
+            hidden = hidden_of(args, kwargs)
+            args, kwargs = with_hidden(torch.cat((self._parked.hidden.to(hidden), hidden), 1), args, kwargs)
+        return super().layer(number, layer, args, kwargs)
+
+    def _begin(self, *_: Any) -> None:
+        """Nothing is left to do: the cache is one of an earlier prompt."""
 
     def _take_out(self) -> None:
         """Take what earlier questions have left of the parked tokens out of the layers from the boundary on."""
         self._caches.begin(self._cache)
         first = next(iter(flow_layers(self._cache).values())).full_index()
         self._earlier = torch.zeros(len(self._own), self._seen + 1, dtype=torch.bool, device=first.logical.device)
-        shown = _valid(first) & (first.image_id != PADDING)
+        shown = first.filled & (first.image_id != PADDING)
         self._earlier.scatter_(1, torch.where(shown, first.logical, self._seen), value=True)
         made: dict[KeyIndex, tuple[LiveSet, KeyIndex] | None] = {}
         for number, held in flow_layers(self._cache).items():
@@ -104,7 +107,7 @@ class RecalledRun(PromptRun):
                 continue
             index = held.full_index()
             if index not in made:
-                stays = (index.image_id < 0) & _valid(index)
+                stays = (index.image_id < 0) & index.filled
                 extent = Extent.read(stays)
                 gone = not (extent.low == extent.high == len(index))
                 kept = LiveSet.of(stays, extent)
@@ -137,30 +140,23 @@ class RecalledRun(PromptRun):
         seen = self._caches.seen(number).seen
         given = self._virtual(number, layer, args, kwargs)[1]
         tokens, entries = self._own.shape[1], len(index)
-        others = self._once(("others", index), lambda: LiveSet.of((index.image_id < 0) & _valid(index)))
-        place = torch.zeros(len(self._own), self._seen + 1, dtype=torch.long, device=index.logical.device)
-        known = torch.where(_valid(index), index.logical, self._seen)
-        place.scatter_(1, known, torch.arange(entries, device=place.device).expand_as(known))
+        others = self._once(("others", index), lambda: LiveSet.of((index.image_id < 0) & index.filled))
+        place = index.entries_of(self._parked.logical, self._seen)
         own = torch.arange(entries, entries + tokens, device=place.device).expand(len(place), -1)
-        order = torch.cat((others.index, place.gather(1, self._parked.logical), own), 1)
+        order = torch.cat((others.index, place, own), 1)
         mask = self._mask(kwargs.get("attention_mask"))
         virtual = torch.arange(self._seen, self._seen + self._rows, device=place.device).expand(len(place), -1)
         columns = torch.cat((others.take(index.logical), virtual), 1)
         mask = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1).to(mask.device))
         if others.valid is not None:
             shown = torch.nn.functional.pad(others.valid, (0, self._rows), value=True)
-            mask = _seen(mask, shown[:, None, None].to(mask.device))
+            mask = without(mask, shown[:, None, None].to(mask.device))
         query = torch.cat((self._parked.queries[number].to(seen.query), seen.query), 2)
-        ordered = order.to(seen.key.device)[:, None, :, None]
-
-        def picked(states: Tensor) -> Tensor:
-            return states.gather(2, ordered.expand(-1, states.shape[1], -1, states.shape[3]))
-
         whole = replace(
             seen,
             query=query,
-            key=picked(seen.key),
-            value=None if seen.value is None else picked(seen.value),
+            key=picked(seen.key, order),
+            value=None if seen.value is None else picked(seen.value, order),
             mask=mask,
             rotary=given.get("position_embeddings"),
         )
@@ -211,7 +207,7 @@ class RecalledRun(PromptRun):
         model = (whole <= whole[self._seen :, None])[None, None] if given is None else given.to(device)
         mask = model.expand(batch, *model.shape[1:])[..., : self._seen + tokens]
         place = parked.logical[:, None, None].expand(-1, *mask.shape[1:3], -1)
-        seen = _seen(mask.gather(3, place), parked.valid[:, None, None])
+        seen = without(mask.gather(3, place), parked.valid[:, None, None])
         own = torch.cat((mask[..., : self._seen], seen, mask[..., self._seen :]), 3)
         before = (past <= parked.logical[:, :, None]) & self._earlier[:, None, : self._seen]
         count = self._parked_tokens
@@ -219,17 +215,8 @@ class RecalledRun(PromptRun):
         among = among | torch.eye(count, dtype=torch.bool, device=device)
         rows = torch.cat((before, among, before.new_zeros(batch, count, tokens)), 2)[:, None]
         if mask.dtype != torch.bool:
-            rows = torch.zeros_like(rows, dtype=mask.dtype).masked_fill(~rows, torch.finfo(mask.dtype).min)
+            rows = without(torch.zeros_like(rows, dtype=mask.dtype), rows)
         return torch.cat((rows.expand(-1, mask.shape[1], -1, -1), own), 2)
-
-    def _with_parked_residual(self, number: int, output: Any) -> Any:
-        rows = self._parked.residuals.get(number)
-        if rows is None:
-            return output
-        hidden = output[0] if isinstance(output, tuple) else output
-        added = torch.nn.functional.pad(rows.to(hidden), (0, 0, 0, self._own.shape[1]))
-        hidden = hidden + (added if self.live.everything else self.live.take(added))
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _hold(self, held: Held, keys: KeyIndex) -> None:
         """Record what a layer's cache holds, in the order of the conversation; `keys` counts virtual tokens."""
@@ -246,7 +233,7 @@ class RecalledRun(PromptRun):
         image = torch.cat((parked.held_as.to(own.device), own), 1)
         logical = torch.cat((keys.logical[:, :past], live.take(self._true)), 1)
         image = torch.cat((keys.image_id[:, :past], live.take(image)), 1)
-        valid = _valid(keys)
+        valid = keys.filled
         if live.everything:  # padding among the parked tokens has stayed in place
             shown = torch.cat((parked.valid, torch.ones_like(self._own)), 1)
             valid = valid & torch.cat((torch.ones_like(valid[:, :past]), shown), 1)
@@ -315,11 +302,3 @@ def _prompt(
         videos=batch * parked.images,
         questions=questions,
     )
-
-
-def _valid(index: KeyIndex) -> Tensor:
-    return torch.ones_like(index.logical, dtype=torch.bool) if index.valid is None else index.valid
-
-
-def _seen(mask: Tensor, shown: Tensor) -> Tensor:
-    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, torch.finfo(mask.dtype).min)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dropflow.engine.decoder.layer_arguments import LayerArguments, Once
 from dropflow.engine.decoder.site import Site
-from dropflow.engine.tokens.live_set import LiveSet, after_past
+from dropflow.engine.tokens.live_set import LiveSet, after_past, picked
 from dropflow.engine.tokens.restricting import SHARED_KEYS
 from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import UnsupportedModel
@@ -67,5 +67,5 @@ class SharedKeys:
 
 def _taken(states: Tensor, made: LiveSet, live: LiveSet) -> Tensor:
     """Keys or values (batch, kv_heads, keys, dim) of earlier turns, and of the tokens that are `live`."""
-    columns = after_past(states.shape[2] - made.slots, made.slots_of(live)).to(states.device)
-    return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+    columns = after_past(states.shape[2] - made.slots, made.slots_of(live))
+    return picked(states, columns)

@@ -88,6 +88,19 @@ class KeyIndex:
         image = torch.cat((self.image_id, _text(more, real)), 1)
         return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped, self.images)
 
+    @property
+    def filled(self) -> Bool[Tensor, "batch entries"]:
+        """False for padding entries; never `None`."""
+        return torch.ones_like(self.logical, dtype=torch.bool) if self.valid is None else self.valid
+
+    def entries_of(self, tokens: Int[Tensor, "batch tokens"], most: int) -> Int[Tensor, "batch tokens"]:
+        """The entry that holds each of some tokens, given by logical index, all below `most`; 0 for those not held."""
+        batch, entries = self.logical.shape
+        token = torch.where(self.filled, self.logical, most)  # a place that nobody reads
+        entry = torch.zeros(batch, most + 1, dtype=torch.long, device=token.device)
+        entry.scatter_(1, token, torch.arange(entries, device=token.device).expand(batch, -1))
+        return entry.gather(1, tokens.to(token.device))
+
     def columns(self, length: int) -> tuple[Int[Tensor, "batch 1 1 entries"], Bool[Tensor, "batch 1 1 entries"] | None]:
         """Mask columns of the entries up to `length` logical tokens, and their validity (false for padding).
 
@@ -117,9 +130,7 @@ class KeyIndex:
         logical = torch.cat((self.logical, self.length + live.index), 1)
         valid = None
         if self.valid is not None or live.valid is not None:
-            old = torch.ones_like(self.logical, dtype=torch.bool) if self.valid is None else self.valid
-            new = torch.ones_like(live.index, dtype=torch.bool) if live.valid is None else live.valid
-            valid = torch.cat((old, new), 1)
+            valid = torch.cat((self.filled, live.filled), 1)
         image = torch.where(image >= 0, image + self.images, image) if self.images else image
         slots = live.take(image) if live.valid is None else torch.where(live.valid, live.take(image), -1)
         image = torch.cat((self.image_id, slots), 1)

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
-from dropflow.engine.tokens.live_set import LiveSet
+from dropflow.engine.tokens.live_set import LiveSet, picked
 from dropflow.engine.tokens.room import Growing, Room
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -165,13 +165,11 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
 
     def evict(self, kept: LiveSet, index: KeyIndex) -> None:
         """Keep only the entries in the slots of `kept`, a live set over entries; `index` describes what they hold."""
-        order = kept.index[:, None, :, None].to(self.keys.device)
-        take = order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self._notes = {stage: kept.take(notes) for stage in self._notes if (notes := self.recall(stage)) is not None}
         length = self.length
         self.each_shared(lambda seen: seen.upto(length).compacted(kept))
         self.index = index
-        self._replace(self.keys.gather(2, take), self.values.gather(2, take))
+        self._replace(picked(self.keys, kept.index), picked(self.values, kept.index))
 
     def _replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold other entries, and give up the room that was made for more of these."""
@@ -179,8 +177,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
 
     def reorder(self, order: Int[Tensor, "batch entries"], index: KeyIndex) -> None:
         """Keep the entries at the places in `order`, in that order; `index` describes what they hold."""
-        take = order[:, None, :, None].to(self.keys.device).expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self._replace(self.keys.gather(2, take), self.values.gather(2, take))
+        self._replace(picked(self.keys, order), picked(self.values, order))
         self.set_index(index)
 
     def get_seq_length(self) -> int:

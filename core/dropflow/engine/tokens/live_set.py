@@ -18,6 +18,14 @@ def after_past(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "bat
     return torch.cat((before, past + slots), 1)
 
 
+def picked(
+    states: Float[Tensor, "batch heads rows dim"], index: Int[Tensor, "batch picked"]
+) -> Float[Tensor, "batch heads picked dim"]:
+    """The rows of q, k or v that `index` selects for each sample, in its order."""
+    take = index.to(states.device)[:, None, :, None]
+    return states.gather(2, take.expand(-1, states.shape[1], -1, states.shape[3]))
+
+
 @dataclass(frozen=True, eq=False)
 class LiveSet:
     """The tokens of one call that are live before a sequence of layers, right-aligned in each sample.
@@ -55,6 +63,11 @@ class LiveSet:
         """M, the number of slots per sample."""
         return self.index.shape[1]
 
+    @property
+    def filled(self) -> Bool[Tensor, "batch slots"]:
+        """False in padding slots; never `None`."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
     @lazy
     def slot(self) -> Int[Tensor, "batch tokens"]:
         """Slot of the last live token at or before each logical token; -1 where there is none."""
@@ -62,8 +75,7 @@ class LiveSet:
         if self.everything:
             return self.index
         here = torch.zeros(batch, self.total, dtype=torch.long, device=self.index.device)
-        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        here.scatter_add_(1, self.index, valid.long())
+        here.scatter_add_(1, self.index, self.filled.long())
         seen = here.cumsum(1)
         return torch.where(seen > 0, seen - 1 + slots - seen[:, -1:], -1)
 

@@ -34,7 +34,7 @@ def gather_mask(
     mask = mask.expand(logical.shape[0], *mask.shape[1:])
     picked = mask[batch, :, queries.index.to(mask.device)[:, :, None], logical[:, None, :]].movedim(-1, 1)
     if keys.valid is not None:
-        picked = _seen(picked, keys.valid.to(picked.device)[:, None, None])
+        picked = without(picked, keys.valid.to(picked.device)[:, None, None])
         if picked.dtype == torch.bool:
             picked = picked | _own_slot(queries, keys).to(picked.device)
     empty = 0 if width is None else width - len(keys)
@@ -67,7 +67,7 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
     if mask.shape[1] * mask.shape[2] > 1:
         columns = columns.expand(-1, mask.shape[1], mask.shape[2], -1)
     held = mask.gather(3, columns)
-    return held if valid is None else _seen(held, valid)
+    return held if valid is None else without(held, valid)
 
 
 def taken_mask(mask: Tensor | None, kept: LiveSet, *, flash: bool) -> Tensor | None:
@@ -85,7 +85,7 @@ def taken_mask(mask: Tensor | None, kept: LiveSet, *, flash: bool) -> Tensor | N
         taken = mask.gather(1, columns)
         return taken if valid is None else taken * valid.to(taken.dtype)
     taken = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
-    return taken if valid is None else _seen(taken, valid[:, None, None])
+    return taken if valid is None else without(taken, valid[:, None, None])
 
 
 def parked_mask(mask: Tensor | None, active: Bool[Tensor, "batch keys"], *, flash: bool) -> Tensor:
@@ -93,7 +93,7 @@ def parked_mask(mask: Tensor | None, active: Bool[Tensor, "batch keys"], *, flas
     if mask is None:
         return active if flash else active[:, None, None]
     active = active.to(mask.device)
-    return mask * active.to(mask.dtype) if mask.dim() == 2 else _seen(mask, active[:, None, None])
+    return mask * active.to(mask.dtype) if mask.dim() == 2 else without(mask, active[:, None, None])
 
 
 def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queries keys"]:
@@ -117,8 +117,8 @@ def lets_see_later(mask: Tensor | None) -> bool:
     return bool(later)
 
 
-def _seen(mask: Tensor, valid: Tensor) -> Tensor:
-    """The mask with invalid keys hidden."""
+def without(mask: Tensor, valid: Tensor) -> Tensor:
+    """The mask, boolean or additive, with keys hidden that are not `valid`."""
     return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, _nothing(mask.dtype))
 
 
