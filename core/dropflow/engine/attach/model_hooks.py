@@ -497,6 +497,13 @@ class ModelHooks:
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
+        return args, self._begin_prompt(call, site, kwargs, embeds, cache, forward)
+
+    def _begin_prompt(
+        self, call: Call, site: Site, kwargs: dict[str, Any], embeds: Tensor, cache: Any, forward: Forward
+    ) -> dict[str, Any]:
+        """Begin the run of a call of the decoder with visual tokens; returns the arguments of the decoder."""
+        assert call.visual is not None
         held = parked_in(cache) if site.plan.policy.recall else None
         if held is not None:
             check_more_images(held, call.visual.mask)
@@ -525,19 +532,19 @@ class ModelHooks:
         if call.ahead is not None:
             kwargs = check_begun(call.ahead, kwargs, site, valid)
             call.decoder = BegunRun(site, *call.ahead, prompt, embeds, cache)
-            return args, kwargs
+            return kwargs
         kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
         keeping = self.keeping.of(self, None)
         if keeping is not None:
             call.decoder = KeepingRun(site, prompt, embeds, residuals, keeping, kwargs.get("position_ids"))
-            return args, kwargs
+            return kwargs
         awaited = self.beside.begin(call, embeds, residuals, prompt_made) if self.beside is not None and later else None
         keeps = self.replayed.of(self, None)
         replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
         call.decoder = run = PromptRun(site, prompt, embeds, residuals, forward.real, replayed, awaited)
         if self.beside is not None and run.record is not None:
             run.record.overlap = told(call, awaited, run.window.entry)
-        return args, kwargs
+        return kwargs
 
     def _recalled(
         self, call: Call, site: Site, parked: Parked, embeds: Tensor, cache: Any, forward: Forward
