@@ -66,7 +66,7 @@ def engine(
 @app.command("recall")
 def recall(
     questions: Annotated[int, typer.Option(min=1, help="Pictures, each with two questions.")] = 300,
-    model: Annotated[str, typer.Option(help="Embedded model.")] = "dense-plain",
+    model: Annotated[str, typer.Option(help="Embedded model.")] = "conversations",
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
