@@ -25,6 +25,7 @@ from dropflow.engine.tokens.shared_entries import FlowShared
 
 Held = FlowLayer | UniformLayer | FlowShared | None
 """What the cache holds for a decoder layer; `None` where there is no cache."""
+_ABSENT = object()
 
 
 class Once:
@@ -39,9 +40,10 @@ class Once:
 
     def __call__(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         """The result for this key, computed on first use."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        found = self._made.get(key, _ABSENT)
+        if found is _ABSENT:
+            found = self._made[key] = make()
+        return found
 
 
 class ContinuedArguments:
@@ -49,6 +51,7 @@ class ContinuedArguments:
 
     def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
         self._site, self._embeds, self._once = site, embeds, Once()
+        self._flash, self._windows = site.flash, site.windows  # read once: an option of a model's config is slow to read
 
     def fit(self, held: FlowLayer | UniformLayer | FlowShared) -> bool:
         """Whether the model's own arguments already fit the layer."""
@@ -58,28 +61,33 @@ class ContinuedArguments:
         self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer | FlowShared, number: int
     ) -> dict[str, Any]:
         """Keyword arguments of layer `number`, with the mask and the positions that its cache needs."""
-        index = held.index
+        index, mask, window = held.index, kwargs.get("attention_mask"), self._windows.get(number)
         if index is None:
             return kwargs
-        mask = kwargs.get("attention_mask")
-        found = self._positions(index, kwargs)
-        if not index.complete and (mask is not None or index.valid is not None):
-            length, total, flash = held.length, self._embeds.shape[1], self._site.flash
-            found["attention_mask"] = self._once(
-                ("mask", mask, index), lambda: continued_mask(mask, index, length, total, flash=flash)
-            )
-        window = self._site.windows.get(number)
-        if window is not None and not index.complete and self._embeds.shape[1] == 1:
-            seen, after = found.get("attention_mask", mask), int(held.length) + 1
-            found["attention_mask"] = self._once(
-                ("window", seen, index, window), lambda: within_window(seen, index, after, window)
-            )
+        found = self._positions(index, kwargs) if self._site.compact else {}
+        fitted = self._once(("mask", mask, index, window), lambda: self._mask(mask, held, window))
+        if fitted is not mask:
+            found["attention_mask"] = fitted
         return kwargs | found if found else kwargs
+
+    def _mask(
+        self, mask: Tensor | None, held: FlowLayer | UniformLayer | FlowShared, window: int | None
+    ) -> Tensor | None:
+        """The mask of the layers that hold the same tokens as `held`, and whose kernel enforces the same `window`."""
+        index, length, tokens = held.index, held.length, self._embeds.shape[1]
+        assert index is not None
+        if index.complete:
+            return mask
+        if mask is not None or index.valid is not None:
+            mask = continued_mask(mask, index, length, tokens, flash=self._flash)
+        if window is not None and tokens == 1:
+            mask = within_window(mask, index, int(length) + 1, window)
+        return mask
 
     def _positions(self, index: KeyIndex, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Compact positions, shared by layers whose caches lack the same tokens."""
         dropped = index.dropped
-        if not self._site.compact or dropped is None:
+        if dropped is None:
             return {}
         rotary = partial(self._site.backbone.rotary, self._embeds)
         made: dict[str, Any] = self._once(

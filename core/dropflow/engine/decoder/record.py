@@ -177,7 +177,7 @@ class PromptRecord:
     def step(self, tokens: int, read: Mapping[int, Tensor]) -> None:
         """Record a forward of `tokens` after the prompt; `read` is what layers read that did not read all they held."""
         if self.history is not None:
-            own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read}
+            own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read} if read else {}
             self.history.note(self.held(), self._seen(self.history.length + tokens), own)
 
     def held(self) -> Sequence[KeyIndex]:

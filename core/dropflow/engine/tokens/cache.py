@@ -6,7 +6,7 @@ left as they are: a state has no token dimension, and is already that of the tok
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -118,10 +118,13 @@ def indices_of(cache: Any, shape: BackboneShape) -> tuple[KeyIndex, ...] | None:
     """
     if not is_flow_cache(cache):
         return None
-    held, producers = flow_layers(cache), dict(shape.producers)
-    read = sorted((*held, *producers))
-    found = tuple(index for layer in read if (index := held[producers.get(layer, layer)].seen_by(layer)) is not None)
-    return found if len(found) == len(read) else None
+    found: list[KeyIndex | None]
+    if shape.producers:
+        held, producers = flow_layers(cache), dict(shape.producers)
+        found = [held[producers.get(layer, layer)].seen_by(layer) for layer in sorted((*held, *producers))]
+    else:
+        found = [layer.index for layer in cache.layers if isinstance(layer, Indexed)]
+    return None if None in found else cast("tuple[KeyIndex, ...]", tuple(found))
 
 
 def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:

@@ -65,7 +65,7 @@ class KeyIndex:
     def __len__(self) -> int:
         return self.logical.shape[1]
 
-    @property
+    @lazy
     def complete(self) -> bool:
         """Whether every logical token is held, in order, so that the model's own mask fits as it is."""
         return self.valid is None and len(self) == self.length
