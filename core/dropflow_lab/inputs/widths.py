@@ -33,9 +33,9 @@ CLIP_L_336 = TowerWidths(hidden=1024, intermediate=4096, layers=24, rows=577)
 
 
 def read_widths(folder: Path) -> tuple[DecoderWidths, tuple[Mixer, ...], TowerWidths | None]:
-    """Return widths of the text part of `folder/config.json`, what mixes the tokens of each of its decoder layers, and
-    the sizes of its vision encoder, if they are stated as for CLIP and SigLIP.
+    """Return widths of the text part of `folder/config.json`, what mixes its decoder layers' tokens, and its tower.
 
+    The sizes of the tower are `None` where the config does not state them as those of CLIP and SigLIP do.
     Raises `InputError` if there is no such file or transformers cannot read it.
     """
     if not (folder / "config.json").is_file():
@@ -51,11 +51,12 @@ def read_widths(folder: Path) -> tuple[DecoderWidths, tuple[Mixer, ...], TowerWi
 
 
 def _tower(config: Any) -> TowerWidths | None:
-    """Sizes of a vision encoder; `None` for one that takes pictures of any size, or joins patches or attends locally."""
+    """Sizes of a vision encoder; `None` for one that takes pictures of any size, or joins patches."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-    sizes = [getattr(config, name, None) for name in names]
-    hidden, intermediate, layers, side, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
-    stated = all(isinstance(size, int) and size > 0 for size in (hidden, intermediate, layers, side, patch))
-    if not stated or hasattr(config, "spatial_merge_size"):
+    stated = [getattr(config, name, None) for name in names]
+    sizes = [size[0] if isinstance(size, list | tuple) else size for size in stated]
+    whole = [size for size in sizes if isinstance(size, int) and size > 0]
+    if len(whole) < len(names) or hasattr(config, "spatial_merge_size"):
         return None
+    hidden, intermediate, layers, side, patch = whole
     return TowerWidths(hidden, intermediate, layers, (side // patch) ** 2)

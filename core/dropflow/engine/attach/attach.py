@@ -138,9 +138,13 @@ def attach_set(
     enters, and those under the others before them, as ever. Everything else is as for `attach`; `PolicyError` is raised
     for `overlap` where no policy of the set has late injection.
     """
-    if default not in policies:
+    if not isinstance(policies, Mapping) or not all(isinstance(name, str) for name in policies):
         raise PolicyError(
-            f"attach_set: the default {default!r} is not among the policies; name one of {', '.join(policies)}"
+            f"attach_set: expected a mapping of names to policies, got {quoted(policies)}; give each policy a name"
+        )
+    if not isinstance(default, str) or default not in policies:
+        raise PolicyError(
+            f"attach_set: the default {quoted(default)} is not among the policies; name one of {', '.join(policies)}"
         )
     found = backbone_for(model, adapter)
     plans = {

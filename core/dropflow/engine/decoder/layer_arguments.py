@@ -51,7 +51,10 @@ class ContinuedArguments:
 
     def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
         self._site, self._embeds, self._once = site, embeds, Once()
-        self._flash, self._windows = site.flash, site.windows  # read once: an option of a model's config is slow to read
+        self._flash, self._windows = (
+            site.flash,
+            site.windows,
+        )  # read once: an option of a model's config is slow to read
 
     def fit(self, held: FlowLayer | UniformLayer | FlowShared) -> bool:
         """Whether the model's own arguments already fit the layer."""

@@ -35,8 +35,9 @@ def explain(
 
     FLOPs count the visual tokens alone, in multiply-adds, as the pruning papers do: 4 n d^2 + 2 n^2 d + 3 n d m per
     layer. Text, cross attention to text and ranking are left out. The line on overlap counts the text in the layers
-    before vision enters, and the encoder: what `attach(..., overlap=True)` runs side by side. Depth and visual tokens default to those the policy
-    is tuned for, or to 32 and 576; widths are those of LLaVA-1.5-7B unless --config is given.
+    before vision enters, and the encoder: what `attach(..., overlap=True)` runs side by side. Depth and visual tokens
+    default to those the policy is tuned for, or to 32 and 576; widths are those of LLaVA-1.5-7B unless --config is
+    given.
     """
     from dropflow import load_policy
     from dropflow.backbone.flops import LLAVA_7B
