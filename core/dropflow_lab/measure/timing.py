@@ -81,14 +81,20 @@ def finish_queued() -> None:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector from running inside the block."""
-    was_on = gc.isenabled()
+    """Keep the garbage collector from running inside the block.
+
+    What is alive before is frozen, so that it is not scanned before every sample, unless the caller's program has
+    frozen objects of its own, which must stay frozen.
+    """
+    was_on, own = gc.isenabled(), not gc.get_freeze_count()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is alive now need not be scanned before every sample
+    if own:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if own:
+            gc.unfreeze()
         if was_on:
             gc.enable()
