@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dropflow
-from dropflow_lab.bench import efficiency
+from dropflow_lab.bench import efficiency, random_llava
 from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.efficiency import EfficiencyBench, bench_efficiency, ragged_prompt
 from dropflow_lab.bench.engine import REDUCED
@@ -71,7 +71,7 @@ def test_bare_layers_take_masks_where_samples_are_padded() -> None:
 
 
 def test_command(cli, monkeypatch) -> None:
-    monkeypatch.setattr(efficiency, "SubjectShape", lambda **given: replace(TOY, **given))
+    monkeypatch.setattr(random_llava, "SubjectShape", lambda **given: replace(TOY, **given))
     run = partial(cli, "bench", "engine", "--repeats", 2, "--visual-tokens")
     told = json.loads(run("36, 144", "--json").stdout)
     assert [row["visual_tokens"] for row in told["rows"]] == [36, 36, 144, 144]

@@ -78,8 +78,10 @@ class LayerProbe:
 
     def _all_keys(self, first: _SomeRows | None) -> QueryKey:
         """k of all live tokens; q holds the rows that `first` projects, and nothing of use in others."""
-        unread = () if self._projections is None else (self._projections.query, self._projections.value)
-        forwards = _zeros_of(*unread) | ({} if first is None else {unread[0]: first})
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        if self._projections is not None:
+            forwards = _zeros_of(self._projections.query, self._projections.value)
+            forwards |= {} if first is None else {self._projections.query: first}
         found = replace(self._sharded(self._run_layer(self._hidden, self._arguments, forwards)), value=None)
         if self._past is None:
             return found
@@ -126,7 +128,7 @@ class _SomeRows:
         if type(hidden) is not Tensor or hidden.shape[:-1] != self._shape:
             return self._zeros(hidden)
         rows = self._rows[:, :, None]
-        found = self._projection(hidden.gather(1, rows.expand(-1, -1, hidden.shape[2])), *args, **kwargs)
+        found: Tensor = self._projection(hidden.gather(1, rows.expand(-1, -1, hidden.shape[2])), *args, **kwargs)
         self.projected = True
         whole = found.new_zeros(*hidden.shape[:2], found.shape[2])
         return whole.scatter_(1, rows.expand_as(found), found)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def show(visual_tokens: str, batch: int, *, rounds: int, threads: int, as_json: bool) -> None:
     """Measure and print the efficiency at these numbers of visual tokens, comma-separated; 576 by default."""
     from dropflow_lab.bench import efficiency as bench
+    from dropflow_lab.bench.random_llava import SubjectShape
 
     sides = [side_of(number.strip()) for number in (visual_tokens or "576").split(",")]
     with chatter_to_stderr():
-        measured = bench.bench_efficiency(bench.SubjectShape(batch=batch), sides, rounds=rounds, threads=threads)
+        measured = bench.bench_efficiency(SubjectShape(batch=batch), sides, rounds=rounds, threads=threads)
     emit(measured.to_json(), as_json, _table(measured), _summary(measured))
 
 
