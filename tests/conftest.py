@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         family = parameters.get("adapter", "") if item.path.name == "test_conformance.py" else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{item.path.parent.name}-{family}"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what has been imported, half a million objects, from garbage collection, which would scan it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

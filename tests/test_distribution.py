@@ -29,6 +29,8 @@ def test_the_wheel_holds_packages_policies_and_the_checkpoint() -> None:
         "dropflow_lab/digits/checkpoints/hidrop-90/training-log.jsonl",
         "dropflow_lab/digits/checkpoints/clips/change.safetensors",
         "dropflow_lab/digits/checkpoints/clips/training-log.jsonl",
+        "dropflow_lab/digits/checkpoints/conversations/change.safetensors",
+        "dropflow_lab/digits/checkpoints/conversations/training-log.jsonl",
         "dropflow_policies/hidrop-digits.yaml",
         "dropflow_policies/hidrop-digits-90.yaml",
     ):

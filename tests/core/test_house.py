@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pydoc
@@ -51,6 +52,7 @@ BRIDGES = {
 do, so that a harness gives the numbers of `dropflow compare`."""
 
 
+@functools.cache
 def files(package: str) -> dict[str, Path]:
     """Dotted name of every module of an installed package -> its file."""
     root = Path(importlib.import_module(package).__path__[0])
@@ -61,22 +63,32 @@ def files(package: str) -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: set[str]) -> set[str]:
-    """Modules that a file imports at run time, wherever it does so; names out of `known` are modules, too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def statements(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """The imports of a file that happen at run time, wherever they stand."""
     annotations = {
         id(node)
-        for block in ast.walk(tree)
+        for block in ast.walk(tree(path))
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
+    found = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Import | ast.ImportFrom))
+    return tuple(node for node in found if id(node) not in annotations)
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """Modules that a file imports at run time, wherever it does so; names out of `known` are modules, too."""
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in annotations:
-            continue
+    for node in statements(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             assert not node.level, f"{path}: a relative import"
             submodules = {f"{node.module}.{alias.name}" for alias in node.names} & known
             found |= submodules
@@ -174,9 +186,9 @@ def test_the_engine_names_no_method_and_no_backbone() -> None:
     for module, path in files("dropflow").items():
         if module.startswith("dropflow.testing.families"):
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        named = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)] + [
-            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+        nodes = list(ast.walk(tree(path)))
+        named = [n.id for n in nodes if isinstance(n, ast.Name)] + [
+            n.attr for n in nodes if isinstance(n, ast.Attribute)
         ]
         assert not [name for name in named if any(word in name.lower() for word in words)], path
 

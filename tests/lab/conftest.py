@@ -13,14 +13,14 @@ from dropflow_lab.console.cli import app
 Cli = Callable[..., Result]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """Call `dropflow` with some arguments, in this process."""
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def refused(cli: Cli) -> Callable[..., str]:
     """Call `dropflow` with bad input; return the one line it printed on stderr."""
 

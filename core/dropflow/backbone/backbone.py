@@ -19,7 +19,7 @@ from dropflow.backbone.mixers import Mixer, PlaceScale, mixers_of, shape_of
 from dropflow.backbone.packed_tower import PackedTower
 from dropflow.backbone.vision_reader import VisionReader, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
-from dropflow.errors import UnsupportedModel, nearest
+from dropflow.errors import UnsupportedModel, nearest, quoted
 from dropflow.lifecycle.lazy import lazy
 from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
@@ -391,6 +391,8 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
     if isinstance(adapter, type):
         return adapter(model)
     check_is_model(model)
+    if adapter is not None and not isinstance(adapter, str):
+        raise UnsupportedModel(f"adapter: expected a registered name or a Backbone subclass, got {quoted(adapter)}")
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     known = names(ADAPTERS)
     if adapter is None and kind not in known and FALLBACK not in known:

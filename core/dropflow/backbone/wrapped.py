@@ -17,8 +17,13 @@ from transformers import PreTrainedModel
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
-COMPILED = "dropflow.engine.tokens.room"
-"""The module whose code compiled layers run inside themselves: it appends to their caches."""
+COMPILED = (
+    "dropflow.engine.model.stand_in",
+    "dropflow.engine.model.traced_step",
+    "dropflow.engine.tokens.room",
+    "dropflow.engine.tokens.static_layers",
+)
+"""Modules whose code runs inside what is compiled: layers, whose caches they append to, and decode steps."""
 PEFT_CALLS_MODELS = Version("0.21")
 """From this version on PEFT calls the model it holds; earlier ones call its `forward` and bypass every hook."""
 
@@ -66,16 +71,16 @@ def check_compiled(parts: Mapping[str, Any]) -> None:
 def leave_uncompiled() -> None:
     """Make Dynamo leave the code of this package uncompiled, but still compile what it calls, such as layers.
 
-    Not that of `COMPILED`, which layers call: a layer that is compiled by itself would be cut in two there.
+    Not that of `COMPILED`: a layer that is compiled by itself, and a decode step, would be cut in two there.
     """
     _skip(__name__.partition(".")[0])
 
 
 def _skip(package: str) -> None:
     for found in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
-        if COMPILED.startswith(f"{found.name}."):
+        if any(name.startswith(f"{found.name}.") for name in COMPILED):
             _skip(found.name)
-        elif found.name != COMPILED:
+        elif found.name not in COMPILED:
             trace_rules.add(found.name)
 
 

@@ -34,8 +34,8 @@ def instruction_tokens(
     import torch
 
     given = mask if labels is None else labels
-    if (mask is None) == (labels is None) or given is None or given.dim() != 2:
-        raise UnsupportedCall("instruction_tokens: expected either a mask or `labels`, of shape (batch, tokens)")
+    if (mask is None) == (labels is None) or not isinstance(given, torch.Tensor) or given.dim() != 2:
+        raise UnsupportedCall("instruction_tokens: expected either a mask or `labels`, a tensor (batch, tokens)")
     if labels is not None:
         mask = before_labels(labels)
     elif given.dtype != torch.bool:

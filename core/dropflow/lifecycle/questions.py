@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-from dropflow.errors import UnsupportedCall
+from dropflow.errors import UnsupportedCall, quoted
 
 _asked: ContextVar[tuple[str, ...] | str | None] = ContextVar("dropflow_asked", default=None)
 
@@ -17,10 +18,13 @@ def questions(texts: Sequence[str]) -> Iterator[None]:
 
     One for each sample, without chat template; where `generate` repeats samples, such as for beams, each applies to
     all copies of its sample. A thread started inside the block does not see them: open the block in that thread.
+    Raises `TypeError` for anything but strings.
     """
-    if isinstance(texts, str):
-        raise TypeError("questions: expected one string per sample, such as ['What is this?'], got a single string")
-    token = _asked.set(tuple(texts))
+    own: tuple[Any, ...] = (None,) if isinstance(texts, str) or not isinstance(texts, Iterable) else tuple(texts)
+    if not all(isinstance(text, str) for text in own):
+        got = "a single string" if isinstance(texts, str) else quoted(texts)
+        raise TypeError(f"questions: expected one string per sample, such as ['What is this?'], got {got}")
+    token = _asked.set(own)
     try:
         yield
     finally:

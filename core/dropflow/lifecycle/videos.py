@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-from dropflow.errors import UnsupportedCall
+from dropflow.errors import UnsupportedCall, quoted
 
 Frames = tuple[tuple[int, ...], ...]
 """For each video, the numbers of its frames among the images of a call of the encoder, in the order of time."""
@@ -28,12 +29,14 @@ def videos(frames: Sequence[Sequence[int]], modality: Literal["image", "video"] 
     those of InternVL and SmolVLM do; adapters know the videos of other calls. A thread started inside the block does
     not see them. Raises `ValueError` for a frame without number or named twice, and for a video without frames.
     """
-    own = tuple(tuple(video) for video in frames)
-    numbers = [number for video in own for number in video]
-    if not all(own) or len(set(numbers)) < len(numbers) or any(number < 0 for number in numbers):
+    given = tuple(frames) if isinstance(frames, Iterable) else (frames,)
+    own = tuple(tuple(video) if isinstance(video, Iterable) else () for video in given)
+    numbers: list[Any] = [number for video in own for number in video]
+    counted = all(isinstance(number, Integral) and int(number) >= 0 for number in numbers)
+    if not all(own) or not counted or len(set(numbers)) < len(numbers):
         raise ValueError(
             "videos: expected one list of frames for each video, with numbers from 0 of which none appears twice, such "
-            f"as [[0, 1, 2], [4, 5]], got {[list(video) for video in own]}"
+            f"as [[0, 1, 2], [4, 5]], got {quoted(frames)}"
         )
     with _stating({modality: own}):
         yield

@@ -14,10 +14,11 @@ from dropflow.lifecycle.lazy import lazy
 from dropflow.lifecycle.stage import EncodeBoundary, Forecast, Stage, StageContext, Window
 from dropflow.policy.cost_budget import Work
 from dropflow.policy.late_entry import window_faults
-from dropflow.policy.policy import Policy
+from dropflow.policy.policy import Policy, StageUse
 from dropflow.policy.ranking import ranking_faults
 from dropflow.policy.schedule import Schedule, encoded, schedule
 from dropflow.policy.solve import solve
+from dropflow.policy.stage_faults import attribute_faults
 from dropflow.units import BackboneShape, Budget, Scale
 
 
@@ -182,11 +183,11 @@ def _planned(policy: Policy, scale: Scale, facts: frozenset[str] | None) -> Plan
     made: dict[str, Stage[Any]] = {}
     for name, use in policy.stages.items():
         if _sets_window(use.stage):
-            made[name] = use.stage(use.options, StageContext(name, scale, whole, policy.positions, facts))
+            made[name] = _made(name, use, StageContext(name, scale, whole, policy.positions, facts))
     window = _window({name: stage.forecast() for name, stage in made.items()}, whole)
     for name, use in policy.stages.items():
         if name not in made:
-            made[name] = use.stage(use.options, StageContext(name, scale, window, policy.positions, facts))
+            made[name] = _made(name, use, StageContext(name, scale, window, policy.positions, facts))
     stages = tuple((name, made[name]) for name in policy.stages)
     plan = Plan(policy, shape, stages, Hooks(stages), window)
     _check_order(plan)
@@ -194,6 +195,15 @@ def _planned(policy: Policy, scale: Scale, facts: frozenset[str] | None) -> Plan
     if faults:
         raise PolicyError("\n".join(faults))
     return plan
+
+
+def _made(name: str, use: StageUse, context: StageContext) -> Stage[Any]:
+    """A stage of the policy; raises `PolicyError` where what it states about itself has another form than expected."""
+    stage = use.stage(use.options, context)
+    faults = list(attribute_faults(name, stage))
+    if faults:
+        raise PolicyError("\n".join(faults))
+    return stage
 
 
 def _place(boundary: EncodeBoundary) -> tuple[bool, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
     `${path.of.an.entry}` stands for another entry of the same policy, and for nothing else. Raises `PolicyError` naming
     each wrong path.
     """
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise PolicyError(
+            f"overrides: expected a list of path=value, such as ['stages.pyramid.keep.10=343'], got {quoted(overrides)}"
+        )
     if isinstance(source, Policy):
         if not overrides:
             return source
@@ -117,7 +121,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 def _apply(data: Any, override: str) -> None:
     """Set `path=value` in nested mappings; a key of the mapping may itself contain a dot, such as 0.25."""
-    path, equals, text = override.partition("=")
+    path, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not equals or not path:
         raise PolicyError(f"{quoted(override)}: an override is written path=value, such as stages.pyramid.keep.10=343")
     value = bounded(parse_yaml(text, escaped(path)), escaped(path), (path,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,8 @@ class Case:
     """Whether the case's policy encodes images beside the text layers."""
     absent: bool = False
     """Whether to compare with the absent oracle where the masked one would also do."""
+    models: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The models of `tiny` that have been built, by their attention; cases made by `replace` share them."""
 
     @cached_property
     def oracle(self) -> type[MaskedOracle]:
@@ -53,10 +55,12 @@ class Case:
         masks = self.adapter(self.model).shape.attending is None and not self.absent
         return MaskedOracle if masks else AbsentOracle
 
-    @cached_property
+    @property
     def model(self) -> Any:
         """The model, shared by all checks of this case."""
-        return self.tiny.model(self.attention)
+        if self.attention not in self.models:
+            self.models[self.attention] = self.tiny.model(self.attention)
+        return self.models[self.attention]
 
     @cached_property
     def drawn(self) -> tuple[dict[str, Any], list[list[Picture]]]:

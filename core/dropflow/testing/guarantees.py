@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.flow import Flow
@@ -32,6 +32,7 @@ from dropflow.testing.case import (
 from dropflow.testing.decoding import WATCH, check_decoding
 from dropflow.testing.forecasts import check_forecast
 from dropflow.testing.probes import EVERYTHING, RanksByNumbers
+from dropflow.testing.static_steps import check_static_steps, static_tokens
 from dropflow.testing.step_reads import check_reading_everything, reads
 from dropflow.testing.training import check_training, labelled
 
@@ -133,8 +134,8 @@ def _check_decoding(case: Case) -> None:
             tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
         evicting = flow.plan.hooks.implementers("decode_cache")
-        static = _static_tokens(left) if flow.plan.uniform else None
-    _check_static_decoding(left, static, tokens)
+        static = static_tokens(left)
+    check_static_steps(left, static, tokens)
     if evicts_while_decoding(flow):
         return  # the kit records this in the cell
     held = _held(left, live.shape[2]) if evicting else None
@@ -145,28 +146,6 @@ def _check_decoding(case: Case) -> None:
     if not torch.equal(tokens, expected):
         step = int((tokens != expected).any(0).nonzero()[0]) - left.inputs["input_ids"].shape[1]
         raise left.broken(MASK, f"from decode step {step} on, the generated tokens differ from the {oracle.name} run's")
-
-
-def _static_tokens(left: Case) -> Tensor | None:
-    """The tokens generated with a static cache; `None` if it has sliding windows, which are refused."""
-    try:
-        found: Tensor = left.model.generate(
-            **left.inputs, **BUDGET, cache_implementation="static", disable_compile=True
-        )
-    except UnsupportedModel:
-        return None
-    return found
-
-
-def _check_static_decoding(left: Case, static: Tensor | None, tokens: Tensor) -> None:
-    """Check that a policy under which all layers hold the same tokens generates the same with a static cache.
-
-    Nothing is checked where the model alone, without a policy, generates others with a static cache.
-    """
-    if static is None or torch.equal(static, tokens):
-        return
-    if torch.equal(_static_tokens(left), left.model.generate(**left.inputs, **BUDGET)):  # type: ignore[arg-type]  # no policy
-        raise left.broken(MASK, "the tokens generated with a static cache differ from those with a dynamic one")
 
 
 def evicts_while_decoding(flow: Flow) -> bool:
@@ -313,8 +292,9 @@ def check_refusals(case: Case) -> float:
     )
     with case.attach() as flow:
         if not flow.plan.uniform:  # layers will hold different tokens
-            cache = {CACHE_ARGUMENT: StaticCache(text.config, max_cache_len=256)}
-            asks += (("a static cache", case.inputs | cache, UnsupportedModel),)
+            cache = DynamicCache(config=text.config)
+            cache.offloading = True
+            asks += (("an offloaded cache", case.inputs | {CACHE_ARGUMENT: cache}, UnsupportedModel),)
         flowing = model(**case.inputs).logits
         check_forecast(case, flow)
         for what, inputs, error in asks:

@@ -40,10 +40,12 @@ def check_same_bits(case: Case) -> None:
             )
 
 
-def check_overlap(case: Case) -> float:
-    """Check that `overlap` gives the same bits, and all guarantees with it; return the largest relative error."""
+def check_overlap(case: Case, *, thorough: bool = True) -> float:
+    """Check that `overlap` gives the same bits and, if `thorough`, all guarantees; return the largest error."""
     if case.adapter.features_form is None:
         return 0.0
     check_same_bits(case)
+    if not thorough:
+        return 0.0
     own: Any = replace(case, name=f"{case.name}, with overlap", overlap=True)
     return max(check(own) for check in CHECKS.values())

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from unittest import mock
 
@@ -95,7 +95,7 @@ def check_reader(case: Case) -> None:
     be the mean over them, by their stated weights, of sums of the whole maps. Nothing is checked for modalities without
     a reader. Raises `BrokenGuarantee`, naming what differs.
     """
-    eager = case.tiny.model("eager")
+    eager = replace(case, attention="eager").model
     found = _encoded(case, eager)
     for encoded in found:
         encoded.members = list(_jacobian(encoded))

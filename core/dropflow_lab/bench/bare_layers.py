@@ -42,11 +42,14 @@ def shapes_in(model: Any, run: Callable[[], object]) -> list[LayerShape]:
     return shapes
 
 
-def bare(model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor] | None) -> Callable[[], None]:
+def bare(
+    model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor] | None, *, masked: bool = False
+) -> Callable[[], None]:
     """Return a callable that runs the decoder layers on random states of these shapes, and the LM head on one token.
 
     With `pictures`, what the processor gave for them, the vision side runs first. Entries beyond the tokens' own are in
-    the cache already. `model` has no policy attached.
+    the cache already. With `masked`, every layer gets a mask, as where samples are padded. `model` has no policy
+    attached.
     """
     text = model.model.language_model
     weight = text.layers[0].self_attn.k_proj.weight
@@ -56,7 +59,7 @@ def bare(model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor
     held = {one: torch.randn(one.samples, heads, one.entries - one.tokens, width, **made) for one in shapes}
     axes = (3, 1) if "mrope_section" in text.config.rope_parameters else (1,)  # positions of Qwen have three axes
     flash = text.config._attn_implementation.startswith("flash")  # takes no such mask: tokens come last by itself
-    masks = {one: None if flash else _mask(one, weight.device) for one in shapes}
+    masks = {one: None if flash else _mask(one, weight.device, masked=masked) for one in shapes}
 
     def run() -> None:
         if pictures is not None:
@@ -78,9 +81,9 @@ def bare(model: Any, shapes: Sequence[LayerShape], pictures: Mapping[str, Tensor
     return run
 
 
-def _mask(shape: LayerShape, device: torch.device) -> Tensor | None:
+def _mask(shape: LayerShape, device: torch.device, *, masked: bool) -> Tensor | None:
     """The mask (1, 1, tokens, entries) of tokens that come last; `None` where attention is causal without one."""
     ahead = shape.entries - shape.tokens
-    if not ahead:
+    if not (ahead or masked):
         return None
     return torch.ones(shape.tokens, shape.entries, dtype=torch.bool, device=device).tril(ahead)[None, None]

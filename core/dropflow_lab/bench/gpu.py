@@ -1,4 +1,4 @@
-"""The GPU benchmark: prefill, overlap, decode, selection, host syncs, reuse and training, with each attention."""
+"""The GPU benchmark: prefill, overlap, decode (compiled, too), selection, host syncs, reuse and training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow_lab.bench.compiled_steps import CompiledBench, bench_compiled
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.reuse import ReuseRow, bench_reuse
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
@@ -51,6 +52,8 @@ class GpuRow:
 
     attention: str
     inference: Inference
+    compiled: CompiledBench | None
+    """Decode steps compiled as one graph; `None` for FlashAttention, which static caches do not go with."""
     reuse: tuple[ReuseRow, ...]
     """A further question about the same image, with a prefix."""
     train: TrainBench
@@ -72,6 +75,7 @@ def bench_gpu(
         yield GpuRow(
             attention=attention,
             inference=_inference(replace(own, batch=1), rounds, threads),
+            compiled=_compiled(replace(own, batch=1), rounds, threads) if attention == "sdpa" else None,
             reuse=bench_reuse(replace(own, batch=1), questions=rounds, threads=threads).rows,
             train=bench_train(own, rounds=rounds, threads=threads, checkpointing=checkpointing),
         )
@@ -117,6 +121,11 @@ def _inference(shape: SubjectShape, rounds: int, threads: int) -> Inference:
         dense_host_syncs=syncs["dense"],
         policy_host_syncs=syncs["policy"],
     )
+
+
+def _compiled(shape: SubjectShape, rounds: int, threads: int) -> CompiledBench:
+    backend = "inductor" if torch.device(shape.device).type == "cuda" else "eager"  # a CPU only tries whether it runs
+    return bench_compiled(shape, backend=backend, rounds=rounds, decode_steps=_DECODE_STEPS, threads=threads)
 
 
 def _attentions(device: str) -> list[str]:

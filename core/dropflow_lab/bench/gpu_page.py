@@ -25,6 +25,7 @@ def told(row: GpuRow) -> str:
         f"{_milliseconds(found.policy_decode_seconds)} through the policy; selection "
         f"{_milliseconds(found.selection_seconds)}; host synchronisations in a prefill {_syncs(row)}",
     ]
+    lines += [f"compiled: {', '.join(_compiled(row))}"] if row.compiled is not None else []
     lines += [f"reuse under {one.policy}: {', '.join(_reused(one)[1:])}" for one in row.reuse]
     return "\n".join(lines)
 
@@ -45,6 +46,13 @@ def page(rows: Sequence[GpuRow], device: str, options: str) -> str:
             ("attention", "prefill with overlap", "speed-up by it", "decode step, dense", "decode step, HiDrop-64",
              "speed-up", "selection in a prefill", "host syncs, dense / HiDrop-64"),
             [_decoded(row) for row in rows],
+        ),
+        "A decode step compiled as one graph on a "
+        "[static cache](../cache.md#static-caches-and-compiled-steps), as CUDA graphs.",
+        table(
+            ("attention", "dense", "HiDrop-64", "eager over compiled, dense", "eager over compiled, HiDrop-64",
+             "dense over HiDrop-64", "graphs"),
+            [[row.attention, *_compiled(row)] for row in rows if row.compiled is not None],
         ),
         "A further question about the same image, with a [prefix](../cache.md#prefixes), against asking anew; "
         "efficiency is the share of time saved over that of FLOPs saved.",
@@ -81,6 +89,17 @@ def _decoded(row: GpuRow) -> list[str]:
         _spread(found.decode_speedup),
         _milliseconds(found.selection_seconds),
         _syncs(row),
+    ]
+
+
+def _compiled(row: GpuRow) -> list[str]:
+    found = row.compiled
+    assert found is not None
+    return [
+        _milliseconds(found.compiled_dense_seconds),
+        _milliseconds(found.compiled_policy_seconds),
+        *(_spread(one) for one in (found.dense_gain, found.policy_gain, found.speedup)),
+        f"{found.graphs}",
     ]
 
 

@@ -64,7 +64,7 @@ class RecallBench:
 def bench_recall(
     questions: int = 300,
     *,
-    model: str = "dense-plain",
+    model: str = "conversations",
     policy: Mapping[str, Any] = RANK,
     threads: int = 1,
     seed: int = 5,

@@ -11,6 +11,8 @@ from dropflow.backbone.flops import DecoderWidths, vision_only
 from dropflow.policy.plan import resolve
 from dropflow.policy.solve import solved_numbers
 from dropflow.units import BackboneShape
+from dropflow_lab.explain.beside import Beside, beside
+from dropflow_lab.inputs.widths import TowerWidths
 
 UNIT = "multiply-adds of the visual tokens alone, 4 n d^2 + 2 n^2 d + 3 n d m per layer"
 
@@ -44,17 +46,21 @@ class Explanation:
     """The same sum without the policy."""
     ranked_by: dict[int, int]
     """Boundary -> the layer whose attention ranks there, where the boundary's own layer has none."""
+    overlap: Beside
+    """What `attach(..., overlap=True)` could run side by side."""
     budget: dict[str, float] = field(default_factory=dict)
     """What the policy may cost, if it states that."""
     solved: dict[str, int | float] = field(default_factory=dict)
     """Path in the policy -> the number that was solved from the budget."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data, with the unit of all FLOPs."""
+        """Return plain data, with the unit of the layers' FLOPs."""
         return asdict(self) | {"unit": UNIT}
 
 
-def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_tokens: int) -> Explanation:
+def explain(
+    policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_tokens: int, tower: TowerWidths | None = None
+) -> Explanation:
     """Follow one image through the layers; raises `PolicyError` where the policy does not fit `shape`.
 
     FLOPs are those of the papers (`dropflow.flops.vision_only`): they leave out text, cross attention and ranking.
@@ -80,6 +86,7 @@ def explain(policy: Policy, shape: BackboneShape, widths: DecoderWidths, text_to
         flops=sum(known) if len(known) == len(layers) else None,
         flops_dense=shape.layers * vision_only(shape.visual_tokens or 0, widths),
         ranked_by=plan.ranked_by,
+        overlap=beside(plan, widths, text_tokens, tower),
         budget={} if policy.budget is None else policy.budget.model_dump(exclude_none=True),
         solved=solved_numbers(policy, plan.policy),
     )

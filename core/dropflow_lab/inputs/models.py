@@ -26,10 +26,14 @@ def load_model(folder: Path | None = None, *, downloads: bool = False, **options
     `from_pretrained`, such as `dtype` and `revision`; with a `device_map`, the model stays where that puts it. Raises
     `InputError` if there is no such model, transformers cannot load it, or it lacks weights of the model.
     """
+    from dropflow_lab.digits.checkpoints.changes import CHANGES
+
     with _no_progress_bar():
         name = "dense" if folder is None else _shipped(folder)
-        if name == "clips":
-            model, processor = _clips(options)
+        if name is not None and name in CHANGES:
+            _check_options_of_change(name, options)
+            model, processor = CHANGES[name]()
+            model.to(options.get("dtype", torch.float32))
             return model.to(device()).eval(), processor
         if folder is None or name is not None:
             folder, options = _embedded(name), {"dtype": torch.float32} | options
@@ -61,20 +65,16 @@ def policy_of(model: Any, overrides: Sequence[str] = ()) -> dropflow.Policy:
 
 def _shipped(folder: Path) -> str | None:
     """Return the shipped checkpoint that `folder` names, or `None`."""
-    from dropflow_lab.digits.checkpoints.low_rank import CLIPS
+    from dropflow_lab.digits.checkpoints.changes import CHANGES
     from dropflow_lab.digits.checkpoints.model import checkpoint_names
 
-    return str(folder) if not folder.is_dir() and str(folder) in (*checkpoint_names(), CLIPS) else None
+    return str(folder) if not folder.is_dir() and str(folder) in (*checkpoint_names(), *CHANGES) else None
 
 
-def _clips(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the shipped model for clips, which is `dense` and a change; its only option is `dtype`."""
-    from dropflow_lab.digits.checkpoints.low_rank import load_clips
-
+def _check_options_of_change(name: str, options: dict[str, Any]) -> None:
+    """Raise `InputError` for an option of a shipped model that is stored as a change, other than `dtype`."""
     if unknown := sorted(options.keys() - {"dtype"}):
-        raise InputError(f"clips: this embedded model takes no option {unknown[0]!r}; leave it out")
-    model, processor = load_clips()
-    return model.to(options.get("dtype", torch.float32)), processor
+        raise InputError(f"{name}: this embedded model takes no option {unknown[0]!r}; leave it out")
 
 
 def _embedded(name: str | None) -> Path:

@@ -81,14 +81,21 @@ def finish_queued() -> None:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector from running inside the block."""
-    was_on = gc.isenabled()
+    """Keep the garbage collector from running inside the block.
+
+    What is alive before is frozen, so that it is not scanned before every sample. If the caller's program has frozen
+    objects of its own, these stay frozen, as does, from then on, what else is alive after the block.
+    """
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is alive now need not be scanned before every sample
+    gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        if frozen:
+            gc.collect()
+            gc.freeze()
         if was_on:
             gc.enable()

@@ -15,7 +15,7 @@ from torch import nn
 
 import dropflow
 from dropflow.backbone.wrapped import PEFT_CALLS_MODELS
-from dropflow.engine.decoder.probe import _unread
+from dropflow.engine.decoder.probe import _projecting, _SomeRows, _zeros_of
 from dropflow.engine.model.shadowing import Shadows
 
 SAMPLES = ((3, "I", 5), (1, "I", 9), ("I", 6))
@@ -60,10 +60,29 @@ def test_a_batch_of_mixed_adapters_keeps_what_each_adapter_keeps(adapted: Any, w
 def test_a_projection_that_nobody_reads_takes_any_arguments() -> None:
     projection, hidden = nn.Linear(4, 6), torch.randn(2, 3, 4)
     expected = projection(hidden)
-    with _unread((projection,), Shadows()):
+    with _projecting(_zeros_of(projection), Shadows()):
         for args, kwargs in (((), {}), ((1.0, None), {}), ((), {"adapter_names": ["one"], "scale": 2.0})):
             found = projection(hidden, *args, **kwargs)
             assert found.shape == (2, 3, 6)
             assert not found.any()
     assert torch.equal(projection(hidden), expected)
     assert "forward" not in vars(projection)
+
+
+def test_some_rows_are_projected_with_the_arguments_that_came_and_others_are_zero() -> None:
+    projection, hidden = nn.Bilinear(4, 3, 6), torch.randn(2, 5, 4)
+    beside, rows = torch.randn(2, 2, 3), torch.tensor([[4, 1], [2, 2]])
+    some = _SomeRows(projection, rows, 5)
+    with torch.no_grad(), _projecting({projection: some}, Shadows()):
+        found = projection(hidden, beside)
+    asked = hidden.gather(1, rows[:, :, None].expand(-1, -1, 4))
+    assert some.projected
+    assert torch.equal(found.gather(1, rows[:, :, None].expand(-1, -1, 6))[0], projection(asked, beside)[0])
+    assert found[0, [0, 2, 3]].count_nonzero() == found[1, [0, 1, 3, 4]].count_nonzero() == 0
+
+
+def test_rows_of_flattened_samples_are_not_projected() -> None:
+    projection = nn.Linear(4, 6)
+    some = _SomeRows(projection, torch.tensor([[1], [0]]), 5)
+    assert not some(torch.randn(10, 4)).any()
+    assert not some.projected

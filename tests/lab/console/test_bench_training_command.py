@@ -32,10 +32,11 @@ def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path) -> None:
     assert "cpu, sdpa: prefill" in shown
     page = out.read_text()
     assert "`dropflow bench gpu --shape tiny --batch 1 --device cpu --dtype bfloat16 --repeats 2`" in page
-    trained, decoded, *reused = [line for line in page.splitlines() if line.startswith("| sdpa |")]
+    trained, decoded, compiled, *reused = [line for line in page.splitlines() if line.startswith("| sdpa |")]
     speedup = trained.split("|")[4].strip()
     assert f"speed-up {speedup}; training step" in shown
     assert decoded.split("|")[-2].strip() == "- / -"  # no GPU, no host synchronisations
+    assert compiled.split("|")[-2].strip() == "1"  # one graph
     assert [row.split("|")[2].strip() for row in reused] == ["`hidrop-64`", "`fastv-k2-r50`", "`divprune-56`"]
     assert f"selection {decoded.split('|')[7].strip()}; host" in shown
 
@@ -50,6 +51,7 @@ def test_gpu_in_the_shape_of_qwen(cli) -> None:
     (row,) = told["rows"]
     assert row["train"]["flops_ratio"] > 1
     assert [one["boundary"] for one in row["reuse"]] == [5, 1, 16]
+    assert row["compiled"]["graphs"] == 1
     assert row["inference"]["policy_host_syncs"] is None
 
 

@@ -54,6 +54,7 @@ def test_without_a_command_the_help_is_shown(cli) -> None:
         "bench engine",
         "bench overlap",
         "bench decode",
+        "bench compiled",
         "bench train",
         "bench gpu",
         "bench serve",

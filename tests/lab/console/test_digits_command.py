@@ -93,7 +93,22 @@ def test_the_folder_must_be_given(refused, command) -> None:
     assert "--out" in refused("digits", command)
 
 
-def test_clips_are_trained_and_written_by_their_own_functions(cli, refused, monkeypatch, tmp_path) -> None:
+def test_conversations_are_trained_by_their_own_function(cli, refused, monkeypatch, tmp_path) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def train(out: Path, test: Any, **options: Any) -> Path:
+        assert callable(test)
+        calls.append(options)
+        return out
+
+    monkeypatch.setattr("dropflow_lab.digits.training.train_conversations.train_conversations", train)
+    cli("digits", "train", "--out", tmp_path, "--conversations", "--seed", 3)
+    assert calls == [{"seed": 3, "threads": 1, "resume": True}]
+    for two in (("--clips", "--plain"), ("--conversations", "--clips"), ("--plain", "--conversations")):
+        assert "name one of them" in refused("digits", "train", "--out", tmp_path, *two)
+
+
+def test_clips_are_trained_and_written_by_their_own_functions(cli, monkeypatch, tmp_path) -> None:
     calls: list[dict[str, Any]] = []
 
     def train(out: Path, test: Any, **options: Any) -> Path:
@@ -104,7 +119,6 @@ def test_clips_are_trained_and_written_by_their_own_functions(cli, refused, monk
     monkeypatch.setattr("dropflow_lab.digits.training.train_clips.train_clips", train)
     cli("digits", "train", "--out", tmp_path, "--clips", "--threads", 2)
     assert calls == [{"seed": 0, "threads": 2, "resume": True}]
-    assert "--plain does not apply" in refused("digits", "train", "--out", tmp_path, "--clips", "--plain")
     told = json.loads(cli("digits", "sample", "--out", tmp_path, "--clips", "--questions", 2, "--json").stdout)
     rows = [json.loads(line) for line in Path(told["table"]).read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["c2d", "d2c"]

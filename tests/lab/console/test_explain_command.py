@@ -13,7 +13,7 @@ def test_json_of_hidrop_64(cli) -> None:
     assert result.stderr == ""
     assert set(explained) == {
         "policy", "layers", "average_visual_tokens", "entry_visual_tokens", "tower_visual_tokens", "flops",
-        "flops_dense", "ranked_by", "budget", "solved", "unit",
+        "flops_dense", "ranked_by", "overlap", "budget", "solved", "unit",
     }  # fmt: skip
     assert explained["policy"] == "hidrop-64"
     assert explained["average_visual_tokens"] == 64.0
@@ -36,6 +36,27 @@ def test_table_shows_layers_totals_and_what_flops_are(cli) -> None:
     assert "421.4 G of 3.817 T (89.0% fewer)" in shown
     assert "multiply-adds of the visual tokens alone" in shown
     assert "(d = 4096, m = 11008)" in shown
+
+
+def test_what_overlap_could_run_side_by_side(cli) -> None:
+    d, m, n = 4096, 11008, 64
+    text = 8 * (n * (4 * d**2 + 3 * d * m) + 2 * n**2 * d)
+    tower = 24 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096)  # CLIP-L/14 on 336 pixels
+    explained = json.loads(cli("explain", "hidrop-64", "--json").stdout)
+    assert explained["overlap"] == {"layers": 8, "text_tokens": 64, "text_flops": text, "vision_flops": tower}
+    shown = " ".join(cli("explain", "hidrop-64").stdout.split())
+    assert "layers 0 to 7 on 64 text tokens, 103.9 G, can run beside the encoder's 190.6 G" in shown
+    assert "at most 103.9 G are hidden" in shown
+    assert "at most 190.6 G are hidden" in " ".join(cli("explain", "hidrop-64", "--text-tokens", 512).stdout.split())
+
+
+def test_without_late_injection_nothing_overlaps(cli, tmp_path) -> None:
+    policy = tmp_path / "half.yaml"
+    policy.write_text("stages: {exit: {use: hidrop/early-exit, at: 0.5}}\n")
+    overlap = json.loads(cli("explain", policy, "--json").stdout)["overlap"]
+    assert (overlap["layers"], overlap["text_flops"]) == (0, 0)
+    shown = " ".join(cli("explain", policy).stdout.split())
+    assert "nothing can run beside the encoder, since vision takes part from the first layer on" in shown
 
 
 def test_overrides_and_text_tokens(cli) -> None:
@@ -79,6 +100,10 @@ def test_widths_and_depth_of_a_model_folder(cli, model_folder, mild) -> None:
     explained = json.loads(cli("explain", mild, "--config", model_folder, "--json").stdout)
     assert [layer["visual_tokens"] for layer in explained["layers"]] == [144, 144, 40, 0]
     assert explained["layers"][2]["flops"] == 40 * (4 * 128**2 + 2 * 40 * 128 + 3 * 128 * 352)
+    vision = json.loads((model_folder / "config.json").read_text())["vision_config"]
+    d, m, n = vision["hidden_size"], vision["intermediate_size"], (vision["image_size"] // vision["patch_size"]) ** 2
+    layer = 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
+    assert explained["overlap"]["vision_flops"] == vision["num_hidden_layers"] * layer > 0
 
 
 def test_absolute_numbers_do_not_fit_another_depth(refused, model_folder) -> None:
@@ -99,10 +124,11 @@ def test_what_the_data_decides_is_shown_as_such() -> None:
 
     from dropflow.backbone.flops import LLAVA_7B
     from dropflow_lab.console.commands.explain import _summary, _table
+    from dropflow_lab.explain.beside import Beside
     from dropflow_lab.explain.forecast import Explanation, LayerForecast
 
     layers = (LayerForecast(0, 100, 110, 5e9), LayerForecast(1, None, None, None))
-    explanation = Explanation("adaptive", layers, None, 100, 100, None, 1e10, {})
+    explanation = Explanation("adaptive", layers, None, 100, 100, None, 1e10, {}, Beside(None, 64, None, 2e11))
     console = Console(width=100)
     with console.capture() as captured:
         console.print(_table(explanation), _summary(explanation, LLAVA_7B))
@@ -110,3 +136,4 @@ def test_what_the_data_decides_is_shown_as_such() -> None:
     assert "│ 1 │ data │ data │ data │" in shown
     assert "data on average over 2 layers, 100 at entry" in shown
     assert "FLOPs: data of 10 G" in shown
+    assert "overlap: the data decide before which layer vision enters" in shown

@@ -18,7 +18,7 @@ def _data(path: Path) -> Any:
     return json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def validator(cli) -> Draft202012Validator:
     schema = json.loads(cli("schema").stdout)
     Draft202012Validator.check_schema(schema)

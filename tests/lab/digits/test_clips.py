@@ -12,14 +12,20 @@ import torch
 from PIL import Image
 
 from dropflow_lab.compare.answers import ask
-from dropflow_lab.digits.checkpoints import low_rank
+from dropflow_lab.digits.checkpoints.changes import (
+    CLIPS,
+    build_clip_processor,
+    load_clips,
+    shipped_change,
+    start_clips,
+)
 from dropflow_lab.digits.checkpoints.model import load
 from dropflow_lab.digits.data.clip_questions import CLIP_KINDS, CLIP_WORDS, ask_clip, clip_question_at
 from dropflow_lab.digits.data.clips import FRAMES, SIDE, Actor, Clip, draw_clip, frame_of, render_clip
 from dropflow_lab.digits.data.scenes import Background, Item
 from dropflow_lab.digits.training.packed_clips import draw_clips, pack_clips, prefix_ids
 from dropflow_lab.digits.training.packing import IGNORED, mask_after
-from dropflow_lab.digits.training.train_clips import ClipRecipe, losses, train_clips
+from dropflow_lab.digits.training.train_clips import RECIPE, losses, train_clips
 from dropflow_lab.inputs.data import read_samples
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import build_inputs
@@ -96,7 +102,7 @@ def test_a_packed_row_is_the_prompt() -> None:
     asked = [clip_question_at("validation", index) for index in (0, 4)]
     batch = pack_clips([asked[0][0]], [[question for _, question in asked]])
     frames = [Image.fromarray(frame) for frame in render_clip(asked[0][0])]
-    processor, model = low_rank.build_processor(), low_rank.start()
+    processor, model = build_clip_processor(), start_clips()
     inputs = build_inputs(processor, [(frames, asked[0][1].text)])
     first = batch.segment[0] == 0
     row = torch.cat((prefix_ids(), batch.tokens[0][first]))
@@ -122,7 +128,7 @@ def test_questions_see_the_video_and_themselves() -> None:
 
 
 def test_the_start_is_dense_with_more_words() -> None:
-    model, (dense, _) = low_rank.start(), load("dense")
+    model, (dense, _) = start_clips(), load("dense")
     words = model.get_input_embeddings().weight
     assert words.shape[0] == len(CLIP_WORDS)
     assert torch.equal(words[:-4], dense.get_input_embeddings().weight)
@@ -135,11 +141,11 @@ def test_the_start_is_dense_with_more_words() -> None:
 
 
 def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
-    recipe = ClipRecipe(steps=2, schedule=2, batch=1, validate_every=2, validation=45)
+    recipe = replace(RECIPE, steps=2, schedule=2, batch=1, validate_every=2, validation=45)
     train_clips(tmp_path / "whole", recipe=recipe, save_seconds=0)
     path = tmp_path / "whole" / "change.safetensors"
-    model, _ = low_rank.load_clips(path)
-    plain = low_rank.start()
+    model, _ = load_clips(path)
+    plain = start_clips()
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, plain.state_dict()[name])]
     assert any("layers.11.mlp" in name for name in changed)
     assert not any("vision_tower" in name for name in changed)
@@ -149,9 +155,9 @@ def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
 
 
 def test_the_shipped_model_answers_most_questions() -> None:
-    model, processor = load_model(Path(low_rank.CLIPS))
+    model, processor = load_model(Path(CLIPS))
     samples = read_samples("clips", 36, seed=1)
     said = ask(model, processor, None, samples, batch=18, max_new_tokens=3).said
     right = [sample.is_answered_by(given) for sample, given in zip(samples, said, strict=True)]
     assert sum(right) >= 22, "24 when it was measured for docs/video.md"
-    assert low_rank.shipped_change().stat().st_size < 600_000
+    assert shipped_change(CLIPS).stat().st_size < 600_000

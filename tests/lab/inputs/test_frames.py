@@ -14,7 +14,7 @@ import dropflow
 from dropflow import Encode, EncodeCall, Stage, hookimpl
 from dropflow_lab.compare.answers import ask
 from dropflow_lab.compare.compare import Comparing, Rules
-from dropflow_lab.digits.checkpoints.low_rank import build_processor, start
+from dropflow_lab.digits.checkpoints.changes import build_clip_processor, start_clips
 from dropflow_lab.digits.data.clip_folder import write_clips
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs.data import read_samples
@@ -108,7 +108,7 @@ def test_a_comparison_states_the_videos_of_every_batch(tmp_path) -> None:
     samples = read_samples(tmp_path, 3)
     policy = dropflow.load_policy({"name": "sees", "stages": {"sees": {"use": Sees}}})
     Sees.seen.clear()
-    answers = ask(start(), build_processor(), policy, samples, batch=2, max_new_tokens=1)
+    answers = ask(start_clips(), build_clip_processor(), policy, samples, batch=2, max_new_tokens=1)
     assert Sees.seen == [(tuple(range(8)), tuple(range(9, 17))), (tuple(range(8)),)]
     assert answers.entry_visual_tokens == pytest.approx(36 * 4 / 3)
 
@@ -117,7 +117,7 @@ def test_the_control_of_a_policy_on_videos_is_drawn_per_video(tmp_path) -> None:
     rules = Rules(batch=2, max_new_tokens=1, timed=1, rounds=0)
     evs = dropflow.load_policy({"name": "evs", "stages": {"evs": {"use": "evs/retention", "rate": 0.75}}})
     samples = read_samples("clips", 2)
-    comparing = Comparing(start(), build_processor(), samples, Finished(tmp_path), rules)
+    comparing = Comparing(start_clips(), build_clip_processor(), samples, Finished(tmp_path), rules)
     member = comparing.member(evs)
     assert member.answers.entry_visual_tokens == member.controls[0].entry_visual_tokens == 72
     assert member.cost is not None
@@ -127,7 +127,7 @@ def test_the_control_of_a_policy_on_videos_is_drawn_per_video(tmp_path) -> None:
 
 def test_pictures_that_are_cut_into_tiles_are_refused() -> None:
     samples = read_samples("clips", 1)
-    inputs = build_inputs(build_processor(), [(samples[0].images(), samples[0].question)])
+    inputs = build_inputs(build_clip_processor(), [(samples[0].images(), samples[0].question)])
     with stating_videos(inputs, samples):
         pass
     inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)

@@ -24,6 +24,22 @@ def test_garbage_collection_is_off_during_samples_and_back_afterwards() -> None:
     assert gc.isenabled()
 
 
+def test_what_was_frozen_before_stays_frozen() -> None:
+    before = gc.get_freeze_count()
+    assert before > 100_000  # by `conftest.py`
+    during: list[int] = []
+    interleaved({"a": lambda: during.append(gc.get_freeze_count())}, rounds=1)
+    assert all(count > 0.9 * before for count in during)
+    assert gc.get_freeze_count() > 0.9 * before
+    gc.unfreeze()
+    try:
+        interleaved({"a": lambda: during.append(gc.get_freeze_count())}, rounds=1)
+        assert during[-1] > 100_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
+
+
 def test_ratios_pair_the_samples_of_a_round() -> None:
     assert ratio([2.0, 6.0, 12.0], [1.0, 2.0, 3.0]) == Spread(median=3.0, low=2.5, high=3.5)
 

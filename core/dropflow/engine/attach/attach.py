@@ -112,7 +112,7 @@ def attach(
     source = recorded_policy(found.model.config, allow_downloads=allow_downloads) if policy is None else policy
     plan = _resolved(found, load_policy(source, overrides))
     if overlap:
-        check_overlap(found, plan)
+        check_overlap(found, [plan])
     own = _Weights(weights, recorded=policy is None, given=model)
     hooks = _attach(found, {"": plan}, "", own, labelled_only=logits == "labelled", overlap=overlap)
     flow = hooks.flows[""]
@@ -128,22 +128,31 @@ def attach_set(
     default: str,
     adapter: str | type[Backbone] | None = None,
     weights: str | PathLike[str] | None = None,
+    overlap: bool = False,
 ) -> FlowSet:
     """Attach several named policies to one model; each call chooses one of them with `FlowSet.using`.
 
     `None` runs the model without a policy. `default` names the policy that is used where a caller chooses none; it is
     also the one that the model's config records. Stages of the same name in several policies share the module that
-    they train. Everything else is as for `attach`.
+    they train. With `overlap`, calls under a policy with late injection encode images beside the layers before vision
+    enters, and those under the others before them, as ever. Everything else is as for `attach`; `PolicyError` is raised
+    for `overlap` where no policy of the set has late injection.
     """
-    if default not in policies:
+    if not isinstance(policies, Mapping) or not all(isinstance(name, str) for name in policies):
         raise PolicyError(
-            f"attach_set: the default {default!r} is not among the policies; name one of {', '.join(policies)}"
+            f"attach_set: expected a mapping of names to policies, got {quoted(policies)}; give each policy a name"
+        )
+    if not isinstance(default, str) or default not in policies:
+        raise PolicyError(
+            f"attach_set: the default {quoted(default)} is not among the policies; name one of {', '.join(policies)}"
         )
     found = backbone_for(model, adapter)
     plans = {
         name: None if source is None else _resolved(found, load_policy(source)) for name, source in policies.items()
     }
-    hooks = _attach(found, plans, default, _Weights(weights, recorded=False, given=model))
+    if overlap:
+        check_overlap(found, plans.values())
+    hooks = _attach(found, plans, default, _Weights(weights, recorded=False, given=model), overlap=overlap)
     hooks.handle = flows = FlowSet(hooks.flows, hooks, lambda: _detach(found.core))
     return flows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.decoder.records import Forward, Records
 from dropflow.engine.decoder.report import Report
 from dropflow.engine.decoder.summary import summed_up
-from dropflow.errors import UnsupportedCall, nearest
+from dropflow.errors import UnsupportedCall, nearest, quoted
 from dropflow.policy.plan import Plan
 from dropflow.policy.policy import Policy
 from dropflow.policy.policy_file import load_policy
@@ -72,9 +72,9 @@ class Flow:
 
     @progress.setter
     def progress(self, done: float) -> None:
-        """Raises `ValueError` for a number that is not from 0 to 1."""
-        if not 0 <= done <= 1:
-            raise ValueError(f"progress: expected a number from 0 to 1, got {done!r}")
+        """Raises `ValueError` for anything but a number from 0 to 1."""
+        if not isinstance(done, int | float) or isinstance(done, bool) or not 0 <= done <= 1:
+            raise ValueError(f"progress: expected a number from 0 to 1, got {quoted(done)}")
         self.trained.progress = float(done)
 
     def save_stages(self, folder: str | PathLike[str]) -> None:
@@ -151,6 +151,7 @@ class Flow:
             raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is recorded")
         if self._records.last is None:
             raise UnsupportedCall("report: no prompt with images has run since this policy was attached; run one first")
+        self._records.last.catch_up()
         return self._records.last
 
     @contextmanager
@@ -161,10 +162,9 @@ class Flow:
         continue a cache with another number of tokens, as in decoding, are taken as text; others raise
         `UnsupportedCall`.
         """
-        if tokens.dtype != torch.bool or tokens.dim() != 2:
-            raise UnsupportedCall(
-                f"visual: expected a torch.bool tensor (batch, tokens), got {tokens.dtype} {tuple(tokens.shape)}"
-            )
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.bool or tokens.dim() != 2:
+            got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else quoted(tokens)
+            raise UnsupportedCall(f"visual: expected a torch.bool tensor (batch, tokens), got {got}")
         with self._hooks.visual.let(self._hooks, tokens):
             yield
 
@@ -200,7 +200,13 @@ class Flow:
         call whose prompts are not those that the keeps are of.
         """
         self._check_replayable()
-        with self._hooks.replayed.let(self._hooks, tuple(keeps)):
+        given = tuple(keeps) if isinstance(keeps, Iterable) else (keeps,)
+        if not all(isinstance(own, Keeps) for own in given):
+            raise UnsupportedCall(
+                f"replay: expected `Keeps` of `flow.keeps()`, one for each sample, got {quoted(keeps)}; read plain "
+                "data by `Keeps.from_dict`"
+            )
+        with self._hooks.replayed.let(self._hooks, given):
             yield
 
     def _check_replayable(self) -> None:
@@ -284,8 +290,8 @@ class FlowSet(Mapping[str, Flow | None]):
         Every call of one `generate` must run under the same policy. Raises `UnsupportedCall` for a name that is not in
         the set.
         """
-        if name not in self._flows:
-            raise UnsupportedCall(f"using: no policy {name!r} in this set; {nearest(name, self._flows)}")
+        if not isinstance(name, str) or name not in self._flows:
+            raise UnsupportedCall(f"using: no policy {quoted(name)} in this set; {nearest(str(name), self._flows)}")
         with self._hooks.chosen.let(self._hooks, name):
             yield self._flows[name]
 

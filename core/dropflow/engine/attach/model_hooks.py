@@ -33,6 +33,7 @@ from dropflow.engine.attach.stage_losses import share_of_step, summed, with_loss
 from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
 from dropflow.engine.attach.stage_weights import save_weights
 from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, stated_questions, stated_tokens
+from dropflow.engine.attach.static_refusals import check_room
 from dropflow.engine.attach.tower_hooks import TowerHooks
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
@@ -44,13 +45,23 @@ from dropflow.engine.decoder.recalled_run import RecalledRun
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.model import traced_step
 from dropflow.engine.model.arguments import cache_after, cache_in, named
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
+from dropflow.engine.model.traced_step import TracedStep
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
 from dropflow.engine.tokens.ahead import ahead_in, spread
-from dropflow.engine.tokens.cache import check_written_by, indices_of, is_flow_cache, seen_by
+from dropflow.engine.tokens.cache import (
+    check_written_by,
+    fix_static,
+    indices_of,
+    is_flow_cache,
+    is_static,
+    loosen_static,
+    seen_by,
+)
 from dropflow.engine.tokens.cache_layers import serving
 from dropflow.engine.tokens.prompt import (
     Prompt,
@@ -95,6 +106,8 @@ class ModelHooks:
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
+        self._traced = TracedStep(getattr(backbone.text, "rotary_emb", None))
+        """Decode steps in compiled code, which know only one policy."""
         self.beside = Beside(backbone) if overlap else None
         """The thread that encodes beside the first layers; `None` without `overlap`."""
         self._labelled = LabelledLoss(self._standing, self._live_rows) if labelled_only else None
@@ -128,7 +141,8 @@ class ModelHooks:
         if model is not core:  # a core may be attached without its head
             hooked.append((model, self._before_model, self._after_model))
         for module, before, after in hooked:
-            before, after = partial(_called, before, 3), partial(_called, after, 4)
+            before = partial(traced_step.before, before, self._traced, module is text)
+            after = partial(traced_step.after, after, self._traced, module is text)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         # after the hooks, which alone keep this object: an interrupted attach must find what it has replaced
@@ -136,7 +150,7 @@ class ModelHooks:
         if self.modules.stages and hasattr(model, "save_pretrained"):
             self._standing.lay(model.__dict__, "save_pretrained", self._saving(model.save_pretrained))
         plans = [flow.plan for flow in flows.values() if flow is not None]
-        stand_in(self._standing, text, self._decoder_run)
+        stand_in(self._standing, text, self._decoder_run, traced=self._traced)
         TowerHooks(self.backbone, self._mine).install(self._standing, self._handles, plans)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
@@ -154,6 +168,7 @@ class ModelHooks:
     def remove(self) -> None:
         """Remove everything from the model; does nothing if already removed, and is safe to interrupt and repeat."""
         self.flows = {}
+        self._traced.open = self._traced.runs = False
         if self.beside is not None:
             self.beside.end()
         self._passing.lift_all()
@@ -466,21 +481,28 @@ class ModelHooks:
     def _before_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = named(text, args, kwargs)
         call = self._mine()
-        if call is None and inside_of(self._core):
-            return args, kwargs  # its forward has begun before the policy was attached
+        if call is None and inside_of(self._core):  # its forward has begun before the policy was attached, or
+            self._traced.runs = self._traced.serves(args, kwargs)  # in compiled code, whose graph has broken since
+            return args, kwargs
         if call is None:
             call = self._open_directly(text, kwargs)
         elif call.encoding or call.decoder is not None:
             refuse_own_model(type(text).__name__)
         if call is None or call.site is None:
             return args, kwargs
-        stand_in(self._standing, text, self._decoder_run)  # in case the list was replaced after attaching
+        stand_in(
+            self._standing, text, self._decoder_run, traced=self._traced
+        )  # in case the list was replaced after attaching
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
         call.forward = forward = self._begun(call, kwargs, cache)
         if call.visual is None and not is_flow_cache(cache):
             return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
+        if call.visual is not None or forward.tokens > 1:
+            if call.visual is None:  # else it was asked before the images were encoded
+                check_room(cache, forward.tokens)
+            loosen_static(cache)
         if embeds is None:
             embeds = text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
@@ -590,6 +612,9 @@ class ModelHooks:
                 if isinstance(run, ContinuedRun) and run.reading is not None:
                     forward.read = {number: active.counts for number, active in run.reading.read.items()}
             forward.cache = cache_after(kwargs, output)
+            if run is not None and call.site is not None and is_static(forward.cache):
+                alone = call.site.traceable and len(self.flows) == 1  # of several policies, a caller may choose another
+                fix_static(forward.cache, self._traced if alone else None, compact=call.site.compact)
             call.flow.noted(forward)
             call.decoder = call.forward = None
             if run is None or run.whole or not isinstance(run, PromptRun):
@@ -639,15 +664,6 @@ def _encoded(modality: str, encoded: str, features: Callable[[], Any], given: Ma
         return Encoded(output, flags, () if call.vision is None else tuple(call.vision.losses))
     finally:
         call.encoding, call.vision = False, None
-
-
-def _called(hook: Callable[..., Any], count: int, *given: Any) -> Any:
-    """Call a hook unless it was removed while torch was about to call it.
-
-    torch collects a module's hooks before it looks up which of them take keyword arguments. A hook that another thread
-    removes in between is called without them, and then has nothing left to do.
-    """
-    return hook(*given) if len(given) == count else None
 
 
 def _while(turn: Turn) -> Any:

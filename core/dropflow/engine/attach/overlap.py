@@ -19,7 +19,7 @@ Where encoding cannot run beside the layers, it runs before them as without `ove
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -254,13 +254,14 @@ def _filled(
     return tuple(found)
 
 
-def check_overlap(backbone: Backbone, plan: Plan) -> None:
-    """Refuse `overlap` for a policy or a model with which encoding can never run beside the text layers."""
-    entries = [forecast.entry for name, forecast in plan.forecasts.items() if name in _injecting(plan)]
-    if not entries or (plan.window.entry == 0 and None not in entries):
+def check_overlap(backbone: Backbone, plans: Iterable[Plan | None]) -> None:
+    """Refuse `overlap` for a model, or for policies all, with which encoding can never run beside the text layers."""
+    asked = [plan for plan in plans if plan is not None]
+    if not any(map(_may_enter_late, asked)):
+        names = ", ".join(repr(plan.policy.name) for plan in asked) or "no policy"
         raise PolicyError(
-            f"overlap: under the policy {plan.policy.name!r} vision takes part from the first layer on, so no layer "
-            "runs on text alone; add a stage such as `hidrop/late-injection`, or leave `overlap` out"
+            f"overlap: under {names} vision takes part from the first layer on, so no layer runs on text alone; add a "
+            "stage such as `hidrop/late-injection`, or leave `overlap` out"
         )
     if backbone.features_form is None:
         raise UnsupportedModel(
@@ -270,8 +271,11 @@ def check_overlap(backbone: Backbone, plan: Plan) -> None:
         )
 
 
-def _injecting(plan: Plan) -> set[str]:
-    return {name for name, _ in plan.hooks.implementers("inject")}
+def _may_enter_late(plan: Plan) -> bool:
+    """Whether vision enters at a later boundary than 0, or at one that is not known before a call."""
+    injecting = {name for name, _ in plan.hooks.implementers("inject")}
+    entries = [forecast.entry for name, forecast in plan.forecasts.items() if name in injecting]
+    return bool(entries) and (plan.window.entry != 0 or None in entries)
 
 
 def serial_because(call: Call, site: Site, arranged: object, arguments: dict[str, Any]) -> str | None:
@@ -282,6 +286,7 @@ def serial_because(call: Call, site: Site, arranged: object, arguments: dict[str
     model: Any = site.backbone.model
     devices = getattr(model, "hf_device_map", None) or {}
     reasons = {
+        "vision takes part from the first layer on": not _may_enter_late(site.plan),  # as under others of its set
         "the model trains": site.training,
         "keeps are replayed, or a prefix is kept": arranged is not None,
         "a stage reads the questions as text": site.plan.reads_questions,

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.decoder.prefix_runs import Keeping, PrefixKept
 from dropflow.engine.tokens.ahead import Ahead, PrefixCache, begins_at
-from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.errors import UnsupportedCall, UnsupportedModel, quoted
 
 if TYPE_CHECKING:
     from dropflow.engine.attach.flow import Flow
@@ -129,9 +129,9 @@ class Prefixes:
     """
 
     def __init__(self, limit: int) -> None:
-        """Raises `ValueError` for a limit that is not positive."""
-        if limit <= 0:
-            raise ValueError(f"limit: expected a positive number of bytes, got {limit!r}")
+        """Raises `ValueError` for a limit that is no positive number of bytes."""
+        if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit > 0:
+            raise ValueError(f"limit: expected a positive number of bytes, got {quoted(limit)}")
         self.limit = limit
         self._held: OrderedDict[Hashable, Prefix] = OrderedDict()
         self._lock = threading.Lock()
@@ -204,7 +204,8 @@ def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, 
         raise UnsupportedCall("prefix: the prompt has padding; pass it alone and without padding")
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool)):
         raise UnsupportedCall(
-            f"prefix: expected `tokens` as a whole number, got {tokens!r}; leave it out to end with the last image"
+            f"prefix: expected `tokens` as a whole number, got {quoted(tokens)}; leave it out to end with the last "
+            "image"
         )
     if not hooks.backbone.has_images(inputs):
         raise UnsupportedCall("prefix: the prompt brings no image; a prefix ends with the last visual token")

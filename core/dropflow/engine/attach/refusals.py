@@ -12,6 +12,7 @@ from torch import Tensor
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.attach.mixer_refusals import check_mixers
 from dropflow.engine.attach.recall_refusals import recall_faults
+from dropflow.engine.attach.static_refusals import check_static
 from dropflow.engine.attach.vision_refusals import vision_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
@@ -170,7 +171,7 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
     if plan.reads_questions:
         ids = arguments.get("input_ids")
         stated_questions_of(len(arguments["inputs_embeds"] if ids is None else ids))
-    _check_cache(plan, arguments)
+    _check_cache(backbone, plan, arguments)
     check_positions(plan, arguments.get("position_ids"))
     for name, instead in (
         ("output_hidden_states", "layers hold different tokens; use an `observe` stage"),
@@ -183,13 +184,18 @@ def check_call(backbone: Backbone, plan: Plan, arguments: dict[str, Any], brings
             raise UnsupportedCall(f"{name}: not available under a policy: {instead}, or detach the policy")
 
 
-def _check_cache(plan: Plan, arguments: dict[str, Any]) -> None:
+def _check_cache(backbone: Backbone, plan: Plan, arguments: dict[str, Any]) -> None:
     """Refuse a cache that cannot hold the tokens the policy keeps; a policy that drops nothing accepts any cache."""
     name, cache = cache_in(arguments)
     others = [arguments[name] for name in CACHES if arguments.get(name) is not None]
     if name is None and others:
         cache = others[0]
     if not plan.uniform or plan.encode_at:
+        given: Any = (
+            arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
+        )
+        if given is not None:
+            check_static(backbone, plan, cache, given.shape[1])
         check_cache(cache, plan.shape, uniform=plan.uniform)
 
 

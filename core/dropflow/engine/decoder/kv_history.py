@@ -76,6 +76,10 @@ class KVHistory:
             self._indices, self._since = indices, length
         self._lengths.append(length)
 
+    def append(self, length: int) -> None:
+        """Record one more forward by whose end `length` logical tokens were seen, which evicted nothing."""
+        self.note(self._indices, length)
+
     def moments(self) -> list[Held]:
         """What was held after each forward; the first is the prompt."""
         states = [(one.held(), one.length) for one in (*self._counted, self._count())]

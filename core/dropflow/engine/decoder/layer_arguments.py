@@ -18,13 +18,20 @@ from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import causal_mask, continued_mask, gather_mask
+from dropflow.engine.tokens.masks import causal_mask, continued_mask, gather_mask, trimmed
 from dropflow.engine.tokens.positions import renumbered
 from dropflow.engine.tokens.restricting import TOKEN_DIMS, restrict
 from dropflow.engine.tokens.shared_entries import FlowShared
+from dropflow.engine.tokens.static_layers import StaticFlowLayer
 
 Held = FlowLayer | UniformLayer | FlowShared | None
 """What the cache holds for a decoder layer; `None` where there is no cache."""
+_ABSENT = object()
+
+
+def _loosened(held: Held) -> bool:
+    """Whether a dynamic layer stands for one of a static cache, whose masks have columns for tokens to come."""
+    return isinstance(held, FlowLayer) and held.limit is not None
 
 
 class Once:
@@ -39,9 +46,10 @@ class Once:
 
     def __call__(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         """The result for this key, computed on first use."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        found = self._made.get(key, _ABSENT)
+        if found is _ABSENT:
+            found = self._made[key] = make()
+        return found
 
 
 class ContinuedArguments:
@@ -49,37 +57,51 @@ class ContinuedArguments:
 
     def __init__(self, site: Site, embeds: Float[Tensor, "batch tokens dim"]) -> None:
         self._site, self._embeds, self._once = site, embeds, Once()
+        self._flash, self._windows = (
+            site.flash,
+            site.windows,
+        )  # read once: an option of a model's config is slow to read
 
     def fit(self, held: FlowLayer | UniformLayer | FlowShared) -> bool:
         """Whether the model's own arguments already fit the layer."""
+        if _loosened(held):
+            return False  # the mask has columns for tokens that are still to come
         return held.index is None or (held.index.complete and not self._site.compact)
 
     def arguments(
         self, kwargs: dict[str, Any], held: FlowLayer | UniformLayer | FlowShared, number: int
     ) -> dict[str, Any]:
         """Keyword arguments of layer `number`, with the mask and the positions that its cache needs."""
-        index = held.index
-        if index is None:
+        index, mask, window = held.index, kwargs.get("attention_mask"), self._windows.get(number)
+        if index is None and not _loosened(held):
             return kwargs
-        mask = kwargs.get("attention_mask")
-        found = self._positions(index, kwargs)
-        if not index.complete and (mask is not None or index.valid is not None):
-            length, total, flash = held.length, self._embeds.shape[1], self._site.flash
-            found["attention_mask"] = self._once(
-                ("mask", mask, index), lambda: continued_mask(mask, index, length, total, flash=flash)
-            )
-        window = self._site.windows.get(number)
-        if window is not None and not index.complete and self._embeds.shape[1] == 1:
-            seen, after = found.get("attention_mask", mask), int(held.length) + 1
-            found["attention_mask"] = self._once(
-                ("window", seen, index, window), lambda: within_window(seen, index, after, window)
-            )
+        found = self._positions(index, kwargs) if self._site.compact and index is not None else {}
+        fitted = self._once(("mask", mask, index, window), lambda: self._mask(mask, held, window))
+        if fitted is not mask:
+            found["attention_mask"] = fitted
         return kwargs | found if found else kwargs
+
+    def _mask(
+        self, mask: Tensor | None, held: FlowLayer | UniformLayer | FlowShared, window: int | None
+    ) -> Tensor | None:
+        """The mask of the layers that hold the same tokens as `held`, and whose kernel enforces the same `window`."""
+        if isinstance(held, StaticFlowLayer):
+            return mask if mask is None else held.mask(mask)
+        index, length, tokens = held.index, held.length, self._embeds.shape[1]
+        if _loosened(held):
+            mask = trimmed(mask, length + tokens)
+        if index is None or index.complete:
+            return mask
+        if mask is not None or index.valid is not None:
+            mask = continued_mask(mask, index, length, tokens, flash=self._flash)
+        if window is not None and tokens == 1:
+            mask = within_window(mask, index, int(length) + 1, window)
+        return mask
 
     def _positions(self, index: KeyIndex, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Compact positions, shared by layers whose caches lack the same tokens."""
         dropped = index.dropped
-        if not self._site.compact or dropped is None:
+        if dropped is None:
             return {}
         rotary = partial(self._site.backbone.rotary, self._embeds)
         made: dict[str, Any] = self._once(
@@ -138,13 +160,13 @@ class LayerArguments:
         """All arguments of `layer` except hidden states and cache, adjusted to the live tokens and `keys`."""
         positions = self._positions(held, kwargs)
         mask = kwargs.get("attention_mask")
-        width = None if held is None else held.width(len(keys))
-        if not (keys.complete and self.live.everything) or (width or 0) > len(keys):
+        if not (keys.complete and self.live.everything):
             gathered = self._once(
-                ("mask", mask, keys, width),
-                lambda: gather_mask(mask, self.live, keys, flash=self.site.flash, width=width),
+                ("mask", mask, keys), lambda: gather_mask(mask, self.live, keys, flash=self.site.flash)
             )
             kwargs = kwargs | {"attention_mask": gathered}
+        elif _loosened(held):
+            kwargs = kwargs | {"attention_mask": self._once(("trimmed", mask, keys), lambda: trimmed(mask, len(keys)))}
         if self.log_weights is not None:
             fitted, weights, dtype = kwargs.get("attention_mask"), self.log_weights, hidden_of(args, kwargs).dtype
             weighted = self._once(("weights", fitted, keys), lambda: self._weighted(fitted, weights, keys, dtype))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.engine.decoder.kv_history import KVHistory
-from dropflow.engine.tokens.cache import indices_of
+from dropflow.engine.tokens.cache import counter_of, indices_of
 from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
 from dropflow.engine.tokens.holdings import Holdings
 from dropflow.engine.tokens.live_set import LiveSet
@@ -103,7 +103,9 @@ class PromptRecord:
         self._cache = None if cache is None else weakref.ref(cache)
         self.parts: list[CallRecord] = []
         self.history: KVHistory | None = None
-        """`None` without a cache."""
+        """`None` without a cache; without steps on a static cache until `catch_up`."""
+        self._seen_by_layer: tuple[Tensor, Tensor] | None = None
+        """Of a static cache: two scalars whose sum is the number of logical tokens seen, compiled steps included."""
 
     @property
     def widths(self) -> DecoderWidths:
@@ -161,6 +163,7 @@ class PromptRecord:
         self._index = None
         if self._cache is not None:
             self.history = KVHistory(self.held(), length + part.valid.shape[1])
+            self._seen_by_layer = counter_of(self.cache)
 
     def cut(self, length: int) -> None:
         """Remove tokens from the end of the prompt after its cache was cropped to `length` logical tokens."""
@@ -177,8 +180,23 @@ class PromptRecord:
     def step(self, tokens: int, read: Mapping[int, Tensor]) -> None:
         """Record a forward of `tokens` after the prompt; `read` is what layers read that did not read all they held."""
         if self.history is not None:
-            own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read}
+            counter = counter_of(self.cache)
+            if _same(counter, self._seen_by_layer):
+                return  # the cache itself counts, as for compiled steps
+            self.catch_up()
+            self._seen_by_layer = counter
+            own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read} if read else {}
             self.history.note(self.held(), self._seen(self.history.length + tokens), own)
+
+    def catch_up(self) -> None:
+        """Record the steps of one token that have run on a static cache since, compiled or not.
+
+        They evict nothing and read everything. One host synchronisation for a static cache, none for others.
+        """
+        if self.history is not None and self._seen_by_layer is not None:
+            entries, lag = self._seen_by_layer
+            for length in range(self.history.length + 1, int(entries + lag) + 1):
+                self.history.append(length)
 
     def held(self) -> Sequence[KeyIndex]:
         """Index of the cache entries that each layer with attention reads."""
@@ -214,3 +232,7 @@ class PromptRecord:
         cache = self.cache
         length = None if cache is None else cache.get_seq_length()
         return length if isinstance(length, int) else otherwise
+
+
+def _same(counter: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
+    return counter is not None and other is not None and counter[0] is other[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dropflow.backbone.backbone import Backbone
 from dropflow.backbone.mixers import windows_of
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.trained import Trained
@@ -17,7 +18,6 @@ from dropflow.engine.model.stand_in import Run
 from dropflow.lifecycle.lazy import lazy
 
 if TYPE_CHECKING:
-    from dropflow.backbone.backbone import Backbone
     from dropflow.lifecycle.stage import Stage
     from dropflow.policy.plan import Plan
 
@@ -78,6 +78,12 @@ class Site:
     def compact(self) -> bool:
         """Whether positions are renumbered after every drop."""
         return self.plan.policy.positions == "compact"
+
+    @lazy
+    def traceable(self) -> bool:
+        """Whether a decode step on a static cache needs no more of the engine than a layer's mask and positions."""
+        own = type(self.backbone).rotary is Backbone.rotary
+        return (own or not self.compact) and not self.plan.hooks.watched("observe_cache")
 
     @lazy
     def cache_stages(self) -> tuple[Stage[Any], ...]:

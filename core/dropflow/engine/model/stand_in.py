@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from dropflow.engine.model.shadowing import Shadows
+from dropflow.engine.model.traced_step import TracedStep
 
 
 class Run(Protocol):
@@ -47,8 +49,9 @@ class StandIn(nn.ModuleList):
     entry, so it is recompiled, and the old code is used again after detaching.
     """
 
-    __slots__ = ("_running",)
+    __slots__ = ("_running", "_traced")
     _running: Callable[[], Run | None]
+    _traced: TracedStep | None
 
     def __init__(self) -> None:
         raise TypeError("a StandIn cannot be constructed; call `stand_in`")
@@ -58,24 +61,39 @@ class StandIn(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         entries = self._entries()
-        if isinstance(index, slice) and not any(isinstance(entry, Step) for entry in entries):
+        if isinstance(index, slice) and all(isinstance(entry, nn.Module) for entry in entries):
             return nn.ModuleList(entries[index])
         return entries[index]
 
     def _entries(self) -> list[Any]:
-        run, layers = self._running(), list(self._modules.values())
+        layers, traced = list(self._modules.values()), self._traced
+        steps = traced is not None and traced.runs
+        if traced is not None and steps and torch.compiler.is_dynamo_compiling():
+            return traced.layers(layers)
+        run = self._running()
         if run is None:
-            return layers
+            # where a graph broke, what was to be compiled runs as it is
+            return traced.layers(layers) if traced is not None and steps else layers
         there = [(number, layer) for number, layer in enumerate(layers) if layer is not None]
         return [layer if run.leaves(number) else Step(number, layer, run) for number, layer in there]
 
 
-def stand_in(shadows: Shadows, owner: nn.Module, running: Callable[[], Run | None], name: str = "layers") -> None:
-    """Replace `owner.<name>` by a `StandIn` until `shadows` are lifted; does nothing if it already is one."""
+def stand_in(
+    shadows: Shadows,
+    owner: nn.Module,
+    running: Callable[[], Run | None],
+    name: str = "layers",
+    traced: TracedStep | None = None,
+) -> None:
+    """Replace `owner.<name>` by a `StandIn` until `shadows` are lifted; does nothing if it already is one.
+
+    Compiled code passes through `traced` instead of a run.
+    """
     layers: Any = owner._modules[name]
     if isinstance(layers, StandIn):
         return
     made = StandIn.__new__(StandIn)
     made.__dict__ = layers.__dict__
     object.__setattr__(made, "_running", running)
+    object.__setattr__(made, "_traced", traced)
     shadows.lay(owner._modules, name, made)

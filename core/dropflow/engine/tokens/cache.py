@@ -6,15 +6,16 @@ left as they are: a state has no token dimension, and is already that of the tok
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
-from dropflow.engine.tokens.cache_layers import FlowLayer, Indexed, UniformLayer
+from dropflow.engine.tokens.cache_layers import DYNAMIC, STATIC, FlowLayer, Indexed, UniformLayer
+from dropflow.engine.tokens.static_layers import StaticFlowLayer
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -81,19 +82,69 @@ def _has_entries(layer: Any) -> bool:
 
 
 def _adopted(cache: Cache, *, uniform: bool, written_by: Any, real: Tensor | None = None) -> list[Any]:
-    found = []
+    found, limit = [], limit_of(cache)
     for number, layer in enumerate(cache.layers):
         where = f"{CACHE_ARGUMENT}.layers[{number}]"
-        dynamic = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if not _has_entries(layer) or (
-            isinstance(layer, Indexed) and not (isinstance(layer, UniformLayer) and not uniform)
-        ):
+        if not _has_entries(layer) or (isinstance(layer, Indexed) and (uniform or type(layer) is not UniformLayer)):
             found.append(layer)
-        elif uniform and not dynamic:
+        elif uniform and type(layer) not in (*DYNAMIC, *STATIC):
             found.append(UniformLayer.adopt(layer, where, written_by, real))
         else:
-            found.append(FlowLayer.adopt(layer, where, written_by, real))
+            found.append(FlowLayer.adopt(layer, where, written_by, real, limit))
     return found
+
+
+def limit_of(cache: Cache) -> int | None:
+    """Number of tokens that a static cache may see; `None` for other caches.
+
+    Raises `UnsupportedModel` for one all of whose layers have sliding windows, of which none tells.
+    """
+    kept = next((one.limit for one in cache.layers if isinstance(one, FlowLayer | StaticFlowLayer)), None)
+    if kept is not None:
+        return kept
+    static = [layer for layer in cache.layers if type(layer) in STATIC]
+    if not static:
+        return None
+    limits = [int(layer.get_max_length()) for layer in static if not layer.is_sliding]
+    if not limits:
+        raise UnsupportedModel(
+            f"{CACHE_ARGUMENT}: every layer of this static cache has a sliding window, and none tells how many tokens "
+            "it may see; use a plain DynamicCache"
+        )
+    return max(limits)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache is one of fixed size, whatever stands for its layers during a call."""
+    return isinstance(cache, Cache) and any(
+        type(layer) in (*STATIC, StaticFlowLayer) or (isinstance(layer, FlowLayer) and layer.limit is not None)
+        for layer in cache.layers
+    )
+
+
+def fix_static(cache: Cache, traced_by: Any = None, *, compact: bool = False) -> None:
+    """Give the layers of a static cache tensors of fixed size for what they hold now, and for what may follow.
+
+    They hold it in dynamic layers during a call that may change it. `traced_by` and `compact` as in `StaticFlowLayer`.
+    """
+    plain: KeyIndex | None = None
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, FlowLayer) or layer.limit is None or not layer.is_initialized:
+            continue
+        if layer.index is None:
+            index = plain = layer.full_index() if plain is None else plain
+        else:
+            index = layer.full_index()
+        cache.layers[number] = StaticFlowLayer(layer, index, layer.limit, traced_by, compact=compact)
+
+
+def loosen_static(cache: Any) -> None:
+    """Let the layers of a static cache grow for a call that may change what they hold; undone by `fix_static`.
+
+    One host synchronisation per layer.
+    """
+    if isinstance(cache, Cache):
+        cache.layers[:] = [layer.dynamic() if isinstance(layer, StaticFlowLayer) else layer for layer in cache.layers]
 
 
 def _first(cache: Any) -> Any:
@@ -118,10 +169,13 @@ def indices_of(cache: Any, shape: BackboneShape) -> tuple[KeyIndex, ...] | None:
     """
     if not is_flow_cache(cache):
         return None
-    held, producers = flow_layers(cache), dict(shape.producers)
-    read = sorted((*held, *producers))
-    found = tuple(index for layer in read if (index := held[producers.get(layer, layer)].seen_by(layer)) is not None)
-    return found if len(found) == len(read) else None
+    found: list[KeyIndex | None]
+    if shape.producers:
+        held, producers = flow_layers(cache), dict(shape.producers)
+        found = [held[producers.get(layer, layer)].seen_by(layer) for layer in sorted((*held, *producers))]
+    else:
+        found = [layer.index for layer in cache.layers if isinstance(layer, Indexed)]
+    return None if None in found else cast("tuple[KeyIndex, ...]", tuple(found))
 
 
 def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
@@ -147,6 +201,12 @@ def check_written_by(cache: Any, writer: Any, policy: str) -> None:
 def seen_by(cache: Any) -> int:
     """Number of logical tokens a cache has seen; one host synchronisation for a static cache that has seen any."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def counter_of(cache: Any) -> tuple[Tensor, Tensor] | None:
+    """Two scalars whose sum is the number of logical tokens that a fixed static cache has seen; `None` for others."""
+    first = _first(cache)
+    return (first.entries, first.lag) if isinstance(first, StaticFlowLayer) else None
 
 
 def entries_of(layer: Any) -> int:

@@ -53,6 +53,7 @@ class KeyIndex:
         """Upper bound (exclusive) of the image numbers."""
         self._last: tuple[Any, KeyIndex] | None = None
         self._ahead: tuple[int, Tensor, Tensor | None] | None = None
+        self._places: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def plain(
@@ -65,7 +66,7 @@ class KeyIndex:
     def __len__(self) -> int:
         return self.logical.shape[1]
 
-    @property
+    @lazy
     def complete(self) -> bool:
         """Whether every logical token is held, in order, so that the model's own mask fits as it is."""
         return self.valid is None and len(self) == self.length
@@ -115,6 +116,20 @@ class KeyIndex:
         _, logical, valid = self._ahead
         entries = len(self) + more
         return logical.narrow(3, 0, entries), None if valid is None else valid.narrow(3, 0, entries)
+
+    def places(
+        self, limit: int, capacity: int
+    ) -> tuple[Int[Tensor, "batch 1 1 capacity"], Bool[Tensor, "batch 1 1 capacity"]]:
+        """Mask columns of the entries of a layer with room for `capacity`, and whether they can ever be seen.
+
+        Of a mask with `limit` columns; padding and entries beyond the limit cannot, and have some column. Layers that
+        share this index share the result.
+        """
+        if self._places is None or self._places[0] != (limit, capacity):
+            far = self.upto(self.length + capacity - len(self))
+            columns, shown = far.logical.clamp(max=limit - 1), far.filled & (far.logical < limit)
+            self._places = (limit, capacity), (columns[:, None, None].contiguous(), shown[:, None, None].contiguous())
+        return self._places[1]
 
     def followed_by(
         self,

@@ -16,6 +16,8 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -26,6 +28,12 @@ from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 serving: ContextVar[Callable[[], bool] | None] = ContextVar("dropflow_serving", default=None)
 """Returns whether a model runs under a policy in this thread; after an interrupted call, it returns false."""
+
+
+DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of transformers that grow with what they hold."""
+STATIC = (StaticLayer, StaticSlidingWindowLayer)
+"""Layers of transformers of fixed size."""
 
 
 class Indexed:
@@ -58,10 +66,6 @@ class Indexed:
         """Change what other layers see as the entries change; layers that see the same keep one index."""
         made = {index: change(index) for index in dict.fromkeys(self.shared.values())}
         self.shared = {layer: made[index] for layer, index in self.shared.items()}
-
-    def width(self, entries: int) -> int:
-        """Number of entries passed to attention when `entries` are held."""
-        return entries
 
     def full_index(self) -> KeyIndex:
         """Index of all entries held now, including implicit ones; the layer must hold some."""
@@ -102,31 +106,40 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
     values: Tensor
     _layer_type = None  # transformers must not create this layer by itself
 
-    def __init__(self, is_sliding: bool = False, written_by: Any = None) -> None:
+    def __init__(self, is_sliding: bool = False, written_by: Any = None, limit: int | None = None) -> None:
         super().__init__()
         self.is_sliding = is_sliding
         self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
         self._notes: dict[str, Tensor] = {}
         self.rooms = Room(), Room()
+        self.limit = limit
+        """Number of tokens that a static cache may see, for which this layer stands during a call; else `None`."""
         self.parked: Any = None
         """What later turns may recall (`Parked`), in the first layer of a cache; `None` for nothing."""
 
     @classmethod
-    def adopt(cls, layer: Any, where: str, written_by: Any = None, real: Tensor | None = None) -> FlowLayer:
-        """Convert an ordinary dynamic layer and its contents; raises `UnsupportedModel` for other kinds.
+    def adopt(
+        cls,
+        layer: Any,
+        where: str,
+        written_by: Any = None,
+        real: Tensor | None = None,
+        limit: int | None = None,
+    ) -> FlowLayer:
+        """Convert an ordinary dynamic or static layer and its contents; raises `UnsupportedModel` for other kinds.
 
-        `real` (batch, tokens) is false for entries that hold padding.
+        `real` (batch, tokens) is false for entries that hold padding. `limit` is that of a static cache.
         """
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (*DYNAMIC, *STATIC):
             raise UnsupportedModel(
                 f"{where}: a cache layer of type {type(layer).__name__} cannot hold a different length per layer; "
-                "use transformers' DynamicCache (cache_implementation=None or 'dynamic')"
+                "use transformers' DynamicCache (cache_implementation=None or 'dynamic') or StaticCache"
             )
-        seen = layer.get_seq_length()
-        adopted = cls(layer.is_sliding, written_by)
+        seen = int(layer.get_seq_length())
+        adopted = cls(layer.is_sliding, written_by, limit)
         if seen:
-            keys: Tensor = layer.keys
-            values: Tensor = layer.values
+            keys: Tensor = layer.keys if type(layer) in DYNAMIC else layer.keys[..., :seen, :]
+            values: Tensor = layer.values if type(layer) in DYNAMIC else layer.values[..., :seen, :]
             if keys.shape[-2] != seen:
                 raise UnsupportedModel(
                     f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
@@ -243,7 +256,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
 
 
 class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """Wrapper for another kind of layer, such as static or quantized, in a cache whose layers all hold the same tokens.
+    """Wrapper for another kind of layer, such as quantized, in a cache whose layers all hold the same tokens.
 
     It leaves storage to the wrapped layer and only reports logical lengths.
     """
@@ -283,11 +296,6 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
         """Number of logical tokens seen; a tensor (without synchronisation) if the layer counts on its device."""
         seen: int = self._inner.get_seq_length() + self._shift
         return seen
-
-    def width(self, entries: int) -> int:
-        """Number of entries passed to attention; a static layer passes its full capacity."""
-        held: int = self._inner.get_mask_sizes(0)[0]
-        return max(held, entries)
 
     def full_index(self) -> KeyIndex:
         """Index of all entries held now."""

@@ -18,10 +18,23 @@ def after_past(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "bat
     return torch.cat((before, past + slots), 1)
 
 
+def rows_of(
+    states: Float[Tensor, "batch rows dim"], index: Int[Tensor, "batch picked"]
+) -> Float[Tensor, "batch picked dim"]:
+    """The rows of states that `index` selects for each sample, copied whole: `gather` would copy number by number."""
+    batch, rows, dim = states.shape
+    index = index.to(states.device)
+    if batch > 1:
+        index = index + torch.arange(batch, device=index.device)[:, None] * rows
+    return states.reshape(batch * rows, dim).index_select(0, index.flatten()).view(batch, -1, dim)
+
+
 def picked(
     states: Float[Tensor, "batch heads rows dim"], index: Int[Tensor, "batch picked"]
 ) -> Float[Tensor, "batch heads picked dim"]:
     """The rows of q, k or v that `index` selects for each sample, in its order."""
+    if len(states) == 1:
+        return states.index_select(2, index[0].to(states.device))
     take = index.to(states.device)[:, None, :, None]
     return states.gather(2, take.expand(-1, states.shape[1], -1, states.shape[3]))
 
@@ -118,12 +131,11 @@ class LiveSet:
             present = (held.gather(1, slot.clamp(min=0)) == self.index) & (slot >= 0)
             source = torch.where(present.to(source.device), source, self.index.to(source.device) + previous.slots)
             states = torch.cat((states, raw.to(states)), dim=1)
-        return states.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
+        return rows_of(states, source.clamp(min=0))
 
     def expand(self, states: Float[Tensor, "batch slots dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Expand states to T tokens: each reads the last live token at or before it, or zeros if there is none."""
         if self.everything:
             return states
         slot = self.slot.to(states.device)
-        rows = states.gather(1, slot.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
-        return rows.masked_fill((slot < 0)[:, :, None], 0)
+        return rows_of(states, slot.clamp(min=0)).masked_fill_((slot < 0)[:, :, None], 0)

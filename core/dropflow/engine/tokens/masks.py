@@ -11,16 +11,13 @@ from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.live_set import LiveSet
 
 
-def gather_mask(
-    mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash: bool, width: int | None = None
-) -> Tensor | None:
+def gather_mask(mask: Tensor | None, queries: LiveSet, keys: KeyIndex, *, flash: bool) -> Tensor | None:
     """The mask of a layer that runs `queries` against the entries `keys`, from the model's full-length mask.
 
     `keys` covers past and present entries. transformers builds these kinds of masks: `None` (causal, no padding), which
     is kept where no padding slot must be hidden and queries and keys are the same tokens; (batch, keys) for
     FlashAttention; (batch, heads, queries, keys), boolean for SDPA or additive for eager. `flash` decides which kind
-    replaces a `None` that cannot be kept. If a layer's cache passes more entries (`width`) to attention than it holds,
-    the excess is masked out.
+    replaces a `None` that cannot be kept. A mask may have columns for further tokens, as that of a static cache has.
     """
     if mask is None:
         if keys.valid is None and (flash or queries.slots in (1, len(keys))):
@@ -37,8 +34,7 @@ def gather_mask(
         picked = without(picked, keys.valid.to(picked.device)[:, None, None])
         if picked.dtype == torch.bool:
             picked = picked | _own_slot(queries, keys).to(picked.device)
-    empty = 0 if width is None else width - len(keys)
-    return torch.nn.functional.pad(picked, (0, empty), value=_nothing(picked.dtype)) if empty else picked
+    return picked
 
 
 def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: int, *, flash: bool) -> Tensor | None:
@@ -56,7 +52,7 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
             return seen if flash else seen[:, None, None, :]
         whole = LiveSet.whole(len(index.logical), tokens, index.logical.device)
         return causal_mask(whole, index.upto(length + tokens))
-    columns, valid = index.columns(mask.shape[-1])  # a static cache has room for future tokens
+    columns, valid = index.columns(mask.shape[-1])
     columns = columns.to(mask.device)
     valid = None if valid is None else valid.to(mask.device)
     if len(mask) != len(columns):
@@ -68,6 +64,11 @@ def continued_mask(mask: Tensor | None, index: KeyIndex, length: int, tokens: in
         columns = columns.expand(-1, mask.shape[1], mask.shape[2], -1)
     held = mask.gather(3, columns)
     return held if valid is None else without(held, valid)
+
+
+def trimmed(mask: Tensor | None, length: int) -> Tensor | None:
+    """A mask without the columns of tokens after the first `length`, which that of a static cache has."""
+    return mask if mask is None else mask[..., :length]
 
 
 def taken_mask(mask: Tensor | None, kept: LiveSet, *, flash: bool) -> Tensor | None:

@@ -261,7 +261,9 @@ def valid_tokens(
         diagonal = attention_mask[:, 0].diagonal(seen, dim1=1, dim2=2)[:, :tokens]
         real: Tensor = diagonal if diagonal.dtype == torch.bool else diagonal == 0
     else:
-        real = attention_mask[:, -tokens:].bool()
+        first = attention_mask.shape[1] - tokens
+        first = max(first if seen is None else min(first, seen), 0)
+        real = attention_mask[:, first : first + tokens].bool()
     return real.expand(batch, -1).to(device)
 
 

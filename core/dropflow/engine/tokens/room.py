@@ -10,6 +10,8 @@ from torch import Tensor
 
 LEAST = 64
 """Smallest number of further entries for which room is made."""
+SMALL = 1 << 17
+"""Bytes of keys below which copying all of them takes no longer than writing after them."""
 
 
 class Room:
@@ -17,8 +19,8 @@ class Room:
 
     What was there before may belong to others and is never written to: the first append after anything else has
     replaced the entries is an ordinary copy of their exact size. The second in a row copies them into a tensor with
-    room, and those that follow write in place, where no view handed out earlier looks. While gradients are enabled, in
-    compiled code and for tensors that are not plain, every append is an ordinary copy.
+    room, and those that follow write in place, where no view handed out earlier looks. For tensors that are not plain,
+    every append is an ordinary copy.
     """
 
     def __init__(self) -> None:
@@ -33,23 +35,27 @@ class Room:
         self, held: Float[Tensor, "batch heads entries dim"], new: Float[Tensor, "batch heads more dim"]
     ) -> Float[Tensor, "batch heads entries+more dim"]:
         """The entries `held`, followed by `new`; raises torch's own error if they do not fit together."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or held is not self._last or not _alike(held, new):
+        if held is not self._last or not _alike(held, new):
             self._whole, self._last = None, torch.cat([held, new], dim=-2)
             return self._last
-        before, entries, whole = held.shape[-2], held.shape[-2] + new.shape[-2], self._whole
+        before, more, whole = held.shape[-2], new.shape[-2], self._whole
+        entries = before + more
         if whole is not None and (whole.data_ptr() != held.data_ptr() or before != self._entries):
             whole = None  # the same tensor object was given other contents (`.data`)
         frozen = whole is not None and whole.is_inference() and not torch.is_inference_mode_enabled()
         if whole is None or whole.shape[-2] < entries or frozen:
             whole = held.new_empty((*held.shape[:-2], entries + max(LEAST, entries // 8), held.shape[-1]))
             whole.narrow(-2, 0, before).copy_(held)
-        whole.narrow(-2, before, new.shape[-2]).copy_(new)
+        whole.narrow(-2, before, more).copy_(new)
         self._whole, self._entries, self._last = whole, entries, whole.narrow(-2, 0, entries)
         return self._last
 
 
 class Growing:
-    """The part of a cache layer that appends entries; the only code of the engine that compiled layers run inside."""
+    """The part of a cache layer that appends entries; the only code of the engine that compiled layers run inside.
+
+    While gradients are enabled, in compiled code and where the entries are `SMALL`, every append is an ordinary copy.
+    """
 
     keys: Tensor
     values: Tensor
@@ -65,8 +71,12 @@ class Growing:
         """Append entries; returns the keys and values of all that are held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.rooms
-        self.keys, self.values = keys.appended(self.keys, key_states), values.appended(self.values, value_states)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.keys.nbytes < SMALL:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        else:
+            keys, values = self.rooms
+            self.keys, self.values = keys.appended(self.keys, key_states), values.appended(self.values, value_states)
         return self.keys, self.values
 
 
@@ -74,6 +84,8 @@ def _alike(held: Tensor, new: Tensor) -> bool:
     """Whether both are plain tensors that only differ in their number of entries."""
     return (
         type(held) is type(new) is Tensor
-        and (held.dtype, held.device) == (new.dtype, new.device)
-        and (*held.shape[:-2], *held.shape[-1:]) == (*new.shape[:-2], *new.shape[-1:])
+        and held.dtype == new.dtype
+        and held.device == new.device
+        and held.shape[:-2] == new.shape[:-2]
+        and held.shape[-1] == new.shape[-1]
     )

@@ -44,7 +44,3 @@ class FlowShared:
         """Index of all entries held before the call; there must be some."""
         assert self.index is not None
         return self.index.upto(int(self.length))
-
-    def width(self, entries: int) -> int:
-        """Number of entries passed to attention when `entries` are held."""
-        return self.layer.width(entries)

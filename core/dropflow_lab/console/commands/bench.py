@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropflow_lab.console.commands import bench_reuse, bench_serving, bench_training, bench_videos
+from dropflow_lab.console.commands import (
+    bench_compiled,
+    bench_efficiency,
+    bench_reuse,
+    bench_serving,
+    bench_training,
+    bench_videos,
+)
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
 
@@ -26,6 +33,7 @@ app = typer.Typer(help="Measure what the engine and the stages cost and save; `d
 
 app.command("train")(bench_training.train)
 app.command("gpu")(bench_training.gpu)
+app.command("compiled")(bench_compiled.compiled)
 app.command("reuse")(bench_reuse.reuse)
 app.command("serve")(bench_serving.serve)
 app.command("video")(bench_videos.video)
@@ -44,6 +52,15 @@ def main() -> None:
 @app.command("engine")
 def engine(
     repeats: Repeats = 15,
+    visual_tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Comma-separated square numbers: instead, only the efficiency of a prefill with images of these "
+            "sizes, beside the same layers run without an engine.",
+        ),
+    ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="With --visual-tokens: prompts at once; their lengths differ.")] = 1,
     threads: Threads = 1,
     quick: Quick = False,
     as_json: AsJson = False,
@@ -55,18 +72,25 @@ def engine(
     enters at layer 4; 140 tokens are left from layer 5, 9 from layer 8, none from layer 11 (88.9 % fewer on average).
     `ragged`: a batch of two lengths from which a few tokens are dropped, also on a tiny model. Efficiency is the
     speed-up divided by the FLOPs ratio. All are medians with quartiles over the rounds.
+
+    With `--visual-tokens`, in CPU time: `reduced` and PyramidDrop, scaled to the size. `bare` are the same layers run
+    by hand on as many tokens, which shows what the machine allows.
     """
     from dropflow_lab.bench.engine import bench_engine
 
+    rounds = _QUICK_ROUNDS if quick else repeats
+    if visual_tokens or batch > 1:
+        bench_efficiency.show(visual_tokens, batch, rounds=rounds, threads=threads, as_json=as_json)
+        return
     with chatter_to_stderr():
-        measured = bench_engine(rounds=_QUICK_ROUNDS if quick else repeats, threads=threads)
+        measured = bench_engine(rounds=rounds, threads=threads)
     emit(measured.to_json(), as_json, _table(measured), _summary(measured))
 
 
 @app.command("recall")
 def recall(
     questions: Annotated[int, typer.Option(min=1, help="Pictures, each with two questions.")] = 300,
-    model: Annotated[str, typer.Option(help="Embedded model.")] = "dense-plain",
+    model: Annotated[str, typer.Option(help="Embedded model.")] = "conversations",
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import isqrt
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropflow_lab.console.commands.bench_efficiency import side_of
 from dropflow_lab.console.commands.bench_training import Device, DType, Name, Precision
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
@@ -52,12 +52,7 @@ def reuse(
 
     chosen = replace(SHAPES[shape.value], batch=batch, device=device, dtype=dtype.value)
     if visual_tokens is not None:
-        side = isqrt(visual_tokens)
-        if side**2 != visual_tokens:
-            raise typer.BadParameter(
-                f"expected a square number, such as {side**2}, got {visual_tokens}", param_hint="--visual-tokens"
-            )
-        chosen = replace(chosen, image_side=side)
+        chosen = replace(chosen, image_side=side_of(str(visual_tokens)))
     named = [name.strip() for name in policies.split(",") if name.strip()] or list(bench.POLICIES)
     with chatter_to_stderr():
         count = _QUICK_QUESTIONS if quick else questions

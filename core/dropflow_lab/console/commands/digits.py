@@ -43,6 +43,9 @@ def train(
     clips: Annotated[
         bool, typer.Option("--clips", help="A change of low rank to `dense` instead, for videos of eight small frames.")
     ] = False,
+    conversations: Annotated[
+        bool, typer.Option("--conversations", help="A change of low rank to `dense` instead, for several questions.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the model from scratch on the CPU and write a checkpoint."""
@@ -53,20 +56,23 @@ def train(
     from dropflow_lab.digits.training.recipe import PLAIN, Recipe
     from dropflow_lab.digits.training.train import train as run_training
     from dropflow_lab.digits.training.train_clips import train_clips
+    from dropflow_lab.digits.training.train_conversations import train_conversations
     from dropflow_lab.errors import InputError
 
     def test(model: Any, processor: Any) -> str:
         return measure(model, processor, "test", TEST_QUESTIONS, TEST_SEED).to_json()
 
-    if clips and plain:
-        raise InputError("--clips: starts from `dense`, so --plain does not apply; leave one of them out")
+    if plain + clips + conversations > 1:
+        raise InputError("--plain, --clips, --conversations: train different checkpoints; name one of them")
+    run: dict[str, Any] = {"seed": seed, "threads": threads, "resume": resume}
     with chatter_to_stderr():
         try:
             if clips:
-                folder = train_clips(out, seed=seed, threads=threads, resume=resume, test=evaluate_clips)
+                folder = train_clips(out, **run, test=evaluate_clips)
+            elif conversations:
+                folder = train_conversations(out, **run, test=test)
             else:
-                recipe = PLAIN if plain else Recipe()
-                folder = run_training(out, seed=seed, threads=threads, resume=resume, recipe=recipe, test=test)
+                folder = run_training(out, **run, recipe=PLAIN if plain else Recipe(), test=test)
         except ValueError as error:  # the existing run has other settings
             raise InputError(str(error)) from error
     emit({"out": str(folder)}, as_json, f"wrote {folder}")

@@ -1,6 +1,6 @@
-"""The checkpoint for clips: `dense` on small frames, with a few more words and changes of low rank to its matrices.
+"""Changes of low rank to the matrices of a checkpoint, which are stored instead of a whole one.
 
-What is stored is the change alone, a tenth of a checkpoint: two factors for each matrix, and all word embeddings.
+A change is two factors for each matrix of the projector and the language model, and all word embeddings.
 """
 
 from __future__ import annotations
@@ -12,59 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration
 
-from dropflow_lab.digits.checkpoints import model as checkpoints
-from dropflow_lab.digits.data.clip_questions import CLIP_WORDS
-from dropflow_lab.digits.data.clips import SIDE
-from dropflow_lab.digits.data.questions import VOCABULARY
-from dropflow_lab.digits.data.scenes import CANVAS, PATCH
 from dropflow_lab.files import replacing
 
-CLIPS = "clips"
-"""Name of the checkpoint."""
-RANK = 8
-"""Of the change to each matrix of the projector and the language model."""
 WORDS = "words"
 """Key of the word embeddings in the file of changes."""
-TEMPLATE = checkpoints.CHAT_TEMPLATE.replace(
-    "{% for part in message['content'] %}", "{% set number = namespace(frame=0) %}{% for part in message['content'] %}"
-).replace("{{ ' <image>' }}", "{% set number.frame = number.frame + 1 %}{{ ' frame ' ~ number.frame ~ ' <image>' }}")
-"""Numbers the frames, as the templates of models for videos do."""
-
-
-def start() -> LlavaForConditionalGeneration:
-    """Return `dense` in float32 for frames of 48 x 48 pixels, with the words of clips, those that it lacks at random.
-
-    Of the tower's positions, the upper left 6 x 6 stay.
-    """
-    dense, _ = checkpoints.load("dense")
-    model = checkpoints.build_model(words=CLIP_WORDS, side=SIDE)
-    weights = dense.state_dict()
-    for name, own in model.state_dict().items():
-        if name.endswith("position_embedding.weight"):
-            weights[name] = _upper_left(weights[name])
-        elif own.shape[0] == len(CLIP_WORDS):
-            weights[name] = torch.cat([weights[name], own[len(VOCABULARY) :]])
-        elif name.endswith("position_ids"):
-            weights[name] = own
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _upper_left(places: Tensor) -> Tensor:
-    side, wide = SIDE // PATCH, CANVAS // PATCH
-    grid = places[1:].view(wide, wide, -1)[:side, :side]
-    return torch.cat([places[:1], grid.flatten(0, 1)])
 
 
 class LowRank(nn.Module):
     """A matrix plus the product of two factors; at first their product is zero."""
 
-    def __init__(self, weight: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        down = torch.randn(RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-        self.up, self.down = nn.Parameter(torch.zeros(weight.shape[0], RANK)), nn.Parameter(down)
+        down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+        self.up, self.down = nn.Parameter(torch.zeros(weight.shape[0], rank)), nn.Parameter(down)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the changed matrix."""
@@ -79,14 +41,14 @@ def matrices(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, nn.Lin
                 yield f"{part}.{name}", module
 
 
-def make_low_rank(model: LlavaForConditionalGeneration, seed: int) -> dict[str, LowRank]:
+def make_low_rank(model: LlavaForConditionalGeneration, rank: int, seed: int) -> dict[str, LowRank]:
     """Freeze the model, but for its word embeddings and new factors for every one of `matrices`; return the factors."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_(True)
     made = {}
     for name, module in list(matrices(model)):
-        made[name] = LowRank(module.weight, generator)
+        made[name] = LowRank(module.weight, rank, generator)
         parametrize.register_parametrization(module, "weight", made[name])
     return made
 
@@ -106,25 +68,10 @@ def save_change(change: dict[str, Tensor], path: Path) -> None:
         part.chmod(0o644)
 
 
-def load_clips(path: Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return the model for clips in float32, and its processor.
-
-    `path` is a file of changes, by default the shipped one.
-    """
-    change = {name: value.float() for name, value in load_file(path or shipped_change()).items()}
-    model = start()
+def apply_change(model: LlavaForConditionalGeneration, path: Path) -> None:
+    """Change a model in float32, in place, by the file of changes `path`."""
+    change = {name: value.float() for name, value in load_file(path).items()}
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(change[WORDS])
         for name, module in matrices(model):
             module.weight += change[f"{name}.up"] @ change[f"{name}.down"]
-    return model, build_processor()
-
-
-def build_processor() -> LlavaProcessor:
-    """Return the processor for clips; it takes frames as pictures, and numbers them in the prompt."""
-    return checkpoints.build_processor(words=CLIP_WORDS, side=SIDE, template=TEMPLATE)
-
-
-def shipped_change() -> Path:
-    """Return the shipped file of changes."""
-    return Path(__file__).with_name(CLIPS) / "change.safetensors"

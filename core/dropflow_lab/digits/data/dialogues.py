@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from dropflow_lab.digits.data.glyphs import check_split
 from dropflow_lab.digits.data.mix import shuffled
-from dropflow_lab.digits.data.scenes import draw_scene, render
+from dropflow_lab.digits.data.questions import Question
+from dropflow_lab.digits.data.scenes import Scene, draw_scene, render
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,13 @@ class Dialogues(Dataset[Dialogue]):
     def __getitem__(self, index: int) -> Dialogue:
         if not 0 <= index < self.count:
             raise IndexError(f"expected an index of 0..{self.count - 1}, got {index}")
-        scene = draw_scene(self.split, (self.seed, 17, index))
-        questions = shuffled(scene, np.random.default_rng([self.seed, 18, index]))
-        rounds = tuple((question.text, question.answer) for question in islice(questions, self.rounds))
+        scene, questions = rounds_at(self.split, index, self.rounds, self.seed)
+        rounds = tuple((question.text, question.answer) for question in questions)
         return Dialogue((Image.fromarray(render(scene)[0]),), rounds)
+
+
+def rounds_at(split: str, index: int, rounds: int, seed: int = 0) -> tuple[Scene, list[Question]]:
+    """Return scene and questions of sample `index`, without rendering the picture."""
+    scene = draw_scene(split, (seed, 17, index))
+    questions = shuffled(scene, np.random.default_rng([seed, 18, index]))
+    return scene, list(islice(questions, rounds))

@@ -129,8 +129,12 @@ class Subject:
         self.worker.run(lambda: dropflow.attach(self.model, self.policy, overlap=self.scene.overlap))
 
 
-OWN = ("tokens/", "decoder/decide_", "decoder/layer_arguments", "vision/rows", "model/attention", "attach/refusals")
-"""Engine files that only compute on objects of one call; by default, every third of their lines is tested."""
+OWN = (
+    *("tokens/", "decoder/decide_", "decoder/layer_arguments", "decoder/probe", "decoder/prompt_run", "decoder/record"),
+    *("vision/", "model/attention", "attach/refusals"),
+)
+"""Engine files that work on objects of one call and shadow others only through `model/shadowing.py`; by default, every
+third of their lines is tested."""
 
 
 @functools.cache

@@ -549,7 +549,7 @@ def report_of_training(model: Any, inputs: dict[str, Any]) -> str:
 
 def test_what_can_never_overlap_is_refused_when_attaching() -> None:
     llava = tiny_llava()
-    with pytest.raises(PolicyError, match=r"overlap: under the policy .* no layer runs on text alone; add a stage"):
+    with pytest.raises(PolicyError, match=r"overlap: under 'test' .* no layer runs on text alone; add a stage"):
         dropflow.attach(llava, policy(pyramid=PYRAMID), overlap=True)
     with pytest.raises(PolicyError, match="no layer runs on text alone"):
         dropflow.attach(llava, policy(enter={**ENTER, "at": 0}), overlap=True)
@@ -557,6 +557,40 @@ def test_what_can_never_overlap_is_refused_when_attaching() -> None:
     family, tiny = FAMILIES["molmo2"]  # adds features to the embeddings of their placeholders
     with pytest.raises(UnsupportedModel, match=r"overlap: the adapter Molmo2 does not say .* leave `overlap` out"):
         dropflow.attach(tiny.model(), policy(enter=ENTER), adapter=family, overlap=True)
+
+
+@torch.no_grad()
+def test_each_policy_of_a_set_encodes_as_it_can() -> None:
+    model, inputs = tiny_llava(), prompt()
+    early = policy(pyramid=PYRAMID)
+    given = {"late": LATE, "early": early, "dense": None}
+
+    def run(flows: Any, name: str) -> tuple[list[Any], Any]:
+        with flows.using(name) as flow, encoder_threads(model.model.vision_tower) as names:
+            logits, tokens = model(**inputs).logits, model.generate(**inputs, **BUDGET)
+        return [logits, tokens, names], None if flow is None else flow.report().overlap
+
+    with dropflow.attach_set(model, given, default="early") as flows:
+        serial = {name: run(flows, name) for name in given}
+    with dropflow.attach_set(model, given, default="early", overlap=True) as flows:
+        for name in (*given, *reversed(given)):  # before and after each of the others
+            (*expected, _), _ = serial[name]
+            (*found, names), told = run(flows, name)
+            assert same(expected, found), name
+            assert (names == [THREAD] * 2) == (name == "late")
+            reason = {"late": BESIDE + "3", "early": BEFORE + "vision takes part from the first layer on"}.get(name)
+            assert told == reason
+    assert nothing_runs()
+
+
+def test_a_set_in_which_no_policy_can_overlap_is_refused() -> None:
+    llava = tiny_llava()
+    given = {"one": policy(pyramid=PYRAMID), "other": policy(enter={**ENTER, "at": 0}), "dense": None}
+    with pytest.raises(PolicyError, match=r"overlap: under 'test', 'test' vision takes part from the first layer on"):
+        dropflow.attach_set(llava, given, default="one", overlap=True)
+    with pytest.raises(PolicyError, match="overlap: under no policy vision takes part from the first layer on"):
+        dropflow.attach_set(llava, {"dense": None}, default="dense", overlap=True)
+    assert dropflow.flow_of(llava) is None
 
 
 @torch.no_grad()

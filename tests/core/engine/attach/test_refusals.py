@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import HIDROP, policy, prompt, tiny_llava
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import Cache, QuantizedLayer, StaticSlidingWindowLayer
 
 import dropflow
 from dropflow import Stage, hookimpl
@@ -85,8 +85,12 @@ def test_a_file_that_builds_python_objects_is_refused(llava: Any, tmp_path: Path
     assert not made.exists()
 
 
-def static_cache(model: Any) -> dict[str, Any]:
-    return {CACHE_ARGUMENT: StaticCache(model.config.text_config, max_cache_len=64)}
+def small_cache(model: Any) -> dict[str, Any]:
+    return {CACHE_ARGUMENT: StaticCache(model.config.text_config, max_cache_len=8)}
+
+
+def windows(_: Any) -> dict[str, Any]:
+    return {CACHE_ARGUMENT: Cache(layers=[StaticSlidingWindowLayer(64, sliding_window=16) for _ in range(4)])}
 
 
 def quantized_cache(_: Any) -> dict[str, Any]:
@@ -104,10 +108,11 @@ def quantized_cache(_: Any) -> dict[str, Any]:
     ("arguments", "error", "message"),
     [
         (
-            static_cache,
-            UnsupportedModel,
-            r"(past_key_values|cache)\.layers\[0\]: a cache layer of type StaticLayer.*DynamicCache",
+            small_cache,
+            UnsupportedCall,
+            r"(past_key_values|cache): a static cache of 8 tokens cannot hold \d+; .* larger max_cache_len",
         ),
+        (windows, UnsupportedModel, "every layer of this static cache has a sliding window"),
         (quantized_cache, UnsupportedModel, r"(past_key_values|cache)\.layers\[0\]: a cache layer of type Quantized"),
         (lambda _: {CACHE_ARGUMENT: ((1, 2),)}, UnsupportedModel, "expected a transformers DynamicCache, got tuple"),
         (
@@ -122,7 +127,7 @@ def quantized_cache(_: Any) -> dict[str, Any]:
             "pixel_values: missing, but the prompt has image placeholders",
         ),
     ],
-    ids=["static", "quantized", "legacy", "hidden states", "attentions", "no image"],
+    ids=["small", "windows", "quantized", "legacy", "hidden states", "attentions", "no image"],
 )
 def test_a_call_that_cannot_be_right_is_refused_before_the_forward(
     llava: Any, arguments: Callable[[Any], dict[str, Any]], error: type[DropflowError], message: str

@@ -6,7 +6,7 @@ import torch
 
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet
-from dropflow.engine.tokens.masks import gather_mask
+from dropflow.engine.tokens.masks import gather_mask, trimmed
 
 CPU = torch.device("cpu")
 LIVE = LiveSet.of(torch.tensor([[True, False, True, True], [False, False, False, True]]))
@@ -44,16 +44,15 @@ def test_a_row_of_padding_sees_itself_in_a_boolean_mask_and_no_row_is_empty() ->
     assert mask[1, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
 
 
-def test_entries_that_a_cache_has_room_for_are_seen_by_nobody() -> None:
+def test_columns_of_tokens_to_come_are_left_out() -> None:
     causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     held = keys(LIVE)
-    for mask, nothing in ((causal, False), (torch.where(causal, 0.0, -1e9), torch.finfo(torch.float32).min)):
-        narrow, wide = (gather_mask(mask, LIVE, held, flash=False, width=width) for width in (None, 7))
-        assert narrow is not None
-        assert wide is not None
-        assert torch.equal(wide[..., :3], narrow)
-        assert (wide[..., 3:] == nothing).all()
-        assert wide.shape == (2, 1, 3, 7)
+    for mask in (causal, torch.where(causal, 0.0, -1e9)):
+        narrow = gather_mask(mask, LIVE, held, flash=False)
+        wide = torch.nn.functional.pad(mask, (0, 3))
+        assert torch.equal(gather_mask(wide, LIVE, held, flash=False), narrow)
+        assert torch.equal(trimmed(wide, 4), mask)
+    assert trimmed(None, 4) is None
 
 
 def test_the_models_own_mask_is_gathered_by_row_and_column() -> None:

@@ -17,12 +17,20 @@ from transformers import DynamicCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.tokens import room
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.room import LEAST, Room
 
 KEEP_ALL = policy(all={"use": "control/keep-all"})
+SMALL = room.SMALL
+
+
+@pytest.fixture(autouse=True)
+def _room_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as tiny as those of these tests make room, too."""
+    monkeypatch.setattr(room, "SMALL", 0)
 
 
 def entries(count: int, seed: int, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -62,6 +70,23 @@ def test_steps_write_in_place_and_copy_seldom() -> None:
     assert len(set(storages)) == 4  # room for 64 more each time
     assert layer.keys.untyped_storage().nbytes() <= (204 + LEAST) * 2 * 3 * 4 * 4
     assert all(torch.equal(view, then) for view, then in seen)  # what was handed out stays what it was
+
+
+@torch.no_grad()
+def test_small_layers_are_copied_until_they_have_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "SMALL", SMALL)
+    layer, roomy = FlowLayer(), []
+    wide = torch.randn(2, 8, 1, 64, generator=torch.Generator().manual_seed(0))  # 4 KiB
+    for step in range(70):
+        before = None if step == 0 else storage(layer.keys)
+        layer.update(wide * step, -wide * step)
+        if storage(layer.keys) == before:
+            roomy.append(step)
+    # 32 entries are not small any more: their first append is a copy, the second makes room, the third writes in place
+    assert roomy == list(range(SMALL // 4096 + 2, 70))
+    expected = torch.cat([wide * step for step in range(70)], 2)
+    assert torch.equal(layer.keys, expected)
+    assert torch.equal(layer.values, -expected)
 
 
 @torch.no_grad()

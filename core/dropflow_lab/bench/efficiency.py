@@ -1,0 +1,144 @@
+"""The efficiency benchmark: how far a prefill's time falls as its FLOPs do, from small images to large ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import dropflow
+from dropflow_lab.bench.bare_layers import bare, shapes_in
+from dropflow_lab.bench.engine import REDUCED
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.timing import Spread, interleaved, ratio
+
+POLICIES: Mapping[str, Any] = {"bench-reduced": REDUCED, "pyramiddrop": "pyramiddrop"}
+"""One that drops most tokens, and one that halves their number three times; scaled to the depth and to the image."""
+
+
+@dataclass(frozen=True)
+class EfficiencyRow:
+    """One policy on one size of image: a prefill, vision tower and LM head included, over that without a policy."""
+
+    policy: str
+    visual_tokens: int
+    plain_seconds: Spread
+    """Time of a prefill without a policy."""
+    seconds: Spread
+    """Time of a prefill under the policy."""
+    flops_ratio: float
+    """FLOPs without the policy over FLOPs with it, ranking included."""
+    speedup: Spread
+    efficiency: Spread
+    """Speed-up over FLOPs ratio: 1 if time falls in proportion to FLOPs."""
+    bare_flops_ratio: float
+    """FLOPs without the policy over those of the same layers run by hand on as many tokens, without an engine."""
+    bare_efficiency: Spread
+    """Their speed-up over their own FLOPs ratio: what this machine allows, whose rate depends on the shapes."""
+    over_bare: Spread
+    """Time under the policy over theirs; the ranking, which they lack, is included."""
+
+
+@dataclass(frozen=True)
+class EfficiencyBench:
+    """Results of the efficiency benchmark; times are medians with quartiles over the rounds."""
+
+    rows: tuple[EfficiencyRow, ...]
+    rounds: int
+    subject: SubjectShape
+    """The shape; its image is that of the last row."""
+    clock: str
+    """`cpu` where times are the CPU time of this process, `wall` on a GPU."""
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def bench_efficiency(
+    shape: SubjectShape | None = None,
+    sides: Sequence[int] = (24,),
+    *,
+    rounds: int = 15,
+    policies: Mapping[str, Any] = POLICIES,
+    threads: int = 1,
+) -> EfficiencyBench:
+    """Measure a prefill under every policy for images of so many patches along each side, on shared random weights.
+
+    In each round every variant runs once. Samples of a batch differ in length (left padding). On a CPU, times are the
+    CPU time of this process, which other programs affect least. Torch's number of threads is set for the duration of
+    the measurement.
+    """
+    shape, rows = shape or SubjectShape(), []
+    clock = time.process_time if torch.device(shape.device).type == "cpu" else time.perf_counter
+    with torch_threads(threads), torch.no_grad():
+        for side in sides:
+            shape = replace(shape, image_side=side)
+            rows += _rows(shape, policies, rounds, clock)
+    told = "cpu" if clock is time.process_time else "wall"
+    return EfficiencyBench(tuple(rows), rounds, shape, told, this_machine())
+
+
+def _rows(
+    shape: SubjectShape, policies: Mapping[str, Any], rounds: int, clock: Callable[[], float]
+) -> list[EfficiencyRow]:
+    plain, inputs = build_model(shape), ragged_prompt(shape)
+    runs = {"plain": _Counted(prefill_of(plain, inputs))}
+    with ExitStack() as attached:
+        for name, policy in policies.items():
+            model = twin(plain)
+            attached.enter_context(dropflow.attach(model, policy, overrides=["rescale=true"]))
+            prefill = prefill_of(model, inputs)
+            runs[name] = _Counted(prefill)
+            shapes, pictures = shapes_in(model, prefill), {"pixel_values": inputs["pixel_values"]}
+            runs[f"bare {name}"] = _Counted(bare(plain, shapes, pictures, masked=shape.batch > 1))
+        seconds = interleaved(runs, rounds, clock=clock)
+    return [_row(name, shape, seconds, {run: counted.flops for run, counted in runs.items()}) for name in policies]
+
+
+def _row(
+    name: str, shape: SubjectShape, seconds: Mapping[str, Sequence[float]], flops: Mapping[str, int]
+) -> EfficiencyRow:
+    by_hand = f"bare {name}"
+    flops_ratio, bare_flops_ratio = flops["plain"] / flops[name], flops["plain"] / flops[by_hand]
+    speedup = ratio(seconds["plain"], seconds[name])
+    return EfficiencyRow(
+        policy=name,
+        visual_tokens=shape.visual_tokens,
+        plain_seconds=Spread.of(seconds["plain"]),
+        seconds=Spread.of(seconds[name]),
+        flops_ratio=flops_ratio,
+        speedup=speedup,
+        efficiency=speedup.over(flops_ratio),
+        bare_flops_ratio=bare_flops_ratio,
+        bare_efficiency=ratio(seconds["plain"], seconds[by_hand]).over(bare_flops_ratio),
+        over_bare=ratio(seconds[name], seconds[by_hand]),
+    )
+
+
+class _Counted:
+    """A callable whose first call, a warm-up that is not timed, counts its FLOPs."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._run, self.flops = run, 0
+
+    def __call__(self) -> None:
+        if self.flops:
+            self._run()
+        else:
+            self.flops = count_flops(self._run)
+
+
+def ragged_prompt(shape: SubjectShape) -> dict[str, Any]:
+    """Return the inputs of one prefill whose samples have less and less text before their images (left padding)."""
+    inputs, before = build_prompt(shape), shape.text_tokens // 2
+    for row in range(shape.batch):
+        inputs["attention_mask"][row, : row * before // shape.batch] = 0
+    return inputs
