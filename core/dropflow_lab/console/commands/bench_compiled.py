@@ -67,6 +67,6 @@ def _summary(measured: CompiledBench) -> str:
     return (
         f"{measured.graphs} graph(s); room for entries per layer: {' '.join(map(str, measured.capacities))}\n"
         f"{subject.layers} layers, {subject.visual_tokens} visual and {subject.text_tokens} text tokens; "
-        f"{measured.rounds} rounds, {measured.clock} time, on {machine.threads} thread(s) of {machine.cpu}; "
+        f"{measured.rounds} rounds, {measured.clock}, on {machine.threads} thread(s) of {machine.cpu}; "
         f"{measured.backend}, torch {machine.torch}, transformers {machine.transformers}"
     )
