@@ -21,12 +21,14 @@ def after_past(past: int, slots: Int[Tensor, "batch slots"]) -> Int[Tensor, "bat
 def rows_of(
     states: Float[Tensor, "batch rows dim"], index: Int[Tensor, "batch picked"]
 ) -> Float[Tensor, "batch picked dim"]:
-    """The rows of states that `index` selects for each sample, copied whole: `gather` would copy number by number."""
-    batch, rows, dim = states.shape
+    """The rows of states that `index` selects for each sample, copied whole: `gather` would copy number by number.
+
+    They are no view of anything, on which compiled layers would be specialised.
+    """
     index = index.to(states.device)
-    if batch > 1:
-        index = index + torch.arange(batch, device=index.device)[:, None] * rows
-    return states.reshape(batch * rows, dim).index_select(0, index.flatten()).view(batch, -1, dim)
+    if len(states) == 1:
+        return states.index_select(1, index[0])
+    return states[torch.arange(len(states), device=index.device)[:, None], index]
 
 
 def picked(
