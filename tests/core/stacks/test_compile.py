@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from counted_graphs import Graphs
 from seven import SEVEN, outcome
 from tiny import policy, prompt, tiny_llava
 from torch import Tensor
@@ -25,17 +26,6 @@ POLICIES: Mapping[str, Any] = {
     "visionzip": SEVEN["visionzip"],
     "plain": None,
 }
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:  # noqa: ARG002
-        self.made += 1
-        return graph.forward
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from counted_graphs import Graphs
 from tiny import CHUNKS_IMAGES, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
@@ -38,20 +39,6 @@ POLICIES = {
     "evicts": policy(cache={"use": "mustdrop/output-aware-cache", "at": 2}),
     "keep-all": policy(all={"use": "control/keep-all"}),
 }
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __deepcopy__(self, memo: Any) -> Graphs:  # `generate` copies its options
-        return self
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:  # noqa: ARG002
-        self.made += 1
-        return graph.forward
 
 
 @pytest.fixture

@@ -89,11 +89,11 @@ class StaticFlowLayer(UniformLayer):
     @property
     def length(self) -> Any:
         """Number of logical tokens seen, a scalar tensor on the layer's device."""
-        return self._inner.cumulative_length + self.lag
+        return self.entries + self.lag
 
     def get_seq_length(self) -> Any:
         """Logical tokens seen."""
-        return self._inner.cumulative_length + self.lag
+        return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """The limit: masks have a column for every token that the cache may see."""
