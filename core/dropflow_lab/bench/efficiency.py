@@ -14,7 +14,7 @@ import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.engine import REDUCED
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.flop_count import Flops, flops_of
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
@@ -33,14 +33,20 @@ class EfficiencyRow:
     seconds: Spread
     """Time of a prefill under the policy."""
     flops_ratio: float
-    """FLOPs without the policy over FLOPs with it, ranking included."""
+    """FLOPs without the policy over FLOPs with it, ranking included; attention counts full rectangles."""
+    causal_flops_ratio: float
+    """The same where causal attention counts only what it needs, about half (see `Flops.causal`)."""
     speedup: Spread
     efficiency: Spread
     """Speed-up over FLOPs ratio: 1 if time falls in proportion to FLOPs."""
+    causal_efficiency: Spread
+    """Speed-up over `causal_flops_ratio`; what fused kernels compute lies between both counts."""
     bare_flops_ratio: float
     """FLOPs without the policy over those of the same layers run by hand on as many tokens, without an engine."""
     bare_efficiency: Spread
     """Their speed-up over their own FLOPs ratio: what this machine allows, whose rate depends on the shapes."""
+    bare_causal_efficiency: Spread
+    """The same where causal attention counts only what it needs."""
     over_bare: Spread
     """Time under the policy over theirs; the ranking, which they lack, is included."""
 
@@ -100,25 +106,30 @@ def _rows(
             shapes, pictures = shapes_in(model, prefill), {"pixel_values": inputs["pixel_values"]}
             runs[f"bare {name}"] = _Counted(bare(plain, shapes, pictures, masked=shape.batch > 1))
         seconds = interleaved(runs, rounds, clock=clock)
-    return [_row(name, shape, seconds, {run: counted.flops for run, counted in runs.items()}) for name in policies]
+    flops = {run: counted.flops for run, counted in runs.items() if counted.flops is not None}
+    return [_row(name, shape, seconds, flops) for name in policies]
 
 
 def _row(
-    name: str, shape: SubjectShape, seconds: Mapping[str, Sequence[float]], flops: Mapping[str, int]
+    name: str, shape: SubjectShape, seconds: Mapping[str, Sequence[float]], flops: Mapping[str, Flops]
 ) -> EfficiencyRow:
     by_hand = f"bare {name}"
-    flops_ratio, bare_flops_ratio = flops["plain"] / flops[name], flops["plain"] / flops[by_hand]
-    speedup = ratio(seconds["plain"], seconds[name])
+    plain, own, bare_own = flops["plain"], flops[name], flops[by_hand]
+    full, causal = plain.full / own.full, plain.causal / own.causal
+    speedup, bare_speedup = ratio(seconds["plain"], seconds[name]), ratio(seconds["plain"], seconds[by_hand])
     return EfficiencyRow(
         policy=name,
         visual_tokens=shape.visual_tokens,
         plain_seconds=Spread.of(seconds["plain"]),
         seconds=Spread.of(seconds[name]),
-        flops_ratio=flops_ratio,
+        flops_ratio=full,
+        causal_flops_ratio=causal,
         speedup=speedup,
-        efficiency=speedup.over(flops_ratio),
-        bare_flops_ratio=bare_flops_ratio,
-        bare_efficiency=ratio(seconds["plain"], seconds[by_hand]).over(bare_flops_ratio),
+        efficiency=speedup.over(full),
+        causal_efficiency=speedup.over(causal),
+        bare_flops_ratio=plain.full / bare_own.full,
+        bare_efficiency=bare_speedup.over(plain.full / bare_own.full),
+        bare_causal_efficiency=bare_speedup.over(plain.causal / bare_own.causal),
         over_bare=ratio(seconds[name], seconds[by_hand]),
     )
 
@@ -127,13 +138,14 @@ class _Counted:
     """A callable whose first call, a warm-up that is not timed, counts its FLOPs."""
 
     def __init__(self, run: Callable[[], object]) -> None:
-        self._run, self.flops = run, 0
+        self._run = run
+        self.flops: Flops | None = None
 
     def __call__(self) -> None:
-        if self.flops:
-            self._run()
+        if self.flops is None:
+            self.flops = flops_of(self._run)
         else:
-            self.flops = count_flops(self._run)
+            self._run()
 
 
 def ragged_prompt(shape: SubjectShape) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
-from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.flop_count import Flops, flops_of
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
@@ -39,10 +39,14 @@ class ReuseRow:
     """Time to make the prefix."""
     flops_saved: float
     """Share of the FLOPs that the prefix saves of each further question; the limit of `time_saved`."""
+    causal_flops_saved: float
+    """The same where causal attention without a mask counts only what it needs (see `Flops.causal`)."""
     time_saved: Spread
     """Share of the time that it saves of each further question."""
     efficiency: Spread
     """Share of time saved over share of FLOPs saved: 1 if time falls as FLOPs do."""
+    causal_efficiency: Spread
+    """Share of time saved over `causal_flops_saved`; what fused kernels compute lies between both counts."""
     bare_saved: Spread
     """Share of the time that is saved where the same layers run by hand on as many tokens, without the engine."""
     bare_efficiency: Spread
@@ -90,7 +94,7 @@ def bench_reuse(
             flow = attached.enter_context(dropflow.attach(model, name, overrides=_overrides(shape)))
             subjects[name] = _Subject(model, flow, asked, shown)
         runs = {(name, what): run for name, subject in subjects.items() for what, run in subject.runs(plain).items()}
-        flops = {run: count_flops(runs[run]) for run in runs}
+        flops = {run: flops_of(runs[run]) for run in runs}
         seconds = interleaved(runs, questions, clock=time.process_time if on_cpu else time.perf_counter)
         rows = tuple(_row(subject, name, _of(name, seconds), _of(name, flops)) for name, subject in subjects.items())
         return ReuseBench(rows, questions, shape, "cpu" if on_cpu else "wall", this_machine())
@@ -116,6 +120,7 @@ class _Subject:
         """`shown` is one prompt with the same beginning as all that is asked."""
         self._model, self._flow, self._asked = model, flow, asked
         self._shown = shown
+        self._padded = not bool(asked[0]["attention_mask"].all())
         self.prefix = flow.prefix(**self._shown)
 
     def runs(self, plain: Any) -> dict[str, Callable[[], object]]:
@@ -135,7 +140,7 @@ class _Subject:
             "anew": anew,
             "again": again,
             "making": lambda: self._flow.prefix(**self._shown),
-            "bare anew": bare(plain, shapes_in(self._model, anew), _pictures(self._asked[0])),
+            "bare anew": bare(plain, shapes_in(self._model, anew), _pictures(self._asked[0]), masked=self._padded),
             "bare again": bare(plain, shapes_in(self._model, again), None),
         }
 
@@ -143,9 +148,10 @@ class _Subject:
         self._model(**{"use_cache": True, "logits_to_keep": 1} | inputs)
 
 
-def _row(subject: _Subject, name: str, seconds: dict[str, list[float]], flops: dict[str, int]) -> ReuseRow:
+def _row(subject: _Subject, name: str, seconds: dict[str, list[float]], flops: dict[str, Flops]) -> ReuseRow:
     times = {what: Spread.of(found) for what, found in seconds.items()}
-    most = 1 - flops["again"] / flops["anew"]
+    most = 1 - flops["again"].full / flops["anew"].full
+    causal = 1 - flops["again"].causal / flops["anew"].causal
     saved, possible = _saved(seconds["again"], seconds["anew"]), _saved(seconds["bare again"], seconds["bare anew"])
     gain = times["anew"].median - times["again"].median
     return ReuseRow(
@@ -156,8 +162,10 @@ def _row(subject: _Subject, name: str, seconds: dict[str, list[float]], flops: d
         again_seconds=times["again"],
         making_seconds=times["making"],
         flops_saved=most,
+        causal_flops_saved=causal,
         time_saved=saved,
         efficiency=saved.over(most),
+        causal_efficiency=saved.over(causal),
         bare_saved=possible,
         bare_efficiency=possible.over(most),
         questions_to_pay=int(times["making"].median / gain) + 1 if gain > 0 else 0,

@@ -15,7 +15,7 @@ from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.efficiency import EfficiencyBench, bench_efficiency, ragged_prompt
 from dropflow_lab.bench.engine import REDUCED
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.flop_count import flops_of
 
 TOY = SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32)
 
@@ -36,6 +36,9 @@ def test_each_ratio_is_over_the_flops_of_its_own_call(measured: EfficiencyBench)
     for row in measured.rows:
         assert 1 < row.flops_ratio < row.bare_flops_ratio  # ranking is work that bare layers lack
         assert row.efficiency.median == pytest.approx(row.speedup.median / row.flops_ratio)
+        assert 1 < row.causal_flops_ratio < row.flops_ratio  # attention is a larger share of the longer call
+        assert row.causal_efficiency.median == pytest.approx(row.speedup.median / row.causal_flops_ratio)
+        assert row.bare_causal_efficiency.median > row.bare_efficiency.median
         assert 0 < row.bare_efficiency.low <= row.bare_efficiency.median <= row.bare_efficiency.high
         assert 0 < row.over_bare.low <= row.over_bare.median
     assert measured.rows[0].flops_ratio < measured.rows[2].flops_ratio
@@ -47,7 +50,9 @@ def test_flops_are_those_of_the_calls_alone() -> None:
     with torch.no_grad(), dropflow.attach(model, REDUCED, overrides=["rescale=true"]):
         reduced = prefill_of(model, inputs)
         rows = efficiency._rows(TOY, {"bench-reduced": REDUCED}, 2, iter(range(1, 1000)).__next__)
-        assert rows[0].flops_ratio == count_flops(prefill_of(plain, inputs)) / count_flops(reduced)
+        dense, fewer = flops_of(prefill_of(plain, inputs)), flops_of(reduced)
+        assert rows[0].flops_ratio == dense.full / fewer.full
+        assert rows[0].causal_flops_ratio == dense.causal / fewer.causal
 
 
 def test_samples_of_a_batch_differ_in_length() -> None:

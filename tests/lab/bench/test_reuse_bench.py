@@ -29,6 +29,8 @@ def test_what_is_saved_is_what_the_prefix_ran(measured: ReuseBench) -> None:
     assert [row.boundary for row in measured.rows] == [5, 1, 16]
     # encoded to 56: 8 tokens run through every layer instead of 8 + 56 + 8, next to vision and LM head
     assert 0 < early.flops_saved < late.flops_saved < encodes.flops_saved < 1
+    # asked anew, attention is causal without a mask; after a prefix it has one, and counts whole
+    assert 0 < encodes.causal_flops_saved < encodes.flops_saved
     entries, embeds = 16 * 2 * (8 + 56) * 32, (8 + 576) * 32
     assert encodes.prefix_bytes == 4 * (entries + embeds)
 
@@ -36,6 +38,7 @@ def test_what_is_saved_is_what_the_prefix_ran(measured: ReuseBench) -> None:
 def test_efficiency_is_time_over_flops(measured: ReuseBench) -> None:
     for row in measured.rows:
         assert row.efficiency.median == pytest.approx(row.time_saved.median / row.flops_saved)
+        assert row.causal_efficiency.median == pytest.approx(row.time_saved.median / row.causal_flops_saved)
         assert row.bare_efficiency.median == pytest.approx(row.bare_saved.median / row.flops_saved)
         for spread in (row.anew_seconds, row.again_seconds, row.making_seconds):
             assert 0 < spread.low <= spread.median <= spread.high

@@ -69,8 +69,10 @@ def _table(measured: ReuseBench) -> Table:
     cells = {
         "boundary of the prefix": [str(row.boundary) for row in measured.rows],
         "FLOPs saved": [f"{row.flops_saved:.1%}" for row in measured.rows],
+        "FLOPs saved, causal half": [f"{row.causal_flops_saved:.1%}" for row in measured.rows],
         "time saved": [_percent(row.time_saved) for row in measured.rows],
         "efficiency": [_ratio(row.efficiency) for row in measured.rows],
+        "efficiency, causal half": [_ratio(row.causal_efficiency) for row in measured.rows],
         "bare: time saved": [_percent(row.bare_saved) for row in measured.rows],
         "bare: efficiency": [_ratio(row.bare_efficiency) for row in measured.rows],
         "asked anew": [_milliseconds(row.anew_seconds) for row in measured.rows],
