@@ -10,7 +10,7 @@ import torch
 
 import dropflow
 from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_batch, build_model, tower_of, twin
-from dropflow_lab.measure.flop_count import count_flops
+from dropflow_lab.measure.flop_count import Flops, flops_of
 from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
 from dropflow_lab.measure.memory import peak_bytes
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
@@ -30,10 +30,14 @@ class TrainBench:
     """Time of a dense step divided by that of a step through the policy."""
     flops_ratio: float
     """FLOPs of forward and backward, dense over policy, ranking included (the optimiser's are not counted)."""
+    causal_flops_ratio: float
+    """The same where causal attention counts only what it needs, about half (see `Flops.causal`)."""
     peak_memory_ratio: float
     """Bytes held at the peak of a step, dense over policy: weights, optimiser state, gradients and activations."""
     efficiency: Spread
     """Speed-up divided by the FLOPs ratio: 1 if time falls in proportion to FLOPs."""
+    causal_efficiency: Spread
+    """Speed-up divided by `causal_flops_ratio`; what fused kernels compute lies between both counts."""
     dense_step_seconds: Spread
     policy_step_seconds: Spread
     dense_peak_bytes: int
@@ -75,21 +79,24 @@ def bench_train(
             visual = tuple(round(layer.visual_tokens) for layer in flow.report().layers)
             state = _state_bytes(dense, optimizer)
             peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
-            flops = {name: count_flops(step) for name, step in steps.items()}
+            flops = {name: flops_of(step) for name, step in steps.items()}
             seconds = interleaved(steps, rounds, _REPEATS)
     return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)
 
 
 def _summary(
-    seconds: Mapping[str, list[float]], flops: Mapping[str, int], peaks: Mapping[str, int], **known: Any
+    seconds: Mapping[str, list[float]], flops: Mapping[str, Flops], peaks: Mapping[str, int], **known: Any
 ) -> TrainBench:
     speedup = ratio(seconds["dense"], seconds["policy"])
-    flops_ratio = flops["dense"] / flops["policy"]
+    full = flops["dense"].full / flops["policy"].full
+    causal = flops["dense"].causal / flops["policy"].causal
     return TrainBench(
         step_speedup=speedup,
-        flops_ratio=flops_ratio,
+        flops_ratio=full,
+        causal_flops_ratio=causal,
         peak_memory_ratio=peaks["dense"] / peaks["policy"],
-        efficiency=speedup.over(flops_ratio),
+        efficiency=speedup.over(full),
+        causal_efficiency=speedup.over(causal),
         dense_step_seconds=Spread.of(seconds["dense"]),
         policy_step_seconds=Spread.of(seconds["policy"]),
         dense_peak_bytes=peaks["dense"],

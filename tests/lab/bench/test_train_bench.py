@@ -50,6 +50,8 @@ def test_flops_fall_with_the_tokens(measured: TrainBench) -> None:
     tokens = TINY.text_tokens + TINY.visual_tokens
     kept = sum(TINY.text_tokens + n for n in measured.visual_tokens) / 16
     assert 0.5 * tokens / kept < measured.flops_ratio < 1.2 * tokens / kept  # the vision tower is the same in both
+    assert 1 < measured.causal_flops_ratio < measured.flops_ratio  # attention is a larger share of the longer step
+    assert measured.causal_efficiency.median == measured.step_speedup.median / measured.causal_flops_ratio
 
 
 def test_every_sample_of_a_step_has_an_image_and_an_answer() -> None:

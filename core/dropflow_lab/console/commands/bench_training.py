@@ -122,9 +122,15 @@ def _table(measured: TrainBench) -> Table:
     from rich.table import Table
 
     table = Table("measure", "median", "quartiles", title="a training step: dense over policy")
-    for name, spread in (("step speed-up", measured.step_speedup), ("efficiency", measured.efficiency)):
+    spreads = {
+        "step speed-up": measured.step_speedup,
+        "efficiency": measured.efficiency,
+        "efficiency, causal half": measured.causal_efficiency,
+    }
+    for name, spread in spreads.items():
         table.add_row(name, f"{spread.median:.3f}", f"{spread.low:.3f} .. {spread.high:.3f}")
     table.add_row("FLOPs ratio", f"{measured.flops_ratio:.3f}", "")
+    table.add_row("FLOPs ratio, causal half", f"{measured.causal_flops_ratio:.3f}", "")
     table.add_row("peak memory ratio", f"{measured.peak_memory_ratio:.3f}", "")
     return table
 
