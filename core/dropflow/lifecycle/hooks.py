@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import pluggy
 
@@ -154,6 +156,34 @@ class Hooks:
         for name, stage, caller in self._callers[hook]:
             if only is None or only is stage:
                 try:
-                    yield from [(name, answer) for answer in caller(**payload)]
+                    yield from [(name, _checked(hook, answer)) for answer in caller(**payload)]
                 except DecisionError as error:
                     raise DecisionError(f"stages.{name}: {str(error).removeprefix(f'stages.{name}: ')}") from error
+
+
+@lru_cache(maxsize=len(HOOKS))
+def _decisions(hook: str) -> tuple[type, ...]:
+    """The types of decision that a hook may answer with; none for an observer, whose answers are ignored."""
+    from dropflow.lifecycle.cache_payloads import CacheKeep, CacheSelect
+    from dropflow.lifecycle.payloads import Encode, Exit, Keep
+
+    known: dict[str, tuple[type, ...]] = {
+        "encode": (Encode,),
+        "inject": (int,),
+        "prune": (Keep,),
+        "exit": (int, Exit),
+        "decode_cache": (CacheKeep, CacheSelect),
+    }
+    return known.get(hook, ())
+
+
+def _checked(hook: str, answer: object) -> object:
+    """A hook's answer, a boundary as an `int`; raises `DecisionError` for anything but the decisions it may return."""
+    kinds = _decisions(hook)
+    if not kinds or isinstance(answer, tuple(kind for kind in kinds if kind is not int)):
+        return answer
+    if int in kinds and not isinstance(answer, bool):
+        with suppress(TypeError):
+            return index(cast("SupportsIndex", answer))
+    expected = ", ".join("a whole number" if kind is int else f"`{kind.__name__}`" for kind in kinds)
+    raise DecisionError(f"`{hook}` answered {type(answer).__name__}, expected {expected} or `None`")

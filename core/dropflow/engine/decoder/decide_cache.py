@@ -60,6 +60,12 @@ def decide_cache(
                 f"stages.{name}: `decode_cache` answered {type(answer).__name__} after a forward, expected `CacheKeep` "
                 "or `None`; to choose what a step reads, list a layer in `decode_reads_at`"
             )
+        for said in ("keep", "memory"):
+            if not isinstance(getattr(answer, said), Mapping):
+                raise DecisionError(
+                    f"stages.{name}: `decode_cache` answered {type(getattr(answer, said)).__name__} as `{said}`, "
+                    "expected a mapping from layers to tensors"
+                )
         for number, notes in answer.memory.items():
             _check_entries(notes, None, number, views, name)
             layers[number].remember(name, notes)
@@ -130,6 +136,10 @@ def _check_entries(
 ) -> None:
     """Check that an answer about a layer's cache has one value per entry."""
     view = views.get(number)
+    if not isinstance(answer, Tensor):
+        raise DecisionError(
+            f"stages.{name}: `decode_cache` answered {type(answer).__name__} for layer {number}, expected a tensor"
+        )
     if view is None or answer.shape != view.valid.shape or answer.dtype != (dtype or answer.dtype):
         kind = dtype or "numbers"
         known = list(views)

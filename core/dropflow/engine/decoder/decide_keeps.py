@@ -168,7 +168,20 @@ def _payload(prompt: Prompt, state: BoundaryState, attention: RowAttention, tapp
 
 
 def _checked_keep(answer: Keep, valid: Tensor, name: str, boundary: int) -> Bool[Tensor, "batch slots"]:
-    mask = answer.mask
+    """The keep mask of an answer; raises `DecisionError` for one that is of other types or shapes than asked for."""
+    for said in ("mask", "scores", "weights", "notes", "merge_into"):
+        given = getattr(answer, said)
+        if not isinstance(given, Tensor) and (given is not None or said == "mask"):
+            raise DecisionError(
+                f"stages.{name}: at boundary {boundary} `prune` returned {type(given).__name__} as `{said}`, "
+                "expected a tensor"
+            )
+    mask, scores = answer.mask, answer.scores
+    if scores is not None and scores.shape != valid.shape:
+        raise DecisionError(
+            f"stages.{name}: at boundary {boundary} `prune` returned scores of {tuple(scores.shape)}, expected "
+            f"{tuple(valid.shape)} (batch, slots)"
+        )
     if mask.dtype != torch.bool or mask.shape != valid.shape:
         raise DecisionError(
             f"stages.{name}: at boundary {boundary} `prune` returned a mask of {mask.dtype} {tuple(mask.shape)}, "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dropflow.engine.tokens.prompt import Prompt
-from dropflow.errors import DecisionError
+from dropflow.errors import DecisionError, quoted
 from dropflow.lifecycle.payloads import Exit, WindowCall
 from dropflow.lifecycle.stage import Window
 from dropflow.policy.late_entry import late_entry
@@ -61,6 +61,9 @@ def decide_window(plan: Plan, backbone: Backbone, text: Tensor, prompt: Callable
 def _boundaries(answers: Iterator[tuple[str, int]], hook: str, layers: int) -> dict[str, int]:
     found = dict(answers)
     for name, boundary in found.items():
-        if not 0 <= boundary <= layers:
-            raise DecisionError(f"stages.{name}: `{hook}` answered {boundary}, expected a boundary from 0 to {layers}")
+        given: Any = boundary  # an `Exit` may hold anything
+        if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given <= layers:
+            raise DecisionError(
+                f"stages.{name}: `{hook}` answered {quoted(boundary)}, expected a boundary from 0 to {layers}"
+            )
     return found

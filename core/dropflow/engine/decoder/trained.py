@@ -29,6 +29,10 @@ def checked_loss(loss: Tensor | None, name: str, hook: str) -> list[Tensor]:
     """The loss that a stage's answer carries, as a list of one or none; raises `DecisionError` if it is no scalar."""
     if loss is None:
         return []
+    if not isinstance(loss, Tensor):
+        raise DecisionError(
+            f"stages.{name}: `{hook}` returned a loss of {type(loss).__name__}, expected a float tensor ()"
+        )
     if loss.dim() or not loss.is_floating_point():
         raise DecisionError(
             f"stages.{name}: `{hook}` returned a loss of {loss.dtype} {tuple(loss.shape)}, expected a float scalar ()"

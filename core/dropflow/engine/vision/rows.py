@@ -86,6 +86,7 @@ class Decided:
         """
         answer = self._answer
         left, features = list(rows), list(features)
+        self._check_entries(len(left))
         if answer.rows is not None:
             if answer.places is None or answer.keep is not None:
                 raise DecisionError(
@@ -107,6 +108,17 @@ class Decided:
                 own = replace(own, carried=self._loaded(answer.carry[image], image, own))
             left[image] = own
         return features, left
+
+    def _check_entries(self, images: int) -> None:
+        """Check that whatever the decision says about images, it says it about each of them."""
+        for name in ("keep", "rows", "places", "sizes", "protect", "carry"):
+            given = getattr(self._answer, name)
+            entries = list(given) if isinstance(given, Sequence) or (isinstance(given, Tensor) and given.dim()) else []
+            if given is not None and (len(entries) != images or not all(isinstance(own, Tensor) for own in entries)):
+                raise DecisionError(
+                    f"{self._where}: `encode` returned `{name}` of length {len(entries)}, expected a tensor for each "
+                    f"of the {images} images"
+                )
 
     def _rewritten(self, image: int, rows: Rows) -> Rows:
         answer = self._answer
