@@ -52,7 +52,15 @@ class KeepingRun(PromptRun):
         super().__init__(site, prompt, embeds, residuals)
         self._keeping, self._boundary, self._positions = keeping, site.plan.asks_from, positions
         self._once = Once()
-        (last,) = read(torch.where(prompt.visual, torch.arange(embeds.shape[1], device=embeds.device), -1).amax())[0]
+        ids = keeping.ids.to(embeds.device)
+        # some models give tokens beside an image other embeddings than those of their ids, as Ovis 2 to those that
+        # enclose it; a question without pixels would not
+        table = site.backbone.text.get_input_embeddings()
+        known = torch.where(prompt.visual, 0, ids).clamp(max=table.num_embeddings - 1)  # some placeholders have no row
+        made = (table(known).to(embeds) != embeds).any(-1) & ~prompt.visual
+        place = torch.arange(embeds.shape[1], device=embeds.device)
+        (last,) = read(torch.where(prompt.visual | made, place, -1).amax())[0]
+        self._made = ids[made]
         self._cut = last + 1 if keeping.tokens is None else keeping.tokens
         if not last < self._cut <= embeds.shape[1]:
             raise UnsupportedCall(
@@ -96,6 +104,7 @@ class KeepingRun(PromptRun):
         taps = {number: self._caches.seen(number) for number in self._taps if number < self._boundary}
         self._keeping.found = Ahead(
             ids=self._keeping.ids[0, :count].clone(),  # no view, which would keep the rest alive
+            made=self._made,
             boundary=self._boundary,
             window=self.window,
             prompt=_cut(prompt, count),

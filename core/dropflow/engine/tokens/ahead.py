@@ -31,6 +31,8 @@ class Ahead:
 
     ids: Int[Tensor, "prefix"]
     """Token ids."""
+    made: Int[Tensor, "tokens"]
+    """Ids of text tokens for which the model makes embeddings where a call brings images; usually none."""
     boundary: int
     """The boundary up to which the prefix has run; the number of layers if no stage of the LLM can read a question."""
     window: Window
@@ -123,6 +125,8 @@ def begins_at(
     first, count = valid.long().argmax(1), ahead.tokens
     place = (first[:, None] + torch.arange(count, device=ids.device)).clamp(max=ids.shape[1] - 1)
     same = ((ids.gather(1, place) == ahead.ids.to(ids.device)) & valid.gather(1, place)).all(1)
+    if placeholders is not None and len(ahead.made):
+        placeholders = placeholders | torch.isin(ids, ahead.made.to(ids.device))
     shown = valid.new_zeros(1) if placeholders is None else placeholders & valid & (valid.cumsum(1) > count)
     wrong, short, (more,) = read(~same, valid.sum(1) <= count, shown.any())
     for number, (differs, ends) in enumerate(zip(wrong, short, strict=True)):
@@ -135,8 +139,8 @@ def begins_at(
             )
     if more:
         raise UnsupportedCall(
-            "input_ids: have image placeholders after the prefix from which the cache was made; a question cannot "
-            "bring images of its own, so ask with the whole prompt and a fresh cache"
+            "input_ids: have image placeholders after the prefix from which the cache was made, or tokens that enclose "
+            "them; a question cannot bring images of its own, so ask with the whole prompt and a fresh cache"
         )
     return first
 
