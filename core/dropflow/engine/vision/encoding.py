@@ -9,9 +9,11 @@ with the features, and are removed before the model sees them.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -163,11 +165,25 @@ def with_flags(output: Any, flags: Sequence[RowFlags], losses: Sequence[Tensor] 
     """The output with its flags attached, and with the losses that the stages returned."""
     whole = joined(flags)
     packed = [own.pack(whole) for own in flags]
-    features = _copied(FlowFeatures, output, [*(output.get("deepstack_features") or ()), packed])
+    own: Any = type(output)
+    kind: type[FlowFeatures] = _with_fields_of(FlowFeatures, own)
+    features = _copied(kind, output, [*(output.get("deepstack_features") or ()), packed])
     features.__dict__["known"] = whole
     if losses:
         features.__dict__["stage_losses"] = tuple(losses)
     return features
+
+
+@lru_cache(maxsize=64)
+def _with_fields_of(kind: Any, own: Any) -> Any:
+    """`kind` with the defaults of a model's output class, which its core may read although `generate` left them out."""
+    fields = dataclasses.fields(own) if dataclasses.is_dataclass(own) else ()
+    known = {one.name: one.default for one in fields if one.default is not dataclasses.MISSING}
+    known |= {name: value for name, value in vars(own).items() if name in getattr(own, "more_fields", ())}
+    more = tuple(name for name in known if not hasattr(kind, name))
+    if not more:
+        return kind
+    return type(kind.__name__, (kind,), {"more_fields": more} | {name: known[name] for name in more})
 
 
 def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
@@ -177,7 +193,7 @@ def _copied(kind: type[F], output: Any, deepstack: list[Any] | None) -> F:
         if name not in ("pooler_output", "deepstack_features"):
             copy[name] = value
     for name, value in vars(output).items():  # what a core may read, whether or not it is a key
-        if name not in ("known", "stage_losses") and not hasattr(copy, name):
+        if name not in ("known", "stage_losses") and name not in vars(copy):
             setattr(copy, name, value)
     return copy
 
@@ -195,7 +211,10 @@ def take_flags(
     for modality, output in encoded.items():
         if isinstance(output, FlowFeatures):
             flags[modality] = output.flags()
-            plain[modality] = _copied(Features, output, list(output.deepstack_features[:-1]) or None)
+            own: Any = type(output)
+            plain[modality] = _copied(
+                _with_fields_of(Features, own), output, list(output.deepstack_features[:-1]) or None
+            )
             if flags[modality].plan != site.plan.serial:
                 raise UnsupportedCall(
                     f"mm_encoder_outputs: the {modality} features were not encoded under this attachment of "
