@@ -11,10 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
+from compiled_answers import FASTV, HIDROP, TOKENS, asked, compiling, static
 from counted_graphs import Graphs
 from tiny import CHUNKS_IMAGES, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -25,13 +26,6 @@ from dropflow.testing.case import Case
 from dropflow.testing.families import tiny_models
 from dropflow.testing.static_steps import check_compiled_steps
 
-TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-HIDROP = policy(
-    inject={"use": "hidrop/late-injection", "at": 1},
-    pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 7}},
-    exit={"use": "hidrop/early-exit", "at": 3},
-)
-FASTV = policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": 5})
 POLICIES = {
     "hidrop": HIDROP,
     "compact": FASTV | {"positions": "compact"},
@@ -53,36 +47,6 @@ def graphs() -> Iterator[Graphs]:
 @pytest.fixture
 def model() -> Any:
     return tiny_llava(layers=4)
-
-
-def compiling(graphs: Graphs) -> dict[str, Any]:
-    """Options of `generate` with which it compiles steps as a whole, on this machine, too."""
-    config: Any = CompileConfig(fullgraph=True, backend=graphs, mode=None)
-    config._compile_all_devices = True
-    return {**TOKENS, "cache_implementation": "static", "compile_config": config}
-
-
-def static(model: Any, limit: int = 64) -> StaticCache:
-    return StaticCache(model.config.get_text_config(), max_cache_len=limit)
-
-
-def asked(model: Any, cache: Any, step: Any = None, inputs: dict[str, Any] | None = None, count: int = 4) -> Tensor:
-    """Logits (batch, steps, words) of `step`, by default the model's call, after a prompt: its best words are fed."""
-    inputs = prompt() if inputs is None else inputs
-    step, found = model if step is None else step, [model(**inputs, **{CACHE_ARGUMENT: cache}).logits[:, -1:]]
-    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool)
-    if isinstance(cache, StaticCache):  # with a mask of fixed size, as `generate` makes it
-        real = torch.nn.functional.pad(inputs["attention_mask"].bool(), (0, 64 - inputs["attention_mask"].shape[1]))
-    for number in range(count):
-        length = inputs["input_ids"].shape[1] + number + 1
-        ids = inputs["attention_mask"].sum(1, keepdim=True) + number
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, number + 1), value=1)
-        if isinstance(cache, StaticCache):
-            real[:, length - 1] = True
-            mask = real[:, None, None].clone()
-        word = found[-1].argmax(-1)
-        found.append(step(input_ids=word, attention_mask=mask, position_ids=ids, **{CACHE_ARGUMENT: cache}).logits)
-    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize("which", POLICIES)

@@ -18,6 +18,7 @@ from dropflow.engine.vision.vision_run import VisionRun
 if TYPE_CHECKING:
     from dropflow.engine.attach.flow import Flow
     from dropflow.engine.attach.overlap import Promise
+    from dropflow.engine.model.traced_step import TracedPolicy
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Call:
     flow: Flow | None
     """The policy that applies; `None` where the model runs dense."""
     site: Site | None
+    chosen: TracedPolicy | None = None
+    """The same policy, as static caches name it."""
     labels: Tensor | None = None
     logits_to_keep: int | Tensor = 0
     attention_mask: Any = None

@@ -278,10 +278,10 @@ class FlowSet(Mapping[str, Flow | None]):
         return bool(self._hooks.flows) and self._hooks.flows.keys() == self._flows.keys()
 
     def __repr__(self) -> str:
-        return flow_view.set_line(self, self._hooks.backbone, self._hooks.default)
+        return flow_view.set_line(self, self._hooks.backbone, self._hooks.traced.default.name)
 
     def _repr_html_(self) -> str:
-        return flow_view.set_html(self, self._hooks.backbone, self._hooks.default)
+        return flow_view.set_html(self, self._hooks.backbone, self._hooks.traced.default.name)
 
     @contextmanager
     def using(self, name: str) -> Iterator[Flow | None]:
@@ -292,7 +292,7 @@ class FlowSet(Mapping[str, Flow | None]):
         """
         if not isinstance(name, str) or name not in self._flows:
             raise UnsupportedCall(f"using: no policy {quoted(name)} in this set; {nearest(str(name), self._flows)}")
-        with self._hooks.chosen.let(self._hooks, name):
+        with self._hooks.choosing(name):
             yield self._flows[name]
 
     def detach(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial, wraps
 from types import FrameType
@@ -50,7 +51,7 @@ from dropflow.engine.model.arguments import cache_after, cache_in, named
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
-from dropflow.engine.model.traced_step import TracedStep
+from dropflow.engine.model.traced_step import TracedPolicy, TracedStep
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
 from dropflow.engine.tokens.ahead import ahead_in, spread
 from dropflow.engine.tokens.cache import (
@@ -106,19 +107,17 @@ class ModelHooks:
         self._standing, self._passing = Shadows(), Shadows()
         """Replacements in the model's objects: some last while the policy is attached, some only for part of a call."""
         self._handles: list[Any] = []
-        self._traced = TracedStep(getattr(backbone.text, "rotary_emb", None))
-        """Decode steps in compiled code, which know only one policy."""
         self.beside = Beside(backbone) if overlap else None
         """The thread that encodes beside the first layers; `None` without `overlap`."""
         self._labelled = LabelledLoss(self._standing, self._live_rows) if labelled_only else None
         self.flows: Mapping[str, Flow | None] = {}
         """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
         self._sites: Mapping[str, Site] = {}
-        self.default = ""
-        """Name of the policy that is used where a caller states none."""
         self.handle: Flow | FlowSet | None = None
         """What attaching returned; kept alive as long as the hooks, even if the caller drops it."""
-        self.chosen: Stated[str] = Stated("dropflow_chosen")
+        self._chosen: Stated[TracedPolicy] = Stated("dropflow_chosen")
+        self.traced = TracedStep(getattr(backbone.text, "rotary_emb", None), self._chosen.innermost)
+        """Decode steps in compiled code, and the names of the policies."""
         self.visual: Stated[Tensor | None] = Stated("dropflow_visual")
         """Visual tokens that a caller states for its thread's calls."""
         self.replayed: Stated[Sequence[Keeps] | None] = Stated("dropflow_replayed")
@@ -133,16 +132,17 @@ class ModelHooks:
     def install(self, flows: Mapping[str, Flow | None], default: str) -> None:
         """Install the hooks and replacements on the model, then activate the flows."""
         self.remove()
+        self.traced.serve(flows, default)
         if all(flow is None or flow.plan.idle for flow in flows.values()):  # nothing can change anything
-            self.default, self.flows = default, dict(flows)
+            self.flows = dict(flows)
             return
         model, core, text = self._model, self._core, self.backbone.text
         hooked = [(core, self._before_core, self._after_core), (text, self._before_text, self._after_text)]
         if model is not core:  # a core may be attached without its head
             hooked.append((model, self._before_model, self._after_model))
         for module, before, after in hooked:
-            before = partial(traced_step.before, before, self._traced, module is text)
-            after = partial(traced_step.after, after, self._traced, module is text)
+            before = partial(traced_step.before, before, self.traced, module is text)
+            after = partial(traced_step.after, after, self.traced, module is text)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         # after the hooks, which alone keep this object: an interrupted attach must find what it has replaced
@@ -150,7 +150,7 @@ class ModelHooks:
         if self.modules.stages and hasattr(model, "save_pretrained"):
             self._standing.lay(model.__dict__, "save_pretrained", self._saving(model.save_pretrained))
         plans = [flow.plan for flow in flows.values() if flow is not None]
-        stand_in(self._standing, text, self._decoder_run, traced=self._traced)
+        stand_in(self._standing, text, self._decoder_run, traced=self.traced)
         TowerHooks(self.backbone, self._mine).install(self._standing, self._handles, plans)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
@@ -163,12 +163,12 @@ class ModelHooks:
             for name, flow in flows.items()
             if flow is not None and not flow.plan.idle
         }
-        self.default, self.flows = default, dict(flows)
+        self.flows = dict(flows)
 
     def remove(self) -> None:
         """Remove everything from the model; does nothing if already removed, and is safe to interrupt and repeat."""
         self.flows = {}
-        self._traced.open = self._traced.runs = False
+        self.traced.open = self.traced.runs = False
         if self.beside is not None:
             self.beside.end()
         self._passing.lift_all()
@@ -178,6 +178,10 @@ class ModelHooks:
             self._handles.pop()
 
     # Turns and calls
+
+    def choosing(self, name: str) -> AbstractContextManager[None]:
+        """A block in which this thread's calls run under the policy of this name."""
+        return self._chosen.let(self, self.traced.policies[name])
 
     def _open(self, owner: object, frame: FrameType) -> Call | None:
         """Begin a call once other threads' calls have ended; `None` if nothing is attached any more.
@@ -193,9 +197,9 @@ class ModelHooks:
         if not self.flows:
             turn.end()
             return None
-        name = self.chosen.of(self, self.default)
-        site = self._sites.get(name)
-        turn.call = call = Call(owner, self.flows[name], site)
+        chosen = self._chosen.of(self, self.traced.default)
+        site = self._sites.get(chosen.name)
+        turn.call = call = Call(owner, self.flows[chosen.name], site, chosen)
         if site is not None:
             call.outer = serving.get()
             serving.set(_while(turn))  # set this early because some cores build the masks before the text decoder runs
@@ -482,7 +486,7 @@ class ModelHooks:
         args, kwargs = named(text, args, kwargs)
         call = self._mine()
         if call is None and inside_of(self._core):  # its forward has begun before the policy was attached, or
-            self._traced.runs = self._traced.serves(args, kwargs)  # in compiled code, whose graph has broken since
+            self.traced.runs = self.traced.serves(args, kwargs)  # in compiled code, whose graph has broken since
             return args, kwargs
         if call is None:
             call = self._open_directly(text, kwargs)
@@ -491,7 +495,7 @@ class ModelHooks:
         if call is None or call.site is None:
             return args, kwargs
         stand_in(
-            self._standing, text, self._decoder_run, traced=self._traced
+            self._standing, text, self._decoder_run, traced=self.traced
         )  # in case the list was replaced after attaching
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
@@ -613,8 +617,8 @@ class ModelHooks:
                     forward.read = {number: active.counts for number, active in run.reading.read.items()}
             forward.cache = cache_after(kwargs, output)
             if run is not None and call.site is not None and is_static(forward.cache):
-                alone = call.site.traceable and len(self.flows) == 1  # of several policies, a caller may choose another
-                fix_static(forward.cache, self._traced if alone else None, compact=call.site.compact)
+                traced_by = call.chosen if call.site.traceable else None
+                fix_static(forward.cache, traced_by, compact=call.site.compact)
             call.flow.noted(forward)
             call.decoder = call.forward = None
             if run is None or run.whole or not isinstance(run, PromptRun):

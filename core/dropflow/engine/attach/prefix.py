@@ -178,7 +178,7 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
     model = hooks.backbone.model
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     name = next(name for name, own in hooks.flows.items() if own is flow)
-    with torch.no_grad(), hooks.chosen.let(hooks, name), hooks.keeping.let(hooks, keeping), suppress(PrefixKept):
+    with torch.no_grad(), hooks.choosing(name), hooks.keeping.let(hooks, keeping), suppress(PrefixKept):
         model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
     if keeping.found is None:
         raise UnsupportedCall("prefix: the model ran without its text decoder; pass the inputs of a whole prompt")

@@ -26,18 +26,21 @@ class Stated(Generic[T]):
 
     def __init__(self, name: str) -> None:
         self._blocks: ContextVar[tuple[weakref.ref[_Block[T]], ...]] = ContextVar(name, default=())
+        self.innermost: ContextVar[weakref.ref[_Block[T]]] = ContextVar(f"{name}_innermost")
+        """The last of a thread's blocks, unset outside blocks; for compiled code, which cannot search them."""
 
     @contextmanager
     def let(self, owner: object, value: T) -> Iterator[None]:
         """State `value` for `owner`; the value stated before applies again afterwards."""
         block = _Block(owner, value)
         around = (each for each in self._blocks.get() if each() is not None)
-        token = self._blocks.set((*around, weakref.ref(block)))
+        blocks, innermost = self._blocks.set((*around, weakref.ref(block))), self.innermost.set(weakref.ref(block))
         try:
             yield
         finally:
             with suppress(ValueError):  # ended in another thread, for example by the garbage collector
-                self._blocks.reset(token)
+                self._blocks.reset(blocks)
+                self.innermost.reset(innermost)
 
     def of(self, owner: object, default: T) -> T:
         """The value that this thread states for `owner`."""

@@ -128,6 +128,7 @@ def fix_static(cache: Cache, traced_by: Any = None, *, compact: bool = False) ->
     They hold it in dynamic layers during a call that may change it. `traced_by` and `compact` as in `StaticFlowLayer`.
     """
     plain: KeyIndex | None = None
+    fixed = []
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, FlowLayer) or layer.limit is None or not layer.is_initialized:
             continue
@@ -136,6 +137,10 @@ def fix_static(cache: Cache, traced_by: Any = None, *, compact: bool = False) ->
         else:
             index = layer.full_index()
         cache.layers[number] = StaticFlowLayer(layer, index, layer.limit, traced_by, compact=compact)
+        fixed.append(cache.layers[number])
+    if traced_by is not None and traced_by.step.vary(tuple(layer.keys.shape[-2] for layer in fixed)):
+        for layer in fixed:
+            layer.vary()
 
 
 def loosen_static(cache: Any) -> None:

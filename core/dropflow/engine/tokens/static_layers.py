@@ -34,11 +34,12 @@ class StaticFlowLayer(UniformLayer):
     lag: Tensor
     """Number of logical tokens (a scalar) that no entry holds."""
     dropped: Tensor | None
-    """By how much positions are compact (batch,): the tokens of each sample that no entry holds; `None` for not."""
+    """By how much positions are compact (batch,): the tokens of each sample that no entry holds; `None` for persistent
+    positions."""
     whole: bool
     """Whether every logical token has the entry of its own position, so that the model's mask fits as it is."""
     traced_by: Any
-    """The attached model whose compiled steps need no more of the engine than this layer's mask; `None` for none."""
+    """The attached policy whose compiled steps need no more of the engine than this layer's mask; `None` for none."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # nor is it compiled where graphs break
     def __init__(
@@ -62,12 +63,20 @@ class StaticFlowLayer(UniformLayer):
         """Make what is derived from the index."""
         index, keys = self.index, self._inner.keys
         assert index is not None
-        self.columns, self.shown = index.places(self.limit, keys.shape[-2])
+        # tensors of its own, as compiled code depends on which layers share some
+        self.columns, self.shown = (place.clone() for place in index.places(self.limit, keys.shape[-2]))
         self.lag = torch.tensor(index.length - len(index), device=keys.device)
-        self.whole, self.dropped = index.complete, index.dropped if self._compact else None
+        self.whole, self.dropped = index.complete, None
+        if self._compact:
+            self.dropped = self.lag.new_zeros(len(keys)) if index.dropped is None else index.dropped.clone()
         for fixed in (self.columns, self.shown, self.lag, self.dropped):
             if fixed is not None:
                 torch._dynamo.mark_static_address(fixed)
+
+    def vary(self) -> None:
+        """Let code that is compiled for this layer serve others of any capacity."""
+        for held, dim in ((self.keys, 2), (self.values, 2), (self.columns, 3), (self.shown, 3)):
+            torch._dynamo.maybe_mark_dynamic(held, dim)
 
     def dynamic(self) -> FlowLayer:
         """The same entries in a layer that grows; one host synchronisation."""
@@ -102,7 +111,7 @@ class StaticFlowLayer(UniformLayer):
 
     def _check_read(self) -> None:
         """Refuse to be read by anything but a call under the policy; a step that is compiled for it passes at once."""
-        if self.traced_by is None or not self.traced_by.open:
+        if self.traced_by is None or not self.traced_by.step.open:
             self._check_served()
 
     def get_max_length(self) -> int:
@@ -133,7 +142,7 @@ class StaticFlowLayer(UniformLayer):
 
     def mask(self, mask: Tensor) -> Tensor:
         """The model's mask (batch or 1, heads or 1, queries, limit), reduced to the places of this layer's entries."""
-        if self.whole:
+        if not torch.compiler.is_dynamo_compiling() and self.whole:  # compiled code does not depend on what layers hold
             return mask
         columns, shown = self.columns.to(mask.device), self.shown.to(mask.device)
         mask = mask.expand(columns.shape[0], -1, -1, -1)
