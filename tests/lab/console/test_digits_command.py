@@ -13,6 +13,7 @@ from dropflow_lab.console.commands.digits import Split
 from dropflow_lab.digits.checkpoints.model import checkpoint_path
 from dropflow_lab.digits.data.glyphs import SPLITS
 from dropflow_lab.digits.training.recipe import PLAIN, Recipe
+from dropflow_lab.digits.training.train_change import Change
 
 
 def test_the_splits_are_those_of_the_task() -> None:
@@ -93,30 +94,32 @@ def test_the_folder_must_be_given(refused, command) -> None:
     assert "--out" in refused("digits", command)
 
 
-def test_conversations_are_trained_by_their_own_function(cli, refused, monkeypatch, tmp_path) -> None:
+def test_conversations_are_trained_as_a_change(cli, refused, monkeypatch, tmp_path) -> None:
     calls: list[dict[str, Any]] = []
 
-    def train(out: Path, test: Any, **options: Any) -> Path:
+    def train(out: Path, change: Change, test: Any, **options: Any) -> Path:
+        assert change.phase.name == "conversations"
         assert callable(test)
         calls.append(options)
         return out
 
-    monkeypatch.setattr("dropflow_lab.digits.training.train_conversations.train_conversations", train)
+    monkeypatch.setattr("dropflow_lab.digits.training.train_change.train_change", train)
     cli("digits", "train", "--out", tmp_path, "--conversations", "--seed", 3)
     assert calls == [{"seed": 3, "threads": 1, "resume": True}]
     for two in (("--clips", "--plain"), ("--conversations", "--clips"), ("--plain", "--conversations")):
         assert "name one of them" in refused("digits", "train", "--out", tmp_path, *two)
 
 
-def test_clips_are_trained_and_written_by_their_own_functions(cli, monkeypatch, tmp_path) -> None:
+def test_clips_are_trained_as_a_change_and_written(cli, monkeypatch, tmp_path) -> None:
     calls: list[dict[str, Any]] = []
 
-    def train(out: Path, test: Any, **options: Any) -> Path:
+    def train(out: Path, change: Change, test: Any, **options: Any) -> Path:
+        assert change.phase.name == "clips"
         assert callable(test)
         calls.append(options)
         return out
 
-    monkeypatch.setattr("dropflow_lab.digits.training.train_clips.train_clips", train)
+    monkeypatch.setattr("dropflow_lab.digits.training.train_change.train_change", train)
     cli("digits", "train", "--out", tmp_path, "--clips", "--threads", 2)
     assert calls == [{"seed": 0, "threads": 2, "resume": True}]
     told = json.loads(cli("digits", "sample", "--out", tmp_path, "--clips", "--questions", 2, "--json").stdout)

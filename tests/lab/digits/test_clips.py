@@ -25,7 +25,8 @@ from dropflow_lab.digits.data.clips import FRAMES, SIDE, Actor, Clip, draw_clip,
 from dropflow_lab.digits.data.scenes import Background, Item
 from dropflow_lab.digits.training.packed_clips import draw_clips, pack_clips, prefix_ids
 from dropflow_lab.digits.training.packing import IGNORED, mask_after
-from dropflow_lab.digits.training.train_clips import RECIPE, losses, train_clips
+from dropflow_lab.digits.training.train_change import train_change
+from dropflow_lab.digits.training.train_clips import CHANGE, RECIPE, losses
 from dropflow_lab.inputs.data import read_samples
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import build_inputs
@@ -142,7 +143,7 @@ def test_the_start_is_dense_with_more_words() -> None:
 
 def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     recipe = replace(RECIPE, steps=2, schedule=2, batch=1, validate_every=2, validation=45)
-    train_clips(tmp_path / "whole", recipe=recipe, save_seconds=0)
+    train_change(tmp_path / "whole", CHANGE, recipe=recipe, save_seconds=0)
     path = tmp_path / "whole" / "change.safetensors"
     model, _ = load_clips(path)
     plain = start_clips()
@@ -151,7 +152,7 @@ def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     assert not any("vision_tower" in name for name in changed)
     assert path.stat().st_size < 600_000
     with pytest.raises(FileExistsError, match="holds a training run already"):
-        train_clips(tmp_path / "whole", recipe=recipe)
+        train_change(tmp_path / "whole", CHANGE, recipe=recipe)
 
 
 def test_the_shipped_model_answers_most_questions() -> None:

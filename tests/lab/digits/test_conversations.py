@@ -29,7 +29,8 @@ from dropflow_lab.digits.training.packed_conversations import (
     validation_conversations,
 )
 from dropflow_lab.digits.training.packing import IGNORED, PREFIX, WORD_IDS, packed_mask
-from dropflow_lab.digits.training.train_conversations import RECIPE, train_conversations
+from dropflow_lab.digits.training.train_change import train_change
+from dropflow_lab.digits.training.train_conversations import CHANGE, RECIPE
 from dropflow_lab.inputs.models import load_model
 from dropflow_lab.inputs.prompts import build_conversations
 
@@ -105,7 +106,7 @@ def test_validation_asks_the_dialogues_of_that_split() -> None:
 
 def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     recipe = replace(RECIPE, steps=2, schedule=2, batch=1, validate_every=2, validation=4)
-    out = train_conversations(tmp_path, recipe=recipe, save_seconds=0, test=lambda model, _: f"{model.dtype}")
+    out = train_change(tmp_path, CHANGE, recipe=recipe, save_seconds=0, test=lambda model, _: f"{model.dtype}")
     assert (out / "test.json").read_text() == "torch.float32\n"
     path = out / "change.safetensors"
     model, _ = load_conversations(path)
@@ -116,7 +117,7 @@ def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     assert not any("vision_tower" in name for name in changed)
     assert path.stat().st_size == shipped_change(CONVERSATIONS).stat().st_size < 300_000
     with pytest.raises(FileExistsError, match="holds a training run already"):
-        train_conversations(tmp_path, recipe=recipe)
+        train_change(tmp_path, CHANGE, recipe=recipe)
 
 
 @torch.no_grad()

@@ -55,8 +55,9 @@ def train(
     from dropflow_lab.compare.digits_accuracy import evaluate as measure
     from dropflow_lab.digits.training.recipe import PLAIN, Recipe
     from dropflow_lab.digits.training.train import train as run_training
-    from dropflow_lab.digits.training.train_clips import train_clips
-    from dropflow_lab.digits.training.train_conversations import train_conversations
+    from dropflow_lab.digits.training.train_change import train_change
+    from dropflow_lab.digits.training.train_clips import CHANGE as CLIPS_CHANGE
+    from dropflow_lab.digits.training.train_conversations import CHANGE as CONVERSATIONS_CHANGE
     from dropflow_lab.errors import InputError
 
     def test(model: Any, processor: Any) -> str:
@@ -68,9 +69,9 @@ def train(
     with chatter_to_stderr():
         try:
             if clips:
-                folder = train_clips(out, **run, test=evaluate_clips)
+                folder = train_change(out, CLIPS_CHANGE, **run, test=evaluate_clips)
             elif conversations:
-                folder = train_conversations(out, **run, test=test)
+                folder = train_change(out, CONVERSATIONS_CHANGE, **run, test=test)
             else:
                 folder = run_training(out, **run, recipe=PLAIN if plain else Recipe(), test=test)
         except ValueError as error:  # the existing run has other settings

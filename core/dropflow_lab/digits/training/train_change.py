@@ -79,21 +79,37 @@ class ChangePhase(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+@dataclass(frozen=True)
+class Change:
+    """A checkpoint that is trained so."""
+
+    recipe: ChangeRecipe
+    """That of the shipped one."""
+    phase: type[ChangePhase]
+    start: Callable[[], LlavaForConditionalGeneration]
+    """Returns the model that is changed."""
+    load: Callable[[Path], tuple[Any, Any]]
+    """Returns the changed model and its processor, given what `train_change` has written."""
+
+
 def train_change(
     out: Path,
-    phase: type[ChangePhase],
-    start: Callable[[], LlavaForConditionalGeneration],
-    recipe: ChangeRecipe,
+    change: Change,
     *,
-    seed: int,
-    threads: int,
-    resume: bool,
-    save_seconds: float,
+    seed: int = 0,
+    threads: int = 1,
+    resume: bool = False,
+    recipe: ChangeRecipe | None = None,
+    save_seconds: float = 60.0,
+    test: Callable[[Any, Any], str] | None = None,
 ) -> Path:
-    """Train a change to what `start` returns; write `change.safetensors`, whose path is returned, and the log to `out`.
+    """Train a change, and write `change.safetensors` and `training-log.jsonl` to `out`, which is returned.
 
-    `out/run` holds log and state as in `train.train`, and the same errors are raised.
+    `recipe` replaces that of the change. `test` is called once with the finished model and its processor, and the JSON
+    it returns is written to `out/test.json`. `out/run` holds log and state as in `train.train`, and the same errors are
+    raised.
     """
+    recipe = change.recipe if recipe is None else recipe
     journal = Journal(out / "run", {"seed": seed, **asdict(recipe)})
     if journal.state_path.exists() and not resume:
         raise FileExistsError(f"{out}: holds a training run already; resume it, or train into another folder")
@@ -101,9 +117,9 @@ def train_change(
     torch.set_num_threads(threads)
     try:
         state = journal.restore()
-        model = start()
+        model = change.start()
         factors = low_rank.make_low_rank(model, recipe.rank, seed)
-        training = phase(model, recipe, seed)
+        training = change.phase(model, recipe, seed)
         if state is not None:
             training.load_state_dict(state["training"])
         clock = Clock(before=state["elapsed"] if state else 0.0)
@@ -114,4 +130,6 @@ def train_change(
     path = out / "change.safetensors"
     low_rank.save_change(low_rank.change_of(model, factors), path)
     write_text(out / "training-log.jsonl", journal.log_path.read_text(encoding="utf-8"))
-    return path
+    if test is not None:
+        write_text(out / "test.json", test(*change.load(path)) + "\n")
+    return out

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,8 +14,7 @@ from dropflow_lab.digits.data.clips import FRAMES
 from dropflow_lab.digits.training import precision
 from dropflow_lab.digits.training.packed_clips import ClipBatch, draw_clips, pack_clips, prefix_ids
 from dropflow_lab.digits.training.packing import IGNORED, mask_after
-from dropflow_lab.digits.training.train_change import ChangePhase, ChangeRecipe, train_change
-from dropflow_lab.files import write_text
+from dropflow_lab.digits.training.train_change import Change, ChangePhase, ChangeRecipe
 
 RECIPE = ChangeRecipe(
     rank=8, steps=290, schedule=340, batch=12, rate=3e-3, hold=0.6, validate_every=100, validation=270
@@ -76,23 +71,4 @@ def losses(model: LlavaForConditionalGeneration, batch: ClipBatch) -> tuple[Tens
     return functional.cross_entropy(logits, labels, reduction="none"), wrong == 0
 
 
-def train_clips(
-    out: Path,
-    *,
-    seed: int = 0,
-    threads: int = 1,
-    resume: bool = False,
-    recipe: ChangeRecipe = RECIPE,
-    save_seconds: float = 60.0,
-    test: Callable[[Any, Any], str] | None = None,
-) -> Path:
-    """Train, and write `change.safetensors` and `training-log.jsonl` to `out`, which is returned.
-
-    Runs and raises as `train_change` does. `test` is called once with the finished model and its processor, and the
-    JSON it returns is written to `out/test.json`.
-    """
-    how: dict[str, Any] = {"seed": seed, "threads": threads, "resume": resume, "save_seconds": save_seconds}
-    change = train_change(out, ClipPhase, start_clips, recipe, **how)
-    if test is not None:
-        write_text(out / "test.json", test(*load_clips(change)) + "\n")
-    return out
+CHANGE = Change(RECIPE, ClipPhase, start_clips, load_clips)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -18,8 +14,7 @@ from dropflow_lab.digits.training.packed_conversations import (
     draw_conversations,
     validation_conversations,
 )
-from dropflow_lab.digits.training.train_change import ChangePhase, ChangeRecipe, train_change
-from dropflow_lab.files import write_text
+from dropflow_lab.digits.training.train_change import Change, ChangePhase, ChangeRecipe
 
 RECIPE = ChangeRecipe(rank=4, steps=300, schedule=300, batch=8, rate=3e-3, hold=0.4, validate_every=100, validation=200)
 """The recipe of the shipped checkpoint: eight pictures a step, each with about four conversations."""
@@ -48,23 +43,4 @@ class ConversationPhase(ChangePhase):
         return {"accuracy": sum(map(sum, right.values())) / sum(map(len, right.values())), **shares}
 
 
-def train_conversations(
-    out: Path,
-    *,
-    seed: int = 0,
-    threads: int = 1,
-    resume: bool = False,
-    recipe: ChangeRecipe = RECIPE,
-    save_seconds: float = 60.0,
-    test: Callable[[Any, Any], str] | None = None,
-) -> Path:
-    """Train, and write `change.safetensors` and `training-log.jsonl` to `out`, which is returned.
-
-    Runs and raises as `train_change` does. `test` is called once with the finished model and its processor, and the
-    JSON it returns is written to `out/test.json`.
-    """
-    how: dict[str, Any] = {"seed": seed, "threads": threads, "resume": resume, "save_seconds": save_seconds}
-    change = train_change(out, ConversationPhase, start_conversations, recipe, **how)
-    if test is not None:
-        write_text(out / "test.json", test(*load_conversations(change)) + "\n")
-    return out
+CHANGE = Change(RECIPE, ConversationPhase, start_conversations, load_conversations)
