@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from transformers import StaticCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow_lab.bench.measured import Measured
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.train import OVERRIDES, POLICY
-from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 
 @dataclass(frozen=True)
-class CompiledBench:
+class CompiledBench(Measured):
     """One decode step after a prompt, without a policy and with HiDrop-64; medians with quartiles over rounds.
 
     Eager steps run on a dynamic cache, compiled ones as one graph on a static cache.
@@ -41,14 +42,7 @@ class CompiledBench:
     capacities: tuple[int, ...]
     """Entries that each layer of the policy's static cache has room for."""
     backend: str
-    clock: str
     rounds: int
-    subject: SubjectShape
-    machine: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def bench_compiled(

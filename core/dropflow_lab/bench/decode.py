@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -16,8 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow_lab.bench.measured import Measured
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
-from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 SHAPE = SubjectShape(image_side=96)
@@ -33,7 +34,7 @@ def reading(share: float, at: float) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class DecodeBench:
+class DecodeBench(Measured):
     """Time of one decode step as a ratio to the plain model's; medians with quartiles over rounds."""
 
     everything: Spread
@@ -49,14 +50,7 @@ class DecodeBench:
     share: float
     entries_read: dict[str, tuple[int, ...]]
     """Entries that each layer has read in the last step, by variant."""
-    clock: str
     rounds: int
-    subject: SubjectShape
-    machine: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def bench_decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ import torch
 import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.engine import REDUCED
+from dropflow_lab.bench.measured import Measured
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.measure.flop_count import Flops, flops_of
-from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 POLICIES: Mapping[str, Any] = {"bench-reduced": REDUCED, "pyramiddrop": "pyramiddrop"}
@@ -52,20 +53,14 @@ class EfficiencyRow:
 
 
 @dataclass(frozen=True)
-class EfficiencyBench:
-    """Results of the efficiency benchmark; times are medians with quartiles over the rounds."""
+class EfficiencyBench(Measured):
+    """Results of the efficiency benchmark; times are medians with quartiles over the rounds.
+
+    The image of `subject` is that of the last row.
+    """
 
     rows: tuple[EfficiencyRow, ...]
     rounds: int
-    subject: SubjectShape
-    """The shape; its image is that of the last row."""
-    clock: str
-    """`cpu` where times are the CPU time of this process, `wall` on a GPU."""
-    machine: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def bench_efficiency(
@@ -89,7 +84,7 @@ def bench_efficiency(
             shape = replace(shape, image_side=side)
             rows += _rows(shape, policies, rounds, clock)
     told = "cpu" if clock is time.process_time else "wall"
-    return EfficiencyBench(tuple(rows), rounds, shape, told, this_machine())
+    return EfficiencyBench(tuple(rows), rounds, clock=told, subject=shape, machine=this_machine())
 
 
 def _rows(

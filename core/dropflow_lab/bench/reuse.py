@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, TypeVar
 
@@ -13,9 +13,10 @@ import torch
 
 import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
+from dropflow_lab.bench.measured import Measured
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
 from dropflow_lab.measure.flop_count import Flops, flops_of
-from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
 POLICIES = ("hidrop-64", "fastv-k2-r50", "divprune-56")
@@ -56,19 +57,11 @@ class ReuseRow:
 
 
 @dataclass(frozen=True)
-class ReuseBench:
+class ReuseBench(Measured):
     """Results of the reuse benchmark; times are medians with quartiles over the questions."""
 
     rows: tuple[ReuseRow, ...]
     questions: int
-    subject: SubjectShape
-    clock: str
-    """`cpu` where times are the CPU time of this process, `wall` on a GPU."""
-    machine: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def bench_reuse(
@@ -97,7 +90,8 @@ def bench_reuse(
         flops = {run: flops_of(runs[run]) for run in runs}
         seconds = interleaved(runs, questions, clock=time.process_time if on_cpu else time.perf_counter)
         rows = tuple(_row(subject, name, _of(name, seconds), _of(name, flops)) for name, subject in subjects.items())
-        return ReuseBench(rows, questions, shape, "cpu" if on_cpu else "wall", this_machine())
+        told = "cpu" if on_cpu else "wall"
+        return ReuseBench(rows, questions, clock=told, subject=shape, machine=this_machine())
 
 
 Found = TypeVar("Found")

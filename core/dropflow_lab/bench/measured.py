@@ -1,0 +1,23 @@
+"""The circumstances that benchmarks state beside their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dropflow_lab.bench.random_llava import SubjectShape
+from dropflow_lab.measure.machine import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a benchmark has measured on a model of random weights; each benchmark adds its numbers."""
+
+    clock: str
+    """Whether times are the CPU time of this process, which other programs affect least, or `wall` time."""
+    subject: SubjectShape
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
