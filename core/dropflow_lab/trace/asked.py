@@ -72,7 +72,7 @@ def _record(
         raise InputError(
             "trace: expected one prefill and then one call per token; leave chunks, drafts and `use_cache` off"
         )
-    images = traced_images(recorder.boundaries[0].prompt, recorder.encoded)
+    images = traced_images(recorder.boundaries[0], recorder.encoded)
     prompt = TracedPrompt(question="", tokens=tokens.shape[1], images=images, videos=traced_videos(recorder.encoded))
     new = out[0, tokens.shape[1] :].tolist()
     words = [processor.decode([token]) for token in new]

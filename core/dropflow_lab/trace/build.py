@@ -30,14 +30,12 @@ from dropflow_lab.trace.schema import (
 )
 
 if TYPE_CHECKING:
-    from dropflow.engine.tokens.prompt import Prompt
-    from dropflow.lifecycle.videos import Frames
     from dropflow_lab.trace.recorder import Recorder
 
 
-def traced_images(prompt: Prompt, encoded: Sequence[EncodeEvent]) -> list[TracedImage]:
-    """Return the images of a prompt of one sample, by number."""
-    image, patches = prompt.image_id[0], prompt.scored[0]
+def traced_images(first: BoundaryEvent, encoded: Sequence[EncodeEvent]) -> list[TracedImage]:
+    """Return the images of the prompt of one sample whose first event is given, by number."""
+    image, patches = first.prompt.image_id[0], first.prompt.scored[0]
     layouts = [layout for event in sorted(encoded, key=lambda event: event.modality) for layout in event.layouts]
     count = int(image.max()) + 1
     grids = [layout.grid for layout in layouts] if len(layouts) == count else [None] * count
@@ -122,7 +120,7 @@ def _encode(events: Sequence[EncodeEvent]) -> list[TracedEncode]:
     ]
 
 
-def _encoded(step: EncodeStep, image: int, videos: Frames) -> EncodedImage:
+def _encoded(step: EncodeStep, image: int, videos: Sequence[Sequence[int]]) -> EncodedImage:
     before, places, answer = step.before[image].tolist(), step.places[image].tolist(), step.answer
     merged: list[Merge] | None = []
     sizes: list[float] | None = None
