@@ -17,7 +17,8 @@ from dropflow_lab.files import check_writable, write_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dropflow_lab.compare.lineup import Lineup
+    from dropflow_lab.compare.lineup import Lineup, Models, Subject
+    from dropflow_lab.compare.rows import Row
     from dropflow_lab.inputs.data import Sample
 
 _ALL = "all"
@@ -102,28 +103,21 @@ def compare(
     process. Every finished measurement is stored in the folder, so that an interrupted run continues where it stopped.
     Writes compare.json, compare.png and compare.svg.
     """
-    import json
     from contextlib import nullcontext
 
     from dropflow_lab.compare.compare import Rules
     from dropflow_lab.compare.compare import compare as measure
-    from dropflow_lab.compare.figure import draw, require_matplotlib
-    from dropflow_lab.compare.lineup import line_up, load_models, subjects_of
-    from dropflow_lab.compare.page import page
-    from dropflow_lab.errors import InputError
+    from dropflow_lab.compare.figure import require_matplotlib
+    from dropflow_lab.compare.lineup import load_models, subjects_of
     from dropflow_lab.inputs.data import CLIPS, read_samples
     from dropflow_lab.inputs.prompts import check_questions
-    from dropflow_lab.markdown import around, renew
+    from dropflow_lab.markdown import around
     from dropflow_lab.measure.machine import this_machine, torch_threads
     from dropflow_lab.store.finished import Finished
 
     kinds = _apart(apart, data)
     require_matplotlib()
-    named, several = _listed(policies), _listed(models)
-    if not named:
-        raise InputError(f"--policies: expected comma-separated names or paths, or `{_ALL}`, got {policies!r}")
-    if several and model is not None:
-        raise InputError(f"--models: a model is given already, {model}; name all of them in --models")
+    named, several = _names(policies, models, model)
     with chatter_to_stderr(), torch_threads(threads) if threads else nullcontext():
         check_writable(out)
         if into is not None:
@@ -135,12 +129,7 @@ def compare(
         for _, processor in loaded.values():
             check_questions(processor, samples)
         settings = [*(overrides or ()), *(["rescale=true"] if rescale else [])]
-        schemes = {
-            "published": positions is not Positions.PERSISTENT,
-            "persistent": positions is not Positions.PUBLISHED,
-        }
-        found = line_up(subjects, loaded, settings, seeds=seeds, **schemes)
-        _refuse_named(found, named)
+        found = _lined_up(subjects, loaded, settings, seeds, positions, named)
         rules = Rules(batch, max_new_tokens, control_seeds, timed, rounds, _numbers(downsample), kinds)
         rows = list(measure(found.entries, loaded, samples, Finished(out / "finished"), rules))
         result = {
@@ -152,17 +141,60 @@ def compare(
             "refused": found.refused,
             "machine": this_machine().__dict__,
         }
-        write_text(out / "compare.json", json.dumps(result, indent=2))
-        draw(rows, out)
         asked = _asked(samples, seed, kinds)
-        if into is not None:
-            renew(into, _MARK, page(rows, found.refused, asked, kinds))
+        _write(rows, result, out, asked, into)
     told = [f"{name}: {reason}" for name, reason in found.refused.items()]
     told += [f"{asked} Intervals are 95 %. Written to {out}."]
     tables = [compare_tables.answers(rows, kinds)]
     tables += [compare_tables.kinds(rows)] if by_kind else []
     tables += [compare_tables.costs(rows)] if timed else []
     emit(result, as_json, *tables, "\n".join(told))
+
+
+def _names(policies: str, models: str, model: Path | None) -> tuple[list[str], list[str]]:
+    """Return the names of policies and models; raises `InputError` for none, or for models beside `model`."""
+    from dropflow_lab.errors import InputError
+
+    named, several = _listed(policies), _listed(models)
+    if not named:
+        raise InputError(f"--policies: expected comma-separated names or paths, or `{_ALL}`, got {policies!r}")
+    if several and model is not None:
+        raise InputError(f"--models: a model is given already, {model}; name all of them in --models")
+    return named, several
+
+
+def _lined_up(
+    subjects: Sequence[Subject],
+    loaded: Models,
+    settings: Sequence[str],
+    seeds: int,
+    positions: Positions,
+    named: Sequence[str],
+) -> Lineup:
+    """Return the rows to measure under the position schemes asked for; raises `InputError` as `_refuse_named`."""
+    from dropflow_lab.compare.lineup import line_up
+
+    schemes = {
+        "published": positions is not Positions.PERSISTENT,
+        "persistent": positions is not Positions.PUBLISHED,
+    }
+    found = line_up(subjects, loaded, settings, seeds=seeds, **schemes)
+    _refuse_named(found, named)
+    return found
+
+
+def _write(rows: Sequence[Row], result: dict[str, Any], out: Path, asked: str, into: Path | None) -> None:
+    """Write result and figure into `out`, and the comparison into the document."""
+    import json
+
+    from dropflow_lab.compare.figure import draw
+    from dropflow_lab.compare.page import page
+    from dropflow_lab.markdown import renew
+
+    write_text(out / "compare.json", json.dumps(result, indent=2))
+    draw(rows, out)
+    if into is not None:
+        renew(into, _MARK, page(rows, result["refused"], asked, result["apart"]))
 
 
 def _sources(named: Sequence[str]) -> list[str]:
