@@ -89,12 +89,22 @@ def _required(method: Any) -> set[str]:
     return {one.name for one in parameters if one.default is one.empty}
 
 
+class _Manager(pluggy.PluginManager):
+    """A manager that inspects only what is named like a hook, and not the hundred other attributes of a stage."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
+        return super().parse_hookspec_opts(module_or_class, name) if name in HOOKS else None
+
+
 class Hooks:
     """Asks the stages of one policy, in policy order (pluggy alone would call the last registered first)."""
 
     def __init__(self, stages: Sequence[tuple[str, Stage[Any]]]) -> None:
         """Register `stages`, whose classes must have no `hook_faults`."""
-        manager = pluggy.PluginManager(PROJECT)
+        manager = _Manager(PROJECT)
         manager.add_hookspecs(Lifecycle)
         for name, stage in stages:
             manager.register(stage, name)

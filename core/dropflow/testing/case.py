@@ -80,14 +80,16 @@ class Case:
 
     def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
         """Attach the case's policy, or another one; modules of stages start fresh, whatever they decide."""
-        training = self.model.training
+        model, training = self.model, self.model.training
         late = policy is None or self.policy.get("stages", {}).items() <= policy["stages"].items()
+        model.training = True  # the model's own flag, which allows fresh modules; `train()` would visit every module
         try:
-            return attach(
-                self.model.train(), policy or self.policy, adapter=self.adapter, overlap=self.overlap and late
-            )
+            flow = attach(model, policy or self.policy, adapter=self.adapter, overlap=self.overlap and late)
         finally:
-            self.model.train(training)
+            model.training = training
+        for module in flow.modules.values():
+            module.train(training)
+        return flow
 
     def single(self, sample: int) -> dict[str, Any]:
         """Inputs of one sample alone, without padding."""
