@@ -84,18 +84,16 @@ def no_garbage_collection() -> Iterator[None]:
     """Keep the garbage collector from running inside the block.
 
     What is alive before is frozen, so that it is not scanned before every sample. If the caller's program has frozen
-    objects of its own, these stay frozen, as does, from then on, what else is alive after the block.
+    objects of its own, all of it stays frozen: to thaw some alone is not possible, and to collect all again takes long.
     """
-    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
-        if frozen:
-            gc.collect()
-            gc.freeze()
+        if not frozen:
+            gc.unfreeze()
         if was_on:
             gc.enable()

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from measured import once
 
 import dropflow
 from dropflow_lab.bench import efficiency, random_llava
@@ -77,10 +78,11 @@ def test_bare_layers_take_masks_where_samples_are_padded() -> None:
 
 def test_command(cli, monkeypatch) -> None:
     monkeypatch.setattr(random_llava, "SubjectShape", lambda **given: replace(TOY, **given))
+    monkeypatch.setattr(efficiency, "bench_efficiency", once(bench_efficiency))
     run = partial(cli, "bench", "engine", "--repeats", 2, "--visual-tokens")
-    told = json.loads(run("36, 144", "--json").stdout)
-    assert [row["visual_tokens"] for row in told["rows"]] == [36, 36, 144, 144]
-    shown = run("36").stdout
+    told = json.loads(run("16, 36", "--json").stdout)
+    assert [row["visual_tokens"] for row in told["rows"]] == [16, 16, 36, 36]
+    shown = run("16, 36").stdout
     assert all(word in shown for word in ("pyramiddrop", "time over bare", "batches of 1", "cpu time"))
 
 

@@ -16,7 +16,7 @@ TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24
 
 @pytest.fixture(scope="module")
 def measured() -> OverlapBench:
-    return bench_overlap(TOY, rounds=3)
+    return bench_overlap(TOY, rounds=2)
 
 
 def test_both_runs_give_the_same_bits(measured: OverlapBench) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from measured import once
 
 from dropflow_lab.bench import decode, engine
 from dropflow_lab.bench import stages as stage_bench
@@ -16,15 +17,19 @@ from dropflow_lab.bench.random_llava import SubjectShape
 from dropflow_lab.bench.random_qwen import QwenShape
 
 TOY = SubjectShape(layers=16, hidden=32, intermediate=64, heads=2, image_side=6, text_tokens=8, vocabulary=32)
+FEW = {
+    name: stage_bench.POLICIES[name]
+    for name in ("keep-all", "late injection at 8", "filter with budgets, then the cache")
+}
+TOY_ENGINE = once(partial(engine.bench_engine, TOY, decode_steps=2))
+TOY_STAGES = once(partial(stage_bench.bench_stages, replace(TOY, layers=32, vision_hidden=64, vision_layers=3)))
 
 
 @pytest.fixture
 def toy_cli(cli, monkeypatch) -> Callable[..., object]:
-    monkeypatch.setattr(engine, "bench_engine", partial(engine.bench_engine, TOY, decode_steps=2))
-    few = ("keep-all", "late injection at 8", "filter with budgets, then the cache")
-    monkeypatch.setattr(stage_bench, "POLICIES", {name: stage_bench.POLICIES[name] for name in few})
-    small = partial(stage_bench.bench_stages, replace(TOY, layers=32, vision_hidden=64, vision_layers=3))
-    monkeypatch.setattr(stage_bench, "bench_stages", small)
+    monkeypatch.setattr(engine, "bench_engine", TOY_ENGINE)
+    monkeypatch.setattr(stage_bench, "POLICIES", FEW)
+    monkeypatch.setattr(stage_bench, "bench_stages", TOY_STAGES)
     return cli
 
 
@@ -76,7 +81,7 @@ def test_stages_as_a_table(toy_cli) -> None:
 def test_video(cli, monkeypatch) -> None:
     video = replace(QwenShape(), hidden=64, intermediate=96, heads=2, vocabulary=64, side=4, text_tokens=8)
     page = replace(video, layers=1, frames=0, vision_layers=1)
-    monkeypatch.setattr(video_bench, "bench_video", partial(video_bench.bench_video, video, page))
+    monkeypatch.setattr(video_bench, "bench_video", once(partial(video_bench.bench_video, video, page)))
     few = ("EVS at 25 %", "every fourth time step")
     monkeypatch.setattr(video_bench, "VIDEO_POLICIES", {name: video_bench.VIDEO_POLICIES[name] for name in few})
     told = json.loads(cli("bench", "video", "--repeats", 2, "--json").stdout)

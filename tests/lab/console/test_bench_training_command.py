@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from measured import once
+
+from dropflow_lab.bench import gpu, train
+from dropflow_lab.bench.compiled_steps import CompiledBench, bench_compiled
+from dropflow_lab.bench.random_llava import SubjectShape
+from dropflow_lab.measure.machine import this_machine
+from dropflow_lab.measure.timing import Spread
 
 TINY = ("--shape", "tiny", "--batch", 1, "--repeats", 2)
 
 
-def test_train_as_json(cli) -> None:
+TOY_TRAIN = once(train.bench_train)
+
+
+def test_train_as_json(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "bench_train", TOY_TRAIN)
     told = json.loads(cli("bench", "train", *TINY, "--json").stdout)
     assert set(told["step_speedup"]) == set(told["efficiency"]) == {"median", "low", "high"}
     assert told["flops_ratio"] > 1
@@ -20,13 +34,23 @@ def test_train_as_json(cli) -> None:
     assert (told["rounds"], told["subject"]["layers"], told["subject"]["batch"]) == (2, 16, 1)
 
 
-def test_train_as_a_table(cli) -> None:
+def test_train_as_a_table(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "bench_train", TOY_TRAIN)
     shown = cli("bench", "train", *TINY, "--quick").stdout
     assert all(word in shown for word in ("step speed-up", "FLOPs ratio", "peak memory ratio", "efficiency"))
     assert "2 rounds on 1 thread(s)" in shown
 
 
-def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path) -> None:
+def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps are the slow set's, on this command, and those of `dropflow bench compiled`."""
+
+    def compiled(shape: SubjectShape, **options: Any) -> CompiledBench:
+        signature(bench_compiled).bind(shape, **options)
+        spreads = {field.name: Spread(1.0, 1.0, 1.0) for field in fields(CompiledBench) if field.type == "Spread"}
+        known = {"graphs": 1, "capacities": (), "backend": options["backend"], "clock": "wall"}
+        return CompiledBench(**spreads, **known, rounds=options["rounds"], subject=shape, machine=this_machine())
+
+    monkeypatch.setattr(gpu, "bench_compiled", compiled)
     out = tmp_path / "docs" / "gpu.md"
     shown = cli("bench", "gpu", *TINY, "--device", "cpu", "--dtype", "bfloat16", "--out", out).stdout
     assert "cpu, sdpa: prefill" in shown
