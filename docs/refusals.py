@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeGuard
 
@@ -71,6 +72,7 @@ class Refusal:
         return next(group for *parts, group in RULES if all(map(re.search, parts, told)))
 
 
+@cache
 def refusals() -> list[Refusal]:
     """Every message of the source tree, file by file."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in _files()}

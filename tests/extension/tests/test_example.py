@@ -29,7 +29,7 @@ def test_the_fewest_best_tokens_reach_the_mass(mass: float, kept: list[bool]) ->
 
 
 def test_the_stage_conforms_on_families_of_every_kind() -> None:
-    names = ("gemma3", "idefics3", "llava_next", "qwen3_vl")
+    names = ("gemma3", "qwen3_vl")
     cells = assert_stage_conforms("example/top-p", models=DEEPSEEK | {name: tiny_models()[name] for name in names})
     assert [cell.adapter for cell in cells] == ["deepseek_vl", *names]
     assert {cell.outcome for cell in cells} == {"run"}, [cell.detail for cell in cells]
@@ -37,12 +37,6 @@ def test_the_stage_conforms_on_families_of_every_kind() -> None:
 
 def test_the_adapter_conforms() -> None:
     assert 0 < assert_backbone_conforms("deepseek_vl", tiny()) < 1e-5
-
-
-def test_stages_that_need_more_than_auto_knows_run_on_the_adapter() -> None:
-    for stage in ("mustdrop/spatial-merge", "mustdrop/key-set"):
-        (cell,) = assert_stage_conforms(stage, models=DEEPSEEK)
-        assert cell.outcome == "run", cell.detail
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dropflow_lab.measure.selection_cost import metered
 
 GROUP = "dropflow.stages"
 TOY = SubjectShape(
-    layers=32, hidden=32, intermediate=64, heads=2, image_side=12, text_tokens=16, vocabulary=32, vision_layers=3
+    layers=16, hidden=32, intermediate=64, heads=2, image_side=12, text_tokens=16, vocabulary=32, vision_layers=3
 )
 SMALL = SubjectShape(layers=3, hidden=32, intermediate=64, heads=2, image_side=4, text_tokens=4, vocabulary=32)
 

@@ -22,7 +22,7 @@ Start = Callable[..., Any]
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
     """Digits questions, each about a picture of its own."""
-    return read_samples("digits", 16)
+    return read_samples("digits", 9)
 
 
 @pytest.fixture(scope="session")
