@@ -77,16 +77,16 @@ def answer(own: Selector, call: EncodeCall) -> Encode:
     return found
 
 
-def close(value: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+def assert_close(value: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     torch.testing.assert_close(value, expected.to(value), rtol=rtol, atol=atol)
 
 
 def test_recorded_scores() -> None:
     arrays, _ = golden("scores")
     scorer = scorer_of(arrays)
-    close(scorer(arrays["rows"][0]), arrays["out_scores"][0])
+    assert_close(scorer(arrays["rows"][0]), arrays["out_scores"][0])
     query, key = (p(arrays["rows"][0]) for p in (scorer.q_proj, scorer.k_proj))
-    close((query @ key.T / 6**0.5).mean(1), arrays["out_scores"][0])
+    assert_close((query @ key.T / 6**0.5).mean(1), arrays["out_scores"][0])
 
 
 @pytest.mark.parametrize("name", ["soft_a", "soft_equal"])
@@ -94,11 +94,11 @@ def test_recorded_soft_masks_and_their_gradients(name: str) -> None:
     arrays, meta = golden(name)
     scores = arrays["scores"][0].clone().requires_grad_()
     soft = soft_mask(scores, torch.zeros_like(scores).long(), torch.tensor([float(meta["k"])]))
-    close(soft, arrays["out_soft"][0])
-    close(torch.sigmoid(scores + arrays["out_shift"][0]), soft.detach())
+    assert_close(soft, arrays["out_soft"][0])
+    assert_close(torch.sigmoid(scores + arrays["out_shift"][0]), soft.detach())
     soft.backward(arrays["upstream"][0])
     assert scores.grad is not None
-    close(scores.grad, arrays["out_grad"][0])
+    assert_close(scores.grad, arrays["out_grad"][0])
 
 
 def test_recorded_training_step() -> None:
@@ -107,15 +107,15 @@ def test_recorded_training_step() -> None:
     found = answer(stage(keep=meta["budget"]), payload((arrays["rows"],), scorer, training=True))
     assert found.rows is not None
     assert found.loss is not None
-    close(found.rows[0], arrays["out_rows"])
+    assert_close(found.rows[0], arrays["out_rows"])
     task = (found.rows[0] - arrays["target"]).square().mean()
-    close(task, arrays["out_task"])
-    close(found.loss, meta["lam"] * arrays["out_bce"])
-    close(task + found.loss, arrays["out_loss"])
+    assert_close(task, arrays["out_task"])
+    assert_close(found.loss, meta["lam"] * arrays["out_bce"])
+    assert_close(task + found.loss, arrays["out_loss"])
     (task + found.loss).backward()
     for name, value in scorer.named_parameters():
         own = f"grad_{name[0]}_{name.rpartition('.')[2]}"
-        close(value.grad, arrays[own], rtol=2e-3)  # type: ignore[arg-type]
+        assert_close(value.grad, arrays[own], rtol=2e-3)  # type: ignore[arg-type]
     hard = torch.zeros(25, dtype=torch.bool)
     hard[scorer(arrays["rows"]).detach().argsort(descending=True, stable=True)[: meta["k"]]] = True
     assert torch.equal(hard, arrays["out_hard"].bool())
@@ -131,14 +131,14 @@ def test_recorded_curriculum() -> None:
         assert found.rows is not None
         assert found.loss is not None
         task = (found.rows[0] - arrays["target"]).square().mean()
-        close(task, arrays["out_task"][step], rtol=2e-3)
-        close(found.loss / arrays["out_lam"][step], arrays["out_bce"][step], rtol=2e-3)
-        close(task + found.loss, arrays["out_loss"][step], rtol=2e-3)
+        assert_close(task, arrays["out_task"][step], rtol=2e-3)
+        assert_close(found.loss / arrays["out_lam"][step], arrays["out_bce"][step], rtol=2e-3)
+        assert_close(task + found.loss, arrays["out_loss"][step], rtol=2e-3)
         optimizer.zero_grad()
         (task + found.loss).backward()
         optimizer.step()
     for name, value in scorer.named_parameters():
-        close(value.detach(), arrays[f"end_{name[0]}_{name.rpartition('.')[2]}"], rtol=5e-3, atol=5e-4)
+        assert_close(value.detach(), arrays[f"end_{name[0]}_{name.rpartition('.')[2]}"], rtol=5e-3, atol=5e-4)
     kept = answer(own, payload((arrays["rows"],), scorer, training=False)).keep
     assert kept is not None
     assert torch.equal(kept[0].nonzero()[:, 0], arrays["out_kept"])
@@ -164,15 +164,15 @@ def test_soft_masks_sum_to_k_rise_with_the_score_and_ignore_a_constant(seed: int
     assert soft.sum().item() == pytest.approx(k.item(), rel=1e-5)
     order = scores.detach().argsort()
     assert (soft.detach()[order].diff() >= -1e-7).all()
-    close(soft_mask(scores.detach() + 7, group, k), soft.detach(), atol=2e-5)
+    assert_close(soft_mask(scores.detach() + 7, group, k), soft.detach(), atol=2e-5)
     soft.backward(torch.randn(count, generator=dice))
     assert scores.grad is not None
     assert scores.grad.sum().item() == pytest.approx(0, abs=1e-5)
     shuffle = torch.randperm(count, generator=dice)
-    close(soft_mask(scores.detach()[shuffle], group, k), soft.detach()[shuffle])
+    assert_close(soft_mask(scores.detach()[shuffle], group, k), soft.detach()[shuffle])
     hard = torch.zeros(count)
     hard[order[-int(k) :]] = 1
-    close(soft_mask(1e4 * scores.detach(), group, k), hard, atol=1e-3)
+    assert_close(soft_mask(1e4 * scores.detach(), group, k), hard, atol=1e-3)
 
 
 def test_masks_in_low_precision_still_sum_to_k() -> None:

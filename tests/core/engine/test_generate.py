@@ -260,7 +260,7 @@ def test_compiled_layers_are_not_recompiled_for_other_keeps() -> None:
     with dropflow.attach(plain, other):
         expected_other = plain(**inputs).logits
     torch._dynamo.reset()
-    for layer in model.get_decoder().layers:
+    for layer in model.get_decoder().layers[::2]:  # whole, pruned once, and twice
         layer.compile(dynamic=True, backend="eager")
     with dropflow.attach(model, HIDROP):
         assert relative_error(model(**inputs).logits, expected) < 1e-5

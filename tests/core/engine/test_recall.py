@@ -77,11 +77,13 @@ POLICIES = {
 def check(
     model: Any, which: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], visual: Tensor
 ) -> list[Tensor]:
-    """Compare a conversation with its definition; returns what was held after every call."""
+    """Compare a conversation with its definition, call by call; returns what was held after every call."""
     with dropflow.attach(model, which) as flow:
         layers = list(model.get_decoder().layers._modules.values())
         found, helds = turns_beside(model, layers, flow, first, turns, visual)
+    assert len(found) == len(helds) == 1 + len(turns)
     for logits, expected in found:
+        assert logits.numel() > 0
         assert relative_error(logits, expected) < 2e-5
     return helds
 
@@ -103,23 +105,27 @@ def test_turns_equal_those_of_the_definition(llava: Any, which: str, samples: An
     helds = check(llava, POLICIES[which], first, turns(len(samples)), visual)
     chosen = [held[4][:, : visual.shape[1]][visual] for held in helds]
     assert any(not torch.equal(chosen[0], later) for later in chosen[1:])
-    assert all(len({int(held.sum()) for held in chosen}) == 1 for _ in chosen) or which == "raters"
+    assert which == "raters" or len({int(held.sum()) for held in chosen}) == 1
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
-def test_padding_in_every_turn(attention: str) -> None:
+def test_padded_turns_equal_those_of_the_definition(attention: str) -> None:
     first = prompt(((3, "I", 5), ("I", 9), ("I", 2)))
     own = turns(3)[:2]
     own[0] |= {"attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]])}
     own[1] |= {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])}
-    check(tiny_llava(attention=attention), POLICIES["hidrop"], first, own, first["input_ids"] == IMAGE)
+    visual = first["input_ids"] == IMAGE
+    helds = check(tiny_llava(attention=attention), POLICIES["hidrop"], first, own, visual)
+    before = visual.shape[1]
+    assert [held.shape[2] for held in helds] == [before, before + 3, before + 8]
+    assert helds[2][2:, :, before:].eq(torch.cat([turn["attention_mask"] for turn in own], 1).bool()).all()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next"])
 @pytest.mark.parametrize("which", ["fastv", "hidrop", "before all layers"])
 @torch.no_grad()
-def test_other_families(family: str, which: str) -> None:
+def test_turns_equal_those_of_the_definition_on_other_families(family: str, which: str) -> None:
     adapter, tiny = tiny_models()[family]
     model = tiny.model("sdpa")
     inputs, _ = tiny.prompt(((3, "I", 5),), side="left")
@@ -128,7 +134,8 @@ def test_other_families(family: str, which: str) -> None:
     if "mm_token_type_ids" in inputs:
         for turn in more:
             turn["mm_token_type_ids"] = torch.zeros_like(turn["input_ids"])
-    check(model, POLICIES[which], dict(inputs), more, visual)
+    helds = check(model, POLICIES[which], dict(inputs), more, visual)
+    assert all(0 < held[4, :, : visual.shape[1]][visual].sum() < visual.sum() for held in helds)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tiny import HIDROP, IMAGE, RAGGED, policy, prompt, relative_error, tiny_lla
 from torch import Tensor
 
 import dropflow
-from dropflow import Keep, PruneCall, Stage, hookimpl
+from dropflow import Keep, Keeps, PruneCall, Stage, hookimpl
 from dropflow.errors import UnsupportedCall
 from dropflow.testing import tiny_models
 
@@ -151,6 +151,19 @@ print(float((got - torch.tensor(given["scores"])).abs().max()), flow.keeps() == 
 """
 
 
+def test_from_plain_data_on_a_model_of_ones_own() -> None:
+    sequences, scores, keeps = rollout(tiny_llava(), prompt(SAMPLES), RAGGED)
+    text = json.dumps([own.to_dict() for own in keeps])
+    read = [Keeps.from_dict(own) for own in json.loads(text)]
+    model = tiny_llava().train()
+    with dropflow.attach(model, RAGGED) as flow, flow.replay(read):
+        got = scored(model, prompt(SAMPLES), sequences)
+    assert float((got - scores).detach().abs().max()) < 1e-5
+    assert flow.keeps() == keeps
+    assert len(text) < 60 * sum(len(own.visual) for own in keeps) + 500
+
+
+@pytest.mark.slow
 def test_in_another_process(tmp_path: Path) -> None:
     sequences, scores, keeps = rollout(tiny_llava(), prompt(SAMPLES), RAGGED)
     file = tmp_path / "rollout.json"
@@ -161,7 +174,6 @@ def test_in_another_process(tmp_path: Path) -> None:
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 1e-5
     assert out[1] == "True"
-    assert len(json.dumps(given["keeps"])) < 60 * sum(len(own.visual) for own in keeps) + 500
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def test_a_file_that_is_no_policy_is_not_quoted(tmp_path: Path) -> None:
     ],
 )
 def test_overrides_are_held_to_the_same(override: str) -> None:
-    refusal("hidrop-64", override)
+    assert refusal("hidrop-64", override)
 
 
 def test_mappings_from_python_are_held_to_the_same() -> None:

@@ -345,10 +345,11 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str) -> None:
+def test_compiled_steps_generate_the_same_tokens_on_other_families(family: str) -> None:
     adapter, tiny = tiny_models()[family]
     rank = {"use": "fastv/attention-rank", "at": 5 if family in HYBRID else 1, "keep": 0.4}
-    check_compiled_steps(Case(family, adapter, tiny, policy(rank=rank)))
+    compared = check_compiled_steps(Case(family, adapter, tiny, policy(rank=rank)))
+    assert compared == 12 or family in UNCOMPILED
 
 
 BREAKS = [pytest.param(place, marks=pytest.mark.slow) for place in ("embeddings", "both")]

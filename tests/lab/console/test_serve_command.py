@@ -57,7 +57,7 @@ def test_times_without_an_end_are_refused(refused: Callable[..., str], option: s
 HELLO: Any = [{"role": "user", "content": "what digit is yellow ?"}]
 
 
-def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_after_a_kill(
+def test_it_serves_the_page_of_the_documents_and_ends_on_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,18 +75,13 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
             text = curl.replace(":8000", f":{port}")
             told = subprocess.run(["sh", "-e", "-c", text], capture_output=True, text=True, check=True, timeout=60)
             assert '"content":"8"' in told.stdout
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    with running("hidrop", "--port", port, "--name", "again") as (process, again, lines):
-        assert again == port
-        assert lines[0].startswith("serving again, again@hidrop-digits")
         answers: list[str] = []
         ended: list[tuple[int, str]] = []
 
         def ask() -> None:
             for _ in range(1000):
                 try:
-                    done = client(port).chat.completions.create(model="again@dense", messages=HELLO)
+                    done = client(port).chat.completions.create(model="hidrop@dense", messages=HELLO)
                 except openai.APIConnectionError:  # nobody listens any more
                     return
                 except openai.InternalServerError as error:  # its connection was accepted just before the stop
@@ -105,6 +100,18 @@ def test_it_serves_the_page_of_the_documents_ends_on_sigterm_and_starts_again_af
         assert set(ended) <= {(503, "stopping")}
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_it_starts_again_after_a_kill() -> None:
+    with running("hidrop", "--port", 0) as (process, port, _):
+        assert client(port).chat.completions.create(model="hidrop@dense", messages=HELLO).choices
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    with running("hidrop", "--port", port, "--name", "again") as (process, again, lines):
+        assert again == port
+        assert lines[0].startswith("serving again, again@hidrop-digits")
+        assert client(port).chat.completions.create(model="again@dense", messages=HELLO).choices
 
 
 @pytest.mark.slow

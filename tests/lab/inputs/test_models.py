@@ -76,7 +76,7 @@ def test_weights_that_are_not_whole(copied) -> None:
 
 def test_a_broken_processor(copied) -> None:
     (copied / "tokenizer.json").write_text(json.dumps({"version": 1}))
-    refused(copied)
+    assert "transformers cannot load this model: " in refused(copied)
 
 
 @pytest.mark.parametrize("command", [("run", "--model"), ("serve", "--port", "0")])

@@ -34,7 +34,7 @@ def generated(model: Any, inputs: Any, which: Any) -> tuple[list[int], torch.Ten
     return out.sequences[0].tolist(), torch.stack(out.logits)
 
 
-def same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
+def assert_same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
     tokens, logits = generated(model, inputs, which)
     again, forced = generated(model, inputs, replay_policy(trace))
     assert again == tokens
@@ -48,7 +48,7 @@ def same(model: Any, inputs: Any, which: Any, trace: Trace) -> None:
 @pytest.mark.parametrize("which", POLICIES.values(), ids=POLICIES)
 def test_replay_gives_the_same_tokens_and_logits_and_the_same_trace(which: dict[str, Any]) -> None:
     model, inputs, trace = tiny_trace(which)
-    same(model, inputs, which, trace)
+    assert_same(model, inputs, which, trace)
     again = record_inputs(model, Words, inputs, [replay_policy(trace)], STEPS)
     assert without_scores(again) == without_scores(trace)
 
@@ -59,7 +59,7 @@ def test_a_file_written_before_there_were_sizes_replays_as_ever() -> None:
     model, inputs, _ = tiny_trace(HIDROP)
     assert trace.runs[0].encode[0].images[0].sizes is None
     assert trace.runs[0].boundaries[-1].merged_by is None
-    same(model, inputs, policy(merge=ENCODE["merge"], keys=ENCODE["keys"], guided=sparse), trace)
+    assert_same(model, inputs, policy(merge=ENCODE["merge"], keys=ENCODE["keys"], guided=sparse), trace)
 
 
 def test_rows_put_in_anew_lose_their_sizes_in_the_replay_too() -> None:
@@ -77,7 +77,7 @@ def test_rows_put_in_anew_lose_their_sizes_in_the_replay_too() -> None:
     model, inputs, trace = tiny_trace(which)
     assert trace.runs[0].encode[1].images[0].merged == []
     assert max(trace.runs[0].encode[0].images[0].sizes or []) > 1
-    same(model, inputs, which, trace)
+    assert_same(model, inputs, which, trace)
 
 
 def test_a_token_that_outlives_the_exit_does_so_again() -> None:
@@ -85,7 +85,7 @@ def test_a_token_that_outlives_the_exit_does_so_again() -> None:
     which = policy(pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 6}}, exit=exit_at_4)
     model, inputs, trace = tiny_trace(which, parts=((3, "I"),))
     assert [layer.visual_tokens for layer in trace.runs[0].layers] == [16, 16, 6, 6, 1, 1]
-    same(model, inputs, which, trace)
+    assert_same(model, inputs, which, trace)
 
 
 def without_scores(trace: Trace) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_published_policies_on_the_embedded_model(name: str, overrides: list[str
     question = "read all digits row by row ."
     which = load_policy(name, ["rescale=true", *overrides])
     trace = record(model, processor, pictures, question, [which], STEPS)
-    same(model, build_inputs(processor, [(pictures, question)]), which, trace)
+    assert_same(model, build_inputs(processor, [(pictures, question)]), which, trace)
 
 
 @torch.no_grad()
@@ -334,4 +334,4 @@ def test_weighted_sums_are_made_again() -> None:
     model, inputs, trace = tiny_trace(which)
     first = (trace.runs[0].encode[0].images[0].merged or [])[0]
     assert (first.into, first.of, first.shares) == (1, [3], [0.5])
-    same(model, inputs, which, trace)
+    assert_same(model, inputs, which, trace)

@@ -134,7 +134,7 @@ OWN = (
     *("vision/", "model/attention", "attach/refusals"),
 )
 """Engine files that work on objects of one call and shadow others only through `model/shadowing.py`; by default, every
-third of their lines is tested."""
+ninth of their lines is tested."""
 
 
 @functools.cache
@@ -149,12 +149,12 @@ def lines_of_scenes() -> dict[str, list[Line]]:
 
 
 def first_passes(name: str) -> list[Line]:
-    """The first execution of every line that no earlier scene executes; for some files, only every third one."""
+    """The first execution of every line that no earlier scene executes; for some files, only every ninth one."""
     seen: set[tuple[str, int]] = set()
     for other, lines in lines_of_scenes().items():
         own = [line for line in lines if line.time == 1 and (line.file, line.number) not in seen]
         if other == name:
-            return [line for line in own if line.number % 3 == 0 or not any(part in line.file for part in OWN)]
+            return [line for line in own if line.number % 9 == 0 or not any(part in line.file for part in OWN)]
         seen |= {(line.file, line.number) for line in lines}
     raise LookupError(name)
 

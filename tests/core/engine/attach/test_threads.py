@@ -190,7 +190,7 @@ def outcomes(
 def test_a_call_beside_attaching_is_plain_or_governed_or_refused(
     llava: Any, which: dict[str, Any], call: Callable[[Any], Tensor], both: bool
 ) -> None:
-    found = outcomes(llava, which, call, 12, both=both)
+    found = outcomes(llava, which, call, 6, both=both)
     assert set(found) <= {"plain", "governed", "refused", "own"}, found
 
 
@@ -347,7 +347,7 @@ def test_of_policies_attached_at_once_one_wins(llava: Any, count: int) -> None:
         except UnsupportedModel as refusal:
             return str(refusal)
 
-    for _ in range(60):
+    for _ in range(25):
         found = at_once(*(functools.partial(attach, one) for one in named))
         flows = [flow for flow in found if isinstance(flow, Flow)]
         assert len(flows) == 1, "one wins"

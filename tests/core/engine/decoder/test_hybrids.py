@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ FAMILIES: dict[str, tuple[type[Backbone], Tiny]] = {
     for name, family in tiny_models().items()
     if name in ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl", "minicpmv4_6")
 } | {"llava with qwen3_5": (Llava, llava_qwen3_5()), "llava with nemotron_h": (Llava, llava_nemotron_h())}
+MODELS: dict[str, dict[str, Any]] = {name: {} for name in FAMILIES}
+"""The models that the cases of a family share."""
 SAMPLES = ((3, "I", 5), (1, "I", 2, "I", 10))
 """Two samples of different length, which keep different numbers of tokens."""
 POLICIES: dict[str, dict[str, Any]] = {
@@ -61,18 +64,24 @@ def random_stages(seed: int) -> dict[str, Any]:
 
 def case(family: str, stages: Mapping[str, Any], samples: Any = SAMPLES, attention: str = "sdpa") -> Case:
     adapter, tiny = FAMILIES[family]
-    return Case(family, adapter, tiny, {"name": "hybrid", "stages": stages}, attention, samples=samples)
+    stated = {"name": "hybrid", "stages": stages}
+    return Case(family, adapter, tiny, stated, attention, samples=samples, models=MODELS[family])
 
 
 def cells() -> list[Any]:
     """Every family under every policy; those at all times that differ most from the others.
 
-    Which tokens stay matters little to a layer: one family is pruned by every policy, its likes by two.
+    Which tokens stay matters little to a layer: for each kind of layers, one family is pruned by several policies, its
+    likes by those of the conformance kit alone.
     """
-    always = {"lfm2_vl": ("hidrop", "random 1"), "llava with nemotron_h": ("fastv", "random 2")}
+    always = {
+        "qwen3_5": (*POLICIES, "random 1", "random 2"),
+        "lfm2_vl": ("hidrop", "mustdrop", "random 1"),
+        "llava with nemotron_h": ("fastv", "mustdrop", "random 2"),
+    }
 
     def often(family: str, which: str) -> bool:
-        return family == "qwen3_5" or which in ("mustdrop", *always.get(family, ()))
+        return which in always.get(family, ())
 
     return [
         pytest.param(family, which, marks=() if often(family, which) else pytest.mark.slow)
@@ -98,15 +107,21 @@ def test_with_eager_attention(family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("which", POLICIES)
 def test_with_the_kernel_in_float64_nothing_is_left_of_its_round_off(which: str) -> None:
-    own = case("qwen3_5", POLICIES[which])
+    own = replace(case("qwen3_5", POLICIES[which]), models={})
     own.model.double()
     own.drawn[0]["pixel_values"] = own.drawn[0]["pixel_values"].double()
     with exact_delta_net():
         assert check_prefill(own) < 1e-9
 
 
+LIKES = ("qwen3_5_moe", "lfm3_vl")
+"""Families with the layers of another one."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKES)) for name in FAMILIES]
+)
 def test_eight_tokens_and_three_beams_equal_the_absent_run(family: str) -> None:
     own = case(family, WINDOW["stages"])
     for how in ({"max_new_tokens": 8, "min_new_tokens": 8}, {"max_new_tokens": 4, "num_beams": 3}):

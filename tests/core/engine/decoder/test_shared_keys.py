@@ -80,8 +80,16 @@ def embeddings(model: Any) -> Iterator[list[Tensor]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", SHARING)
+def cells() -> list[Any]:
+    """Every family dropping everywhere; at all times one family everywhere, and each of the others at every other."""
+    return [
+        pytest.param(name, where, marks=[pytest.mark.slow] * (row > 0 and (row + column) % 2))
+        for row, name in enumerate(SHARING)
+        for column, where in enumerate(WHERE)
+    ]
+
+
+@pytest.mark.parametrize(("name", "where"), cells())
 @torch.no_grad()
 def test_prefill_and_decoding_equal_the_masked_run(name: str, where: str) -> None:
     model, inputs = model_of(name), prompt(name)
