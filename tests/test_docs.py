@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from documents import ROOT, blocks, files_of, install, passes_its_tests, run, without_blank_lines
 from tiny import HIDROP, prompt, tiny_llava
@@ -24,7 +23,6 @@ import dropflow
 import dropflow.testing
 from dropflow.policy.plan import resolve
 from dropflow.units import BackboneShape
-from dropflow_lab.backbones.listing import models_in_markdown
 from dropflow_lab.console.cli import app
 from dropflow_lab.explain.listing import stages_in_markdown
 from dropflow_lab.markdown import around, renew
@@ -225,19 +223,6 @@ def test_the_table_of_methods_is_that_of_the_installed_stages(tmp_path: Path) ->
     renew(renewed, "table of stages", stages_in_markdown())
     same = renewed.read_text(encoding="utf-8") == document.read_text(encoding="utf-8")
     assert same, "renew it: dropflow list stages --into docs/methods.md"
-
-
-def test_the_table_of_models_is_what_attach_says_of_every_type(tmp_path: Path) -> None:
-    document = ROOT / "docs" / "backbones.md"
-    if not document.exists():
-        pytest.skip("the documents are not beside the tests")
-    text = document.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}:" not in text:
-        pytest.skip(f"the page lists the types of another version than transformers {transformers.__version__}")
-    renewed = tmp_path / "backbones.md"
-    renewed.write_text(text, encoding="utf-8")
-    renew(renewed, "table of models", models_in_markdown())
-    assert renewed.read_text(encoding="utf-8") == text, "renew it: dropflow list models --into docs/backbones.md"
 
 
 def test_the_tables_of_refusals_are_those_of_the_source_code(tmp_path: Path) -> None:

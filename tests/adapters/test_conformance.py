@@ -42,12 +42,12 @@ def compared(stage: str, adapter: str) -> Compared:
     """How much of a cell is checked at all times; the slow set checks everything.
 
     Everything on one family for every stage, and on the families in `WHOLE` for one stage more each; answers on one
-    family of four, and on every family for stages of the cache; prompts on all.
+    family of eight, and on every family for stages of the cache; prompts on all.
     """
     number = STAGES.index(stage) + list(FAMILIES).index(adapter)
     if adapter == home(stage) or (adapter in WHOLE and number % len(STAGES) == 0):
         return "everything"
-    return "answers" if number % 4 == 0 or hasattr(registry.load(registry.STAGES, stage), "decode_cache") else "prompts"
+    return "answers" if number % 8 == 0 or hasattr(registry.load(registry.STAGES, stage), "decode_cache") else "prompts"
 
 
 def cell_of(stage: str, entry: dict[str, Any], adapter: str, how: Compared) -> Cell:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from documents import ROOT
 from miniatures import tiny
 
 import dropflow
@@ -16,8 +18,9 @@ from dropflow.testing import assert_backbone_conforms, check_facts, tiny_models
 from dropflow.testing.case import Case
 from dropflow.testing.guarantees import check_prefill
 from dropflow.testing.probes import WINDOW
-from dropflow_lab.backbones.listing import models
+from dropflow_lab.backbones.listing import models, models_in_markdown
 from dropflow_lab.backbones.miniature import kinds, miniature
+from dropflow_lab.markdown import renew
 
 OWN = set(tiny_models())
 """Types with a family of their own in the kit, on which the whole matrix of stages runs."""
@@ -68,6 +71,19 @@ def test_no_type_is_unknown_and_most_are_served() -> None:
 def test_types_with_an_adapter_of_their_own_name_it() -> None:
     built = {name for name in OWN & set(kinds()) if rows()[name]["status"] != "not built"}
     assert {name: rows()[name]["adapter"] for name in built} == {name: name for name in built}
+
+
+def test_the_table_of_models_is_what_attach_says_of_every_type(tmp_path: Path) -> None:
+    document = ROOT / "docs" / "backbones.md"
+    if not document.exists():
+        pytest.skip("the documents are not beside the tests")
+    text = document.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" not in text:
+        pytest.skip(f"the page lists the types of another version than transformers {transformers.__version__}")
+    renewed = tmp_path / "backbones.md"
+    renewed.write_text(text, encoding="utf-8")
+    renew(renewed, "table of models", models_in_markdown([*rows().values()]))
+    assert renewed.read_text(encoding="utf-8") == text, "renew it: dropflow list models --into docs/backbones.md"
 
 
 @pytest.mark.parametrize("kind", served())

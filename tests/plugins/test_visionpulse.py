@@ -392,10 +392,17 @@ def test_published_settings(name: str, first: int, variant: str) -> None:
     assert plan.schedule(1024).per_layer == (1024,) * 36
 
 
+SEVERAL = ("llava", "qwen3_vl", "internvl", "gemma3", "qwen3_5")
+
+
 @pytest.mark.parametrize(
-    "variant", ["official", *(pytest.param(other, marks=pytest.mark.slow) for other in ("blocks", "port"))]
+    ("variant", "families"),
+    [
+        ("official", ("qwen3_vl", "qwen3_5")),
+        *(pytest.param(variant, SEVERAL, marks=pytest.mark.slow) for variant in ("official", "blocks", "port")),
+    ],
 )
-def test_it_conforms_on_several_families(variant: str) -> None:
-    chosen = {name: tiny_models()[name] for name in ("llava", "qwen3_vl", "internvl", "gemma3", "qwen3_5")}
+def test_it_conforms_on_several_families(variant: str, families: tuple[str, ...]) -> None:
+    chosen = {name: tiny_models()[name] for name in families}
     cells = assert_stage_conforms(STAGE, {**DecodeRead.example, "variant": variant, "block": 3}, chosen)
     assert {cell.adapter: cell.outcome for cell in cells} == dict.fromkeys(chosen, "run")

@@ -65,7 +65,7 @@ def compare(stage: str, options: dict[str, Any]) -> bool:
 def test_a_run_does_what_any_options_forecast(stage: str) -> None:
     ran: list[bool] = []
 
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(options_of(stage))
     def holds(options: dict[str, Any]) -> None:
         ran.append(compare(stage, options))

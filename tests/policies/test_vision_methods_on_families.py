@@ -37,7 +37,13 @@ MUSTDROP: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LIKES = ("aya_vision", "llava_next", "llava_onevision", "mistral3")
+"""Families whose features are made like those of another one."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKES)) for name in FAMILIES]
+)
 def test_mustdrop_whole(family: str) -> None:
     adapter, tiny = tiny_models()[family]
     case = Case(f"mustdrop x {family}", adapter, tiny, {"name": "mustdrop", "stages": MUSTDROP})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -105,9 +105,9 @@ def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def models_in_markdown() -> str:
-    """Every type as Markdown tables, as in `docs/backbones.md`: those that are served, and the others."""
-    rows = models()
+def models_in_markdown(rows: Sequence[Row] | None = None) -> str:
+    """Every type (by default `models()`) as Markdown tables: those that are served, and the others."""
+    rows = models() if rows is None else rows
     served = [row for row in rows if row["status"] == "served"]
     others = [row for row in rows if row["status"] != "served"]
     head = f"{len(rows)} types in transformers {transformers.__version__}: {len(served)} are served."

@@ -173,7 +173,7 @@ def test_errors_end_the_command_line_alone(monkeypatch: pytest.MonkeyPatch, caps
 def test_means_are_over_the_prompts_of_all_processes(tmp_path) -> None:
     one = Totals(Prefill(3, 30, 24, 300, 6, 12, 9, 18), 5, 1.0)
     assert one.gathered() == one
-    processes.spawn(_gathers, (str(tmp_path / "store"),), nprocs=2)
+    processes.start_processes(_gathers, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
 
 
 def _gathers(rank: int, store: str) -> None:

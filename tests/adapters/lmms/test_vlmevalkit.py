@@ -68,14 +68,18 @@ def test_its_answers_are_those_of_compare(example: Any, tmp_path: Path) -> None:
     assert own.means()["visual_tokens_per_layer"] == pytest.approx(expected.average_visual_tokens)
 
 
-def test_it_is_registered_before_vlmevalkit_runs(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_registered_before_vlmevalkit_runs(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.py").write_text(
         "import sys\nfrom vlmeval.config import supported_VLM\n"
         "made = supported_VLM['dropflow']()\n"
         "assert sys.argv[1:] == ['--model', 'dropflow', '--data', 'POPE']\n"
         "assert made._answering.flow.policy.name == 'hidrop-digits'\n"
+        "print('it ran')\n"
     )
     before = [*sys.path]
     monkeypatch.setattr(sys, "argv", ["run", str(tmp_path), "pretrained=dense,policy=hidrop-digits", "--data", "POPE"])
     monkeypatch.setattr(sys, "path", before)
     example.main()
+    assert capsys.readouterr().out.endswith("it ran\n")

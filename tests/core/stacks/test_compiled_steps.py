@@ -337,6 +337,8 @@ def test_threads_answer_side_by_side(model: Any, graphs: Graphs) -> None:
 
 HYBRID = ("lfm2_vl", "lfm3_vl", "minicpmv4_6", "qwen3_5", "qwen3_5_moe")
 """Families whose first layers have no attention."""
+UNCOMPARED = ("gemma3n", "gemma4", "gemma4_unified")
+"""Families that static caches are refused on, or that do not compile whole without a policy either."""
 FAMILIES = [
     name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow)
     for name in tiny_models()
@@ -349,7 +351,7 @@ def test_compiled_steps_generate_the_same_tokens_on_other_families(family: str) 
     adapter, tiny = tiny_models()[family]
     rank = {"use": "fastv/attention-rank", "at": 5 if family in HYBRID else 1, "keep": 0.4}
     compared = check_compiled_steps(Case(family, adapter, tiny, policy(rank=rank)))
-    assert compared == 12 or family in UNCOMPILED
+    assert compared == (0 if family in UNCOMPARED else 12)  # four tokens of three samples
 
 
 BREAKS = [pytest.param(place, marks=pytest.mark.slow) for place in ("embeddings", "both")]
