@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -69,19 +69,40 @@ def install(package: Path, folder: Path) -> Path:
     return folder
 
 
-def passes_its_tests(package: Path, folder: Path) -> None:
-    """Run the tests of a package that is installed to `folder`."""
-    paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(package), "tests"],
-        cwd=package,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *paths]), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+def passes_its_tests(package: Path, folder: Path, told: Path) -> None:
+    """Run the tests of a package that is installed to `folder`, in a fork of this process; `told` gets what it prints.
+
+    A new process would do the same, but import torch and transformers again first.
+    """
+    child = os.fork()
+    if not child:
+        _run_tests(package, folder, told)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = told.read_text(encoding="utf-8")
+    assert code == 0, text
+    assert " passed" in text
+
+
+def _run_tests(package: Path, folder: Path, told: Path) -> NoReturn:
+    """Run the tests of a package and end this process with pytest's exit code."""
+    code = 1
+    try:
+        with told.open("w", encoding="utf-8") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.path.insert(0, str(folder))
+            sys.dont_write_bytecode = True
+            os.chdir(package)
+            for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+                os.environ.pop(name, None)
+            code = int(
+                pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(package), "tests"])
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def without_blank_lines(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def test_the_plug_in_made_from_a_paper_is_installed_runs_and_passes_its_tests(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     folder = install(package, tmp_path / "site")
-    passes_its_tests(package, folder)
+    passes_its_tests(package, folder, tmp_path / "told.txt")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(package)
     try:
