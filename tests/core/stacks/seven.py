@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from tiny import HIDROP, policy
 from torch import Tensor
@@ -31,6 +32,8 @@ SEVEN: Mapping[str, dict[str, Any]] = {
     "visionzip": policy(zip={"use": "visionzip/dominant-contextual", "dominant": 0.3, "contextual": 0.2}),
 }
 """Between them: encoding, late entry, ranking by the coming layer and by layers that ran, merging, exit, eviction."""
+OFTEN = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("pyramiddrop", "dart"))) for name in SEVEN]
+"""Their names as parameters of a test; at all times, two that rank as others do are left out."""
 
 
 @dataclass(frozen=True, eq=False)
