@@ -142,6 +142,10 @@ class Flow:
         """
         return self._last().merges()
 
+    def begins(self, cache: Any, seen: int | None = None) -> None:
+        """Look at the cache of a forward that is about to run; called by the engine. See `Records.begin`."""
+        self._records.begin(cache, seen)
+
     def noted(self, forward: Forward) -> None:
         """Record a forward; called by the engine."""
         self._records.add(forward)
@@ -149,10 +153,12 @@ class Flow:
     def _last(self) -> PromptRecord:
         if self._plan.idle:
             raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is recorded")
-        if self._records.last is None:
+        last = self._records.last
+        if last is None:
             raise UnsupportedCall("report: no prompt with images has run since this policy was attached; run one first")
-        self._records.last.catch_up()
-        return self._records.last
+        last.catch_up()
+        last.follow(None if last.cache is None else int(last.cache.get_seq_length()))
+        return last
 
     @contextmanager
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:

@@ -331,18 +331,26 @@ class ModelHooks:
         forward = Forward(tokens, self._prefill.of(self, None))
         if forward.generating is None:
             if text and (tokens == 1 or inside_generate()):
+                self._look_at(cache)
                 return forward  # decodes, or verifies drafts
             keep = call.logits_to_keep
             if not text and isinstance(keep, int) and keep > 1 and inside_generate():
                 forward.drafts = keep - 1
         assert call.site is not None
         forward.seen, forward.before = seen_by(cache), indices_of(cache, call.site.plan.shape)
+        self._look_at(cache, forward.seen)
         forward.stated = isinstance(mask, Tensor) and mask.dim() == 2
         if forward.stated and mask.shape[1] >= forward.seen + tokens:
             forward.real = mask[:, : forward.seen].bool()
         if text:
             forward.part = CallRecord(valid_tokens(mask, batch, tokens, given.device, forward.seen))
         return forward
+
+    def _look_at(self, cache: Any, seen: int | None = None) -> None:
+        """Let every policy notice what became of a cache before a call uses it."""
+        for flow in self.flows.values():
+            if flow is not None:
+                flow.begins(cache, seen)
 
     # Hooks of the model: labels and loss
 
@@ -493,6 +501,7 @@ class ModelHooks:
         elif call.encoding or call.decoder is not None:
             refuse_own_model(type(text).__name__)
         if call is None or call.site is None:
+            self._look_at(cache_in(kwargs)[1])
             return args, kwargs
         stand_in(
             self._standing, text, self._decoder_run, traced=self.traced

@@ -80,6 +80,16 @@ class KVHistory:
         """Record one more forward by whose end `length` logical tokens were seen, which evicted nothing."""
         self.note(self._indices, length)
 
+    def forget(self, tokens: int) -> None:
+        """Take back the last forwards, of `tokens` in all, between which no state changed: they were not on this cache.
+
+        They are those of one token that have run on a static cache since it was emptied, which only its device knew.
+        """
+        while tokens > 0 and len(self._lengths) > 1:
+            tokens -= self._lengths[-1] - self._lengths[-2]
+            self._lengths.pop()
+            self._read.pop()
+
     def moments(self) -> list[Held]:
         """What was held after each forward; the first is the prompt."""
         states = [(one.held(), one.length) for one in (*self._counted, self._count())]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.engine.decoder.kv_history import KVHistory
-from dropflow.engine.tokens.cache import counter_of, indices_of
+from dropflow.engine.tokens.cache import counter_of, indices_of, is_flow_cache, is_static
 from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
 from dropflow.engine.tokens.holdings import Holdings
 from dropflow.engine.tokens.live_set import LiveSet
@@ -100,6 +100,12 @@ class PromptRecord:
         """`past` is what the cache would have held before without drops; `cache` (or `None`) is referenced weakly."""
         self.plan, self._backbone, self._past = plan, backbone, past
         self._index: KeyIndex | None = past
+        self._whole: KeyIndex | None = None
+        """`index`, without what was cropped from a cache on which nothing was dropped; `None` if nothing was."""
+        self._flows = False
+        """Whether the cache itself records which tokens it holds."""
+        self.over = False
+        """Whether the cache no longer holds the prompt: it was emptied, or cropped to before it."""
         self._cache = None if cache is None else weakref.ref(cache)
         self.parts: list[CallRecord] = []
         self.history: KVHistory | None = None
@@ -129,8 +135,8 @@ class PromptRecord:
 
     @property
     def cache(self) -> Any:
-        """The cache the prompt was written to; `None` if there was none or it no longer exists."""
-        return None if self._cache is None else self._cache()
+        """The cache that holds the prompt; `None` if there was none, it no longer exists, or holds something else."""
+        return None if self._cache is None or self.over else self._cache()
 
     @property
     def prompt(self) -> Prompt | None:
@@ -154,16 +160,39 @@ class PromptRecord:
             self._index = reduce(lambda index, part: part.index_after(index), self.parts, self._past)
         return self._index
 
+    @property
+    def whole(self) -> KeyIndex:
+        """Index of a cache on which nothing was dropped: what it still holds of the prompt, and text since."""
+        return self.index if self._whole is None else self._whole
+
+    def follow(self, seen: int | None) -> None:
+        """Notice what a caller did to the cache between two calls: crop it, or empty it to use it again.
+
+        It has seen `seen` logical tokens; `None` if only its device knows.
+        """
+        cache, history = self.cache, self.history
+        if cache is None or history is None:
+            return
+        fixed, flows = self._seen_by_layer, is_flow_cache(cache)
+        replaced = (self._flows and not flows) or (fixed is not None and not _same(counter_of(cache), fixed))
+        emptied = seen is not None and not flows and is_static(cache) and seen < history.length
+        if replaced or emptied or (seen is not None and seen <= self.before):
+            self.over = True
+            if emptied and seen is not None:
+                history.forget(seen)
+        elif seen is not None and not flows and seen < self.whole.length:
+            self._whole = self.whole.first(seen)
+
     def feed(self, part: CallRecord, before: Sequence[KeyIndex] | None) -> None:
         """Add one more forward of the prompt; `before` are the indices of the layers' caches before it."""
         length = self.length
         if length and self._cache is not None:
             part.past = Holdings.of(before or self._dense(), length)
         self.parts.append(part)
-        self._index = None
+        self._index = self._whole = None
         if self._cache is not None:
             self.history = KVHistory(self.held(), length + part.valid.shape[1])
-            self._seen_by_layer = counter_of(self.cache)
+            self._seen_by_layer, self._flows = counter_of(self.cache), is_flow_cache(self.cache)
 
     def cut(self, length: int) -> None:
         """Remove tokens from the end of the prompt after its cache was cropped to `length` logical tokens."""
@@ -175,7 +204,7 @@ class PromptRecord:
                 break
             surplus -= last.tokens
             self.parts.pop()
-        self._index = None
+        self._index = self._whole = None
 
     def step(self, tokens: int, read: Mapping[int, Tensor]) -> None:
         """Record a forward of `tokens` after the prompt; `read` is what layers read that did not read all they held."""
@@ -184,7 +213,7 @@ class PromptRecord:
             if _same(counter, self._seen_by_layer):
                 return  # the cache itself counts, as for compiled steps
             self.catch_up()
-            self._seen_by_layer = counter
+            self._seen_by_layer, self._flows = counter, is_flow_cache(self.cache)
             own = {number: read[layer] for number, layer in enumerate(self.attending) if layer in read} if read else {}
             self.history.note(self.held(), self._seen(self.history.length + tokens), own)
 
@@ -225,7 +254,7 @@ class PromptRecord:
         return found
 
     def _dense(self) -> Sequence[KeyIndex]:
-        return (self.index,) * len(self.attending)
+        return (self.whole,) * len(self.attending)
 
     def _seen(self, otherwise: int) -> int:
         """Number of logical tokens the cache has seen; `otherwise` if the cache keeps that number on its device."""

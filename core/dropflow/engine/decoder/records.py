@@ -54,6 +54,25 @@ class Records:
         self.last: PromptRecord | None = None
         self._by_cache: weakref.WeakKeyDictionary[Any, _Fed] = weakref.WeakKeyDictionary()
 
+    def begin(self, cache: Any, seen: int | None = None) -> None:
+        """Look at the cache of a forward that is about to run, and end records of what it no longer holds.
+
+        It has seen `seen` logical tokens; by default the cache is asked, unless only its device knows.
+        """
+        if cache is None:
+            return
+        fed, last = self._by_cache.get(cache), self.last
+        known = [] if fed is None else [fed.record]
+        if last is not None and last.cache is cache and last not in known:
+            known.append(last)
+        if known and seen is None:
+            length = cache.get_seq_length()
+            seen = length if isinstance(length, int) else None
+        for record in known:
+            record.follow(seen)
+        if fed is not None and fed.record.over:
+            del self._by_cache[cache]
+
     def add(self, forward: Forward) -> None:
         """Record a forward that has ended."""
         cache, part, last = forward.cache, forward.part, self.last
@@ -79,9 +98,9 @@ class Records:
     def _begun(self, forward: Forward, part: CallRecord, fed: _Fed | None) -> PromptRecord:
         """A record of a new prompt, on a cache that may hold earlier turns."""
         seen, batch = forward.seen, len(part.valid)
-        known = None if fed is None else fed.record.index
-        if known is not None and known.length <= seen and len(known.logical) == batch:
-            past = known.upto(seen)
+        known = None if fed is None else fed.record.whole
+        if known is not None and len(known.logical) == batch:
+            past = known.upto(seen) if known.length <= seen else known.first(seen)
         else:
             past = KeyIndex.plain(batch, seen, part.valid.device, forward.real)
         return PromptRecord(self._plan, self._backbone, forward.cache, past)

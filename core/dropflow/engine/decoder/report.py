@@ -70,7 +70,8 @@ class Report:
     `generate` never feeds the last token that it returns, and rejected drafts do not count.
     """
     kv_bytes_end: float
-    """KV bytes held now, at the end of the answer; if the cache no longer exists, after its last forward."""
+    """KV bytes held now, at the end of the answer; after its last forward if the cache no longer exists, or no longer
+    holds the prompt because it was emptied."""
     kv_bytes_end_dense: float
     """KV bytes at the end with every visual token in every layer and nothing evicted."""
     kv_entries_over_time: tuple[float, ...]

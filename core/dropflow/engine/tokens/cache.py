@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
-from dropflow.engine.tokens.cache_layers import DYNAMIC, STATIC, FlowLayer, Indexed, UniformLayer
+from dropflow.engine.tokens.cache_layers import DYNAMIC, STATIC, FlowLayer, Indexed, UniformLayer, is_quantized
 from dropflow.engine.tokens.static_layers import StaticFlowLayer
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -85,13 +85,20 @@ def _adopted(cache: Cache, *, uniform: bool, written_by: Any, real: Tensor | Non
     found, limit = [], limit_of(cache)
     for number, layer in enumerate(cache.layers):
         where = f"{CACHE_ARGUMENT}.layers[{number}]"
-        if not _has_entries(layer) or (isinstance(layer, Indexed) and (uniform or type(layer) is not UniformLayer)):
-            found.append(layer)
-        elif uniform and type(layer) not in (*DYNAMIC, *STATIC):
-            found.append(UniformLayer.adopt(layer, where, written_by, real))
+        emptied = isinstance(layer, Indexed) and layer.written_by is None
+        inner = layer.inner if emptied and type(layer) is UniformLayer else layer
+        if not _has_entries(inner) or isinstance(inner, StaticFlowLayer) or _stays(inner, uniform=uniform):
+            found.append(inner)
+        elif uniform and type(inner) not in (*DYNAMIC, *STATIC, FlowLayer):
+            found.append(UniformLayer.adopt(inner, where, written_by, real))
         else:
-            found.append(FlowLayer.adopt(layer, where, written_by, real, limit))
+            found.append(FlowLayer.adopt(inner, where, written_by, real, limit))
     return found
+
+
+def _stays(layer: Any, *, uniform: bool) -> bool:
+    """Whether a layer records its tokens already, in a way that fits a policy."""
+    return isinstance(layer, Indexed) and layer.written_by is not None and (uniform or type(layer) is not UniformLayer)
 
 
 def limit_of(cache: Cache) -> int | None:
@@ -127,13 +134,12 @@ def fix_static(cache: Cache, traced_by: Any = None, *, compact: bool = False) ->
 
     They hold it in dynamic layers during a call that may change it. `traced_by` and `compact` as in `StaticFlowLayer`.
     """
-    plain: KeyIndex | None = None
     fixed = []
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, FlowLayer) or layer.limit is None or not layer.is_initialized:
             continue
-        if layer.index is None:
-            index = plain = layer.full_index() if plain is None else plain
+        if layer.written_by is None:
+            index = KeyIndex.plain(layer.keys.shape[0], 0, layer.keys.device)
         else:
             index = layer.full_index()
         cache.layers[number] = StaticFlowLayer(layer, index, layer.limit, traced_by, compact=compact)
@@ -158,8 +164,9 @@ def _first(cache: Any) -> Any:
 
 
 def is_flow_cache(cache: Any) -> bool:
-    """Whether the cache was written under a policy that dropped something."""
-    return isinstance(_first(cache), Indexed)
+    """Whether the cache was written under a policy that dropped something, and not emptied since."""
+    first = _first(cache)
+    return isinstance(first, Indexed) and first.written_by is not None
 
 
 def flow_layers(cache: Cache) -> dict[int, FlowLayer | UniformLayer]:
@@ -195,12 +202,29 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
 
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:
-    """Raise `UnsupportedCall` for a cache written under another policy."""
-    if is_flow_cache(cache) and _first(cache).written_by != writer:
+    """Raise `UnsupportedCall` for a cache written under another policy, or one whose layers do not fit each other."""
+    if not is_flow_cache(cache):
+        return
+    _check_even(cache)
+    if _first(cache).written_by != writer:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
             "it was written with, or start with a fresh cache"
         )
+
+
+def _check_even(cache: Cache) -> None:
+    """Refuse layers that have seen different numbers of tokens or samples, after a change that failed half-way."""
+    layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, FlowLayer)]
+    tokens = {layer.length: number for number, layer in layers}
+    samples = {layer.keys.shape[0]: number for number, layer in layers if layer.holds}
+    for what, found in (("tokens", tokens), ("samples", samples)):
+        if len(found) > 1:
+            (one, first), (other, last), *_ = found.items()
+            raise UnsupportedCall(
+                f"{CACHE_ARGUMENT}: {one} {what} in layer {first}, but {other} in layer {last}, as after a call or a "
+                "crop that did not end; start with a fresh cache, or empty this one by its `reset`"
+            )
 
 
 def seen_by(cache: Any) -> int:
@@ -224,8 +248,8 @@ def entries_of(layer: Any) -> int:
 
 def keys_of(layer: Any) -> Tensor | None:
     """Keys (batch, kv_heads, entries, dim) that a cache layer holds; `None` if it holds none or no plain tensors."""
-    entries, inner = entries_of(layer), getattr(layer, "_inner", layer)
-    if not entries or any("Quantized" in kind.__name__ for kind in type(inner).__mro__):
+    entries, inner = entries_of(layer), layer.inner if isinstance(layer, UniformLayer) else layer
+    if not entries or is_quantized(inner):
         return None
     keys: Tensor = inner.keys[:, :, :entries]
     return keys

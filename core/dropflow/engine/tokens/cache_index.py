@@ -89,6 +89,11 @@ class KeyIndex:
         image = torch.cat((self.image_id, _text(more, real)), 1)
         return KeyIndex(torch.cat((self.logical, more), 1), valid, image, length, self.dropped, self.images)
 
+    def first(self, length: int) -> KeyIndex:
+        """The same without the tokens from `length` on, of an index from which no token is missing."""
+        valid = None if self.valid is None else self.valid[:, :length]
+        return KeyIndex(self.logical[:, :length], valid, self.image_id[:, :length], length, images=self.images)
+
     @property
     def filled(self) -> Bool[Tensor, "batch entries"]:
         """False for padding entries; never `None`."""
@@ -196,7 +201,7 @@ class KeyIndex:
         tail = slice(len(self) - count, None)
         expected = torch.arange(self.length - count, self.length, device=self.logical.device)
         if count > len(self) or not bool(((self.logical[:, tail] == expected) & (self.image_id[:, tail] < 0)).all()):
-            raise ValueError("only text tokens at the end of the cache can be cropped, not visual ones")
+            raise ValueError("only text at the end of the cache can be cropped, neither visual tokens nor padding")
         head = slice(0, len(self) - count)
         valid = None if self.valid is None else self.valid[:, head]
         length = self.length - count

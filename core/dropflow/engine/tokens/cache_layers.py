@@ -44,7 +44,10 @@ class Indexed:
     prompt: int
     """Number of logical tokens seen when the last prompt was recorded."""
     written_by: Any
-    """Identifies the writer: any value that is equal for equal policies on equal backbones."""
+    """Identifies the writer: any value that is equal for equal policies on equal backbones.
+
+    `None` for nobody: an emptied layer is as good as transformers' own, for any policy and for a model without one.
+    """
     shared: dict[int, KeyIndex]
     """The same entries as another decoder layer that reads them sees them, by its number; a layer without an entry here
     sees them all."""
@@ -71,7 +74,21 @@ class Indexed:
         """Index of all entries held now, including implicit ones; the layer must hold some."""
         raise NotImplementedError
 
+    def take_back(self, count: int) -> None:
+        """Remove the last `count` entries of the index, which must be text; raises `UnsupportedCall` otherwise."""
+        assert self.index is not None
+        try:
+            self.index = self.index.without_last(count)
+        except ValueError as fault:
+            raise UnsupportedCall(
+                f"{CACHE_ARGUMENT}: crop: {fault}; take back less, or empty the cache by `reset`"
+            ) from None
+        self.each_shared(lambda seen: seen.without_last(count))
+        self.prompt = min(self.prompt, self.index.length)
+
     def _check_served(self) -> None:
+        if self.written_by is None:
+            return
         alive = serving.get()
         if (alive is None or not alive()) and not _asked_by_generate():
             raise UnsupportedCall(
@@ -126,11 +143,12 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         real: Tensor | None = None,
         limit: int | None = None,
     ) -> FlowLayer:
-        """Convert an ordinary dynamic or static layer and its contents; raises `UnsupportedModel` for other kinds.
+        """Convert an ordinary dynamic or static layer, or one of this kind that was emptied, and its contents.
 
-        `real` (batch, tokens) is false for entries that hold padding. `limit` is that of a static cache.
+        `real` (batch, tokens) is false for entries that hold padding. `limit` is that of a static cache. Raises
+        `UnsupportedModel` for other kinds.
         """
-        if type(layer) not in (*DYNAMIC, *STATIC):
+        if type(layer) not in (*DYNAMIC, *STATIC, cls):
             raise UnsupportedModel(
                 f"{where}: a cache layer of type {type(layer).__name__} cannot hold a different length per layer; "
                 "use transformers' DynamicCache (cache_implementation=None or 'dynamic') or StaticCache"
@@ -138,8 +156,8 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         seen = int(layer.get_seq_length())
         adopted = cls(layer.is_sliding, written_by, limit)
         if seen:
-            keys: Tensor = layer.keys if type(layer) in DYNAMIC else layer.keys[..., :seen, :]
-            values: Tensor = layer.values if type(layer) in DYNAMIC else layer.values[..., :seen, :]
+            keys: Tensor = layer.keys[..., :seen, :] if type(layer) in STATIC else layer.keys
+            values: Tensor = layer.values[..., :seen, :] if type(layer) in STATIC else layer.values
             if keys.shape[-2] != seen:
                 raise UnsupportedModel(
                     f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
@@ -153,7 +171,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
     @property
     def length(self) -> int:
         """Logical tokens seen."""
-        held = self.keys.shape[-2] if self._holds else 0
+        held = self.keys.shape[-2] if self.holds else 0
         return held if self.index is None else self.index.length + held - len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,7 +185,6 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
     def recall(self, stage: str) -> Tensor | None:
         """A stage's numbers, one per entry held now; 0 for entries added since, `None` if none were stored."""
         notes = self._notes.get(stage)
-        # a negative width removes entries that were taken back
         return None if notes is None else torch.nn.functional.pad(notes, (0, self.keys.shape[-2] - notes.shape[1]))
 
     def full_index(self) -> KeyIndex:
@@ -206,10 +223,10 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         return self.length + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, the policy too."""
         super().reset()
-        self.index, self.prompt, self._notes, self.shared, self.parked = None, 0, {}, {}, None
-        self.rooms = Room(), Room()
+        self.index, self.prompt, self.written_by, self.shared, self.parked = None, 0, None, {}, None
+        self._notes, self.rooms = {}, (Room(), Room())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
@@ -218,13 +235,13 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
             raise UnsupportedCall(
                 f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer"
             )
-        if count == 0 or not self._holds:
+        if count == 0 or not self.holds:
             return
         explicit = 0 if self.index is None else count - (self.length - self.index.length)
         if self.index is not None and explicit > 0:
-            self.index = self.index.without_last(explicit)
-            self.each_shared(lambda seen: seen.without_last(explicit))
+            self.take_back(explicit)
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+        self._notes = {stage: notes[:, : self.keys.shape[-2]] for stage, notes in self._notes.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples, as in beam search; the index is reordered with the entries."""
@@ -232,16 +249,17 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples of the batch."""
-        self._pick(indices, lambda: indices, indices)
+        picked = torch.as_tensor(indices)
+        self._pick(indices, lambda: picked, picked)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
-        if self._holds:
+        if self.holds:
             rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
             self._pick(repeats, lambda: rows, rows)
 
     @property
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
         """Whether it holds entries, with an index or without."""
         return bool(self.is_initialized) and self.keys.dim() > 2
 
@@ -249,10 +267,15 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         if self.index is not None:
             self.index = self.index.rows(key, rows)
             self.each_shared(lambda seen: seen.rows(key, rows))
-        if self._holds:
+        if self.holds:
             self._replace(self.keys[picked.to(self.keys.device)], self.values[picked.to(self.values.device)])
             self._notes = {stage: notes[picked.to(notes.device)] for stage, notes in self._notes.items()}
             self.parked = None if self.parked is None else self.parked.rows(picked)
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether a layer of transformers keeps most of its entries quantized, where its `keys` do not show them."""
+    return any("Quantized" in kind.__name__ for kind in type(layer).__mro__)
 
 
 class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
@@ -265,7 +288,8 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
     is_sliding = False
 
     def __init__(self, inner: Any, written_by: Any = None) -> None:
-        self._inner = inner
+        self.inner = inner
+        """The wrapped layer."""
         self.index, self.prompt, self.written_by, self.shared = None, 0, written_by, {}
 
     @classmethod
@@ -294,7 +318,7 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
     @property
     def length(self) -> int:
         """Number of logical tokens seen; a tensor (without synchronisation) if the layer counts on its device."""
-        seen: int = self._inner.get_seq_length() + self._shift
+        seen: int = self.inner.get_seq_length() + self._shift
         return seen
 
     def full_index(self) -> KeyIndex:
@@ -307,35 +331,35 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
     @property
     def keys(self) -> Any:
         """Keys of the wrapped layer."""
-        return self._inner.keys
+        return self.inner.keys
 
     @property
     def values(self) -> Any:
         """Values of the wrapped layer."""
-        return self._inner.values
+        return self.inner.values
 
     @property
     def is_initialized(self) -> bool:
         """Whether the wrapped layer has stored anything."""
-        return bool(self._inner.is_initialized)
+        return bool(self.inner.is_initialized)
 
     @property
     def is_compileable(self) -> bool:
         """Whether the wrapped layer can be compiled."""
-        return bool(self._inner.is_compileable)
+        return bool(self.inner.is_compileable)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while this object is being copied
+        if name == "inner":  # while this object is being copied
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return getattr(self.inner, name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Initialise the wrapped layer."""
-        self._inner.lazy_initialization(key_states, value_states)
+        self.inner.lazy_initialization(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store new keys and values in the wrapped layer and return its result."""
-        return self._inner.update(key_states, value_states, *args, **kwargs)
+        return self.inner.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
         """Logical tokens seen."""
@@ -344,51 +368,62 @@ class UniformLayer(Indexed, CacheLayerMixin):  # type: ignore[misc]  # transform
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The wrapped layer's mask sizes in logical tokens; raises `UnsupportedCall` as `FlowLayer.get_mask_sizes`."""
         self._check_served()
-        length, offset = self._inner.get_mask_sizes(query_length)
+        length, offset = self.inner.get_mask_sizes(query_length)
         return length + self._shift, offset
 
     def get_max_length(self) -> int:
         """Maximum length of the wrapped layer."""
-        most: int = self._inner.get_max_length()
+        most: int = self.inner.get_max_length()
         return most
 
     def offload(self) -> None:
         """Offload the wrapped layer."""
-        self._inner.offload()
+        self.inner.offload()
 
     def prefetch(self) -> None:
         """Prefetch the wrapped layer."""
-        self._inner.prefetch()
+        self.inner.prefetch()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._inner.reset()
-        self.index, self.prompt = None, 0
+        """Forget everything, the policy too."""
+        self.inner.reset()
+        self.index, self.prompt, self.written_by, self.shared = None, 0, None, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens in the wrapped layer; they must be generated or text tokens."""
+        self._check_divisible("crop")
         if self.index is not None:
             explicit = -tokens_to_remove - (int(self.length) - self.index.length)
             if explicit > 0:
-                self.index = self.index.without_last(explicit)
-        self._inner.crop(tokens_to_remove)
+                self.take_back(explicit)
+        self.inner.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples, as in beam search."""
-        self._inner.reorder_cache(beam_idx)
+        self.inner.reorder_cache(beam_idx)
         if self.index is not None:
             self.index = self.index.rows(beam_idx, lambda: beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples of the batch."""
-        self._inner.batch_select_indices(indices)
+        self._check_divisible("batch_select_indices")
+        self.inner.batch_select_indices(indices)
         if self.index is not None:
             self.index = self.index.rows(indices, lambda: indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
-        self._inner.batch_repeat_interleave(repeats)
+        self._check_divisible("batch_repeat_interleave")
+        self.inner.batch_repeat_interleave(repeats)
         if self.index is not None:
             batch, device = self.index.logical.shape[0], self.index.logical.device
             rows = torch.arange(batch, device=device).repeat_interleave(repeats)
             self.index = self.index.rows(repeats, lambda: rows)
+
+    def _check_divisible(self, what: str) -> None:
+        """Refuse to take entries out of a quantized layer, whose own method reaches only those not quantized yet."""
+        if is_quantized(self.inner):
+            raise UnsupportedCall(
+                f"{CACHE_ARGUMENT}: {what}: not supported by layers of type {type(self.inner).__name__}, which would "
+                "change only the last entries; use a plain DynamicCache"
+            )

@@ -45,13 +45,16 @@ class StaticFlowLayer(UniformLayer):
     def __init__(
         self, layer: FlowLayer, index: KeyIndex, limit: int, traced_by: Any = None, *, compact: bool = False
     ) -> None:
-        """Take over what `layer` holds, which is what `index` says; `compact` tells how positions are numbered."""
-        missing = index.length - len(index)
+        """Take over what `layer` holds, of which `index` describes the first entries.
+
+        `compact` tells how positions are numbered.
+        """
+        missing, held = index.length - len(index), layer.keys.shape[-2]
         inner = StaticLayer(max_cache_len=limit - missing // STRIDE * STRIDE)
         inner.lazy_initialization(layer.keys, layer.values)
-        inner.keys.narrow(-2, 0, len(index)).copy_(layer.keys)
-        inner.values.narrow(-2, 0, len(index)).copy_(layer.values)
-        inner.cumulative_length.add_(len(index))
+        inner.keys.narrow(-2, 0, held).copy_(layer.keys)
+        inner.values.narrow(-2, 0, held).copy_(layer.values)
+        inner.cumulative_length.add_(held)
         super().__init__(inner, layer.written_by)
         self.limit, self.traced_by = limit, traced_by
         self._sliding, self._compact = layer.is_sliding, compact
@@ -61,7 +64,7 @@ class StaticFlowLayer(UniformLayer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lay_out(self) -> None:
         """Make what is derived from the index."""
-        index, keys = self.index, self._inner.keys
+        index, keys = self.index, self.inner.keys
         assert index is not None
         # tensors of its own, as compiled code depends on which layers share some
         self.columns, self.shown = (place.clone() for place in index.places(self.limit, keys.shape[-2]))
@@ -86,13 +89,14 @@ class StaticFlowLayer(UniformLayer):
             return found
         keys, values = (held.narrow(-2, 0, len(index)) for held in (self.keys, self.values))
         found.lazy_initialization(keys, values)
-        found.keys, found.values, found.index, found.prompt = keys, values, index, self.prompt
+        found.keys, found.values, found.prompt = keys, values, self.prompt
+        found.index = None if self.written_by is None else index
         return found
 
     @property
     def entries(self) -> Tensor:
         """Number of entries held, a scalar on the layer's device that changes in place."""
-        held: Tensor = self._inner.cumulative_length
+        held: Tensor = self.inner.cumulative_length
         return held
 
     @property
@@ -111,11 +115,16 @@ class StaticFlowLayer(UniformLayer):
 
     def _check_read(self) -> None:
         """Refuse to be read by anything but a call under the policy; a step that is compiled for it passes at once."""
-        if self.traced_by is None or not self.traced_by.step.open:
+        if self.written_by is not None and (self.traced_by is None or not self.traced_by.step.open):
             self._check_served()
 
     def get_max_length(self) -> int:
         """The limit."""
+        return self.limit
+
+    @property
+    def max_cache_len(self) -> int:
+        """The limit, by the name of transformers' static layers."""
         return self.limit
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
@@ -126,7 +135,7 @@ class StaticFlowLayer(UniformLayer):
         """
         if not torch.compiler.is_dynamo_compiling():
             self._check_read()  # a mask that `generate` made does not ask for its size again
-        inner, more = self._inner, key_states.shape[-2]
+        inner, more = self.inner, key_states.shape[-2]
         held, capacity = inner.cumulative_length, inner.keys.shape[-2]
         places = torch.arange(more, device=held.device) + held
         here = held.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
@@ -175,9 +184,9 @@ class StaticFlowLayer(UniformLayer):
         )
 
     def reset(self) -> None:
-        """Forget everything; all tokens find room again."""
+        """Forget everything, the policy too; all tokens find room again."""
         inner = StaticLayer(max_cache_len=self.limit)
         inner.lazy_initialization(self.keys, self.values)
-        self._inner, self.prompt = inner, 0
+        self.inner, self.prompt, self.written_by = inner, 0, None
         self.index = KeyIndex.plain(inner.keys.shape[0], 0, inner.keys.device)
         self._lay_out()
