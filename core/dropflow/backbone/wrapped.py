@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
 from torch import nn
-from torch._dynamo import OptimizedModule, trace_rules
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
-COMPILED = (
-    "dropflow.engine.model.stand_in",
-    "dropflow.engine.model.traced_step",
-    "dropflow.engine.tokens.room",
-    "dropflow.engine.tokens.static_layers",
-)
-"""Modules whose code runs inside what is compiled: layers, whose caches they append to, and decode steps."""
 PEFT_CALLS_MODELS = Version("0.21")
 """From this version on PEFT calls the model it holds; earlier ones call its `forward` and bypass every hook."""
 
@@ -64,24 +55,6 @@ def check_compiled(parts: Mapping[str, Any]) -> None:
                 f"{name}: replaced by what torch.compile returned for it; compile the whole model, or parts in place "
                 "(`part.compile()`), such as each layer"
             )
-
-
-@cache  # the rules are global to the process, and every call would add one
-@cache
-def leave_uncompiled() -> None:
-    """Make Dynamo leave the code of this package uncompiled, but still compile what it calls, such as layers.
-
-    Not that of `COMPILED`: a layer that is compiled by itself, and a decode step, would be cut in two there.
-    """
-    _skip(__name__.partition(".")[0])
-
-
-def _skip(package: str) -> None:
-    for found in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
-        if any(name.startswith(f"{found.name}.") for name in COMPILED):
-            _skip(found.name)
-        elif found.name not in COMPILED:
-            trace_rules.add(found.name)
 
 
 def check_called(model: Any) -> None:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from torch import nn
 
 from dropflow.backbone.backbone import Backbone, backbone_for
+from dropflow.backbone.compiling import leave_uncompiled
 from dropflow.backbone.flops import vision_only
 from dropflow.backbone.versions import warn_if_untested
-from dropflow.backbone.wrapped import check_compiled, check_is_model, leave_uncompiled, unwrapped
+from dropflow.backbone.wrapped import check_compiled, check_is_model, unwrapped
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.flow import Flow, FlowSet
 from dropflow.engine.attach.labelled_logits import check_loss_function

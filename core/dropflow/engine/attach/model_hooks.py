@@ -11,10 +11,10 @@ from functools import partial, wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from dropflow.backbone.backbone import MODALITIES
+from dropflow.backbone.compiling import is_exported
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
 from dropflow.engine.attach.begun_calls import begun_ahead, check_begun, refuse_direct_prefix, visual_ahead
@@ -652,7 +652,7 @@ class ModelHooks:
                 f"{type(module).__name__}: a copy of the attached model is running (nn.DataParallel makes copies); "
                 "attach a policy to each copy, or use DistributedDataParallel"
             )
-        if torch.compiler.is_exporting():
+        if is_exported():
             raise UnsupportedCall(
                 "torch.export: a policy decides at every call which tokens to drop, which an exported graph cannot "
                 "express; export the model after detaching"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
+from dropflow.backbone.compiling import is_traced
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.traced_step import TracedStep
 
@@ -68,7 +68,7 @@ class StandIn(nn.ModuleList):
     def _entries(self) -> list[Any]:
         layers, traced = list(self._modules.values()), self._traced
         steps = traced is not None and traced.runs
-        if traced is not None and steps and torch.compiler.is_dynamo_compiling():
+        if traced is not None and steps and is_traced():
             return traced.layers(layers)
         run = self._running()
         if run is None:

@@ -1,7 +1,7 @@
 """A decode step as `torch.compile` sees it: the model's own code, with a mask and positions for each layer.
 
 A step on a static cache needs nothing else of the engine, so compiled code skips its hooks, which cannot be compiled.
-Dynamo traces this module and everything else whose code belongs into such a graph (`backbone.wrapped.COMPILED`).
+Dynamo traces this module and everything else whose code belongs into such a graph (`backbone.compiling.COMPILED`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 
+from dropflow.backbone.compiling import is_traced
 from dropflow.errors import UnsupportedCall
 
 FIXED = (StaticLayer, LinearAttentionCacheLayerMixin)
@@ -164,7 +164,7 @@ def before(hook: Callable[..., Any], step: TracedStep, begins: bool, *given: Any
     """
     if len(given) != 3:
         return None
-    compiled = torch.compiler.is_dynamo_compiling() and step.serves(given[1], given[2])
+    compiled = is_traced() and step.serves(given[1], given[2])
     step.open = compiled
     if begins:
         step.runs = compiled
@@ -177,7 +177,7 @@ def after(hook: Callable[..., Any], step: TracedStep, ends: bool, *given: Any) -
         return None
     if ends:
         step.runs = step.open = False
-    if torch.compiler.is_dynamo_compiling() and step.serves(given[1], given[2]):
+    if is_traced() and step.serves(given[1], given[2]):
         return None
     return hook(*given)
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dropflow.backbone.compiling import is_traced
+
 LEAST = 64
 """Smallest number of further entries for which room is made."""
 SMALL = 1 << 17
@@ -71,7 +73,7 @@ class Growing:
         """Append entries; returns the keys and values of all that are held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.keys.nbytes < SMALL:
+        if is_traced() or torch.is_grad_enabled() or self.keys.nbytes < SMALL:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:

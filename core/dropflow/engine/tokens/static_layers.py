@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+from dropflow.backbone.compiling import is_traced
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
@@ -133,12 +134,12 @@ class StaticFlowLayer(UniformLayer):
         Raises `UnsupportedCall` beyond the limit. Where that would take a host synchronisation, torch's own error of
         an index out of range comes instead, as from transformers' static layers.
         """
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_traced():
             self._check_read()  # a mask that `generate` made does not ask for its size again
         inner, more = self.inner, key_states.shape[-2]
         held, capacity = inner.cumulative_length, inner.keys.shape[-2]
         places = torch.arange(more, device=held.device) + held
-        here = held.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
+        here = held.device.type == "cpu" and not is_traced()
         if here and int(places[-1] + self.lag) >= self.limit:
             raise UnsupportedCall(
                 f"{CACHE_ARGUMENT}: a static cache of {self.limit} tokens is full; make it with a larger max_cache_len"
