@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from dropflow.errors import PolicyError
+from dropflow.errors import PolicyError, nearest, quoted
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -102,6 +102,19 @@ class Budget:
     rounding: Rounding = "half_up"
     """For shares: `half_up` keeps at least one token; `floor`, `half_even` and `ceil` are int, round and math.ceil;
     `at_least_one` is `floor`, but never 0."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for both, and for what is no number that they can be."""
+        tokens, share = self.tokens, self.share
+        if tokens is not None and share is not None:
+            raise ValueError(f"Budget: expected either `tokens` or `share`, got {quoted(tokens)} and {quoted(share)}")
+        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0):
+            raise ValueError(f"Budget: expected `tokens` as an integer from 0, got {quoted(tokens)}")
+        if share is not None and (not isinstance(share, int | float) or isinstance(share, bool) or not share > 0):
+            raise ValueError(f"Budget: expected `share` as a number above 0, got {quoted(share)}")
+        if self.rounding not in get_args(Rounding):
+            valid = nearest(str(self.rounding), get_args(Rounding))
+            raise ValueError(f"Budget: no `rounding` {quoted(self.rounding)}; {valid}")
 
     def of(self, visual_tokens: int) -> int:
         """Number of tokens that stay in an image with `visual_tokens` tokens at entry."""

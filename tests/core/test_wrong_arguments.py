@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import HIDROP, RAGGED, policy, prompt
+from transformers import DynamicCache, StaticCache
 
 import dropflow
 from dropflow import Forecast, Stage, StageOptions, hookimpl
-from dropflow.errors import PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.errors import PolicyError, UnknownName, UnsupportedCall, UnsupportedModel
 from dropflow.testing.probes import use
 
 
@@ -31,6 +33,15 @@ NUMBER = "limit: expected a positive number of bytes, got "
 PROGRESS = "progress: expected a number from 0 to 1, got "
 QUESTIONS = "questions: expected one string per sample, such as ['What is this?'], got "
 VIDEOS = "such as [[0, 1, 2], [4, 5]], got "
+POLICY = "policy: expected a name, a path, a mapping or a Policy, got "
+GRID = "expected a patch grid (rows, columns), such as (24, 24), got "
+GRID_OF = "square_grid: expected a number of tokens (an integer from 0), got "
+SIDE = "patch_blocks: expected a side from 1 to 4, got "
+KEEPS = "keeps: expected what `Keeps.to_dict` returns, got "
+FACTS = "facts: expected a set of facts, such as frozenset({'grid'}), got "
+ENCODES, SHAPE = policy(few={"use": "divprune/max-min", "keep": 2}), dropflow.BackboneShape(32, 576)
+NONE: Any = None
+UNHASHABLE: Any = [1]
 OVERRIDES = "overrides: expected a list of path=value, such as ['stages.pyramid.keep.10=343'], got "
 CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     *(
@@ -98,15 +109,181 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         UnsupportedCall,
         "using: no policy ['a'] in this set",
     ),
+    *(
+        (
+            lambda m, adapter=adapter, call=call: call(m, adapter),
+            UnsupportedModel,
+            f"adapter: expected a registered name or a Backbone subclass, got {adapter!r}",
+        )
+        for adapter in (3, [], False, int)
+        for call in (
+            lambda m, adapter: dropflow.attach(m, HIDROP, adapter=adapter),
+            lambda m, adapter: dropflow.attach_set(m, {"a": HIDROP}, default="a", adapter=adapter),
+            lambda m, adapter: dropflow.backbone_for(m, adapter),
+            lambda _, adapter: dropflow.from_pretrained("org/model", HIDROP, adapter=adapter),
+        )
+    ),
+    *(
+        (
+            lambda m, name=name: dropflow.attach(m, HIDROP, adapter=name),
+            UnknownName,
+            f"adapter: no adapter named {told}",
+        )
+        for name, told in (("lava", "'lava'; did you mean 'llava'"), ("", "''; valid: "))
+    ),
     (
-        lambda m: dropflow.attach(m, HIDROP, adapter=3),
+        lambda m: dropflow.attach(m, HIDROP, adapter="qwen2_5_vl"),
         UnsupportedModel,
-        "adapter: expected a registered name or a Backbone subclass, got 3",
+        "adapter: 'qwen2_5_vl' does not fit LlavaForConditionalGeneration ('LlavaModel' object has no attribute",
+    ),
+    *(
+        (lambda m, source=source, call=call: call(m, source), PolicyError, f"{POLICY}{source!r}")
+        for source in (3, [], "", True, 1.5, b"hidrop-64", dropflow.Policy)
+        for call in (
+            lambda _, source: dropflow.load_policy(source),
+            lambda m, source: dropflow.attach(m, source),
+            lambda m, source: dropflow.attach_set(m, {"a": HIDROP, "b": source}, default="a"),
+            lambda _, source: dropflow.from_pretrained("org/model", source),
+        )
+    ),
+    (lambda _: dropflow.load_policy(NONE), PolicyError, f"{POLICY}None"),
+    (
+        lambda _: dropflow.load_policy("fastv-k2-r5"),
+        PolicyError,
+        "fastv-k2-r5: no such policy; did you mean 'fastv-k2-r",
+    ),
+    *(
+        (
+            lambda m, name=name, value=value: dropflow.attach(m, HIDROP, **{name: value}),
+            ValueError,
+            f"{name}: expected True or False, got {value!r}",
+        )
+        for name in ("overlap", "allow_downloads")
+        for value in ("no", None, 1)
+    ),
+    (
+        lambda m: dropflow.attach_set(m, {"a": HIDROP}, default="a", overlap=NONE),
+        ValueError,
+        "overlap: expected True or False, got None",
+    ),
+    (lambda m: dropflow.attach_set(m, {}, default="a"), PolicyError, f"{SET}{{}}; give each policy a name"),
+    *(
+        (
+            lambda _, folder=folder: dropflow.from_pretrained(folder, HIDROP),
+            UnsupportedModel,
+            f"folder: expected a model folder or the name of a model, got {folder!r}",
+        )
+        for folder in (3, None, "", ["a"])
+    ),
+    *(
+        (
+            lambda _, folder=folder: dropflow.from_pretrained(folder),
+            UnsupportedModel,
+            f"folder: {str(folder)!r}: no such folder; name one with a config.json",
+        )
+        for folder in ("/no/such", "./none", Path("none"), "~/none/at/all")
+    ),
+    *(
+        (
+            lambda _, made=made: dropflow.from_pretrained("org/model", HIDROP, model_class=made),
+            UnsupportedModel,
+            f"model_class: expected a class with `from_pretrained`, such as AutoModelForImageTextToText, got {made!r}",
+        )
+        for made in (3, None, "LlavaForConditionalGeneration")
+    ),
+    (
+        lambda _: dropflow.from_pretrained("org/model", "hidrop-65"),
+        PolicyError,
+        "hidrop-65: no such policy; did you mean",
+    ),
+    (lambda _: dropflow.from_pretrained("org/model", HIDROP, overrides=NONE), PolicyError, f"{OVERRIDES}None"),
+    *(
+        (
+            lambda _, cache=cache: dropflow.parked_bytes(cache),
+            UnsupportedModel,
+            f"parked_bytes: expected a cache, got {type(cache).__name__}; pass the `past_key_values`",
+        )
+        for cache in (None, 3, ((1, 2),), {})
+    ),
+    *(
+        (lambda _, tokens=tokens: dropflow.square_grid(tokens), ValueError, f"{GRID_OF}{tokens!r}")
+        for tokens in (None, -1, 2.0, "4")
+    ),
+    *(
+        (
+            lambda _, entries=entries: dropflow.feature_boundary(entries, 3),
+            ValueError,
+            f"feature_boundary: expected a hidden state or several, such as -2, got {entries!r}",
+        )
+        for entries in (None, [], ["x"], 1.5)
+    ),
+    (lambda _: dropflow.one_to_one(NONE), ValueError, "one_to_one: expected the number of rows of each entry"),
+    *(
+        (lambda _, grid=grid: dropflow.patch_blocks(grid, 2), ValueError, f"patch_blocks: {GRID}{grid!r}")
+        for grid in (3, None, (4,), "44", (2, -1))
+    ),
+    *(
+        (lambda _, side=side: dropflow.patch_blocks((4, 6), side), ValueError, f"{SIDE}{side!r}")
+        for side in (0, 9, None, 1.0)
+    ),
+    *(
+        (lambda _, given=given: dropflow.Budget(**given), ValueError, f"Budget: {told}")
+        for given, told in (
+            ({"tokens": 3, "share": 0.5}, "expected either `tokens` or `share`, got 3 and 0.5"),
+            ({"tokens": "x"}, "expected `tokens` as an integer from 0, got 'x'"),
+            ({"tokens": -3}, "expected `tokens` as an integer from 0, got -3"),
+            ({"tokens": 1.5}, "expected `tokens` as an integer from 0, got 1.5"),
+            ({"share": 0.0}, "expected `share` as a number above 0, got 0.0"),
+            ({"share": 0.5, "rounding": "cell"}, "no `rounding` 'cell'; did you mean 'ceil'?"),
+        )
+    ),
+    (
+        lambda _: dropflow.Prefixes(10).get(UNHASHABLE, lambda: NONE),
+        ValueError,
+        "key: expected a hashable value, such as a digest of the images, got [1]",
+    ),
+    (
+        lambda _: dropflow.Prefixes(10).get("a", NONE),
+        ValueError,
+        "make: expected a function that returns a prefix, got ",
+    ),
+    (
+        lambda _: dropflow.Prefixes(10).get("a", lambda: NONE),
+        ValueError,
+        "make: expected what `flow.prefix` returns, got",
+    ),
+    *(
+        (lambda _, data=data: dropflow.Keeps.from_dict(data), UnsupportedCall, f"{KEEPS}{data!r}")
+        for data in (3, None, [])
+    ),
+    *(
+        (
+            lambda m, asked=asked: attached(m, lambda f: getattr(f, asked)()),
+            UnsupportedCall,
+            f"{asked}: no prompt with images has run since the policy was attached; run one first",
+        )
+        for asked in ("report", "live", "merges", "keeps")
+    ),
+    (lambda _: dropflow.EncodeOnly(ENCODES, NONE), ValueError, "shape: expected the model's BackboneShape, got None"),
+    *(
+        (lambda _, facts=facts: dropflow.EncodeOnly(ENCODES, SHAPE, facts), ValueError, f"{FACTS}{facts!r}")
+        for facts in (3, "grid", ["grid"])
+    ),
+    (lambda _: dropflow.EncodeOnly(ENCODES, SHAPE).tokens(NONE), ValueError, f"grid: {GRID}None"),
+    *(
+        (lambda _, given=given: dropflow.EncodeOnly(ENCODES, SHAPE).reduce(*given), ValueError, told)
+        for given, told in (
+            ((3, [(2, 2)]), "features: expected a tensor (rows, dim) for each image, got 3"),
+            (([torch.ones(4)], [(2, 2)]), "features: expected a tensor (rows, dim) for each image, got [tensor("),
+            (([torch.ones(4, 3)], []), "grids: expected one for each of 1 images, got []"),
+            (([torch.ones(4, 3)], [3]), f"grids[0]: {GRID}3"),
+            (([torch.ones(4, 3)], [(3, 3)]), "grids[0]: 3 x 3 patches, but its features have 4 rows"),
+        )
     ),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "expected"), CALLS, ids=[text for *_, text in CALLS])
+@pytest.mark.parametrize(("call", "error", "expected"), CALLS, ids=[text[:80] for *_, text in CALLS])
 def test_a_wrong_argument_is_refused(llava: Any, call: Callable[[Any], Any], error: type[Exception], expected: str):
     try:
         with pytest.raises(error, match=re.escape(expected)):
@@ -182,3 +359,39 @@ def test_ranges_and_sets_of_layers_are_as_good_as_tuples(llava: Any) -> None:
     with dropflow.attach(llava, policy(listed=use(Listed))) as flow:
         stage = flow.plan.stages[0][1]
         assert (list(stage.prune_at), set(stage.taps)) == ([2], {1})
+
+
+@pytest.mark.parametrize("package", [dropflow, dropflow.operators])
+def test_python_can_say_which_name_of_the_package_is_close(package: Any) -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'keep_tpo'") as caught:
+        _ = package.keep_tpo
+    assert (caught.value.name, caught.value.obj) == ("keep_tpo", package)
+
+
+class Trained(Stage[StageOptions]):
+    """A stage with a module."""
+
+    prune_at = (2,)
+
+    def build_module(self, source: Any) -> torch.nn.Module:  # noqa: ARG002
+        return torch.nn.Linear(2, 2)
+
+    @hookimpl
+    def prune(self, call: Any) -> None: ...
+
+
+@pytest.mark.parametrize("wrong", [3, ["a"]])
+def test_weights_of_a_wrong_type_are_refused(llava: Any, wrong: Any) -> None:
+    with pytest.raises(PolicyError, match="weights: expected a safetensors file, or a folder with one, got"):
+        dropflow.attach(llava, policy(own=use(Trained)), weights=wrong)
+    llava.train()
+    with dropflow.attach(llava, policy(own=use(Trained))) as flow:
+        with pytest.raises(UnsupportedCall, match="save_stages: expected a folder, got"):
+            flow.save_stages(wrong)
+        with pytest.raises(UnsupportedCall, match="load_stages: expected a folder or a safetensors file, got"):
+            flow.load_stages(wrong)
+
+
+def test_caches_on_which_nothing_is_parked_hold_no_parked_bytes(llava: Any) -> None:
+    for cache in (DynamicCache(), StaticCache(llava.config.text_config, max_cache_len=8)):
+        assert dropflow.parked_bytes(cache) == 0

@@ -19,7 +19,7 @@ from dropflow.backbone.mixers import Mixer, PlaceScale, mixers_of, shape_of
 from dropflow.backbone.packed_tower import PackedTower
 from dropflow.backbone.vision_reader import VisionReader, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
-from dropflow.errors import UnsupportedModel, nearest, quoted
+from dropflow.errors import UnknownName, UnsupportedModel, nearest, quoted
 from dropflow.lifecycle.lazy import lazy
 from dropflow.policy.registry import ADAPTERS, load, names
 from dropflow.units import BackboneShape
@@ -375,6 +375,8 @@ class Backbone:
 
 def square_grid(tokens: int) -> tuple[int, int] | None:
     """Square grid of `tokens` patches; `None` for a number that is not a square."""
+    if not isinstance(tokens, int) or tokens < 0:
+        raise ValueError(f"square_grid: expected a number of tokens (an integer from 0), got {quoted(tokens)}")
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else None
 
@@ -388,11 +390,10 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
     pass instead for an object that contains or accompanies a model, such as a pipeline or a processor.
     """
     model = unwrapped(model)
+    check_adapter(adapter)
     if isinstance(adapter, type):
         return adapter(model)
     check_is_model(model)
-    if adapter is not None and not isinstance(adapter, str):
-        raise UnsupportedModel(f"adapter: expected a registered name or a Backbone subclass, got {quoted(adapter)}")
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     known = names(ADAPTERS)
     if adapter is None and kind not in known and FALLBACK not in known:
@@ -401,4 +402,23 @@ def backbone_for(model: Any, adapter: str | type[Backbone] | None = None) -> Bac
             "Pass `adapter=` with a name or a Backbone subclass (see docs/write-an-adapter.md)"
         )
     backbone: Backbone = load(ADAPTERS, adapter or (kind if kind in known else FALLBACK))(model)
+    if adapter is not None:
+        try:
+            backbone.facts()
+        except AttributeError as error:
+            raise UnsupportedModel(
+                f"adapter: {adapter!r} does not fit {type(model).__name__} ({error}); leave it out to use the one for "
+                "the model's `model_type`"
+            ) from error
     return backbone
+
+
+def check_adapter(adapter: Any) -> None:
+    """Refuse anything but a registered name, a `Backbone` subclass and `None`."""
+    if adapter is None or (isinstance(adapter, type) and issubclass(adapter, Backbone)):
+        return
+    if not isinstance(adapter, str):
+        raise UnsupportedModel(f"adapter: expected a registered name or a Backbone subclass, got {quoted(adapter)}")
+    known = names(ADAPTERS)
+    if adapter not in known:
+        raise UnknownName(f"adapter: no adapter named {quoted(adapter)}; {nearest(adapter, known)}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from dropflow.backbone.image_layout import check_grid
+from dropflow.errors import quoted
 
 MembersOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Int[Tensor, 'rows members']]"]
 """Rows of each entry of the features and arguments of the method that encodes -> one table per entry."""
@@ -63,7 +66,9 @@ def feature_boundary(selected: int | Sequence[int], depth: int) -> int:
     Entry 0 is the embedding and entry i the output of layer i - 1, so that an entry is a boundary. Of several entries,
     whose features are concatenated, it is the deepest.
     """
-    entries = [selected] if isinstance(selected, int) else list(selected)
+    entries = [selected] if isinstance(selected, int) else selected
+    if not isinstance(entries, Sequence) or not entries or not all(isinstance(entry, int) for entry in entries):
+        raise ValueError(f"feature_boundary: expected a hidden state or several, such as -2, got {quoted(selected)}")
     return max(entry if entry >= 0 else entry + depth + 1 for entry in entries)
 
 
@@ -72,6 +77,8 @@ def one_to_one(sizes: Sequence[int], prefix: int = 0, kept: int = 0) -> list[Int
 
     `prefix` counts the rows of the tower before the patches, `kept` those of them that become rows of the features.
     """
+    if not isinstance(sizes, Iterable):
+        raise ValueError(f"one_to_one: expected the number of rows of each entry, such as [576], got {quoted(sizes)}")
     found, first = [], 0
     for size in sizes:
         found.append(torch.arange(first + prefix - kept, first + prefix - kept + size)[:, None])
@@ -84,6 +91,9 @@ def patch_blocks(grid: tuple[int, int], side: int) -> Int[Tensor, "blocks member
 
     Rows and columns after the last whole block belong to none, as in pooling and in pixel shuffles.
     """
+    check_grid("patch_blocks", grid)
     rows, columns = grid
+    if not isinstance(side, int) or not 1 <= side <= min(rows, columns):
+        raise ValueError(f"patch_blocks: expected a side from 1 to {min(rows, columns)}, got {quoted(side)}")
     numbers = torch.arange(rows * columns).view(rows, columns)
     return numbers.unfold(0, side, side).unfold(1, side, side).reshape(-1, side**2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def load_policy(source: Source, overrides: Sequence[str] = ()) -> Policy:
         raise PolicyError(
             f"overrides: expected a list of path=value, such as ['stages.pyramid.keep.10=343'], got {quoted(overrides)}"
         )
+    if not isinstance(source, str | PathLike | Mapping | Policy) or source == "":
+        raise PolicyError(f"policy: expected a name, a path, a mapping or a Policy, got {quoted(source)}")
     if isinstance(source, Policy):
         if not overrides:
             return source

@@ -138,7 +138,7 @@ def test_names_are_plain(name: str) -> None:
         (LONG + ".yaml", "not a valid file path"),
         ("a\0.yaml", r"a\x00.yaml: not a valid file path"),
         ("a\nerror: b", r"a\nerror: b: no such policy"),
-        ("", "no such policy"),
+        ("", "policy: expected a name, a path, a mapping or a Policy, got ''"),
     ],
 )
 def test_what_is_no_path_of_a_policy(source: str, expected: str) -> None:

@@ -107,6 +107,7 @@ def attach(
     """
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
+    _check_flags(allow_downloads=allow_downloads, overlap=overlap)
     found = backbone_for(model, adapter)
     if logits == "labelled":
         check_loss_function(found.model)
@@ -139,7 +140,7 @@ def attach_set(
     enters, and those under the others before them, as ever. Everything else is as for `attach`; `PolicyError` is raised
     for `overlap` where no policy of the set has late injection.
     """
-    if not isinstance(policies, Mapping) or not all(isinstance(name, str) for name in policies):
+    if not policies or not isinstance(policies, Mapping) or not all(isinstance(name, str) for name in policies):
         raise PolicyError(
             f"attach_set: expected a mapping of names to policies, got {quoted(policies)}; give each policy a name"
         )
@@ -147,6 +148,7 @@ def attach_set(
         raise PolicyError(
             f"attach_set: the default {quoted(default)} is not among the policies; name one of {', '.join(policies)}"
         )
+    _check_flags(overlap=overlap)
     found = backbone_for(model, adapter)
     plans = {
         name: None if source is None else _resolved(found, load_policy(source)) for name, source in policies.items()
@@ -156,6 +158,13 @@ def attach_set(
     hooks = _attach(found, plans, default, _Weights(weights, recorded=False, given=model), overlap=overlap)
     hooks.handle = flows = FlowSet(hooks.flows, hooks, lambda: _detach(found.core))
     return flows
+
+
+def _check_flags(**flags: Any) -> None:
+    """Refuse what is neither true nor false, such as the text 'no', which Python takes for true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {quoted(value)}")
 
 
 def detach(model: Any) -> None:
@@ -213,6 +222,8 @@ def _modules(backbone: Backbone, plans: Mapping[str, Plan | None], own: _Weights
             )
         return modules
     names = ", ".join(f"stages.{name}" for name in modules.stages)
+    if weights is not None and not isinstance(weights, str | PathLike):
+        raise PolicyError(f"weights: expected a safetensors file, or a folder with one, got {quoted(weights)}")
     if weights is None:
         home = getattr(backbone.model, "name_or_path", "")
         weights = find_weights(home, revision=getattr(backbone.model.config, "_commit_hash", None))

@@ -83,6 +83,8 @@ class Flow:
         For what is saved in another way, such as a low-rank adapter. Raises `UnsupportedCall` if there are none.
         """
         self._check_trained("save_stages")
+        if not isinstance(folder, str | PathLike):
+            raise UnsupportedCall(f"save_stages: expected a folder, got {quoted(folder)}")
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_weights(self._hooks.modules.states(None), folder)
 
@@ -92,6 +94,8 @@ class Flow:
         Raises `PolicyError` where a weight is missing or does not fit, and `UnsupportedCall` if there are none to load.
         """
         self._check_trained("load_stages")
+        if not isinstance(source, str | PathLike):
+            raise UnsupportedCall(f"load_stages: expected a folder or a safetensors file, got {quoted(source)}")
         load_weights(self._hooks.modules, source)
 
     def _check_trained(self, what: str) -> None:
@@ -129,18 +133,18 @@ class Flow:
         images or several tokens. Whatever follows on that cache is the answer. Raises `UnsupportedCall` if there was no
         such prompt, or if the policy has no stages, because then nothing is recorded.
         """
-        return summed_up(self._last())
+        return summed_up(self._last("report"))
 
     def live(self) -> Bool[Tensor, "layers batch tokens"]:
         """Which tokens of the last prompt with images were live before each layer; otherwise as `report`."""
-        return self._last().live()
+        return self._last("live").live()
 
     def merges(self) -> Mapping[int, Int[Tensor, "batch tokens"]]:
         """For each boundary, the logical index of the token that each token was merged into, its own if it was not.
 
         Boundaries without merges are left out. Describes the last prompt that brought images; otherwise as `report`.
         """
-        return self._last().merges()
+        return self._last("merges").merges()
 
     def begins(self, cache: Any, seen: int | None = None) -> None:
         """Look at the cache of a forward that is about to run; called by the engine. See `Records.begin`."""
@@ -150,12 +154,12 @@ class Flow:
         """Record a forward; called by the engine."""
         self._records.add(forward)
 
-    def _last(self) -> PromptRecord:
+    def _last(self, what: str) -> PromptRecord:
         if self._plan.idle:
-            raise UnsupportedCall(f"report: the policy {self.policy.name!r} has no stages, so nothing is recorded")
+            raise UnsupportedCall(f"{what}: the policy {self.policy.name!r} has no stages, so nothing is recorded")
         last = self._records.last
         if last is None:
-            raise UnsupportedCall("report: no prompt with images has run since this policy was attached; run one first")
+            raise UnsupportedCall(f"{what}: no prompt with images has run since the policy was attached; run one first")
         last.catch_up()
         last.follow(None if last.cache is None else int(last.cache.get_seq_length()))
         return last
@@ -194,7 +198,7 @@ class Flow:
         a `decode_cache` stage, whose decisions no single forward repeats.
         """
         self._check_replayable()
-        return keeps_of(self._last())
+        return keeps_of(self._last("keeps"))
 
     @contextmanager
     def replay(self, keeps: Sequence[Keeps]) -> Iterator[None]:

@@ -139,14 +139,21 @@ class Prefixes:
     def get(self, key: Hashable, make: Callable[[], Prefix]) -> Prefix:
         """The prefix under `key`; where none is there that still serves, what `make()` returns, which is then stored.
 
-        A prefix of more than `limit` bytes is returned, but not stored.
+        A prefix of more than `limit` bytes is returned, but not stored. Raises `ValueError` for a key that cannot be
+        one, and where nothing makes a prefix.
         """
+        if not isinstance(key, Hashable):
+            raise ValueError(f"key: expected a hashable value, such as a digest of the images, got {quoted(key)}")
+        if not callable(make):
+            raise ValueError(f"make: expected a function that returns a prefix, got {quoted(make)}; pass a lambda")
         with self._lock:
             found = self._held.get(key)
             if found is not None and found.serves:
                 self._held.move_to_end(key)
                 return found
         made = make()
+        if not isinstance(made, Prefix):
+            raise ValueError(f"make: expected what `flow.prefix` returns, got {quoted(made)}")
         with self._lock:
             self._held.pop(key, None)
             if made.nbytes <= self.limit:

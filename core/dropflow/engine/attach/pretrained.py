@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dropflow.backbone.backbone import Backbone
+from dropflow.backbone.backbone import Backbone, check_adapter
 from dropflow.engine.attach.attach import attach
-from dropflow.policy.policy_file import Source
+from dropflow.errors import UnsupportedModel, quoted
+from dropflow.policy.policy_file import Source, load_policy
 from dropflow.policy.recorded import recorded_policy
 
 logger = logging.getLogger("dropflow")
@@ -39,15 +41,19 @@ def from_pretrained(
     `overrides`, `adapter`, `allow_downloads` (of models that a recorded policy names) and `weights` are those of
     `attach`. A line in the `dropflow` log says which policy is attached.
 
-    Raises `PolicyError` before any weights are loaded if no policy is given and none is recorded, and otherwise
-    whatever `attach` raises.
+    Raises `PolicyError` before any weights are loaded if the policy cannot be read, or none is given and none is
+    recorded, `UnsupportedModel` for a folder that is not there, and otherwise whatever transformers and `attach` raise.
     """
-    if policy is None:
+    _check(folder, model_class)
+    check_adapter(adapter)
+    if policy is not None:
+        policy, overrides = load_policy(policy, overrides), ()  # before any weights are loaded
+    else:
         if kwargs.get("config") is None:
             kwargs["config"] = AutoConfig.from_pretrained(
                 folder, **{name: kwargs[name] for name in (*_OF_FILES, "trust_remote_code") if name in kwargs}
             )
-        recorded_policy(kwargs["config"], allow_downloads=allow_downloads)
+        load_policy(recorded_policy(kwargs["config"], allow_downloads=allow_downloads), overrides)
     model = model_class.from_pretrained(folder, **kwargs)
     flow = attach(model, policy, overrides=overrides, adapter=adapter, allow_downloads=allow_downloads, weights=weights)
     whose = "recorded" if policy is None else "given"
@@ -55,3 +61,17 @@ def from_pretrained(
         "%s: the %s policy %r is attached; dropflow.detach(model) takes it off", folder, whose, flow.policy.name
     )
     return model
+
+
+def _check(folder: Any, model_class: Any) -> None:
+    """Refuse what transformers could not load a model from, with an error of its own for each kind of file system."""
+    if not isinstance(folder, str | PathLike) or not str(folder):
+        raise UnsupportedModel(f"folder: expected a model folder or the name of a model, got {quoted(folder)}")
+    looks_local = isinstance(folder, PathLike) or str(folder).startswith(("/", ".", "~")) or str(folder).count("/") > 1
+    if looks_local and not Path(folder).exists():
+        raise UnsupportedModel(f"folder: {quoted(str(folder))}: no such folder; name one with a config.json")
+    if not callable(getattr(model_class, "from_pretrained", None)):
+        raise UnsupportedModel(
+            "model_class: expected a class with `from_pretrained`, such as AutoModelForImageTextToText, got "
+            f"{quoted(model_class)}"
+        )

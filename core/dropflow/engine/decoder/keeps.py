@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow.engine.decoder.record import PromptRecord
 from dropflow.engine.tokens.live_set import LiveSet
 from dropflow.engine.tokens.prompt import Prompt
-from dropflow.errors import UnsupportedCall
+from dropflow.errors import UnsupportedCall, quoted
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Keeps:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Keeps:
         """The keeps that `to_dict` has written; raises `UnsupportedCall` for other data."""
+        if not isinstance(data, Mapping):
+            raise UnsupportedCall(f"keeps: expected what `Keeps.to_dict` returns, got {quoted(data)}")
         try:
             merges = {int(b): tuple((int(a), int(c)) for a, c in own) for b, own in data["merges"].items()}
             visual, until = (tuple(map(int, data[name])) for name in ("visual", "until"))

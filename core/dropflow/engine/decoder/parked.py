@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.decoder.layer_arguments import Once
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
@@ -245,7 +246,15 @@ def parked_in(cache: Any) -> Parked | None:
 
 
 def parked_bytes(cache: Any) -> int:
-    """Bytes of what a cache holds parked for later questions (see `recall` of a policy), beside its entries."""
+    """Bytes of what a cache holds parked for later questions (see `recall` of a policy), beside its entries.
+
+    Raises `UnsupportedModel` for anything but a cache of transformers.
+    """
+    if not isinstance(cache, Cache):
+        raise UnsupportedModel(
+            f"parked_bytes: expected a cache, got {type(cache).__name__}; pass the `{CACHE_ARGUMENT}` of the model's "
+            "output (`use_cache=True`)"
+        )
     parked = parked_in(cache)
     return 0 if parked is None else parked.nbytes
 

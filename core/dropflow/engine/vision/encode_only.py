@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dropflow.backbone.image_layout import check_grid
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
-from dropflow.errors import DecisionError, PolicyError
+from dropflow.errors import DecisionError, PolicyError, quoted
 from dropflow.lifecycle.payloads import EncodeCall
 from dropflow.lifecycle.stage import EncodeBoundary
 from dropflow.policy.encode_faults import encode_faults
@@ -58,6 +59,10 @@ class EncodeOnly:
         LLM or inside the vision tower, that read its attention or the text, or whose number of tokens depends on what
         an image shows.
         """
+        if not isinstance(shape, BackboneShape):
+            raise ValueError(f"shape: expected the model's BackboneShape, got {quoted(shape)}")
+        if not isinstance(facts, Set):
+            raise ValueError(f"facts: expected a set of facts, such as frozenset({{'grid'}}), got {quoted(facts)}")
         self._plan, self._host = resolve(load_policy(source, overrides), shape, facts), host
         self.policy = self._plan.policy
         """The policy, with every number that was marked `solve`."""
@@ -73,6 +78,7 @@ class EncodeOnly:
 
     def tokens(self, grid: tuple[int, int]) -> int:
         """Visual tokens that an image with this patch grid (rows, columns) has in the prompt."""
+        check_grid("grid", grid)
         count = encoded(grid[0] * grid[1], self._plan.encodes, grid)[0]
         assert count is not None  # such policies are refused
         return count
@@ -91,6 +97,7 @@ class EncodeOnly:
         left for it. `prefix` is the number of rows that the tower held before the patches. Raises `DecisionError` for
         an answer that does not fit, and where more or fewer rows are left than `tokens` says.
         """
+        _check_images(features, grids)
         rows = [Rows.whole(len(own), own) for own in features]
         present = list(features)
         if project is not None:
@@ -141,3 +148,18 @@ class EncodeOnly:
             f"vision layer {layer}: {self._host} does not give away what its vision tower computed; list the layer in "
             "the stage's `vision_taps`, so that it is refused before"
         )
+
+
+def _check_images(features: Any, grids: Any) -> None:
+    """Raise `ValueError` for anything but one tensor (rows, dim) and one patch grid for each image."""
+    if not isinstance(features, Sequence) or not all(isinstance(own, Tensor) and own.dim() == 2 for own in features):
+        raise ValueError(f"features: expected a tensor (rows, dim) for each image, got {quoted(features)}")
+    if not isinstance(grids, Sequence) or len(grids) != len(features):
+        raise ValueError(f"grids: expected one for each of {len(features)} images, got {quoted(grids)}")
+    for image, (own, grid) in enumerate(zip(features, grids, strict=True)):
+        check_grid(f"grids[{image}]", grid)
+        if len(own) != grid[0] * grid[1]:
+            raise ValueError(
+                f"grids[{image}]: {grid[0]} x {grid[1]} patches, but its features have {len(own)} rows; pass a row for "
+                "every patch"
+            )
