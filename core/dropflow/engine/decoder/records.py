@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from dropflow.engine.decoder.record import CallRecord, PromptRecord
 from dropflow.engine.tokens.cache_index import KeyIndex
@@ -59,7 +60,7 @@ class Records:
 
         It has seen `seen` logical tokens; by default the cache is asked, unless only its device knows.
         """
-        if cache is None:
+        if not isinstance(cache, Cache):
             return
         fed, last = self._by_cache.get(cache), self.last
         known = [] if fed is None else [fed.record]
