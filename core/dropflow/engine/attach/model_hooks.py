@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial, wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from dropflow.backbone.backbone import MODALITIES
 from dropflow.backbone.compiling import is_exported
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
-from dropflow.engine.attach.begun_calls import begun_ahead, check_begun, refuse_direct_prefix, visual_ahead
+from dropflow.engine.attach.begun_calls import begun_ahead, refuse_direct_prefix, visual_ahead
 from dropflow.engine.attach.call import Call
+from dropflow.engine.attach.feature_hooks import FeatureHooks
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
 from dropflow.engine.attach.overlap import (
     Beside,
-    DeferredFeatures,
-    Encoded,
-    Promise,
     own_features,
     serial_because,
-    told,
 )
-from dropflow.engine.attach.recall_refusals import check_more_images, check_recall
+from dropflow.engine.attach.recall_refusals import check_recall
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
-from dropflow.engine.attach.stage_modules import StageModules, is_of_stages
-from dropflow.engine.attach.stage_weights import save_weights
-from dropflow.engine.attach.stated import Stated, stated_instruction_tokens, stated_questions, stated_tokens
+from dropflow.engine.attach.stage_modules import StageModules
+from dropflow.engine.attach.stage_weights import saving
+from dropflow.engine.attach.stated import Stated, stated_tokens
 from dropflow.engine.attach.static_refusals import check_room
+from dropflow.engine.attach.text_calls import Asked, begin_prompt, recalled, recorded
 from dropflow.engine.attach.tower_hooks import TowerHooks
 from dropflow.engine.decoder.continued_run import ContinuedRun
 from dropflow.engine.decoder.head import live_states, shifted
-from dropflow.engine.decoder.keeps import Keeps, Replayed
-from dropflow.engine.decoder.parked import Parked, parked_in
-from dropflow.engine.decoder.prefix_runs import BegunRun, Keeping, KeepingRun
+from dropflow.engine.decoder.keeps import Keeps
+from dropflow.engine.decoder.parked import parked_in
+from dropflow.engine.decoder.prefix_runs import Keeping
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.recalled_run import RecalledRun
-from dropflow.engine.decoder.record import CallRecord
-from dropflow.engine.decoder.records import Forward
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.model import traced_step
 from dropflow.engine.model.arguments import cache_after, cache_in, named
@@ -52,28 +44,20 @@ from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
 from dropflow.engine.model.traced_step import TracedPolicy, TracedStep
-from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_generate, inside_of, refuse_own_model
-from dropflow.engine.tokens.ahead import ahead_in, spread
+from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
+from dropflow.engine.tokens.ahead import ahead_in
 from dropflow.engine.tokens.cache import (
     check_written_by,
     fix_static,
-    indices_of,
     is_flow_cache,
     is_static,
     loosen_static,
-    seen_by,
 )
 from dropflow.engine.tokens.cache_layers import serving
 from dropflow.engine.tokens.prompt import (
-    Prompt,
     VisualTokens,
-    document_starts,
-    instruction_tokens,
-    make_prompt,
-    valid_tokens,
 )
-from dropflow.engine.vision.encoding import FlowFeatures, encode, joined, take_flags
-from dropflow.engine.vision.vision_run import VisionRun
+from dropflow.engine.vision.encoding import FlowFeatures, take_flags
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -109,6 +93,7 @@ class ModelHooks:
         self._handles: list[Any] = []
         self.beside = Beside(backbone) if overlap else None
         """The thread that encodes beside the first layers; `None` without `overlap`."""
+        self._features = FeatureHooks(self._mine, self._open, self._close, self.beside)
         self._labelled = LabelledLoss(self._standing, self._live_rows) if labelled_only else None
         self.flows: Mapping[str, Flow | None] = {}
         """The policies to choose from, by name; `None` for dense. Empty while nothing is attached."""
@@ -148,16 +133,14 @@ class ModelHooks:
         # after the hooks, which alone keep this object: an interrupted attach must find what it has replaced
         self.modules.lay(self._standing, model)
         if self.modules.stages and hasattr(model, "save_pretrained"):
-            self._standing.lay(model.__dict__, "save_pretrained", self._saving(model.save_pretrained))
+            save = saving(model.save_pretrained, self.modules, self._passing, model)
+            self._standing.lay(model.__dict__, "save_pretrained", save)
         plans = [flow.plan for flow in flows.values() if flow is not None]
         stand_in(self._standing, text, self._decoder_run, traced=self.traced)
         TowerHooks(self.backbone, self._mine).install(self._standing, self._handles, plans)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
-        for modality in MODALITIES:
-            name = f"get_{modality}_features"
-            if hasattr(core, name):
-                self._standing.lay(core.__dict__, name, self._features_method(core, modality))
+        self._features.install(self._standing, core)
         self._sites = {
             name: Site(flow.plan, self.backbone, self._passing, self._shards, flow.trained)
             for name, flow in flows.items()
@@ -227,91 +210,6 @@ class ModelHooks:
         call = self._mine()
         return None if call is None else call.decoder
 
-    # Images
-
-    def _features_method(self, core: Any, modality: str) -> Any:
-        name = f"get_{modality}_features"
-        original = getattr(core, name)
-        signature = inspect.signature(original)
-
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any], *, later: bool) -> Any:
-            call = self._mine()
-            if call is not None and (call.decoder is not None or (call.vision is not None and call.vision.asking)):
-                refuse_own_model(name)
-            if call is not None and (call.encoding or call.site is None):
-                return original(*args, **kwargs)  # a model may encode videos with its method for images
-            if call is None and inside_of(core):  # its forward has begun before the policy was attached
-                return original(*args, **kwargs)
-            alone = call is None
-            if call is None:
-                call = self._open(get_features, sys._getframe())
-            try:
-                if call is None or call.site is None:
-                    return original(*args, **kwargs)
-                if not kwargs.get("return_dict", True):
-                    raise UnsupportedCall(f"{name}: return_dict=False is not supported under a policy; leave it out")
-                given = signature.bind_partial(*args, **kwargs).arguments
-                encoded = modality if alone else call.encodes(modality)
-                features = partial(original, *args, **(kwargs | {"return_dict": True}))
-                making = partial(_encoded, modality, encoded, features, given)
-                if later and self.beside is not None:
-                    if alone and inside_generate():
-                        now = partial(run, args, kwargs, later=False)
-                        return DeferredFeatures(making, now, call.site.plan.serial, given)
-                    if not alone and call.serial is None:
-                        return self.beside.stand_in(call, encoded, Promise(making, given))
-                made = making(call)
-                if alone:
-                    return made.with_flags()
-                call.losses += made.losses
-                call.flags[encoded] = joined(made.flags)
-                return made.output
-            finally:
-                if alone:
-                    self._close(get_features)
-
-        @wraps(original)
-        def get_features(*args: Any, **kwargs: Any) -> Any:
-            return run(args, kwargs, later=True)
-
-        return get_features
-
-    def _take_promises(self, call: Call, encoded: Mapping[str, Any]) -> dict[str, Any]:
-        """`encoded` with what `generate` has deferred: promised again in this call, or encoded now if they must be."""
-        assert self.beside is not None
-        assert call.site is not None
-        found = dict(encoded)
-        for modality, features in encoded.items():
-            promise = features.promise(call.site.plan.serial) if isinstance(features, DeferredFeatures) else None
-            if promise is None or promise.deferred is None:
-                continue
-            if call.serial is None:
-                found[modality] = self.beside.stand_in(call, modality, promise)
-            else:
-                promise.deferred.fill(promise.encode(call).with_flags())
-        return found
-
-    def _saving(self, original: Any) -> Any:
-        """The model's `save_pretrained`, which writes the weights of the stages' modules to a file of their own."""
-
-        @wraps(original)
-        def save_pretrained(
-            save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
-        ) -> Any:
-            states = self.modules.states(state_dict)
-            if kwargs.get("push_to_hub"):
-                raise UnsupportedCall(
-                    "push_to_hub: would leave out the weights of the policy's stages; call the model's own "
-                    "`push_to_hub`, which uploads them, or save first and upload the folder"
-                )
-            rest = state_dict and {name: value for name, value in state_dict.items() if not is_of_stages(name)}
-            with self.modules.hidden(self._passing, self._model):
-                saved = original(save_directory, is_main_process, rest, *args, **kwargs)
-            save_weights(states, save_directory, write=is_main_process)
-            return saved
-
-        return save_pretrained
-
     # `generate`: which forwards are one prompt
 
     def _prefilling(self, original: Any) -> Any:
@@ -321,30 +219,6 @@ class ModelHooks:
                 return original(*args, **kwargs)
 
         return prefill
-
-    def _begun(self, call: Call, kwargs: dict[str, Any], cache: Any) -> Forward:
-        """What must be recorded of a call of the text decoder before it runs."""
-        given: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if given is None:  # the model refuses it
-            return Forward(0, None)
-        (batch, tokens), text, mask = given.shape[:2], call.visual is None, call.attention_mask
-        forward = Forward(tokens, self._prefill.of(self, None))
-        if forward.generating is None:
-            if text and (tokens == 1 or inside_generate()):
-                self._look_at(cache)
-                return forward  # decodes, or verifies drafts
-            keep = call.logits_to_keep
-            if not text and isinstance(keep, int) and keep > 1 and inside_generate():
-                forward.drafts = keep - 1
-        assert call.site is not None
-        forward.seen, forward.before = seen_by(cache), indices_of(cache, call.site.plan.shape)
-        self._look_at(cache, forward.seen)
-        forward.stated = isinstance(mask, Tensor) and mask.dim() == 2
-        if forward.stated and mask.shape[1] >= forward.seen + tokens:
-            forward.real = mask[:, : forward.seen].bool()
-        if text:
-            forward.part = CallRecord(valid_tokens(mask, batch, tokens, given.device, forward.seen))
-        return forward
 
     def _look_at(self, cache: Any, seen: int | None = None) -> None:
         """Let every policy notice what became of a cache before a call uses it."""
@@ -430,7 +304,7 @@ class ModelHooks:
         if kwargs.get("mm_encoder_outputs"):
             given = kwargs["mm_encoder_outputs"]
             if self.beside is not None:
-                given = self._take_promises(call, given)
+                given = self._features.take_promises(call, given)
             for features in given.values():
                 call.losses += features.losses if isinstance(features, FlowFeatures) else ()
             there = {name: features for name, features in given.items() if name not in call.promised}
@@ -508,7 +382,7 @@ class ModelHooks:
         )  # in case the list was replaced after attaching
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
-        call.forward = forward = self._begun(call, kwargs, cache)
+        call.forward = forward = recorded(call, kwargs, cache, self._prefill.of(self, None), self._look_at)
         if call.visual is None and not is_flow_cache(cache):
             return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
@@ -527,70 +401,13 @@ class ModelHooks:
             parked = parked_in(cache) if site.plan.policy.recall and forward.part is not None else None
             if parked is not None:
                 check_recall(site, parked, len(embeds), self.replayed.of(self, None))
-                call.decoder = self._recalled(call, site, parked, embeds, cache, forward)
+                call.decoder = recalled(call, site, parked, embeds, cache, forward)
                 return args, kwargs
             padded = forward.part if forward.stated else None
             call.decoder = ContinuedRun(site, embeds, cache, None if padded is None else padded.valid)
             return args, kwargs
-        return args, self._begin_prompt(call, site, kwargs, embeds, cache, forward)
-
-    def _begin_prompt(
-        self, call: Call, site: Site, kwargs: dict[str, Any], embeds: Tensor, cache: Any, forward: Forward
-    ) -> dict[str, Any]:
-        """Begin the run of a call of the decoder with visual tokens; returns the arguments of the decoder."""
-        assert call.visual is not None
-        held = parked_in(cache) if site.plan.policy.recall else None
-        if held is not None:
-            check_more_images(held, call.visual.mask)
-        batch, tokens = embeds.shape[:2]
-        valid = valid_tokens(call.attention_mask, batch, tokens, embeds.device, forward.seen)
-        starts = None
-        if call.attention_mask is None and cache is None:  # only in this case does transformers treat rows as packed
-            starts = document_starts(kwargs.get("position_ids"))
-            refusals.check_packed(self.backbone, site.implementation, starts)
-        stated = stated_instruction_tokens(embeds, forward.seen)
-        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, starts, stated)
-        visual = replace(call.visual, mask=call.visual.mask.to(embeds.device))
-        per_image = self.backbone.tokens_per_image
-
-        def prompt_made() -> Prompt:
-            if call.ahead is not None:
-                return spread(*call.ahead, valid, instruction)
-            flags = visual.rows(call.flags)
-            refusals.check_encoded(site.plan, flags)
-            return make_prompt(visual, flags, valid, instruction, per_image)
-
-        later = self.beside is not None and bool(call.promised)
-        prompt = make_prompt(visual, None, valid, instruction, per_image) if later else prompt_made()
-        if site.plan.reads_questions:
-            prompt = replace(prompt, questions=stated_questions(embeds))
-        if call.ahead is not None:
-            kwargs = check_begun(call.ahead, kwargs, site, valid)
-            call.decoder = BegunRun(site, *call.ahead, prompt, embeds, cache)
-            return kwargs
-        kwargs, residuals = self.backbone.deepstack_residuals(kwargs)
-        keeping = self.keeping.of(self, None)
-        if keeping is not None:
-            call.decoder = KeepingRun(site, prompt, embeds, residuals, keeping, kwargs.get("position_ids"))
-            return kwargs
-        awaited = self.beside.begin(call, embeds, residuals, prompt_made) if self.beside is not None and later else None
-        keeps = self.replayed.of(self, None)
-        replayed = None if keeps is None else Replayed.of(keeps, prompt, site.plan.shape.layers)
-        call.decoder = run = PromptRun(site, prompt, embeds, residuals, forward.real, replayed, awaited)
-        if self.beside is not None and run.record is not None:
-            run.record.overlap = told(call, awaited, run.window.entry)
-        return kwargs
-
-    def _recalled(
-        self, call: Call, site: Site, parked: Parked, embeds: Tensor, cache: Any, forward: Forward
-    ) -> RecalledRun:
-        """The run of a text-only call for which visual tokens of earlier turns are chosen anew."""
-        assert forward.part is not None
-        valid = forward.part.valid
-        stated = stated_instruction_tokens(embeds, forward.seen)
-        instruction = instruction_tokens(valid, call.labels, call.logits_to_keep, None, stated)
-        questions = stated_questions(embeds) if site.plan.reads_questions else None
-        return RecalledRun(site, parked, embeds, cache, valid, instruction, questions)
+        asked = Asked(self.replayed.of(self, None), self.keeping.of(self, None), self.beside)
+        return args, begin_prompt(call, site, kwargs, embeds, cache, forward, asked)
 
     def _open_directly(self, text: Any, kwargs: dict[str, Any]) -> Call | None:
         """Begin a direct call of the decoder, which carries less information than a call of the core."""
@@ -664,19 +481,6 @@ class ModelHooks:
             f"a model with a policy attached cannot be copied or pickled ({names} is); detach first and attach to the "
             "copy. `save_pretrained` and `state_dict` work, and the config records the policy"
         )
-
-
-def _encoded(modality: str, encoded: str, features: Callable[[], Any], given: Mapping[str, Any], call: Call) -> Encoded:
-    """Encode what `call` brings as `encoded` with `features`, the method of `modality`, whose arguments are `given`."""
-    site = call.site
-    assert site is not None
-    call.encoding = True
-    try:
-        call.vision = VisionRun(site, modality, given, encoded) if site.plan.encode_at else None
-        output, flags = encode(site, call.vision, encoded, features, given)
-        return Encoded(output, flags, () if call.vision is None else tuple(call.vision.losses))
-    finally:
-        call.encoding, call.vision = False, None
 
 
 def _while(turn: Turn) -> Any:

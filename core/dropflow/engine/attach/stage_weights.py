@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from dropflow.engine.attach.stage_modules import StageModules, key_of
-from dropflow.errors import PolicyError
+from dropflow.engine.attach.stage_modules import StageModules, is_of_stages, key_of
+from dropflow.engine.model.shadowing import Shadows
+from dropflow.errors import PolicyError, UnsupportedCall
 from dropflow.policy.recorded import WEIGHTS
 
 
@@ -31,6 +33,28 @@ def save_weights(states: Mapping[str, Tensor], folder: str | os.PathLike[str], *
         {name: value.detach().cpu().contiguous().clone() for name, value in whole.items()}, part, {"format": "pt"}
     )
     part.replace(path)
+
+
+def saving(original: Any, modules: StageModules, passing: Shadows, model: Any) -> Any:
+    """The model's `save_pretrained`, which writes the weights of the stages' modules to a file of their own."""
+
+    @wraps(original)
+    def save_pretrained(
+        save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        states = modules.states(state_dict)
+        if kwargs.get("push_to_hub"):
+            raise UnsupportedCall(
+                "push_to_hub: would leave out the weights of the policy's stages; call the model's own "
+                "`push_to_hub`, which uploads them, or save first and upload the folder"
+            )
+        rest = state_dict and {name: value for name, value in state_dict.items() if not is_of_stages(name)}
+        with modules.hidden(passing, model):
+            saved = original(save_directory, is_main_process, rest, *args, **kwargs)
+        save_weights(states, save_directory, write=is_main_process)
+        return saved
+
+    return save_pretrained
 
 
 def find_weights(source: str | os.PathLike[str], **hub: Any) -> Path | None:
