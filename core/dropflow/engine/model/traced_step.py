@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 
 from dropflow.backbone.compiling import is_traced

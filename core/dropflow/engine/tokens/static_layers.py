@@ -152,7 +152,7 @@ class StaticFlowLayer(UniformLayer):
 
     def mask(self, mask: Tensor) -> Tensor:
         """The model's mask (batch or 1, heads or 1, queries, limit), reduced to the places of this layer's entries."""
-        if not torch.compiler.is_dynamo_compiling() and self.whole:  # compiled code does not depend on what layers hold
+        if not is_traced() and self.whole:  # compiled code does not depend on what layers hold
             return mask
         columns, shown = self.columns.to(mask.device), self.shown.to(mask.device)
         mask = mask.expand(columns.shape[0], -1, -1, -1)

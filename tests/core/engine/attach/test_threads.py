@@ -614,9 +614,10 @@ def test_names_that_are_not_in_the_set_are_refused(llava: Any, flows: FlowSet) -
     with pytest.raises(KeyError):
         flows["fastvv"]
     flows.detach()
-    for policies in ({}, {"dense": None}):
-        with pytest.raises(PolicyError, match="attach_set: the default 'hidrop' is not among"):
-            dropflow.attach_set(llava, policies, default="hidrop")
+    with pytest.raises(PolicyError, match="attach_set: the default 'hidrop' is not among"):
+        dropflow.attach_set(llava, {"dense": None}, default="hidrop")
+    with pytest.raises(PolicyError, match=r"attach_set: expected a mapping of names to policies, got \{\}"):
+        dropflow.attach_set(llava, {}, default="hidrop")
     assert dropflow.flow_of(llava) is None
 
 
