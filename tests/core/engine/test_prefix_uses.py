@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from prefixed import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
 from syncs import HostSyncs
-from test_prefix import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
 from tiny import HIDROP, PAD, policy, prompt
 
 import dropflow

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.model.arguments import cache_in
-from dropflow.engine.tokens.ahead import Ahead, PrefixCache, ahead_in, begins_at, placed
+from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, begun_with, hand_over, placed
 from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.prompt import VisualTokens, valid_tokens
 from dropflow.errors import UnsupportedCall
@@ -17,6 +20,33 @@ from dropflow.errors import UnsupportedCall
 if TYPE_CHECKING:
     from dropflow.backbone.backbone import Backbone
     from dropflow.engine.decoder.site import Site
+
+
+def begun_as_asked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with which `generate` prepares its cache, so that a static one that is asked for begins with a prefix.
+
+    The method alone refuses to be asked for a kind of cache while it is given one.
+    """
+
+    @wraps(original)
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        asked, begun = generation_config.cache_implementation, model_kwargs.get(CACHE_ARGUMENT)
+        if asked is None or not begun_with(begun):
+            return original(generation_config, model_kwargs, *args, **kwargs)
+        if ahead_in(begun) is None:
+            _refuse_again()
+        del model_kwargs[CACHE_ARGUMENT]
+        prepared = original(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get(CACHE_ARGUMENT)
+        if not isinstance(made, StaticCache) or made.offloading:
+            raise UnsupportedCall(
+                f"cache_implementation: {asked!r} cannot begin with a prefix, whose entries all questions share; use "
+                "'static', or leave it out"
+            )
+        hand_over(begun, made)
+        return prepared
+
+    return prepare
 
 
 def begun_ahead(
@@ -52,13 +82,16 @@ def begun_ahead(
 
 def _check_unused(backbone: Backbone, cache: Any, ids: Tensor | None) -> None:
     """Refuse to begin with a prefix a second time; one host synchronisation for a long call on such a cache."""
-    if not isinstance(cache, PrefixCache) or ids is None or ids.shape[1] <= cache.begun_with:
-        return
-    if bool(backbone.placeholders(ids).any()):
-        raise UnsupportedCall(
-            f"{CACHE_ARGUMENT}: a call has begun with this cache of a prefix already, even if it failed, and these are "
-            "whole prompts again; call `Prefix.inputs` anew for every call of the model or of `generate`"
-        )
+    begun = begun_with(cache)
+    if begun and ids is not None and ids.shape[1] > begun and bool(backbone.placeholders(ids).any()):
+        _refuse_again()
+
+
+def _refuse_again() -> NoReturn:
+    raise UnsupportedCall(
+        f"{CACHE_ARGUMENT}: a call has begun with this cache of a prefix already, even if it failed, and these are "
+        "whole prompts again; call `Prefix.inputs` anew for every call of the model or of `generate`"
+    )
 
 
 def _check_asked(ahead: Ahead, arguments: dict[str, Any], labels: object, replayed: object) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dropflow.backbone.compiling import is_exported
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
-from dropflow.engine.attach.begun_calls import begun_ahead, refuse_direct_prefix, visual_ahead
+from dropflow.engine.attach.begun_calls import begun_ahead, begun_as_asked, refuse_direct_prefix, visual_ahead
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.feature_hooks import FeatureHooks
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
@@ -140,6 +140,9 @@ class ModelHooks:
         TowerHooks(self.backbone, self._mine).install(self._standing, self._handles, plans)
         if hasattr(model, "_prefill"):  # part of transformers' `generate`, which may feed a prompt in chunks
             self._standing.lay(model.__dict__, "_prefill", self._prefilling(model._prefill))
+        if hasattr(model, "_prepare_cache_for_generation"):
+            prepare = begun_as_asked(model._prepare_cache_for_generation)
+            self._standing.lay(model.__dict__, "_prepare_cache_for_generation", prepare)
         self._features.install(self._standing, core)
         self._sites = {
             name: Site(flow.plan, self.backbone, self._passing, self._shards, flow.trained)

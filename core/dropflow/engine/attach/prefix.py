@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.decoder.prefix_runs import Keeping, PrefixKept
-from dropflow.engine.tokens.ahead import Ahead, PrefixCache, begins_at
+from dropflow.engine.tokens.ahead import Ahead, begin_with, begins_at
+from dropflow.engine.tokens.cache import check_cache, convert_cache, is_flow_cache
 from dropflow.errors import UnsupportedCall, UnsupportedModel, quoted
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ class Prefix:
     Made by `Flow.prefix`; holds one sample, which any number of questions may begin with. Its memory is freed with it.
     """
 
-    def __init__(self, flow: Flow, ahead: Ahead, inputs: dict[str, Any], pixels: frozenset[str]) -> None:
-        """`inputs` are those of the prompt it was made from, of which `pixels` are not kept."""
-        self._flow, self._ahead, self._given = flow, ahead, frozenset(inputs)
+    def __init__(self, flow: Flow, ahead: Ahead, inputs: dict[str, Any], pixels: frozenset[str], config: Any) -> None:
+        """`inputs` are those of the prompt it was made from, of which `pixels` are not kept.
+
+        `config`, of the text decoder, says of what kinds the layers of a cache are.
+        """
+        self._flow, self._ahead, self._given, self._config = flow, ahead, frozenset(inputs), config
         kinds = {name: inputs[name] for name in _KINDS if inputs.get(name) is not None}
         self._kinds = {name: value[:, : ahead.tokens].clone() for name, value in kinds.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in {*_OF_TOKENS, *pixels}}
@@ -76,7 +80,8 @@ class Prefix:
         `inputs` are whole prompts, as the processor gives them: `input_ids` (batch, tokens), `attention_mask` if they
         are padded, on either side, and kinds of tokens. Pixels and sizes of images are ignored, since the prefix has
         them. What else the model or `generate` is to get goes beside what is returned, which holds a cache for one
-        call; ask again with new inputs.
+        call; ask again with new inputs. That cache grows, unless `past_key_values` is a new `StaticCache` to use
+        instead, or `generate` is asked for one by `cache_implementation="static"`.
 
         Raises `UnsupportedCall` for other inputs, where a prompt does not begin with the prefix, and once the policy is
         detached.
@@ -86,16 +91,29 @@ class Prefix:
         self._check_names(inputs)
         begins_at(self._ahead, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
         given = {name: value for name, value in inputs.items() if name in _OF_TOKENS}
-        plan = self._flow.plan
-        cache = PrefixCache(self._ahead, plan.shape.layers, plan.identity)
         return {
             **{name: _repeated(value, len(ids)) for name, value in self._inputs.items()},
             **given,
-            CACHE_ARGUMENT: cache,
+            CACHE_ARGUMENT: self._begun(inputs.get(CACHE_ARGUMENT)),
         }
 
+    def _begun(self, cache: Any) -> Any:
+        """A cache that begins with the prefix: the caller's static one, or else one that grows."""
+        plan = self._flow.plan
+        if cache is None:
+            cache = DynamicCache(config=self._config)
+        elif not isinstance(cache, StaticCache) or is_flow_cache(cache) or cache.get_seq_length():
+            raise UnsupportedCall(
+                f"{CACHE_ARGUMENT}: expected a new StaticCache, got {type(cache).__name__}; leave it out for a cache "
+                "that grows"
+            )
+        check_cache(cache, plan.shape, uniform=plan.uniform)
+        convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity)
+        begin_with(cache, self._ahead)
+        return cache
+
     def _check_names(self, given: Iterable[str]) -> None:
-        unknown = sorted(set(given) - {*_OF_TOKENS, *self._given})
+        unknown = sorted(set(given) - {*_OF_TOKENS, *self._given, CACHE_ARGUMENT})
         if unknown:
             raise UnsupportedCall(
                 f"prefix: {unknown[0]}: not among the inputs that the prefix was made from; pass it to the model "
@@ -118,7 +136,8 @@ class Prefix:
         for name, kinds in self._kinds.items():
             given[name] = kinds.new_zeros(mask.shape)
             given[name][:, : self.tokens] = kinds
-        return self.inputs(**{name: value.gather(1, order.to(value.device)) for name, value in given.items()})
+        given = {name: value.gather(1, order.to(value.device)) for name, value in given.items()}
+        return self.inputs(**given, **{CACHE_ARGUMENT: inputs.get(CACHE_ARGUMENT)})
 
 
 class Prefixes:
@@ -183,13 +202,14 @@ def make_prefix(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[
     ids = inputs["input_ids"]
     keeping = Keeping(tokens, ids)
     model = hooks.backbone.model
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
     name = next(name for name, own in hooks.flows.items() if own is flow)
     with torch.no_grad(), hooks.choosing(name), hooks.keeping.let(hooks, keeping), suppress(PrefixKept):
         model(**inputs, **{CACHE_ARGUMENT: cache, "use_cache": True})
     if keeping.found is None:
         raise UnsupportedCall("prefix: the model ran without its text decoder; pass the inputs of a whole prompt")
-    return Prefix(flow, keeping.found, inputs, hooks.backbone.pixels_in(inputs))
+    return Prefix(flow, keeping.found, inputs, hooks.backbone.pixels_in(inputs), config)
 
 
 def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, Any]) -> None:

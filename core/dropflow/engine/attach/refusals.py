@@ -17,6 +17,7 @@ from dropflow.engine.attach.vision_refusals import vision_faults
 from dropflow.engine.model.arguments import annotated_parameters, cache_in
 from dropflow.engine.model.attention import HeadShards
 from dropflow.engine.model.stand_in import StandIn
+from dropflow.engine.tokens.ahead import ahead_in
 from dropflow.engine.tokens.cache import check_cache, is_flow_cache
 from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
@@ -190,7 +191,7 @@ def _check_cache(backbone: Backbone, plan: Plan, arguments: dict[str, Any]) -> N
     others = [arguments[name] for name in CACHES if arguments.get(name) is not None]
     if name is None and others:
         cache = others[0]
-    if not plan.uniform or plan.encode_at:
+    if not plan.uniform or plan.encode_at or ahead_in(cache) is not None:
         given: Any = (
             arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
         )

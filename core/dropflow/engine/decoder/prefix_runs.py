@@ -15,7 +15,7 @@ from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with_hidden
-from dropflow.engine.tokens.ahead import Ahead, PrefixCache, placed
+from dropflow.engine.tokens.ahead import Ahead, open_ahead, placed
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet, picked
@@ -169,8 +169,7 @@ class BegunRun(PromptRun):
         return True
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(self._cache, PrefixCache)
-        self._cache.open(self._ahead, len(self._first), self._first)
+        open_ahead(self._cache, self._ahead, len(self._first), self._first)
         super()._begin(layer, args, kwargs)
 
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
+from dropflow.engine.tokens.cache import flow_layers, limit_of
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.host import Extent, read
@@ -82,33 +83,55 @@ class Ahead:
         return held.shape[-2]
 
 
-class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers ships no types
-    """A cache for one prompt that begins with a prefix; afterwards it is an ordinary cache under the policy."""
+def begin_with(cache: Any, ahead: Ahead) -> None:
+    """Let the next call on a fresh cache written under a policy begin with `ahead`; then it is one like others."""
+    first = first_held(cache)
+    first.ahead, first.begun_with = ahead, ahead.tokens
 
-    def __init__(self, ahead: Ahead, layers: int, written_by: Any) -> None:
-        """`layers` is the number of decoder layers; the entries are those of the prefix, which are never written to."""
-        super().__init__()
-        self.ahead: Ahead | None = ahead
-        self.begun_with = ahead.tokens
-        """Number of tokens of the prefix, also once a call has begun with it."""
-        self.layers = [FlowLayer(written_by=written_by) for _ in range(layers)]
 
-    def open(self, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
-        """Hold the entries of `ahead` for each of `batch` samples, in which the prefix begins at the tokens `rows`."""
-        made: dict[KeyIndex, KeyIndex] = {}
-        images = len(ahead.prompt.image_sizes)
-        for layer, (keys, values, index) in zip(self.layers, ahead.entries, strict=False):
-            if index not in made:
-                made[index] = _at(index, rows, images)
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = (part.expand(batch, -1, -1, -1) for part in (keys, values))
-            layer.index = made[index]
-        self.ahead = None
+def hand_over(begun: Any, static: Any) -> None:
+    """Let a new static cache begin with the prefix that `begun` waits to begin with; that one has begun then.
+
+    Raises `UnsupportedModel` for one all of whose layers have sliding windows.
+    """
+    limit, first = limit_of(static), first_held(begun)
+    for number, layer in flow_layers(begun).items():
+        static.layers[number] = FlowLayer(layer.is_sliding, layer.written_by, limit)
+    begin_with(static, first.ahead)
+    first.ahead = None
+
+
+def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
+    """Let a cache hold the entries of `ahead` for each of `batch` samples, in which it begins at the tokens `rows`.
+
+    The entries are those of the prefix, which are never written to.
+    """
+    made: dict[KeyIndex, KeyIndex] = {}
+    images = len(ahead.prompt.image_sizes)
+    for layer, (keys, values, index) in zip(cache.layers, ahead.entries, strict=False):
+        if index not in made:
+            made[index] = _at(index, rows, images)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (part.expand(batch, -1, -1, -1) for part in (keys, values))
+        layer.index = made[index]
+    first_held(cache).ahead = None
+
+
+def first_held(cache: Any) -> Any:
+    """The first layer that has entries of a cache written under a policy, on which a prefix rides; else `None`."""
+    return next(iter(flow_layers(cache).values()), None) if isinstance(cache, Cache) else None
+
+
+def begun_with(cache: Any) -> int:
+    """Number of tokens of the prefix with which a call on this cache begins or has begun; 0 for other caches."""
+    found: int = getattr(first_held(cache), "begun_with", 0)
+    return found
 
 
 def ahead_in(cache: Any) -> Ahead | None:
     """The prefix with which a call on this cache begins; `None` for other caches, and once such a call has begun."""
-    return cache.ahead if isinstance(cache, PrefixCache) else None
+    found: Ahead | None = getattr(first_held(cache), "ahead", None)
+    return found
 
 
 def begins_at(

@@ -73,7 +73,7 @@ class KeyIndex:
 
     @property
     def ahead(self) -> bool:
-        """Whether the entries hold tokens of a call that is still to come (see `PrefixCache`)."""
+        """Whether the entries hold tokens of a call that is still to come (see `Ahead`)."""
         return not self.length and len(self) > 0
 
     def upto(self, length: int, real: Bool[Tensor, "batch tokens"] | None = None) -> KeyIndex:

@@ -48,6 +48,8 @@ class Indexed:
 
     `None` for nobody: an emptied layer is as good as transformers' own, for any policy and for a model without one.
     """
+    begun_with: int = 0
+    """Number of tokens of the prefix that a call on this cache has begun or will begin with, in its first layer."""
     shared: dict[int, KeyIndex]
     """The same entries as another decoder layer that reads them sees them, by its number; a layer without an entry here
     sees them all."""
@@ -131,6 +133,8 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         self.rooms = Room(), Room()
         self.limit = limit
         """Number of tokens that a static cache may see, for which this layer stands during a call; else `None`."""
+        self.ahead: Any = None
+        """The prefix with which the next call begins (`Ahead`), in the first layer of a cache; `None` for none."""
         self.parked: Any = None
         """What later turns may recall (`Parked`), in the first layer of a cache; `None` for nothing."""
 
@@ -167,6 +171,21 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
             adopted.keys, adopted.values = keys, values
             adopted.set_index(KeyIndex.plain(keys.shape[0], seen, keys.device, real))
         return adopted
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether it stands for a layer of a static cache that still waits for its prompt: steps can be compiled."""
+        return self.limit is not None and not self.is_initialized
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append entries; returns the keys and values of all that are held.
+
+        Raises `UnsupportedCall` where a prefix still waits, as in a call outside an attached model whose mask was made
+        before it.
+        """
+        if self.ahead is not None:
+            self._check_served()
+        return super().update(key_states, value_states, *args, **kwargs)
 
     @property
     def length(self) -> int:
@@ -227,6 +246,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         super().reset()
         self.index, self.prompt, self.written_by, self.shared, self.parked = None, 0, None, {}, None
         self._notes, self.rooms = {}, (Room(), Room())
+        self.ahead, self.begun_with = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
