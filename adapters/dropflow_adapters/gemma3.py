@@ -14,6 +14,7 @@ class Gemma3(Backbone):
     """`Gemma3ForConditionalGeneration`; every image, or pan-and-scan crop, has the same number of tokens."""
 
     features_form = "tensor"
+    bidirectional = "images"
 
     @property
     def tokens_per_image(self) -> int:

@@ -17,6 +17,7 @@ class Gemma4(Backbone):
 
     modalities = ("image", "video")
     gridded = True
+    bidirectional = "images"
 
     def layouts(self, modality: str, sizes: Sequence[int], arguments: Mapping[str, Any]) -> list[list[ImageLayout]]:
         """One image per picture or frame; the largest x and y of its patches determine its grid."""

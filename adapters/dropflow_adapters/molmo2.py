@@ -15,6 +15,7 @@ class Molmo2(Backbone):
 
     modalities = ("image", "video")
     gridded = True
+    bidirectional = "images"
 
     @property
     def visual_ids(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ class PaliGemma(Backbone):
     """`PaliGemmaForConditionalGeneration`; every image has the same number of tokens."""
 
     features_form = "tensor"
+    bidirectional = "prompt"
 
     @property
     def vision(self) -> VisionEncoder:

@@ -118,6 +118,9 @@ class Backbone:
     whose rows it takes in order. Only for cores that put these rows in the places of the placeholders and do nothing
     else with them, before a text decoder whose first layer receives its embeddings unchanged; the engine can then
     encode images beside the text layers (`overlap`). `None` for other cores."""
+    bidirectional: ClassVar[Literal["images", "prompt"] | None] = None
+    """Which tokens see later ones in the text decoder: those of images, of what belongs to images alone, so that they
+    are the same for every question (prefixes); or those of a whole prompt. `None` where none do, or nobody knows."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

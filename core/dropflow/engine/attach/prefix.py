@@ -89,7 +89,8 @@ class Prefix:
         _check_attached(self._flow)
         ids, mask = _tokens_in(inputs, "whole prompts")
         self._check_names(inputs)
-        begins_at(self._ahead, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self._check_kinds(inputs, begins_at(self._ahead, ids, valid))
         given = {name: value for name, value in inputs.items() if name in _OF_TOKENS}
         return {
             **{name: _repeated(value, len(ids)) for name, value in self._inputs.items()},
@@ -119,6 +120,20 @@ class Prefix:
                 f"prefix: {unknown[0]}: not among the inputs that the prefix was made from; pass it to the model "
                 "beside what is returned"
             )
+
+    def _check_kinds(self, inputs: Mapping[str, Any], first: Tensor) -> None:
+        """Refuse kinds of tokens that are not those of the prefix, by which its tokens may see others."""
+        places = first[:, None] + torch.arange(self.tokens, device=first.device)
+        for name in _KINDS:
+            own, given = self._kinds.get(name), inputs.get(name)
+            same = (own is None) == (given is None)
+            if own is not None and given is not None:
+                same = bool((given.gather(1, places.to(given.device)) == own.to(given.device)).all())
+            if not same:
+                raise UnsupportedCall(
+                    f"{name}: not those of the prompt that the prefix was made from; pass all that the processor gives "
+                    "for every prompt, here and there"
+                )
 
     def inputs_after(self, **inputs: Any) -> dict[str, Any]:
         """The same from what follows the prefix alone: `input_ids` and, if padded, `attention_mask` (batch, tokens).
@@ -240,6 +255,11 @@ def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, 
     if given:
         raise UnsupportedCall(
             f"{given[0]}: not for a prefix, which runs a fresh prompt as its processor gives it; leave it out"
+        )
+    if hooks.backbone.bidirectional == "prompt":
+        raise UnsupportedModel(
+            "prefix: in this model tokens of images see the whole prompt, its question included, so that their states "
+            "differ from question to question; ask with the whole prompt instead"
         )
     shape = plan.shape
     if len(shape.holding) < shape.layers:

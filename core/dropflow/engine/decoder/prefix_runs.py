@@ -19,7 +19,7 @@ from dropflow.engine.tokens.ahead import Ahead, open_ahead, placed
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet, picked
-from dropflow.engine.tokens.masks import lets_see_later
+from dropflow.engine.tokens.masks import last_seen
 from dropflow.engine.tokens.prompt import Prompt
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -43,7 +43,10 @@ class Keeping:
 
 
 class KeepingRun(PromptRun):
-    """The forward of one prompt, up to the first boundary that may depend on its question, that keeps a prefix."""
+    """The forward of one prompt, up to the first boundary that may depend on its question, that keeps a prefix.
+
+    Layers run on the tokens of the prefix alone.
+    """
 
     def __init__(
         self, site: Site, prompt: Prompt, embeds: Tensor, residuals: Any, keeping: Keeping, positions: Any
@@ -51,7 +54,7 @@ class KeepingRun(PromptRun):
         """`positions` are the position ids that the model states to its decoder, or `None`."""
         super().__init__(site, prompt, embeds, residuals)
         self._keeping, self._boundary, self._positions = keeping, site.plan.asks_from, positions
-        self._once = Once()
+        self._once, self._sees_later = Once(), list[bool]()
         ids = keeping.ids.to(embeds.device)
         # some models give tokens beside an image other embeddings than those of their ids, as Ovis 2 to those that
         # enclose it; a question without pixels would not
@@ -75,7 +78,7 @@ class KeepingRun(PromptRun):
 
     def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer; ends the forward at the boundary."""
-        self._check_mask(kwargs.get("attention_mask"))
+        self._see(number, kwargs.get("attention_mask"))
         output = super().layer(number, layer, args, kwargs)
         if number + 1 == self._boundary == self._site.plan.shape.layers:
             self._keep(None, cache_in(kwargs)[1])
@@ -86,13 +89,39 @@ class KeepingRun(PromptRun):
             self._keep(self._at_window_edge(number, hidden_of(args, kwargs)), cache_in(kwargs)[1])
         return super()._cross(number, layer, args, kwargs)
 
-    def _check_mask(self, mask: Tensor | None) -> None:
-        """Refuse a mask under which tokens see later ones, which a question may be among."""
-        if self._once(("mask", mask), lambda: lets_see_later(mask)):
+    def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin(layer, args, kwargs)
+        prompt = self.prompt
+        own = torch.arange(prompt.valid.shape[1], device=prompt.valid.device) < self._cut
+        valid, present, text = (mask & own for mask in (prompt.valid, prompt.present, prompt.text))
+        counts = map(Extent.of, read(valid.sum(1), present.sum(1), text.sum(1)))
+        extents = {**prompt.extents, **dict(zip(("valid", "present", "text"), counts, strict=True))}
+        self.prompt = replace(prompt, valid=valid, present=present, extents=extents)
+
+    def _see(self, number: int, mask: Tensor | None) -> None:
+        """Note whether tokens of the prefix see later ones in a layer.
+
+        Refuses where a question might be among these. What the last image sees belongs to the prefix, such as a token
+        that ends it.
+        """
+        tokens = self._embeds.shape[1]
+        last = self._once(("seen", mask), lambda: read(last_seen(mask, 1, tokens, self._embeds.device))[0])
+        later = any(seen > place for place, seen in enumerate(last[: self._cut]))
+        if later and self._site.backbone.bidirectional != "images":
             raise UnsupportedModel(
-                "prefix: this model lets tokens see later ones, as where all tokens of an image see each other, and "
-                "its masks are then not those of a call without pixels; ask with the whole prompt instead"
+                "prefix: this model lets tokens see later ones, and its adapter "
+                f"{type(self._site.backbone).__name__} does not say that these belong to images "
+                "(`Backbone.bidirectional`); ask with the whole prompt instead"
             )
+        needed = self._cut
+        while max(last[:needed]) >= needed:
+            needed = max(last[:needed]) + 1
+        if needed > self._cut and (number or self._keeping.tokens is not None):
+            raise UnsupportedCall(
+                f"prefix: what tokens of images see ends only with token {needed}; pass at least `tokens={needed}`"
+            )
+        self._cut = needed
+        self._sees_later.append(later)
 
     def _keep(self, hidden: Tensor | None, cache: Any) -> NoReturn:
         count, live, prompt = self._cut, self.live, self.prompt
@@ -115,6 +144,7 @@ class KeepingRun(PromptRun):
             queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
             states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
             residuals=tuple((where[:, :count].clone(), rows) for where, rows in self._residuals),
+            sees_later=tuple(self._sees_later[: self._boundary]),
             positions=None if self._positions is None else self._positions[..., :count].clone(),
         )
         raise PrefixKept
@@ -167,6 +197,26 @@ class BegunRun(PromptRun):
     def drops(self) -> bool:
         """Always true: some layers run on fewer tokens than the call has."""
         return True
+
+    def layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer, up to the boundary on what follows the prefix."""
+        if number < self._ahead.boundary and self._site.backbone.bidirectional is not None:
+            mask, expected = kwargs.get("attention_mask"), self._ahead.sees_later[number]
+            self._once(("seen", mask, expected), lambda: self._check_mask(mask, expected))
+        return super().layer(number, layer, args, kwargs)
+
+    def _check_mask(self, mask: Tensor | None, expected: bool) -> None:
+        """Refuse a mask under which the tokens of the prefix see others than where it was made."""
+        batch, tokens = self._within.shape
+        place = torch.arange(tokens, device=self._within.device)
+        last = last_seen(mask, batch, tokens, place.device)
+        end = self._first[:, None] + self._ahead.tokens
+        later, beyond = read(((last > place) & self._within).any(1), ((last >= end) & self._within).any(1))
+        if any(beyond) or any(bool(one) is not expected for one in later):
+            raise UnsupportedCall(
+                "attention_mask: tokens of the prefix see others here than where it was made; make it from a prompt "
+                "with all that belongs to its images, and pass kinds of tokens as the processor gives them"
+            )
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         open_ahead(self._cache, self._ahead, len(self._first), self._first)

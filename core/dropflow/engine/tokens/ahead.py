@@ -56,6 +56,8 @@ class Ahead:
     """What layers before the boundary returned whose states stages read later."""
     residuals: tuple[tuple[Bool[Tensor, "1 prefix"], Float[Tensor, "rows dim"]], ...]
     """What the model adds after its first layers (see `Backbone.deepstack_residuals`)."""
+    sees_later: tuple[bool, ...]
+    """Whether some of the tokens see later ones, in each layer before the boundary."""
     positions: Int[Tensor, "*axes 1 prefix"] | None
     """Position ids, if the model states any to its decoder."""
 

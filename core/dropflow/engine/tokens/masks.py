@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dropflow.engine.tokens.cache_index import KeyIndex
@@ -106,6 +106,18 @@ def causal_mask(queries: LiveSet, keys: KeyIndex) -> Bool[Tensor, "batch 1 queri
     return (seen & keys.valid[:, None, :])[:, None] | _own_slot(queries, keys)
 
 
+def last_seen(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Int[Tensor, "batch tokens"]:
+    """The last token that each one of a new prompt sees, by a mask (batch or 1, heads, tokens, tokens or more).
+
+    A later one where, for instance, all tokens of an image see each other. Other kinds of masks are causal.
+    """
+    place = torch.arange(tokens, device=device)
+    if mask is None or mask.dim() != 4:
+        return place.expand(batch, -1)
+    last = (_seen(mask)[..., :tokens].any(1) * place.to(mask.device)).amax(2)
+    return last.to(device).expand(batch, -1)
+
+
 def lets_see_later(mask: Tensor | None) -> bool:
     """Whether a mask (batch, heads, tokens, tokens) of a new prompt lets a token see a later one.
 
@@ -113,9 +125,13 @@ def lets_see_later(mask: Tensor | None) -> bool:
     """
     if mask is None or mask.dim() != 4:
         return False
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    ((later,),) = read(seen.triu(1 + seen.shape[3] - seen.shape[2]).any())
+    ((later,),) = read(_seen(mask).triu(1 + mask.shape[3] - mask.shape[2]).any())
     return bool(later)
+
+
+def _seen(mask: Tensor) -> Bool[Tensor, "batch heads queries keys"]:
+    """A boolean or additive mask as a boolean one."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def without(mask: Tensor, valid: Tensor) -> Tensor:

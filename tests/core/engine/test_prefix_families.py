@@ -1,0 +1,184 @@
+"""Prefixes on families whose masks, states and caches differ from those of LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from prefixed import BUDGET, POLICIES
+from tiny import HIDROP, policy, relative_error
+from transformers import DynamicCache
+
+import dropflow
+from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.testing.asking_again import check_asking_again
+from dropflow.testing.case import Case
+from dropflow.testing.families import tiny_models
+
+KINDS = {
+    "hidrop": HIDROP,
+    "encode": POLICIES["encode"],
+    "fastv": policy(rank={"use": "fastv/attention-rank", "at": 3, "keep": 0.4}),
+    "pyramiddrop": POLICIES["pyramiddrop"],
+    "mustdrop": policy(
+        filter={"use": "mustdrop/dual-attention", "at": [2, 4], "global_threshold": 0.04, "individual_threshold": 0.05},
+        cache={"use": "mustdrop/output-aware-cache", "at": 2},
+    ),
+    "window": policy(
+        inject={"use": "hidrop/late-injection", "at": 1},
+        exit={"use": "hidrop/early-exit", "at": 5},
+    ),
+}
+"""Policies that every family can run, by what they resemble."""
+BIDIRECTIONAL = ("gemma3", "molmo2")
+"""Families in which tokens of images see later ones."""
+TAILS = ((5, 6, 7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))
+
+
+def conversed(family: str, which: str, **options: Any) -> Case:
+    adapter, tiny = tiny_models()[family]
+    return Case(family, adapter, tiny, KINDS[which], **options)
+
+
+def questions(case: Case, prefix: dropflow.Prefix, tails: Any = TAILS) -> dict[str, Any]:
+    """Whole prompts that begin with the first sample of a case."""
+    row, pictures = case.single(0)["input_ids"][0].tolist(), case.drawn[1][0]
+    return case.tiny.collate([[*row[: prefix.tokens], *tail] for tail in tails], [pictures] * len(tails), "left")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next", "internvl", "mistral3", "glm4v"])
+@pytest.mark.parametrize("which", ["hidrop", "fastv"])
+def test_causal_families(family: str, which: str) -> None:
+    case = conversed(family, which)
+    assert 0 < check_asking_again(case) < case.tiny.tolerance
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+def test_families_whose_images_see_all_of_themselves(family: str, which: str, attention: str) -> None:
+    assert 0 < check_asking_again(conversed(family, which, attention=attention)) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["hidrop", "fastv", "encode"])
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+@torch.no_grad()
+def test_they_generate_the_same_tokens(family: str, which: str) -> None:
+    case = conversed(family, which).padded_left()
+    options: dict[str, Any] = {**BUDGET, "do_sample": False}
+    with case.attach() as flow:
+        prefix = flow.prefix(**case.single(0))
+        inputs = questions(case, prefix)
+        anew = case.model.generate(**inputs, **options)
+        told = [one.visual_tokens for one in flow.report().layers]
+        before = [part.clone() for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        for more in ({}, {}, {"cache_implementation": "static", "disable_compile": True}):
+            assert torch.equal(case.model.generate(**prefix.inputs(**inputs), **options, **more), anew)
+        assert [one.visual_tokens for one in flow.report().layers] == told
+        after = [part for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        assert all(torch.equal(*both) for both in zip(before, after, strict=True))
+        tails = {"input_ids": torch.tensor([TAILS[0]])}
+        alone = case.model.generate(**prefix.inputs_after(**tails), **options)
+        assert torch.equal(alone[0, -6:], anew[0, -6:])
+
+
+@torch.no_grad()
+def test_what_ends_an_image_and_sees_with_it_belongs_to_the_prefix() -> None:
+    """Molmo 2's processor counts the tokens around patches among those that see each other."""
+    case = conversed("molmo2", "fastv").padded_left()
+    whole = case.single(0)
+    places = whole["mm_token_type_ids"][0].nonzero()[:, 0]
+    last = int(places[-1])
+
+    def typed(inputs: dict[str, Any]) -> dict[str, Any]:
+        kinds = inputs["mm_token_type_ids"]
+        return inputs | {"mm_token_type_ids": kinds | torch.nn.functional.pad(kinds, (1, 0))[:, :-1]}
+
+    with case.attach() as flow:
+        prefix = flow.prefix(**typed(whole))
+        assert prefix.tokens == last + 2
+        inputs = typed(questions(case, prefix))
+        anew = case.model(**inputs).logits[:, -1]
+        assert relative_error(case.model(**prefix.inputs(**inputs)).logits[:, -1], anew) < 1e-5
+        with pytest.raises(UnsupportedCall, match=rf"pass at least `tokens={last + 2}`"):
+            flow.prefix(tokens=last + 1, **typed(whole))
+        per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+        cut = typed(whole) | {name: typed(whole)[name][:, : last + 1] for name in per_token}
+        short = flow.prefix(**cut)
+        with pytest.raises(UnsupportedCall, match="tokens of the prefix see others here than where it was made"):
+            case.model(**short.inputs(**inputs))
+
+
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+@torch.no_grad()
+def test_kinds_of_tokens_decide_what_they_see(family: str) -> None:
+    case = conversed(family, "fastv").padded_left()
+    name = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}[family]
+    with case.attach() as flow:
+        prefix = flow.prefix(**case.single(0))
+        inputs = questions(case, prefix)
+        without = {key: value for key, value in inputs.items() if key != name}
+        with pytest.raises(UnsupportedCall, match=f"{name}: not those of the prompt that the prefix was made from"):
+            prefix.inputs(**without)
+        with pytest.raises(UnsupportedCall, match=f"{name}: not those of the prompt that the prefix was made from"):
+            prefix.inputs(**inputs | {name: torch.zeros_like(inputs[name])})
+        ran: list[int] = []
+        handle = case.adapter(case.model).text.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+        given = prefix.inputs(**inputs)
+        del given[name]
+        with pytest.raises(UnsupportedCall, match="tokens of the prefix see others here than where it was made"):
+            case.model(**given)
+        handle.remove()
+        assert not ran
+
+
+def test_models_whose_images_see_the_question_are_refused() -> None:
+    case = conversed("paligemma", "fastv")
+    ran: list[int] = []
+    handle = case.model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with case.attach() as flow, pytest.raises(UnsupportedModel, match="see the whole prompt, its question included"):
+        flow.prefix(**case.single(0))
+    handle.remove()
+    assert not ran
+
+
+def test_what_an_adapter_does_not_say_is_refused() -> None:
+    case = conversed("gemma3", "fastv")
+
+    class Silent(case.adapter):  # type: ignore[name-defined,misc]  # the adapter under test
+        bidirectional = None
+
+    with (
+        dropflow.attach(case.model, case.policy, adapter=Silent) as flow,
+        pytest.raises(UnsupportedModel, match="its adapter Silent does not say that these belong to images"),
+    ):
+        flow.prefix(**case.single(0))
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_over_sliding_windows() -> None:
+    """Sliding layers hold the prefix's entries, of which the model's masks show later tokens those in their window."""
+    case, more = conversed("gemma3", "fastv").padded_left(), torch.tensor([[21, 22, 23]])
+    with case.attach() as flow:
+        prefix, second = flow.prefix(**case.single(0)), []
+        inputs = questions(case, prefix, [TAILS[0]])
+        cache = DynamicCache(config=case.model.config.get_text_config())
+        for given in (inputs | {CACHE_ARGUMENT: cache}, prefix.inputs(**inputs)):
+            case.model(**given)
+            second.append(case.model(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
+    assert relative_error(second[1], second[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma3n", "layer 5 shares the keys of others"),
+        ("qwen3_5", "layer 0 has a recurrent state"),
+    ],
+)
+def test_families_whose_prefix_is_more_than_entries_are_refused(family: str, message: str) -> None:
+    case = conversed(family, "fastv")
+    with case.attach() as flow, pytest.raises(UnsupportedModel, match=message):
+        flow.prefix(**case.single(0))
