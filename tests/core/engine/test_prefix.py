@@ -129,14 +129,14 @@ def test_vision_and_the_first_layers_run_once(llava: Any) -> None:
 def test_questions_cannot_change_the_prefix(llava: Any) -> None:
     with dropflow.attach(llava, POLICIES["fastv"]) as flow:
         prefix = flow.prefix(**shown())
-        before = [part.clone() for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        before = [part.clone() for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
         first, second = prefix.inputs(**asked()), prefix.inputs(**asked([(40, 41)]))
         answers = [llava.generate(**given, do_sample=False, **BUDGET) for given in (first, second)]
         once_more = [
             llava.generate(**prefix.inputs(**given), do_sample=False, **BUDGET)
             for given in (asked(), asked([(40, 41)]))
         ]
-        after = [part for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        after = [part for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
     for answer, again in zip(answers, once_more, strict=True):
         assert torch.equal(answer, again)
     assert all(torch.equal(*both) for both in zip(before, after, strict=True))

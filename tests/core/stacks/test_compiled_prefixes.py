@@ -18,6 +18,8 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens import static_layers
 from dropflow.engine.tokens.static_layers import StaticFlowLayer
 from dropflow.errors import UnsupportedCall, UnsupportedModel
+from dropflow.testing.case import Case
+from dropflow.testing.families import tiny_models
 
 __all__ = ["graphs"]  # a fixture
 STATIC = [which for which in POLICIES if which != "parked entries"]
@@ -109,14 +111,30 @@ def test_steps_after_it_compile_to_one_graph(llava: Any, graphs: Graphs, which: 
         assert torch.equal(llava.generate(**given, **own), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "lfm2_vl", "qwen3_5"])
+@torch.no_grad()
+def test_families_whose_steps_compile(graphs: Graphs, family: str) -> None:  # noqa: F811
+    adapter, tiny = tiny_models()[family]
+    case = Case(family, adapter, tiny, policy(few={"use": "divprune/max-min", "keep": 5})).padded_left()
+    with case.attach() as flow:
+        prefix = flow.prefix(**case.single(0))
+        row, pictures = case.single(0)["input_ids"][0].tolist(), case.drawn[1][0]
+        rows = [[*row[: prefix.tokens], *tail] for tail in TAILS]
+        inputs = tiny.collate(rows, [pictures] * len(rows), "left")
+        expected = case.model.generate(**inputs, **BUDGET, do_sample=False)
+        assert torch.equal(case.model.generate(**prefix.inputs(**inputs), **compiling(graphs)), expected)
+    assert graphs.made == 1
+
+
 @torch.no_grad()
 def test_a_question_cannot_change_the_prefix(llava: Any) -> None:
     with dropflow.attach(llava, POLICIES["fastv"]) as flow:
         prefix = flow.prefix(**shown())
-        before = [part.clone() for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        before = [part.clone() for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
         llava.generate(**prefix.inputs(**asked()), **EAGER)
         llava(**prefix.inputs(**asked(), **{CACHE_ARGUMENT: static(llava)}))
-        after = [part for keys, values, _ in prefix._ahead.entries for part in (keys, values)]
+        after = [part for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
     assert all(torch.equal(*both) for both in zip(before, after, strict=True))
 
 

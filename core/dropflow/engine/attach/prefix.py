@@ -261,13 +261,11 @@ def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, 
             "prefix: in this model tokens of images see the whole prompt, its question included, so that their states "
             "differ from question to question; ask with the whole prompt instead"
         )
-    shape = plan.shape
-    if len(shape.holding) < shape.layers:
-        what = "shares the keys of others" if shape.producers else "has a recurrent state, a convolution or no cache"
-        layer = next(number for number in range(shape.layers) if number not in shape.holding)
+    if plan.shape.producers:
+        layer, producer = plan.shape.producers[0]
         raise UnsupportedModel(
-            f"prefix: layer {layer} {what}, and a prefix keeps entries of every layer; ask with the whole prompt "
-            "instead"
+            f"prefix: layer {layer} shares the keys of layer {producer}, and a prefix keeps entries of every layer; "
+            "ask with the whole prompt instead"
         )
 
 

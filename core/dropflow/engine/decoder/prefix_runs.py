@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from dropflow.engine.decoder.decide_keeps import Decision
 from dropflow.engine.decoder.layer_arguments import Once
 from dropflow.engine.decoder.prompt_run import PromptRun
+from dropflow.engine.decoder.recurrent import run_without_attention
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with_hidden
 from dropflow.engine.tokens.ahead import Ahead, open_ahead, placed
 from dropflow.engine.tokens.cache_index import KeyIndex
+from dropflow.engine.tokens.cache_layers import Indexed
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet, picked
 from dropflow.engine.tokens.masks import last_seen
 from dropflow.engine.tokens.prompt import Prompt
+from dropflow.engine.tokens.states import chosen, copied, has_states
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
 
@@ -127,9 +130,11 @@ class KeepingRun(PromptRun):
         count, live, prompt = self._cut, self.live, self.prompt
         own = live.index[0] < count  # one sample without padding: the first slots
         assert self.record is not None
-        segments = tuple((boundary, mask[:, :count].clone()) for boundary, mask in self.record.segments)
+        segments = [(boundary, mask[:, :count].clone()) for boundary, mask in self.record.segments]
         if hidden is not None:
-            segments = (*segments, (self._boundary, self.live_mask[:, :count].clone()))
+            segments.append((self._boundary, self.live_mask[:, :count].clone()))
+        counts = read(*(mask.sum() for _, mask in segments))
+        layers = dict(enumerate(cache.layers[: self._boundary]))
         taps = {number: self._caches.seen(number) for number in self._taps if number < self._boundary}
         self._keeping.found = Ahead(
             ids=self._keeping.ids[0, :count].clone(),  # no view, which would keep the rest alive
@@ -138,8 +143,9 @@ class KeepingRun(PromptRun):
             window=self.window,
             prompt=_cut(prompt, count),
             embeds=self._embeds[:, :count].clone(),
-            entries=_entries(cache.layers[: self._boundary], count),
-            segments=segments,
+            entries=_entries({number: layer for number, layer in layers.items() if isinstance(layer, Indexed)}, count),
+            recurrent={number: layer for number, layer in layers.items() if has_states(layer)},
+            segments=tuple((boundary, mask, live) for (boundary, mask), (live,) in zip(segments, counts, strict=True)),
             hidden=None if hidden is None else hidden[:, own],
             queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
             states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
@@ -222,6 +228,39 @@ class BegunRun(PromptRun):
         open_ahead(self._cache, self._ahead, len(self._first), self._first)
         super()._begin(layer, args, kwargs)
 
+    def _run(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if number in self._ahead.recurrent and self.live.valid is not None:
+            return self._by_length(number, layer, args, kwargs)
+        return super()._run(number, layer, args, kwargs)
+
+    def _by_length(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer that goes on from the state of the prefix on questions of different lengths.
+
+        Padding would decay the state, so the layer runs once for each length, on so many last slots of all samples, of
+        which those of this length count.
+        """
+        hidden, layers, outputs = hidden_of(args, kwargs), self._cache.layers, []
+        own = self._once(("lengths",), lambda: self._after.sum(1))
+        lengths = self._once(("distinct",), lambda: sorted(set(read(own)[0])))
+        begun, found, states = layers[number], torch.zeros_like(hidden), []
+        for length in lengths:
+            layers[number] = copied(begun)
+            live = LiveSet(self.live.index[:, -length:], None, self.live.total)
+            output = run_without_attention(
+                number,
+                layer,
+                *with_hidden(hidden[:, -length:], args, kwargs),
+                replace(self._arguments, live=live),
+                live=self._count,
+                continues=True,
+            )
+            outputs.append(output)
+            states.append(layers[number])
+            rows = output[0] if isinstance(output, tuple) else output
+            found[:, -length:] = torch.where((own == length)[:, None, None].to(rows.device), rows, found[:, -length:])
+        layers[number] = chosen(states, [own == length for length in lengths])
+        return (found, *outputs[-1][1:]) if isinstance(outputs[-1], tuple) else found
+
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         ahead = self._ahead
         if number > ahead.boundary:
@@ -231,7 +270,7 @@ class BegunRun(PromptRun):
             if number == 0:
                 hidden = self._move(self._after, hidden, None, self._count_after)
                 self._arguments = replace(self._arguments, dropped=None)
-            if any(number == boundary for boundary, _ in ahead.segments):
+            if any(number == boundary for boundary, *_ in ahead.segments):
                 self._note(number)
             return with_hidden(hidden, args, kwargs)
         assert ahead.hidden is not None
@@ -324,18 +363,17 @@ def _first(states: Tensor, live: LiveSet | None, count: int, dim: int) -> Tensor
     return states.index_select(dim, (live.index[0] < count).nonzero()[:, 0].to(states.device))
 
 
-def _entries(layers: Sequence[Any], count: int) -> tuple[tuple[Tensor, Tensor, KeyIndex], ...]:
-    """Keys, values and index of the entries that hold one of the first `count` tokens of one sample."""
+def _entries(layers: Mapping[int, Any], count: int) -> dict[int, tuple[Tensor, Tensor, KeyIndex]]:
+    """Keys, values and index of the entries that hold one of the first `count` tokens of one sample, by layer."""
     made: dict[KeyIndex, tuple[Tensor, KeyIndex]] = {}
-    found = []
-    for layer in layers:
+    found = {}
+    for number, layer in layers.items():
         index = layer.full_index()
         if index not in made:
-            take = (index.logical[0] < count).nonzero()[:, 0]
+            take = ((index.logical[0] < count) & index.filled[0]).nonzero()[:, 0]
             dropped = None if index.dropped is None else torch.full_like(index.dropped, count - len(take))
             made[index] = take, KeyIndex(index.logical[:, take], None, index.image_id[:, take], 0, dropped)
         take, own = made[index]
-        found.append(
-            (layer.keys[:, :, take.to(layer.keys.device)], layer.values[:, :, take.to(layer.values.device)], own)
-        )
-    return tuple(found)
+        keys, values = (part[:, :, take.to(part.device)] for part in (layer.keys, layer.values))
+        found[number] = keys, values, own
+    return found

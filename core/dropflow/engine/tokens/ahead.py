@@ -22,6 +22,7 @@ from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.prompt import Prompt
+from dropflow.engine.tokens.states import repeated, tensors_of
 from dropflow.errors import UnsupportedCall
 from dropflow.lifecycle.stage import Window
 
@@ -42,12 +43,14 @@ class Ahead:
     """What is known of the tokens: (1, prefix)."""
     embeds: Float[Tensor, "1 prefix dim"]
     """Input embeddings of the decoder."""
-    entries: tuple[
-        tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex], ...
+    entries: Mapping[
+        int, tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex]
     ]
-    """Keys, values and index of each layer before the boundary."""
-    segments: tuple[tuple[int, Bool[Tensor, "1 prefix"]], ...]
-    """Which tokens were live from each boundary on, up to this one."""
+    """Keys, values and index of the layers before the boundary that make keys."""
+    recurrent: Mapping[int, Any]
+    """Cache layers with the states of recurrent and convolution layers before the boundary, after these tokens."""
+    segments: tuple[tuple[int, Bool[Tensor, "1 prefix"], int], ...]
+    """Which tokens were live from each boundary on, up to this one, and how many."""
     hidden: Float[Tensor, "1 live dim"] | None
     """States of the live tokens at the boundary; `None` after the last layer."""
     queries: Mapping[int, Float[Tensor, "1 heads live dim"]]
@@ -69,20 +72,19 @@ class Ahead:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept, except small ones (a few numbers per token)."""
-        kept = [self.embeds, *(part for keys, values, _ in self.entries for part in (keys, values))]
+        kept = [self.embeds, *(part for keys, values, _ in self.entries.values() for part in (keys, values))]
+        kept += [state for layer in self.recurrent.values() for state in tensors_of(layer)]
         kept += [*self.queries.values(), *self.states.values(), *(rows for _, rows in self.residuals)]
         kept += [one for one in (self.hidden, self.prompt.carried) if one is not None]
         return sum(one.numel() * one.element_size() for one in kept)
 
     def live(self, layer: int) -> Bool[Tensor, "1 prefix"]:
         """The tokens that are live before a layer up to the boundary."""
-        return [live for boundary, live in self.segments if boundary <= layer][-1]
+        return [live for boundary, live, _ in self.segments if boundary <= layer][-1]
 
     def count(self, layer: int) -> int:
         """Number of these tokens."""
-        held = self.hidden if layer == self.boundary else self.entries[layer][0]
-        assert held is not None
-        return held.shape[-2]
+        return [count for boundary, _, count in self.segments if boundary <= layer][-1]
 
 
 def begin_with(cache: Any, ahead: Ahead) -> None:
@@ -106,11 +108,16 @@ def hand_over(begun: Any, static: Any) -> None:
 def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
     """Let a cache hold the entries of `ahead` for each of `batch` samples, in which it begins at the tokens `rows`.
 
-    The entries are those of the prefix, which are never written to.
+    The entries are those of the prefix, which are never written to; states are copied.
     """
     made: dict[KeyIndex, KeyIndex] = {}
     images = len(ahead.prompt.image_sizes)
-    for layer, (keys, values, index) in zip(cache.layers, ahead.entries, strict=False):
+    for number, state in ahead.recurrent.items():
+        recorded = cache.layers[number].record_past
+        cache.layers[number] = repeated(state, batch)
+        cache.layers[number].record_past = recorded
+    for number, (keys, values, index) in ahead.entries.items():
+        layer = cache.layers[number]
         if index not in made:
             made[index] = _at(index, rows, images)
         layer.lazy_initialization(keys, values)
