@@ -38,12 +38,27 @@ BIDIRECTIONAL = ("gemma3", "molmo2")
 """Families in which tokens of images see later ones."""
 HYBRID = ("qwen3_5", "lfm2_vl", "minicpmv4_6")
 """Families with recurrent or convolution layers, the first two before any attention."""
+SHARING = ("gemma3n", "gemma4")
+"""Families whose layers from 5 on share the keys of layers 2 and 4."""
+BEYOND = {
+    "at the sharers": policy(rank={"use": "fastv/attention-rank", "at": 6, "keep": 0.4}),
+    "among the sharers": policy(pyramid={"use": "pyramiddrop/pyramid", "keep": {3: 7, 6: 3}}),
+    "after a window": policy(
+        few={"use": "divprune/max-min", "keep": 5},
+        inject={"use": "hidrop/late-injection", "at": 2},
+        exit={"use": "hidrop/early-exit", "at": 6},
+    ),
+    "window and rank": policy(
+        rank={"use": "fastv/attention-rank", "at": 6, "keep": 0.4}, exit={"use": "hidrop/early-exit", "at": 7}
+    ),
+}
+"""Policies whose first boundary that depends on the question lies within or after the layers that share keys."""
 TAILS = ((5, 6, 7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))
 
 
 def conversed(family: str, which: str, **options: Any) -> Case:
     adapter, tiny = tiny_models()[family]
-    return Case(family, adapter, tiny, KINDS[which], **options)
+    return Case(family, adapter, tiny, {**KINDS, **BEYOND}[which], **options)
 
 
 def questions(case: Case, prefix: dropflow.Prefix, tails: Any = TAILS) -> dict[str, Any]:
@@ -72,6 +87,32 @@ def test_families_with_states(family: str, which: str) -> None:
     """Questions of different lengths in one batch go on from the states after the prefix."""
     with exact_delta_net():
         assert 0 < check_asking_again(conversed(family, which)) < 1e-5
+
+
+@pytest.mark.parametrize("which", [*KINDS, *BEYOND])
+@pytest.mark.parametrize("family", SHARING)
+def test_families_whose_layers_share_keys(family: str, which: str) -> None:
+    case = conversed(family, which)
+    assert 0 < check_asking_again(case) < case.tiny.tolerance
+
+
+@pytest.mark.parametrize("which", [*KINDS, *BEYOND])
+@pytest.mark.parametrize("family", SHARING)
+@torch.no_grad()
+def test_steps_see_of_shared_keys_what_they_see_after_a_whole_prompt(family: str, which: str) -> None:
+    case = conversed(family, which).padded_left()
+    options: dict[str, Any] = {**BUDGET, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with case.attach() as flow:
+        prefix = flow.prefix(**case.single(0))
+        inputs = questions(case, prefix)
+        anew, told = case.model.generate(**inputs, **options), flow.report()
+        again = case.model.generate(**prefix.inputs(**inputs), **options)
+        found = flow.report()
+        assert torch.equal(again.sequences, anew.sequences)
+        assert relative_error(torch.stack(again.logits), torch.stack(anew.logits)) < case.tiny.tolerance
+        assert found.kv_bytes == told.kv_bytes
+        assert [one.visual_tokens for one in found.layers] == [one.visual_tokens for one in told.layers]
+        assert sum(one.flops for one in found.layers) < sum(one.flops for one in told.layers)
 
 
 @pytest.mark.parametrize("which", ["hidrop", "encode", "fastv"])
@@ -111,21 +152,25 @@ def test_layers_with_states_run_on_the_question_alone() -> None:
 @torch.no_grad()
 def test_they_generate_the_same_tokens(family: str, which: str) -> None:
     case = conversed(family, which).padded_left()
-    options: dict[str, Any] = {**BUDGET, "do_sample": False}
-    with case.attach() as flow:
+    options: dict[str, Any] = {**BUDGET, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with exact_delta_net(), case.attach() as flow:
         prefix = flow.prefix(**case.single(0))
         inputs = questions(case, prefix)
         anew = case.model.generate(**inputs, **options)
+        bytes_held = flow.report().kv_bytes
         told = [one.visual_tokens for one in flow.report().layers]
         before = [part.clone() for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
         for more in ({}, {}, {"cache_implementation": "static", "disable_compile": True}):
-            assert torch.equal(case.model.generate(**prefix.inputs(**inputs), **options, **more), anew)
+            again = case.model.generate(**prefix.inputs(**inputs), **options, **more)
+            assert torch.equal(again.sequences, anew.sequences)
+            assert relative_error(torch.stack(again.logits), torch.stack(anew.logits)) < 1e-5
+            assert flow.report().kv_bytes == bytes_held
         assert [one.visual_tokens for one in flow.report().layers] == told
         after = [part for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
         assert all(torch.equal(*both) for both in zip(before, after, strict=True))
         tails = {"input_ids": torch.tensor([TAILS[0]])}
         alone = case.model.generate(**prefix.inputs_after(**tails), **options)
-        assert torch.equal(alone[0, -6:], anew[0, -6:])
+        assert torch.equal(alone.sequences[0, -6:], anew.sequences[0, -6:])
 
 
 @torch.no_grad()
@@ -213,13 +258,3 @@ def test_a_conversation_goes_on_over_sliding_windows() -> None:
             case.model(**given)
             second.append(case.model(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
     assert relative_error(second[1], second[0]) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("gemma3n", "layer 5 shares the keys of layer")],
-)
-def test_families_whose_prefix_is_more_than_entries_are_refused(family: str, message: str) -> None:
-    case = conversed(family, "fastv")
-    with case.attach() as flow, pytest.raises(UnsupportedModel, match=message):
-        flow.prefix(**case.single(0))

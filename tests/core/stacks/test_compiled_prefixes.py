@@ -114,7 +114,7 @@ def test_steps_after_it_compile_to_one_graph(llava: Any, graphs: Graphs, which: 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "lfm2_vl", "qwen3_5"])
 @torch.no_grad()
-def test_families_whose_steps_compile(graphs: Graphs, family: str) -> None:  # noqa: F811
+def test_families_whose_steps_compile(graphs: Graphs, family: str) -> None:
     adapter, tiny = tiny_models()[family]
     case = Case(family, adapter, tiny, policy(few={"use": "divprune/max-min", "keep": 5})).padded_left()
     with case.attach() as flow:

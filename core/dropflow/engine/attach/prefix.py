@@ -261,12 +261,6 @@ def _check(flow: Flow, hooks: ModelHooks, tokens: int | None, inputs: dict[str, 
             "prefix: in this model tokens of images see the whole prompt, its question included, so that their states "
             "differ from question to question; ask with the whole prompt instead"
         )
-    if plan.shape.producers:
-        layer, producer = plan.shape.producers[0]
-        raise UnsupportedModel(
-            f"prefix: layer {layer} shares the keys of layer {producer}, and a prefix keeps entries of every layer; "
-            "ask with the whole prompt instead"
-        )
 
 
 def _check_attached(flow: Flow) -> None:

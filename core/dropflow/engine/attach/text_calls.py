@@ -104,8 +104,8 @@ def begin_prompt(
         prompt = replace(prompt, questions=stated_questions(embeds))
     if call.ahead is not None:
         kwargs = check_begun(call.ahead, kwargs, site, valid)
-        call.decoder = BegunRun(site, *call.ahead, prompt, embeds, cache)
-        return kwargs
+        call.decoder = begun = BegunRun(site, *call.ahead, prompt, embeds, cache)
+        return kwargs | {"inputs_embeds": begun.embeds}
     kwargs, residuals = backbone.deepstack_residuals(kwargs)
     keeping = asked.keeping
     if keeping is not None:

@@ -17,12 +17,14 @@ from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with_hidden
 from dropflow.engine.tokens.ahead import Ahead, open_ahead, placed
+from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import Indexed
 from dropflow.engine.tokens.host import Extent, read
 from dropflow.engine.tokens.live_set import LiveSet, picked
 from dropflow.engine.tokens.masks import last_seen
 from dropflow.engine.tokens.prompt import Prompt
+from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.engine.tokens.states import chosen, copied, has_states
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -135,6 +137,12 @@ class KeepingRun(PromptRun):
             segments.append((self._boundary, self.live_mask[:, :count].clone()))
         counts = read(*(mask.sum() for _, mask in segments))
         layers = dict(enumerate(cache.layers[: self._boundary]))
+        entries = _entries({number: layer for number, layer in layers.items() if isinstance(layer, Indexed)}, count)
+        seen = {
+            number: _narrowed(entries[producer][2], [live for boundary, live in segments if boundary <= number][-1])
+            for number, producer in self._site.plan.shape.producers
+            if number < self._boundary
+        }
         taps = {number: self._caches.seen(number) for number in self._taps if number < self._boundary}
         self._keeping.found = Ahead(
             ids=self._keeping.ids[0, :count].clone(),  # no view, which would keep the rest alive
@@ -143,10 +151,11 @@ class KeepingRun(PromptRun):
             window=self.window,
             prompt=_cut(prompt, count),
             embeds=self._embeds[:, :count].clone(),
-            entries=_entries({number: layer for number, layer in layers.items() if isinstance(layer, Indexed)}, count),
+            entries=entries,
+            shared=seen,
             recurrent={number: layer for number, layer in layers.items() if has_states(layer)},
             segments=tuple((boundary, mask, live) for (boundary, mask), (live,) in zip(segments, counts, strict=True)),
-            hidden=None if hidden is None else hidden[:, own],
+            hidden=None if hidden is None else hidden[..., own.to(hidden.device), :],
             queries={number: _first(tap.seen.query, tap.live, count, 2) for number, tap in taps.items()},
             states={number: _first(states, live, count, 1) for number, (live, states) in self._states.items()},
             residuals=tuple((where[:, :count].clone(), rows) for where, rows in self._residuals),
@@ -200,6 +209,11 @@ class BegunRun(PromptRun):
         self.record.ahead = ahead.boundary, within
 
     @property
+    def embeds(self) -> Tensor:
+        """Input embeddings of the decoder, with those of the prefix at its tokens."""
+        return self._embeds
+
+    @property
     def drops(self) -> bool:
         """Always true: some layers run on fewer tokens than the call has."""
         return True
@@ -225,8 +239,12 @@ class BegunRun(PromptRun):
             )
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        open_ahead(self._cache, self._ahead, len(self._first), self._first)
+        ahead, caches, producers = self._ahead, self._caches, dict(self._site.plan.shape.producers)
+        open_ahead(self._cache, ahead, len(self._first), self._first, producers)
         super()._begin(layer, args, kwargs)
+        afresh = [number for number in producers if number >= ahead.boundary]  # these run on the prefix, too
+        held = flow_layers(self._cache)
+        caches.held = {**caches.held, **{number: FlowShared(held[producers[number]], None, 0) for number in afresh}}
 
     def _run(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if number in self._ahead.recurrent and self.live.valid is not None:
@@ -261,6 +279,38 @@ class BegunRun(PromptRun):
         layers[number] = chosen(states, [own == length for length in lengths])
         return (found, *outputs[-1][1:]) if isinstance(outputs[-1], tuple) else found
 
+    def _made_ahead(self, number: int) -> int | None:
+        """The layer that makes the keys of `number`, if that layer ran without the prefix."""
+        producer = self._site.plan.shape.producer(number)
+        return producer if producer is not None and producer < self._ahead.boundary else None
+
+    def _fitted(
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: KeyIndex
+    ) -> Arguments:
+        producer = self._made_ahead(number)
+        if producer is None:
+            return super()._fitted(number, layer, args, kwargs, keys)
+        held = self._caches.held
+        made = held[producer].index
+        assert made is not None
+        kwargs = self._shared.reordered(number, kwargs, made, keys)
+        return self._arguments.arguments(layer, args, kwargs, held[number], keys)
+
+    def _see_shared(self, number: int, held: FlowShared) -> None:
+        producer, boundary = self._made_ahead(number), self._ahead.boundary
+        if producer is None:
+            super()._see_shared(number, held)
+            return
+        index, joined = held.layer.index, self._joined(producer)
+        now = self._joined(number) if number < boundary else None
+        mask, count = (self.live_mask, self._count) if now is None else (now.mask, now.count)
+        held.layer.shared.pop(number, None)
+        if count < joined.count:
+            assert index is not None
+            held.layer.shared[number] = self._once(
+                ("seen", index, mask), lambda: index.narrowed(mask.gather(1, index.logical.to(mask.device)))
+            )
+
     def _cross(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         ahead = self._ahead
         if number > ahead.boundary:
@@ -274,10 +324,9 @@ class BegunRun(PromptRun):
                 self._note(number)
             return with_hidden(hidden, args, kwargs)
         assert ahead.hidden is not None
-        joined, kept = self._joined(number), self._raw(ahead.hidden, number)
-        if number == 0:  # every token is live, those of the prefix with nothing but their ids' embeddings
-            hidden = torch.where(self._within.to(hidden.device)[:, :, None], kept.to(hidden), hidden)
-        hidden = joined.live.restrict(self.live, hidden, None if number == 0 else kept)
+        joined = self._joined(number)
+        # before the first layer every token is there
+        hidden = joined.live.restrict(self.live, hidden, self._raw(ahead.hidden, number) if number else None)
         self._arguments = self._arguments.moved(joined.live, joined.mask)
         self.live_mask, self._count = joined.mask, joined.count
         args, kwargs = with_hidden(hidden, args, kwargs)
@@ -307,7 +356,9 @@ class BegunRun(PromptRun):
         return made
 
     def _raw(self, kept: Tensor, number: int) -> Tensor:
-        """States of the live tokens of the prefix (1, live, dim), at their places among all tokens of the call."""
+        """States of the live tokens of the prefix (*streams, 1, live, dim), at their places among all of the call."""
+        if kept.dim() > 3:
+            return torch.stack([self._raw(one, number) for one in kept])
         live = self._ahead.live(number)
         whole = kept.new_zeros(1, live.shape[1], kept.shape[2])
         whole = whole.masked_scatter(live[:, :, None].to(kept.device), kept)
@@ -361,6 +412,15 @@ def _first(states: Tensor, live: LiveSet | None, count: int, dim: int) -> Tensor
     """States of one sample's live tokens, along `dim`, of which only the first `count` tokens of the call are kept."""
     assert live is not None
     return states.index_select(dim, (live.index[0] < count).nonzero()[:, 0].to(states.device))
+
+
+def _narrowed(index: KeyIndex, live: Tensor) -> KeyIndex:
+    """Those of the entries that hold a `live` token (1, prefix) of one sample."""
+    take = live[0, index.logical[0]].nonzero()[:, 0]
+    if len(take) == len(index):
+        return index
+    dropped = None if index.dropped is None else index.dropped + len(index) - len(take)
+    return KeyIndex(index.logical[:, take], None, index.image_id[:, take], 0, dropped)
 
 
 def _entries(layers: Mapping[int, Any], count: int) -> dict[int, tuple[Tensor, Tensor, KeyIndex]]:

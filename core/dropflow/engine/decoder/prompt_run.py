@@ -181,10 +181,14 @@ class PromptRun:
             output = layer(*args, **kwargs)
         self._shared.note_made(number, arguments)
         if isinstance(held, FlowShared):
-            self._shared.note_seen(number, held, self.live, self.live_mask)
+            self._see_shared(number, held)
         elif held is not None and held.is_initialized:
             self._hold(held, keys)
         return output
+
+    def _see_shared(self, number: int, held: FlowShared) -> None:
+        """Record what a layer that shares keys sees of them after it ran."""
+        self._shared.note_seen(number, held, self.live, self.live_mask)
 
     def _hold(self, held: FlowLayer | UniformLayer, keys: KeyIndex) -> None:
         """Record what a layer's cache holds after it ran."""

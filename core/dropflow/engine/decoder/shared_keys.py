@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from jaxtyping import Bool
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dropflow.engine.decoder.layer_arguments import LayerArguments, Once
 from dropflow.engine.decoder.site import Site
+from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.live_set import LiveSet, after_past, picked
 from dropflow.engine.tokens.restricting import SHARED_KEYS
 from dropflow.engine.tokens.shared_entries import FlowShared
@@ -39,6 +41,22 @@ class SharedKeys:
         producer = self._producers.get(number)
         if producer is None or self._made[producer].live is live:
             return kwargs
+        made = self._made[producer].live
+        return self._instead(number, kwargs, live, lambda states: _taken(states, made, live))
+
+    def reordered(self, number: int, kwargs: dict[str, Any], made: KeyIndex, keys: KeyIndex) -> dict[str, Any]:
+        """The same with the entries of `keys`, of those that `made` describes, in which the layer that made them ran
+        on fewer tokens than the call has."""
+        if made is keys:
+            return kwargs
+        order = self._once(("order", made, keys), lambda: made.entries_of(keys.logical, keys.length))
+        return self._instead(number, kwargs, order, lambda states: picked(states, order))
+
+    def _instead(
+        self, number: int, kwargs: dict[str, Any], which: Hashable, take: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """Keyword arguments of a layer with what `take` makes of the keys and values it shares, as `which` says."""
+        producer = self._producers[number]
         shared = kwargs.get(SHARED_KEYS)
         kind = self._kinds[number]
         name = kind if shared is not None and kind in shared else producer  # up to transformers 5.20, a number
@@ -47,10 +65,7 @@ class SharedKeys:
                 f"layer {number}: shares the keys of layer {producer}, but does not receive them as `{SHARED_KEYS}`; "
                 "use a version of transformers that dropflow is tested with"
             )
-        made = self._made[producer].live
-        taken = self._once(
-            ("keys", *shared[name], live), lambda: tuple(_taken(one, made, live) for one in shared[name])
-        )
+        taken = self._once(("keys", *shared[name], which), lambda: tuple(take(one) for one in shared[name]))
         return kwargs | {SHARED_KEYS: type(shared)({**shared, name: taken})}
 
     def note_seen(self, number: int, held: FlowShared, live: LiveSet, live_mask: Bool[Tensor, "batch tokens"]) -> None:

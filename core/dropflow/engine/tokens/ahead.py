@@ -47,6 +47,8 @@ class Ahead:
         int, tuple[Float[Tensor, "1 kv_heads entries dim"], Float[Tensor, "1 kv_heads entries dim"], KeyIndex]
     ]
     """Keys, values and index of the layers before the boundary that make keys."""
+    shared: Mapping[int, KeyIndex]
+    """Of the layers before the boundary that share keys: those of the entries of another layer that they see."""
     recurrent: Mapping[int, Any]
     """Cache layers with the states of recurrent and convolution layers before the boundary, after these tokens."""
     segments: tuple[tuple[int, Bool[Tensor, "1 prefix"], int], ...]
@@ -105,24 +107,31 @@ def hand_over(begun: Any, static: Any) -> None:
     first.ahead = None
 
 
-def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"]) -> None:
+def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"], producers: Mapping[int, int]) -> None:
     """Let a cache hold the entries of `ahead` for each of `batch` samples, in which it begins at the tokens `rows`.
 
-    The entries are those of the prefix, which are never written to; states are copied.
+    `producers` are the layers that make the keys of those that share some. The entries are those of the prefix, which
+    are never written to; states are copied.
     """
     made: dict[KeyIndex, KeyIndex] = {}
     images = len(ahead.prompt.image_sizes)
+
+    def own(index: KeyIndex) -> KeyIndex:
+        if index not in made:
+            made[index] = _at(index, rows, images)
+        return made[index]
+
     for number, state in ahead.recurrent.items():
         recorded = cache.layers[number].record_past
         cache.layers[number] = repeated(state, batch)
         cache.layers[number].record_past = recorded
     for number, (keys, values, index) in ahead.entries.items():
         layer = cache.layers[number]
-        if index not in made:
-            made[index] = _at(index, rows, images)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = (part.expand(batch, -1, -1, -1) for part in (keys, values))
-        layer.index = made[index]
+        layer.index = own(index)
+    for number, index in ahead.shared.items():
+        cache.layers[producers[number]].shared[number] = own(index)
     first_held(cache).ahead = None
 
 
