@@ -16,7 +16,7 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.tokens.states import tensors_of
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 from dropflow.testing.asking_again import check_asking_again
-from dropflow.testing.case import Case
+from dropflow.testing.case import BrokenGuarantee, Case
 from dropflow.testing.families import tiny_models
 
 KINDS = {
@@ -67,11 +67,21 @@ def questions(case: Case, prefix: dropflow.Prefix, tails: Any = TAILS) -> dict[s
     return case.tiny.collate([[*row[: prefix.tokens], *tail] for tail in tails], [pictures] * len(tails), "left")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next", "internvl", "mistral3", "glm4v"])
+@pytest.mark.parametrize("family", [name for name in tiny_models() if name != "paligemma"])
 @pytest.mark.parametrize("which", ["hidrop", "fastv"])
-def test_causal_families(family: str, which: str) -> None:
+def test_every_family_but_one(family: str, which: str) -> None:
     case = conversed(family, which)
     assert 0 < check_asking_again(case) < case.tiny.tolerance
+
+
+def test_the_kit_tells_where_prefixes_are_refused_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise UnsupportedModel("prefix: no")
+
+    monkeypatch.setattr(dropflow.Flow, "prefix", refused)
+    assert check_asking_again(conversed("paligemma", "fastv")) == 0
+    with pytest.raises(BrokenGuarantee, match="no question can begin with a prefix: prefix: no"):
+        check_asking_again(conversed("gemma3", "fastv"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from dropflow.policy.plan import Plan
 
 
-def check_places(backbone: Backbone, plan: Plan, prompt: Prompt, window: Window, length: int) -> None:
-    """Raise `UnsupportedCall` if tokens may be dropped before a layer that scales queries by their place in the call.
+def check_places(backbone: Backbone, first: int, length: int) -> None:
+    """Raise `UnsupportedCall` if tokens may be missing before a layer that scales queries by their place in the call.
 
-    `length` counts the tokens of the call and of earlier ones. Nothing is refused below the number of tokens from which
-    on the scale matters.
+    They may from boundary `first` on. `length` counts the tokens of the call and of earlier ones. Nothing is refused
+    below the number of tokens from which on the scale matters.
     """
     scale = backbone.place_scale
     if scale is None or length < scale.tokens:
         return
-    first = first_drop(plan, prompt, window)
     layer = next((number for number in scale.layers if number >= first), None)
     if layer is not None:
         raise UnsupportedCall(

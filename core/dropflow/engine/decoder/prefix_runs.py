@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dropflow.engine.decoder.decide_keeps import Decision
 from dropflow.engine.decoder.layer_arguments import Once
+from dropflow.engine.decoder.places import check_places
 from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.recurrent import run_without_attention
 from dropflow.engine.decoder.site import Site
@@ -240,6 +241,8 @@ class BegunRun(PromptRun):
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ahead, caches, producers = self._ahead, self._caches, dict(self._site.plan.shape.producers)
+        if ahead.boundary:  # up to which layers do not see the tokens of the prefix in the call
+            check_places(self._site.backbone, 0, self.prompt.valid.shape[1])
         open_ahead(self._cache, ahead, len(self._first), self._first, producers)
         super()._begin(layer, args, kwargs)
         afresh = [number for number in producers if number >= ahead.boundary]  # these run on the prefix, too

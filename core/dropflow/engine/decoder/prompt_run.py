@@ -17,7 +17,7 @@ from dropflow.engine.decoder.decide_window import WindowDecision, decide_window
 from dropflow.engine.decoder.keeps import Replayed
 from dropflow.engine.decoder.layer_arguments import LayerArguments
 from dropflow.engine.decoder.parked import Parking, park
-from dropflow.engine.decoder.places import check_places
+from dropflow.engine.decoder.places import check_places, first_drop
 from dropflow.engine.decoder.probe import LayerProbe
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.recurrent import run_without_attention
@@ -242,7 +242,7 @@ class PromptRun:
             given = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
             check_arguments(given, self.live, known)
             length = seen_by(cache) + self.live.total
-            check_places(self._site.backbone, plan, self.prompt, self.window, length)
+            check_places(self._site.backbone, first_drop(plan, self.prompt, self.window), length)
             check_prompt_windows(self._site, self.prompt, self.window, length)
         if cache is not None and (self.drops or plan.hooks.watched("observe_cache")):
             convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)

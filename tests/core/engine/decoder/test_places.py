@@ -91,6 +91,22 @@ def test_what_cannot_be_wrong_is_not_refused() -> None:
     assert compared(model, late(5)) < 1e-5
 
 
+@torch.no_grad()
+def test_a_question_that_begins_with_a_prefix_has_other_places() -> None:
+    """Up to the boundary, layers do not see the tokens of the prefix in the call, though nothing is dropped."""
+    model, inputs = model_of(4), TINY.prompt(LONG)[0]
+    whole = policy(a={"use": "control/random", "keep": {4: 1.0}, "seed": 3})
+    with dropflow.attach(model, whole) as flow:
+        prefix = flow.prefix(**inputs)
+        with pytest.raises(UnsupportedCall, match="layer 2: scales its queries by their place"):
+            model(**prefix.inputs(**inputs))
+    model = model_of(8192)
+    with dropflow.attach(model, whole) as flow:
+        anew = model(**inputs).logits[:, -1]
+        again = model(**flow.prefix(**inputs).inputs(**inputs)).logits[:, -1]
+    assert relative_error(again, anew) < 1e-5
+
+
 def late(boundary: int) -> dict[str, Any]:
     return policy(a={"use": "control/random", "keep": {boundary: 0.5}, "seed": 3})
 
