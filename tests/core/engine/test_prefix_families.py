@@ -8,7 +8,7 @@ import pytest
 import torch
 from hybrids import exact_delta_net, llava_nemotron_h
 from prefixed import BUDGET, POLICIES
-from tiny import HIDROP, policy, relative_error
+from tiny import CHUNKS_IMAGES, HIDROP, policy, relative_error
 from transformers import DynamicCache
 
 import dropflow
@@ -68,8 +68,10 @@ def questions(case: Case, prefix: dropflow.Prefix, tails: Any = TAILS) -> dict[s
 
 
 @pytest.mark.parametrize("family", [name for name in tiny_models() if name != "paligemma"])
-@pytest.mark.parametrize("which", ["hidrop", "fastv"])
+@pytest.mark.parametrize("which", ["window", "fastv"])
 def test_every_family_but_one(family: str, which: str) -> None:
+    if family == "video_llava" and not CHUNKS_IMAGES:
+        pytest.skip("in transformers 5.20, its core hands pixels on to the text decoder, and policies are refused")
     case = conversed(family, which)
     assert 0 < check_asking_again(case) < case.tiny.tolerance
 
@@ -170,7 +172,10 @@ def test_they_generate_the_same_tokens(family: str, which: str) -> None:
         bytes_held = flow.report().kv_bytes
         told = [one.visual_tokens for one in flow.report().layers]
         before = [part.clone() for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]
-        for more in ({}, {}, {"cache_implementation": "static", "disable_compile": True}):
+        ways: list[dict[str, Any]] = [{}, {}, {"cache_implementation": "static", "disable_compile": True}]
+        if family == "molmo2" and not CHUNKS_IMAGES:
+            ways.pop()  # in transformers 5.20, masks that `generate` makes for static caches ignore kinds of tokens
+        for more in ways:
             again = case.model.generate(**prefix.inputs(**inputs), **options, **more)
             assert torch.equal(again.sequences, anew.sequences)
             assert relative_error(torch.stack(again.logits), torch.stack(anew.logits)) < 1e-5
