@@ -24,9 +24,9 @@ def check_asking_again(case: Case) -> float:
     with left.attach() as flow:
         try:
             prefix = flow.prefix(**left.tiny.collate([row], [pictures], "left"))
-        except UnsupportedModel as error:
+        except UnsupportedModel as refusal:
             if case.adapter.bidirectional == "images":
-                raise case.broken(MASK, f"no question can begin with a prefix: {error}") from error
+                raise case.broken(MASK, f"no question can begin with a prefix: {refusal}") from refusal
             return 0.0
         own = row[: prefix.tokens]
         rows = [own + words, own + words[:1], own + words[::-1] + words]
