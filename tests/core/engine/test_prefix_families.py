@@ -108,6 +108,14 @@ def test_families_whose_layers_share_keys(family: str, which: str) -> None:
     assert 0 < check_asking_again(case) < case.tiny.tolerance
 
 
+@pytest.mark.parametrize("family", SHARING)
+def test_stages_that_rotate_what_they_read(family: str) -> None:
+    """Gemma 3n hands cos and sin to its layers by position."""
+    adapter, tiny = tiny_models()[family]
+    case = Case(family, adapter, tiny, policy(corrected={"use": "sparsevlm/gravity-corrected", "keep": {3: 0.5}}))
+    assert 0 < check_asking_again(case) < tiny.tolerance
+
+
 @pytest.mark.parametrize("which", [*KINDS, *BEYOND])
 @pytest.mark.parametrize("family", SHARING)
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.recurrent import run_without_attention
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
-from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, with_hidden
+from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.tokens.ahead import Ahead, open_ahead, placed
 from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import KeyIndex
@@ -382,7 +382,8 @@ class BegunRun(PromptRun):
         seen, joined = self._caches.seen(number).seen, self._joined(number)
         arguments = self._arguments.moved(joined.live, joined.mask)
         args, kwargs = given
-        fitted = arguments.arguments(layer, args, kwargs, None, arguments.keys(None))[1]
+        args, kwargs = arguments.arguments(layer, args, kwargs, None, arguments.keys(None))
+        fitted = dict(zip(parameters_of(layer), args, strict=False)) | kwargs
         ahead = self._ahead.queries[number].to(seen.query)
         query = torch.cat((ahead.expand(len(seen.query), -1, -1, -1), seen.query), 2)
         order = keys.entries_of(joined.live.index, joined.live.total)
