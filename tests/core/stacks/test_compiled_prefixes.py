@@ -219,13 +219,14 @@ def test_policies_that_go_without_static_caches(llava: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_policy_that_keeps_everything_under_flash_attention(llava: Any) -> None:
+def test_a_policy_that_keeps_everything_under_flash_attention() -> None:
     """Its layers of a static cache would stay the model's own, but not after a prefix."""
     from flash_stand_in import registered
 
     with registered() as name:
-        llava.get_decoder().config._attn_implementation = name
-        with dropflow.attach(llava, policy(all={"use": "control/keep-all"})) as flow:
+        model = tiny_llava()
+        model.get_decoder().config._attn_implementation = name
+        with dropflow.attach(model, policy(all={"use": "control/keep-all"})) as flow:
             prefix = flow.prefix(**shown())
             with pytest.raises(UnsupportedModel, match="counts entries, and would count empty ones"):
-                llava(**prefix.inputs(**asked(), **{CACHE_ARGUMENT: static(llava)}))
+                model(**prefix.inputs(**asked(), **{CACHE_ARGUMENT: static(model)}))
