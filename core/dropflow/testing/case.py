@@ -78,6 +78,11 @@ class Case:
         mask: Tensor = self.drawn[0]["attention_mask"]
         return mask.bool()
 
+    @property
+    def text(self) -> Any:
+        """The model's text decoder."""
+        return self.adapter(self.model).text
+
     def attach(self, policy: Mapping[str, Any] | None = None) -> Flow:
         """Attach the case's policy, or another one; modules of stages start fresh, whatever they decide."""
         model, training = self.model, self.model.training
@@ -120,7 +125,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
     """Collects the hidden states that each decoder layer actually receives."""
     seen: list[Tensor] = []
-    layers = case.adapter(case.model).text._modules["layers"]
+    layers = case.text._modules["layers"]
     handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
     try:
         yield seen
@@ -130,8 +135,8 @@ def layer_inputs(case: Case) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def text_inputs(case: Case) -> Iterator[list[dict[str, Any]]]:
-    """Collects what the core hands to the text decoder, as arguments of `MaskedOracle`: `embeds` and `deepstack`."""
+def text_inputs(text: Any) -> Iterator[list[dict[str, Any]]]:
+    """Collects what the core hands to the decoder `text`, as arguments of `MaskedOracle`: `embeds` and `deepstack`."""
     seen: list[dict[str, Any]] = []
 
     def see(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
@@ -140,7 +145,7 @@ def text_inputs(case: Case) -> Iterator[list[dict[str, Any]]]:
         seen.append({"embeds": kwargs["inputs_embeds"].detach(), "deepstack": rows})
 
     # first, since the engine's own hook takes deepstack features out
-    handle = case.adapter(case.model).text.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
+    handle = text.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
     try:
         yield seen
     finally:

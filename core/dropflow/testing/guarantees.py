@@ -80,7 +80,7 @@ def check_prefill(case: Case) -> float:
     """The part of guarantee 2 that concerns one forward of a prompt."""
     real = case.real
     watched = {**case.policy, "stages": {**case.policy["stages"], WATCH: {"use": RanksByNumbers}}}
-    with case.attach(watched) as flow, layer_inputs(case) as got, text_inputs(case) as given:
+    with case.attach(watched) as flow, layer_inputs(case) as got, text_inputs(case.text) as given:
         logits, encodes = case.model(**case.inputs).logits, flow.plan.encode_at
         live, merges = flow.live(), flow.merges()
         watch: Any = dict(flow.plan.stages)[WATCH]
@@ -129,7 +129,7 @@ def _held(case: Case, tokens: int) -> Tensor:
 def _check_decoding(case: Case) -> None:
     left = case.padded_left()
     model = left.model
-    with left.attach() as flow, text_inputs(left) as given:
+    with left.attach() as flow, text_inputs(left.text) as given:
         with reads(flow, left.real.shape[1], len(left.samples)) as read:
             tokens = model.generate(**left.inputs, **BUDGET)
         live, encodes, merges = flow.live(), flow.plan.encode_at, flow.merges()
@@ -207,7 +207,7 @@ def _check_beams(left: Case) -> None:
         left.model.generate(**left.inputs, do_sample=False, num_beams=beams, max_new_tokens=1)
 
     try:
-        with text_inputs(left) as seen:
+        with text_inputs(left.text) as seen:
             generate(2)
     except ValueError:
         return

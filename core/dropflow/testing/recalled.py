@@ -21,7 +21,7 @@ from dropflow.engine.attach.flow import Flow
 from dropflow.engine.tokens.cache import flow_layers
 from dropflow.engine.tokens.cache_index import PADDING
 from dropflow.errors import PolicyError, UnsupportedModel
-from dropflow.testing.case import MASK, Case, relative_error
+from dropflow.testing.case import MASK, Case, relative_error, text_inputs
 
 
 class Conversation:
@@ -60,16 +60,18 @@ class Conversation:
 @contextmanager
 def redone(
     model: Any,
-    layers: Sequence[Any],
+    text: Any,
     held: Bool[Tensor, "layers batch tokens"],
     frozen: Sequence[tuple[Tensor, Tensor]] | None,
     late: Bool[Tensor, "batch tokens"],
     entry: int,
+    prompt: Mapping[str, Any],
 ) -> Iterator[list[Tensor]]:
     """The plain model over a whole conversation: each layer sees what it `held`, and frozen tokens have given states.
 
     `frozen` has for each layer the tokens (batch, tokens) and the states (batch, tokens, dim). The tokens `late` enter
-    at boundary `entry` as they are. Yields the states that every layer receives.
+    at boundary `entry` as they are. `prompt` is what the decoder `text` received in the first call (see `text_inputs`),
+    whose features `encode` stages may have changed. Yields the states that every layer receives.
     """
     seen: list[Tensor] = []
     tokens = held.shape[2]
@@ -92,7 +94,14 @@ def redone(
 
         return hook
 
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds, changed = kwargs["inputs_embeds"], prompt["embeds"]
+        kwargs = {**kwargs, "inputs_embeds": torch.cat((changed, embeds[:, changed.shape[1] :]), 1)}
+        return args, kwargs | ({"deepstack_visual_embeds": prompt["deepstack"]} if prompt["deepstack"] else {})
+
+    layers = text._modules["layers"]._modules.values()
     handles = [layer.register_forward_pre_hook(enter(n), with_kwargs=True) for n, layer in enumerate(layers)]
+    handles.append(text.register_forward_pre_hook(begin, with_kwargs=True))
     try:
         yield seen
     finally:
@@ -102,7 +111,7 @@ def redone(
 
 def turns_beside(
     model: Any,
-    layers: Sequence[Any],
+    text: Any,
     flow: Flow,
     first: Mapping[str, Any],
     turns: Sequence[Mapping[str, Any]],
@@ -113,7 +122,8 @@ def turns_beside(
     Also what every layer held after each call. `visual` are those of the first call; detaches the flow.
     """
     conversation, boundary, entry = Conversation(model, len(visual)), flow.plan.asks_from, flow.plan.window.entry
-    calls = [conversation.ask(turn) for turn in (first, *turns)]
+    with text_inputs(text) as given:
+        calls = [conversation.ask(turn) for turn in (first, *turns)]
     flow.detach()
     found, frozen, start = [], None, 0
     for number, (logits, held) in enumerate(calls):
@@ -123,7 +133,7 @@ def turns_beside(
         rest = {name: value for name, value in first.items() if name not in ("input_ids", "attention_mask")}
         if "mm_token_type_ids" in rest:
             rest["mm_token_type_ids"] = torch.nn.functional.pad(rest["mm_token_type_ids"], (0, end - visual.shape[1]))
-        with redone(model, layers, held, frozen, own, entry) as states:
+        with redone(model, text, held, frozen, own, entry, given[0]) as states:
             expected = model(**rest, input_ids=ids, attention_mask=mask, use_cache=False).logits
         shown = (mask.bool() & ~own)[:, start:]  # a visual token that is dropped reads another one's logits
         found.append((logits[shown], expected[:, start:][shown]))
@@ -165,9 +175,8 @@ def check_recall(case: Case) -> float:
             return 0.0
         if flow.plan.uniform or flow.merges():
             return 0.0
-        layers = list(backbone.text._modules["layers"]._modules.values())
         turns = [{"input_ids": words[:, order]} for order in ([2, 0, 1], [3, 3, 1, 0])]
-        found, _ = turns_beside(recalling.model, layers, flow, first, turns, visual)
+        found, _ = turns_beside(recalling.model, backbone.text, flow, first, turns, visual)
     worst = 0.0
     for number, (logits, expected) in enumerate(found):
         error = relative_error(logits, expected)

@@ -25,7 +25,7 @@ def check_training(case: Case) -> float:
     """Compare loss and gradients with those of the masked run; returns the largest relative error of the loss."""
     model, inputs = case.model.train(), labelled(case)
     try:
-        with case.attach() as flow, text_inputs(case) as handed, GivenWeights(flow) as given:
+        with case.attach() as flow, text_inputs(case.text) as handed, GivenWeights(flow) as given:
             flow.progress = 0.5
             loss = model(**inputs).loss
             if flow.stage_loss is not None:  # which the masked run does not have

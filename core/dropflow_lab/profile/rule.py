@@ -39,7 +39,9 @@ class Knobs:
         return (1 - self.fewer) * visual_tokens if self.average_tokens is None else self.average_tokens
 
     def check(self, layers: int) -> None:
-        """Raise `InputError` for a boundary that a model of this depth does not have."""
+        """Raise `InputError` for a share that saves nothing or all, or a boundary that the model does not have."""
+        if not 0 < self.fewer < 1:
+            raise InputError(f"--fewer: expected a share above 0 and below 1, got {self.fewer:g}")
         for name, boundary, low, high in (("--entry", self.entry, 0, layers - 1), ("--exit", self.exit, 1, layers)):
             if boundary is not None and not low <= boundary <= high:
                 raise InputError(f"{name}: expected a boundary from {low} to {high} ({layers} layers), got {boundary}")

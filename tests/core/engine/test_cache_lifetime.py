@@ -341,6 +341,16 @@ def test_a_cache_of_an_interrupted_prompt_is_refused(llava: Any) -> None:
         assert equal(fed(llava, cache, FIRST, 1), expected)
 
 
+@torch.no_grad()
+def test_a_cache_made_from_the_tensors_of_a_policys_is_refused(llava: Any) -> None:
+    with dropflow.attach(llava, HIDROP):
+        fed(llava, cache := DynamicCache(), FIRST)
+        rebuilt = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+        with pytest.raises(UnsupportedCall, match="in a cache made from the tensors of another one"):
+            fed(llava, rebuilt, 1)
+        fed(llava, cache, 1)
+
+
 def test_notes_of_entries_that_were_taken_back_are_not_those_of_later_ones() -> None:
     layer = FlowLayer()
     states = torch.randn(1, 2, 6, 8)

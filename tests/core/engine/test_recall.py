@@ -68,6 +68,13 @@ POLICIES = {
         ),
         "recall": True,
     },
+    "features": {
+        **policy(
+            merge={"use": "mustdrop/spatial-merge", "at": 1, "window": [2, 2], "threshold": -1.0},
+            rank={"use": "fastv/attention-rank", "at": 3, "keep": 2},
+        ),
+        "recall": True,
+    },
     "states": {**policy(states={"use": ByStates}), "recall": True},
     "raters": {**policy(text={"use": "sparsevlm/text-guided", "keep": {2: 7, 4: 3}, "recycle": False}), "recall": True},
     "parts": {**policy(pyramid={"use": "pyramiddrop/pyramid", "keep": {2: 8, 4: 3}}), "recall": True},
@@ -79,8 +86,7 @@ def check(
 ) -> list[Tensor]:
     """Compare a conversation with its definition, call by call; returns what was held after every call."""
     with dropflow.attach(model, which) as flow:
-        layers = list(model.get_decoder().layers._modules.values())
-        found, helds = turns_beside(model, layers, flow, first, turns, visual)
+        found, helds = turns_beside(model, model.get_decoder(), flow, first, turns, visual)
     assert len(found) == len(helds) == 1 + len(turns)
     for logits, expected in found:
         assert logits.numel() > 0

@@ -126,6 +126,12 @@ def test_a_budget_that_cannot_be_met(knobs, expected) -> None:
         choose(VISUAL, ILVAS, 0.96, EXITS, 100, knobs)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_that_saves_nothing_or_all(share: float) -> None:
+    with pytest.raises(InputError, match=f"--fewer: expected a share above 0 and below 1, got {share:g}"):
+        Knobs(fewer=share).check(8)
+
+
 @pytest.mark.parametrize("knobs", [Knobs(entry=8), Knobs(exit=9), Knobs(exit=0)])
 def test_a_boundary_that_the_model_has_not(knobs) -> None:
     with pytest.raises(InputError, match=r"--(entry|exit): expected a boundary from . to . \(8 layers\)"):

@@ -168,6 +168,10 @@ class Flow:
     def visual(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
         """State which tokens are visual, for prompts given as `inputs_embeds` that already contain image features.
 
+        Without pixels nothing tells the images apart: where the adapter knows how many tokens an image has, so many are
+        one, and otherwise each run of adjacent visual tokens is one, so that tiles and rows with tokens between them
+        count as images of their own.
+
         Applies to this thread's calls with the same number of tokens, for every beam and returned sequence. Calls that
         continue a cache with another number of tokens, as in decoding, are taken as text; others raise
         `UnsupportedCall`.

@@ -47,6 +47,7 @@ from dropflow.engine.model.traced_step import TracedPolicy, TracedStep
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
 from dropflow.engine.tokens.ahead import ahead_in
 from dropflow.engine.tokens.cache import (
+    check_even,
     check_written_by,
     fix_static,
     is_flow_cache,
@@ -387,6 +388,7 @@ class ModelHooks:
         embeds = kwargs.get("inputs_embeds")
         call.forward = forward = recorded(call, kwargs, cache, self._prefill.of(self, None), self._look_at)
         if call.visual is None and not is_flow_cache(cache):
+            check_even(cache)
             return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
         if call.visual is not None or forward.tokens > 1:

@@ -203,9 +203,9 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:
     """Raise `UnsupportedCall` for a cache written under another policy, or one whose layers do not fit each other."""
+    check_even(cache)
     if not is_flow_cache(cache):
         return
-    _check_even(cache)
     if _first(cache).written_by != writer:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
@@ -213,17 +213,29 @@ def check_written_by(cache: Any, writer: Any, policy: str) -> None:
         )
 
 
-def _check_even(cache: Cache) -> None:
-    """Refuse layers that have seen different numbers of tokens or samples, after a change that failed half-way."""
+def check_even(cache: Any) -> None:
+    """Refuse layers that have seen different numbers of tokens or samples.
+
+    As after a change that failed half-way, or where a caller made a new cache from the tensors of one of a policy.
+    """
+    if not isinstance(cache, Cache):
+        return
     layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, FlowLayer)]
-    tokens = {layer.length: number for number, layer in layers}
+    plain = [
+        (number, layer.keys)
+        for number, layer in enumerate(cache.layers)
+        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.dim() > 2
+    ]
+    tokens = {layer.length: number for number, layer in layers} | {keys.shape[-2]: number for number, keys in plain}
     samples = {layer.keys.shape[0]: number for number, layer in layers if layer.holds}
+    samples |= {len(keys): number for number, keys in plain}
     for what, found in (("tokens", tokens), ("samples", samples)):
         if len(found) > 1:
             (one, first), (other, last), *_ = found.items()
             raise UnsupportedCall(
                 f"{CACHE_ARGUMENT}: {one} {what} in layer {first}, but {other} in layer {last}, as after a call or a "
-                "crop that did not end; start with a fresh cache, or empty this one by its `reset`"
+                "crop that did not end, or in a cache made from the tensors of another one; start with a fresh cache, "
+                "or empty this one by its `reset`"
             )
 
 

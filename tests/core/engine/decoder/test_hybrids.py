@@ -126,7 +126,7 @@ def test_eight_tokens_and_three_beams_equal_the_absent_run(family: str) -> None:
     own = case(family, WINDOW["stages"])
     for how in ({"max_new_tokens": 8, "min_new_tokens": 8}, {"max_new_tokens": 4, "num_beams": 3}):
         beams = how.get("num_beams", 1)
-        with text_inputs(own) as seen:
+        with text_inputs(own.text) as seen:
             own.model.generate(**own.inputs, do_sample=False, **how)
         first = seen[0]["embeds"]
         if not all(torch.equal(first[::beams], first[beam::beams]) for beam in range(beams)):
