@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -198,3 +199,10 @@ class Scale:
                 f"{path}: the absolute number {value} was tuned for {tuned}, but the model has {got}; "
                 "set `rescale: true` to scale it in proportion, or write a share (a float up to 1.0)"
             )
+
+
+def check_grid(where: str, grid: Any) -> None:
+    """Raise `ValueError`, which names `where`, for anything but a patch grid (rows, columns)."""
+    sides = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 0 for side in sides):
+        raise ValueError(f"{where}: expected a patch grid (rows, columns), such as (24, 24), got {quoted(grid)}")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-
-from dropflow.errors import quoted
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,3 @@ def split(entries: Sequence[Tensor], layouts: Sequence[Sequence[ImageLayout]]) -
         for layout in own:
             yield layout, entry[start : start + layout.tokens]
             start += layout.tokens
-
-
-def check_grid(where: str, grid: Any) -> None:
-    """Raise `ValueError`, which names `where`, for anything but a patch grid (rows, columns)."""
-    sides = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else ()
-    if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 0 for side in sides):
-        raise ValueError(f"{where}: expected a patch grid (rows, columns), such as (24, 24), got {quoted(grid)}")

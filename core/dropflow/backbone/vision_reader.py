@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dropflow.backbone.image_layout import check_grid
 from dropflow.errors import quoted
+from dropflow.units import check_grid
 
 MembersOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Int[Tensor, 'rows members']]"]
 """Rows of each entry of the features and arguments of the method that encodes -> one table per entry."""

@@ -154,7 +154,7 @@ class Flow:
         """Record a forward; called by the engine."""
         self._records.add(forward)
 
-    def _last(self, what: str) -> PromptRecord:
+    def _last(self, what: str = "report") -> PromptRecord:
         if self._plan.idle:
             raise UnsupportedCall(f"{what}: the policy {self.policy.name!r} has no stages, so nothing is recorded")
         last = self._records.last

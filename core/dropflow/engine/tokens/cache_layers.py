@@ -177,16 +177,6 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         """Whether it stands for a layer of a static cache that still waits for its prompt: steps can be compiled."""
         return self.limit is not None and not self.is_initialized
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append entries; returns the keys and values of all that are held.
-
-        Raises `UnsupportedCall` where a prefix still waits, as in a call outside an attached model whose mask was made
-        before it.
-        """
-        if self.ahead is not None:
-            self._check_served()
-        return super().update(key_states, value_states, *args, **kwargs)
-
     @property
     def length(self) -> int:
         """Logical tokens seen."""

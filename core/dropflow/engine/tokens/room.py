@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,13 +65,23 @@ class Growing:
     is_initialized: bool
     rooms: tuple[Room, Room]
     """Room for keys and for values."""
+    ahead: Any
+    """The prefix that must come before anything is appended (`Ahead`); `None` for none."""
+    _check_served: Callable[[], None]
+    """Raises `UnsupportedCall` outside a call that serves the layer."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device of the first entries, as transformers' layers do."""
         super().lazy_initialization(key_states, value_states)  # type: ignore[misc]  # of the layer it is mixed into
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Append entries; returns the keys and values of all that are held."""
+        """Append entries; returns the keys and values of all that are held.
+
+        Raises `UnsupportedCall` where a prefix still waits, as in a call outside an attached model whose mask was made
+        before it.
+        """
+        if self.ahead is not None:
+            self._check_served()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if is_traced() or torch.is_grad_enabled() or self.keys.nbytes < SMALL:

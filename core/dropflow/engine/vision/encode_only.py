@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dropflow.backbone.image_layout import check_grid
 from dropflow.engine.vision.rows import Decided, Rows, raise_faults
 from dropflow.errors import DecisionError, PolicyError, quoted
 from dropflow.lifecycle.payloads import EncodeCall
@@ -26,7 +25,7 @@ from dropflow.policy.encode_faults import encode_faults
 from dropflow.policy.plan import resolve
 from dropflow.policy.policy_file import Source, load_policy
 from dropflow.policy.schedule import encoded
-from dropflow.units import BackboneShape
+from dropflow.units import BackboneShape, check_grid
 
 Projector = Callable[[Float[Tensor, "rows dim"]], Float[Tensor, "rows dim"]]
 
