@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -282,7 +282,7 @@ def _attach(
             backbone, attachment.turns, shards, modules, labelled_only=labelled_only, overlap=overlap
         )
         attachment.serials = frozenset(plan.serial for plan in plans.values() if plan is not None)
-        attached_plans.update(attachment.serials)
+        attached_plans.update(dict.fromkeys(attachment.serials, _in_force(weakref.ref(hooks))))
         recorded = plans[default]
         if recorded is not None:
             attachment.recording = Recording(backbone.model.config)
@@ -301,6 +301,11 @@ def _flow(plan: Plan | None, hooks: ModelHooks, recording: Recording | None) -> 
     return None if plan is None else Flow(plan, hooks, recording, lambda: _detach(core))
 
 
+def _in_force(hooks: weakref.ref[ModelHooks]) -> Callable[[], bool]:
+    """Whether hooks serve calls; those of a detachment that has begun serve none."""
+    return lambda: bool(getattr(hooks(), "flows", None))
+
+
 def _detach(core: Any) -> None:
     attachment = _attachments[core]
     if attachment.running:
@@ -317,7 +322,8 @@ def _clean(attachment: _Attachment) -> None:
     hooks, recording = attachment.hooks, attachment.recording
     if hooks is not None:
         hooks.remove()
-    attached_plans.difference_update(attachment.serials)
+    for serial in attachment.serials:
+        attached_plans.pop(serial, None)
     if recording is not None:
         recording.remove()
     if hooks is not None:

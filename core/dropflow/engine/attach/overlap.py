@@ -32,7 +32,7 @@ from dropflow.engine.attach.call import Call
 from dropflow.engine.decoder.awaited import Arrival, Awaited
 from dropflow.engine.model.side_work import SideWork
 from dropflow.engine.tokens.row_flags import RowFlags
-from dropflow.engine.vision.encoding import Features, FlowFeatures, attached_plans, joined, refuse_detached, with_flags
+from dropflow.engine.vision.encoding import Features, FlowFeatures, in_force, joined, refuse_detached, with_flags
 from dropflow.errors import PolicyError, UnsupportedModel
 from dropflow.lifecycle.instruction import stated_instruction
 
@@ -111,7 +111,7 @@ class DeferredFeatures(FlowFeatures):
         deferred = object.__getattribute__(self, "__dict__").get("deferred")
         if deferred is not None:
             _, now, plan, _ = deferred
-            if plan not in attached_plans:
+            if not in_force(plan):
                 refuse_detached()
             type(self).fill(self, now())
 

@@ -36,8 +36,17 @@ if TYPE_CHECKING:
 
 
 F = TypeVar("F", bound="Features")
-attached_plans: set[int] = set()
-"""`Plan.serial` of every policy that is currently attached to a model."""
+attached_plans: dict[int, Callable[[], bool]] = {}
+"""`Plan.serial` of every policy that is attached to a model -> whether it is in force.
+
+A policy that is being detached is no longer in force before the first of its hooks is gone.
+"""
+
+
+def in_force(plan: int) -> bool:
+    """Whether the policy with this `Plan.serial` governs the calls of a model."""
+    asked = attached_plans.get(plan)
+    return asked is not None and asked()
 
 
 @dataclass
@@ -58,7 +67,7 @@ class FlowFeatures(Features):
         if (
             name in ("pooler_output", "last_hidden_state")
             and _read_by_a_model(sys._getframe(1))
-            and self.flags().plan not in attached_plans
+            and not in_force(self.flags().plan)
         ):
             refuse_detached()
         return super().__getattribute__(name)

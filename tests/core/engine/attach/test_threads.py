@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import dropflow
 from dropflow import Encode, EncodeCall, Flow, FlowSet, Keep, PruneCall, Stage, hookimpl
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.attach.model_hooks import ModelHooks
+from dropflow.engine.vision.encoding import in_force
 from dropflow.errors import DropflowError, PolicyError, UnsupportedCall, UnsupportedModel
 from dropflow.testing.guarantees import fingerprint
 
@@ -206,6 +208,24 @@ def test_two_hundred_rounds_of_attaching_divide_no_call(
     print(dict(found))
     assert set(found) <= {"plain", "governed", "refused", "own"}, found
     assert found["plain"] > 10
+
+
+@torch.no_grad()
+def test_features_are_those_of_no_policy_once_its_first_hook_is_gone(
+    llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's plain call may find the model without hooks before detaching has ended."""
+    remove, found = ModelHooks.remove, []
+
+    def watched(hooks: ModelHooks) -> None:
+        remove(hooks)
+        found.append(in_force(serial))
+
+    with dropflow.attach(llava, TOME):
+        serial = llava.model.get_image_features(INPUTS["pixel_values"]).flags().plan
+        assert in_force(serial)
+        monkeypatch.setattr(ModelHooks, "remove", watched)
+    assert found == [False]
 
 
 class Pause:
