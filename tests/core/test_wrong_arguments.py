@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import dropflow
 from dropflow import Forecast, Stage, StageOptions, hookimpl
+from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import PolicyError, UnknownName, UnsupportedCall, UnsupportedModel
 from dropflow.testing.probes import use
 
@@ -201,7 +202,7 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         (
             lambda _, cache=cache: dropflow.parked_bytes(cache),
             UnsupportedModel,
-            f"parked_bytes: expected a cache, got {type(cache).__name__}; pass the `past_key_values`",
+            f"parked_bytes: expected a cache, got {type(cache).__name__}; pass the `{CACHE_ARGUMENT}`",
         )
         for cache in (None, 3, ((1, 2),), {})
     ),
