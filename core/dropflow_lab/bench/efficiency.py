@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
 from dropflow_lab.bench.engine import REDUCED
-from dropflow_lab.bench.measured import Measured
+from dropflow_lab.bench.measured import Measured, clock_of
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.measure.flop_count import Flops, flops_of
 from dropflow_lab.measure.machine import this_machine, torch_threads
@@ -78,12 +77,11 @@ def bench_efficiency(
     the measurement.
     """
     shape, rows = shape or SubjectShape(), []
-    clock = time.process_time if torch.device(shape.device).type == "cpu" else time.perf_counter
+    told, clock = clock_of(shape.device)
     with torch_threads(threads), torch.no_grad():
         for side in sides:
             shape = replace(shape, image_side=side)
             rows += _rows(shape, policies, rounds, clock)
-    told = "cpu" if clock is time.process_time else "wall"
     return EfficiencyBench(tuple(rows), rounds, clock=told, subject=shape, machine=this_machine())
 
 

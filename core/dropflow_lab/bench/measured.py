@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from dropflow_lab.bench.random_llava import SubjectShape
 from dropflow_lab.measure.machine import Machine
@@ -21,3 +25,8 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
+
+
+def clock_of(device: str) -> tuple[str, Callable[[], float]]:
+    """Return what the clock for a device is called, and the clock: CPU time of this process, or wall time on a GPU."""
+    return ("cpu", time.process_time) if torch.device(device).type == "cpu" else ("wall", time.perf_counter)

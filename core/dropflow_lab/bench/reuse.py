@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 
 import dropflow
 from dropflow_lab.bench.bare_layers import bare, shapes_in
-from dropflow_lab.bench.measured import Measured
+from dropflow_lab.bench.measured import Measured, clock_of
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, twin
 from dropflow_lab.measure.flop_count import Flops, flops_of
 from dropflow_lab.measure.machine import this_machine, torch_threads
@@ -78,7 +77,7 @@ def bench_reuse(
     measurement.
     """
     shape = shape or SubjectShape()
-    on_cpu = torch.device(shape.device).type == "cpu"
+    told, clock = clock_of(shape.device)
     with torch_threads(threads), torch.no_grad(), ExitStack() as attached:
         plain, asked, shown = build_model(shape), _questions(shape, questions), build_prompt(replace(shape, batch=1))
         subjects = {}
@@ -88,9 +87,8 @@ def bench_reuse(
             subjects[name] = _Subject(model, flow, asked, shown)
         runs = {(name, what): run for name, subject in subjects.items() for what, run in subject.runs(plain).items()}
         flops = {run: flops_of(runs[run]) for run in runs}
-        seconds = interleaved(runs, questions, clock=time.process_time if on_cpu else time.perf_counter)
+        seconds = interleaved(runs, questions, clock=clock)
         rows = tuple(_row(subject, name, _of(name, seconds), _of(name, flops)) for name, subject in subjects.items())
-        told = "cpu" if on_cpu else "wall"
         return ReuseBench(rows, questions, clock=told, subject=shape, machine=this_machine())
 
 

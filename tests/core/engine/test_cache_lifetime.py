@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from lossless import quantized
 from tiny import HIDROP, KEEP_ALL, RAGGED, policy, prompt, relative_error
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache
 
 import dropflow
 from dropflow import CacheCall, CacheKeep, Stage, hookimpl
@@ -192,21 +193,8 @@ def test_emptied_caches_of_other_layer_kinds(family: str, kind: str) -> None:
     assert equal(fed(model, cache, second, 1), plain)
 
 
-class Lossless(QuantizedLayer):
-    """A quantized layer that loses nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(residual_length=3)
-
-    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:  # noqa: ARG002
-        return tensor.clone()
-
-    def _dequantize(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
 def test_an_emptied_quantized_cache_and_what_cannot_be_taken_out_of_one(llava: Any) -> None:
-    cache = Cache(layers=[Lossless() for _ in range(6)])
+    cache = quantized()
     plain = fed(llava, DynamicCache(), FIRST, 1)
     with dropflow.attach(llava, ENCODES):
         fed(llava, cache, FIRST, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from counted_graphs import Graphs
 from tiny import policy, prompt
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.engine.tokens import static_layers
 
 TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 HIDROP = policy(
@@ -19,6 +23,15 @@ HIDROP = policy(
     exit={"use": "hidrop/early-exit", "at": 3},
 )
 FASTV = policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": 5})
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    """A counting backend, in a process that has compiled nothing; capacities differ by single entries."""
+    torch.compiler.reset()
+    with mock.patch.object(static_layers, "STRIDE", 1):
+        yield Graphs()
+    torch.compiler.reset()
 
 
 def compiling(graphs: Graphs) -> dict[str, Any]:

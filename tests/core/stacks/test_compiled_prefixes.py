@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from compiled_answers import compiling, graphs, static
 from counted_graphs import Graphs
 from prefixed import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
-from test_compiled_steps import compiling, graphs, static
 from tiny import HIDROP, policy, relative_error, tiny_llava
 from transformers import DynamicCache, StaticCache
 

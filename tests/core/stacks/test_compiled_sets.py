@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -11,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled_answers import FASTV, HIDROP, TOKENS, asked, compiling, static
+from compiled_answers import FASTV, HIDROP, TOKENS, asked, compiling, graphs, static
 from counted_graphs import Graphs
 from tiny import Parts, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
@@ -23,6 +22,7 @@ from dropflow.engine.attach.model_hooks import ModelHooks
 from dropflow.engine.tokens import static_layers
 from dropflow.errors import UnsupportedCall
 
+__all__ = ["graphs"]  # a fixture
 SET: dict[str, Any] = {
     "hidrop": HIDROP,
     "fastv": FASTV,
@@ -36,15 +36,6 @@ SET: dict[str, Any] = {
 COMPACT = {name: stages | {"positions": "compact"} for name, stages in SET.items()}
 ONE: Parts = (3, "I", 5)
 AGAIN = ("hidrop", "fastv", "early", "twice", "encode", "fastv", "hidrop")
-
-
-@pytest.fixture
-def graphs() -> Iterator[Graphs]:
-    """A counting backend, in a process that has compiled nothing; capacities differ by single entries."""
-    torch.compiler.reset()
-    with mock.patch.object(static_layers, "STRIDE", 1):
-        yield Graphs()
-    torch.compiler.reset()
 
 
 @pytest.fixture

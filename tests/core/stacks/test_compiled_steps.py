@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from compiled_answers import FASTV, HIDROP, TOKENS, asked, compiling, static
+from compiled_answers import FASTV, HIDROP, TOKENS, asked, compiling, graphs, static
 from counted_graphs import Graphs
 from tiny import CHUNKS_IMAGES, policy, prompt, relative_error, tiny_llava
 from torch import Tensor
@@ -26,6 +25,7 @@ from dropflow.testing.case import Case
 from dropflow.testing.families import tiny_models
 from dropflow.testing.static_steps import check_compiled_steps
 
+__all__ = ["graphs"]  # a fixture
 POLICIES = {
     "hidrop": HIDROP,
     "compact": FASTV | {"positions": "compact"},
@@ -33,15 +33,6 @@ POLICIES = {
     "evicts": policy(cache={"use": "mustdrop/output-aware-cache", "at": 2}),
     "keep-all": policy(all={"use": "control/keep-all"}),
 }
-
-
-@pytest.fixture
-def graphs() -> Iterator[Graphs]:
-    """A counting backend, in a process that has compiled nothing; capacities differ by single entries."""
-    torch.compiler.reset()
-    with mock.patch.object(static_layers, "STRIDE", 1):
-        yield Graphs()
-    torch.compiler.reset()
 
 
 @pytest.fixture

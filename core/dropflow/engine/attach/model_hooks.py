@@ -17,11 +17,7 @@ from dropflow.engine.attach.begun_calls import begun_ahead, begun_as_asked, refu
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.feature_hooks import FeatureHooks
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
-from dropflow.engine.attach.overlap import (
-    Beside,
-    own_features,
-    serial_because,
-)
+from dropflow.engine.attach.overlap import Beside, own_features, serial_because
 from dropflow.engine.attach.recall_refusals import check_recall
 from dropflow.engine.attach.stage_losses import share_of_step, summed, with_losses
 from dropflow.engine.attach.stage_modules import StageModules
@@ -47,7 +43,6 @@ from dropflow.engine.model.traced_step import TracedPolicy, TracedStep
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
 from dropflow.engine.tokens.ahead import ahead_in
 from dropflow.engine.tokens.cache import (
-    check_even,
     check_written_by,
     fix_static,
     is_flow_cache,
@@ -55,9 +50,7 @@ from dropflow.engine.tokens.cache import (
     loosen_static,
 )
 from dropflow.engine.tokens.cache_layers import serving
-from dropflow.engine.tokens.prompt import (
-    VisualTokens,
-)
+from dropflow.engine.tokens.prompt import VisualTokens
 from dropflow.engine.vision.encoding import FlowFeatures, take_flags
 from dropflow.errors import UnsupportedCall, UnsupportedModel
 
@@ -381,16 +374,14 @@ class ModelHooks:
         if call is None or call.site is None:
             self._look_at(cache_in(kwargs)[1])
             return args, kwargs
-        stand_in(
-            self._standing, text, self._decoder_run, traced=self.traced
-        )  # in case the list was replaced after attaching
+        # in case the list was replaced after attaching
+        stand_in(self._standing, text, self._decoder_run, traced=self.traced)
         site, (_, cache) = call.site, cache_in(kwargs)
         embeds = kwargs.get("inputs_embeds")
         call.forward = forward = recorded(call, kwargs, cache, self._prefill.of(self, None), self._look_at)
-        if call.visual is None and not is_flow_cache(cache):
-            check_even(cache)
-            return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         check_written_by(cache, site.plan.identity, site.plan.policy.name)
+        if call.visual is None and not is_flow_cache(cache):
+            return args, kwargs  # nothing to restrict or adjust: the model runs unchanged
         if call.visual is not None or forward.tokens > 1:
             if call.visual is None:  # else it was asked before the images were encoded
                 check_room(cache, forward.tokens)

@@ -11,7 +11,7 @@ from dropflow.engine.decoder.layer_arguments import ContinuedArguments
 from dropflow.engine.decoder.record import CallRecord
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.windows import check_continued_windows
-from dropflow.engine.tokens.cache import flow_layers, note_padding
+from dropflow.engine.tokens.cache import first_held, note_padding
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 
 
@@ -24,7 +24,7 @@ class ContinuedRun:
     def __init__(self, site: Site, embeds: Tensor, cache: Any, real: Tensor | None = None) -> None:
         """`cache` records which tokens it holds; `real` (batch, tokens) is false for this call's padding."""
         self._cache, self._real = cache, real
-        first = next(iter(flow_layers(cache).values()))
+        first = first_held(cache)
         self._caches = CacheStages(site, _generated(first), embeds.shape[1], cache)
         if embeds.shape[1] > 1:
             check_continued_windows(site, self._caches.held, embeds.shape[1])

@@ -28,7 +28,7 @@ from dropflow.engine.decoder.weights import with_positional_mask
 from dropflow.engine.decoder.windows import check_prompt_windows
 from dropflow.engine.model.arguments import Arguments, cache_in, hidden_of, parameters_of, with_hidden
 from dropflow.engine.model.attention import QueryKey
-from dropflow.engine.tokens.cache import convert_cache, flow_layers, seen_by
+from dropflow.engine.tokens.cache import convert_cache, first_held, seen_by
 from dropflow.engine.tokens.cache_index import PADDING, PROTECTED, KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer, UniformLayer
 from dropflow.engine.tokens.host import Extent, read
@@ -248,7 +248,7 @@ class PromptRun:
             convert_cache(cache, plan.shape, uniform=plan.uniform, written_by=plan.identity, real=self._real)
         self._caches.begin(cache)
         if self._parking is not None and cache is not None:
-            index = next(iter(flow_layers(cache).values())).index
+            index = first_held(cache).index
             self._before = seen_by(cache), 0 if index is None else index.images
 
     def _with_residual(self, number: int, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dropflow.engine.decoder.prompt_run import PromptRun
 from dropflow.engine.decoder.site import Site
 from dropflow.engine.decoder.tapped_layer import TappedLayer
 from dropflow.engine.model.arguments import Arguments, hidden_of, parameters_of, with_hidden
-from dropflow.engine.tokens.cache import flow_layers, note_padding
+from dropflow.engine.tokens.cache import first_held, flow_layers, note_padding
 from dropflow.engine.tokens.cache_index import PADDING, KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.host import Extent, read
@@ -96,7 +96,7 @@ class RecalledRun(PromptRun):
     def _take_out(self) -> None:
         """Take what earlier questions have left of the parked tokens out of the layers from the boundary on."""
         self._caches.begin(self._cache)
-        first = next(iter(flow_layers(self._cache).values())).full_index()
+        first = first_held(self._cache).full_index()
         self._earlier = torch.zeros(len(self._own), self._seen + 1, dtype=torch.bool, device=first.logical.device)
         shown = first.filled & (first.image_id != PADDING)
         self._earlier.scatter_(1, torch.where(shown, first.logical, self._seen), value=True)

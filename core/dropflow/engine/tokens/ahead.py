@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from dropflow.engine.tokens.cache import flow_layers, limit_of
+from dropflow.engine.tokens.cache import first_held, flow_layers, limit_of
 from dropflow.engine.tokens.cache_index import KeyIndex
 from dropflow.engine.tokens.cache_layers import FlowLayer
 from dropflow.engine.tokens.host import Extent, read
@@ -133,11 +132,6 @@ def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"],
     for number, index in ahead.shared.items():
         cache.layers[producers[number]].shared[number] = own(index)
     first_held(cache).ahead = None
-
-
-def first_held(cache: Any) -> Any:
-    """The first layer that has entries of a cache written under a policy, on which a prefix rides; else `None`."""
-    return next(iter(flow_layers(cache).values()), None) if isinstance(cache, Cache) else None
 
 
 def begun_with(cache: Any) -> int:

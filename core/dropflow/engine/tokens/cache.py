@@ -158,14 +158,14 @@ def loosen_static(cache: Any) -> None:
         cache.layers[:] = [layer.dynamic() if isinstance(layer, StaticFlowLayer) else layer for layer in cache.layers]
 
 
-def _first(cache: Any) -> Any:
+def first_held(cache: Any) -> Any:
     """The first layer of a cache that has entries; `None` for no cache, or one without such layers."""
     return next(filter(_has_entries, cache.layers), None) if isinstance(cache, Cache) else None
 
 
 def is_flow_cache(cache: Any) -> bool:
     """Whether the cache was written under a policy that dropped something, and not emptied since."""
-    first = _first(cache)
+    first = first_held(cache)
     return isinstance(first, Indexed) and first.written_by is not None
 
 
@@ -203,32 +203,35 @@ def note_padding(cache: Cache, real: Bool[Tensor, "batch tokens"]) -> None:
 
 def check_written_by(cache: Any, writer: Any, policy: str) -> None:
     """Raise `UnsupportedCall` for a cache written under another policy, or one whose layers do not fit each other."""
-    check_even(cache)
+    _check_even(cache)
     if not is_flow_cache(cache):
         return
-    if _first(cache).written_by != writer:
+    if first_held(cache).written_by != writer:
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: this cache was written under another policy than {policy!r}; continue under the policy "
             "it was written with, or start with a fresh cache"
         )
 
 
-def check_even(cache: Any) -> None:
+def _check_even(cache: Any) -> None:
     """Refuse layers that have seen different numbers of tokens or samples.
 
     As after a change that failed half-way, or where a caller made a new cache from the tensors of one of a policy.
     """
     if not isinstance(cache, Cache):
         return
-    layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, FlowLayer)]
-    plain = [
-        (number, layer.keys)
-        for number, layer in enumerate(cache.layers)
-        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.dim() > 2
-    ]
-    tokens = {layer.length: number for number, layer in layers} | {keys.shape[-2]: number for number, keys in plain}
-    samples = {layer.keys.shape[0]: number for number, layer in layers if layer.holds}
-    samples |= {len(keys): number for number, keys in plain}
+    tokens: dict[int, int] = {}
+    samples: dict[int, int] = {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, FlowLayer):
+            holds = layer.holds
+            tokens[layer.length] = number
+        else:
+            holds = type(layer) is DynamicLayer and layer.is_initialized and layer.keys.dim() > 2
+            if holds:
+                tokens[layer.keys.shape[-2]] = number
+        if holds:
+            samples[len(layer.keys)] = number
     for what, found in (("tokens", tokens), ("samples", samples)):
         if len(found) > 1:
             (one, first), (other, last), *_ = found.items()
@@ -246,7 +249,7 @@ def seen_by(cache: Any) -> int:
 
 def counter_of(cache: Any) -> tuple[Tensor, Tensor] | None:
     """Two scalars whose sum is the number of logical tokens that a fixed static cache has seen; `None` for others."""
-    first = _first(cache)
+    first = first_held(cache)
     return (first.entries, first.lag) if isinstance(first, StaticFlowLayer) else None
 
 

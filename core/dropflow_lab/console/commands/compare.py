@@ -143,7 +143,7 @@ def compare(
         }
         asked = _asked(samples, seed, kinds)
         _write(rows, result, out, asked, into)
-    told = [reason if reason.startswith(f"{name}: ") else f"{name}: {reason}" for name, reason in found.refused.items()]
+    told = [_told(name, reason) for name, reason in found.refused.items()]
     told += [f"{asked} Intervals are 95 %. Written to {out}."]
     tables = [compare_tables.answers(rows, kinds)]
     tables += [compare_tables.kinds(rows)] if by_kind else []
@@ -222,8 +222,12 @@ def _refuse_named(found: Lineup, named: Sequence[str]) -> None:
         if _ALL not in named or not {name, name.partition("@")[0]}.isdisjoint(named)
     }
     if asked:
-        told = (reason.removeprefix(f"{name}: ") for name, reason in asked.items())
-        raise InputError("\n".join(f"--policies: {name}: {reason}" for name, reason in zip(asked, told, strict=True)))
+        raise InputError("\n".join(f"--policies: {_told(name, reason)}" for name, reason in asked.items()))
+
+
+def _told(name: str, reason: str) -> str:
+    """Return why a policy is refused, with its name before it, once."""
+    return f"{name}: {reason.removeprefix(f'{name}: ')}"
 
 
 def _apart(given: str | None, data: str) -> tuple[str, ...]:

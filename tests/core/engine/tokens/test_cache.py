@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from lossless import quantized
 from tiny import HIDROP, policy, prompt, relative_error, tiny_llava
-from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -28,23 +28,6 @@ UNIFORM = {
     "keep-all": policy(all={"use": "control/keep-all"}),
     "no stages": policy(),
 }
-
-
-class Lossless(QuantizedLayer):
-    """A quantized layer that loses nothing, so that its answers can be compared bit by bit."""
-
-    def __init__(self) -> None:
-        super().__init__(residual_length=3)
-
-    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:  # noqa: ARG002
-        return tensor.clone()
-
-    def _dequantize(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-def quantized(layers: int = 6) -> Cache:
-    return Cache(layers=[Lossless() for _ in range(layers)])
 
 
 @pytest.mark.parametrize("which", UNIFORM)
