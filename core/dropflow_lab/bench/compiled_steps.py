@@ -81,20 +81,20 @@ def bench_compiled(
                 made = counts["unique_graphs"] - before
             seconds = interleaved(steps, rounds, dict.fromkeys(steps, decode_steps), clock=clock)
             capacities = tuple(layer.keys.shape[-2] for layer in caches["policy"].layers)
-    torch.compiler.reset()
-    return CompiledBench(
-        **{f"{name.replace(' ', '_')}_seconds": Spread.of(found) for name, found in seconds.items()},
-        dense_gain=ratio(seconds["dense"], seconds["compiled dense"]),
-        policy_gain=ratio(seconds["policy"], seconds["compiled policy"]),
-        speedup=ratio(seconds["compiled dense"], seconds["compiled policy"]),
-        graphs=made,
-        capacities=capacities,
-        backend=backend,
-        clock="CPU time of the process" if clock is time.process_time else "wall",
-        rounds=rounds,
-        subject=shape,
-        machine=this_machine(),
-    )
+        torch.compiler.reset()
+        return CompiledBench(
+            **{f"{name.replace(' ', '_')}_seconds": Spread.of(found) for name, found in seconds.items()},
+            dense_gain=ratio(seconds["dense"], seconds["compiled dense"]),
+            policy_gain=ratio(seconds["policy"], seconds["compiled policy"]),
+            speedup=ratio(seconds["compiled dense"], seconds["compiled policy"]),
+            graphs=made,
+            capacities=capacities,
+            backend=backend,
+            clock="CPU time of the process" if clock is time.process_time else "wall",
+            rounds=rounds,
+            subject=shape,
+            machine=this_machine(),
+        )
 
 
 class _Step:

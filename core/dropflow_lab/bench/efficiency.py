@@ -82,7 +82,7 @@ def bench_efficiency(
         for side in sides:
             shape = replace(shape, image_side=side)
             rows += _rows(shape, policies, rounds, clock)
-    return EfficiencyBench(tuple(rows), rounds, clock=told, subject=shape, machine=this_machine())
+        return EfficiencyBench(tuple(rows), rounds, clock=told, subject=shape, machine=this_machine())
 
 
 def _rows(

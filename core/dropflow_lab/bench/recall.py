@@ -83,8 +83,8 @@ def bench_recall(
             rows.append(RecallRow(name, Share.of(first), Share.of(second), Gain.of(second, first)))
             seconds[name] = second
             parked = max(parked, talks[0].parked_bytes)
-    gain = Gain.of(seconds["recall"], seconds["without recall"])
-    return RecallBench(tuple(rows), gain, parked, policy, model, questions, this_machine())
+        gain = Gain.of(seconds["recall"], seconds["without recall"])
+        return RecallBench(tuple(rows), gain, parked, policy, model, questions, this_machine())
 
 
 class _Talk:

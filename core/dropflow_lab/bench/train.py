@@ -81,7 +81,7 @@ def bench_train(
             peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
             flops = {name: flops_of(step) for name, step in steps.items()}
             seconds = interleaved(steps, rounds, _REPEATS)
-    return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)
+        return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)
 
 
 def _summary(
