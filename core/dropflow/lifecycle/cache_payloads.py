@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dropflow.lifecycle.asked_rows import check_rows
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -69,9 +71,9 @@ class CacheCall:
         `rows` number the call's tokens from 0 to `tokens - 1`, whatever was dropped (see `last_rows`); a token that was
         not live in the layer gets the row of the last live token before it. Keys are the entries of the layer's
         `CacheView`, as the layer's own attention saw them: entries that an earlier stage evicted in this call are
-        missing, and the others keep their share.
+        missing, and the others keep their share. Raises `DecisionError` for a layer or rows that are not there.
         """
-        return self.attention(layer, rows)
+        return self.attention(layer, check_rows(layer, rows, len(self.layers[0].index), self.tokens, "(batch, rows)"))
 
 
 @dataclass(frozen=True)

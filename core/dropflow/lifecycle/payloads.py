@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dropflow.errors import DecisionError
+from dropflow.lifecycle.asked_rows import check_rows
 from dropflow.lifecycle.lazy import lazy
 
 if TYPE_CHECKING:
@@ -213,10 +214,11 @@ class PruneCall:
         here otherwise. A tapped layer under reentrant gradient checkpointing gives none.
 
         Tokens dropped since a tapped layer ran keep their share of its softmax, and have no column. A layer before the
-        one in which vision enters raises `DecisionError`.
+        one in which vision enters raises `DecisionError`, and so do rows that are not there.
         """
         import torch
 
+        rows = check_rows(layer, rows, len(self.index), self.index.shape[1], "(batch, rows)")
         with torch.set_grad_enabled(self.differentiable):
             return self.attention(layer, rows)
 
@@ -331,9 +333,12 @@ class EncodeCall:
         """Attention probabilities of a few rows of a vision layer that the stage lists in `vision_taps`.
 
         Rows and keys count the encoder's own tokens: the prefix first, then the patches; keys of padding are 0. A
-        negative `layer` counts from the encoder's end. Raises `DecisionError` as `query_keys` does.
+        negative `layer` counts from the encoder's end. Raises `DecisionError` as `query_keys` does, and for rows that
+        are not there.
         """
         self._check_separate("attention_rows", "ask for `cls_attention` or `received_attention`")
+        keys = self.tower(layer).parts[0].key
+        rows = check_rows(layer, rows, keys.shape[0], keys.shape[2], "(images, rows)")
         return self.tower(layer).attention(rows).to(rows.device)
 
     def cls_attention(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows"], ...]:

@@ -60,7 +60,8 @@ def test_samples_of_a_batch_differ_in_length() -> None:
     mask = ragged_prompt(SubjectShape(batch=4, image_side=6, text_tokens=16))["attention_mask"]
     assert mask.sum(1).tolist() == [52, 50, 48, 46]
     assert mask[:, 6:].all()
-    assert bench_efficiency(replace(TOY, batch=2), (6,), rounds=2).subject.batch == 2
+    measured = bench_efficiency(replace(TOY, batch=2), (6,), rounds=2, threads=2)
+    assert (measured.subject.batch, measured.machine.threads) == (2, 2)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from dropflow_lab.console.cli import app
 
 
 def test_every_row_asks_the_same_and_recall_alone_parks() -> None:
-    found = bench_recall(6)
+    found = bench_recall(6, threads=2)
+    assert found.machine.threads == 2
     assert [row.name for row in found.rows] == ["dense", "without recall", "recall"]
     assert {row.asked_first.asked for row in found.rows} == {6}
     without, recalled = found.rows[1:]

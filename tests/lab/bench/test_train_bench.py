@@ -43,7 +43,9 @@ def test_peaks_hold_state_and_gradients_and_fewer_tokens_need_less(measured: Tra
     gradients = 4 * sum(w.numel() for name, w in build_model(TINY).named_parameters() if "vision_tower" not in name)
     assert measured.state_bytes + gradients < measured.policy_peak_bytes < measured.dense_peak_bytes
     assert measured.peak_memory_ratio == measured.dense_peak_bytes / measured.policy_peak_bytes
-    assert bench_train(TINY, rounds=2, checkpointing=True).dense_peak_bytes < measured.dense_peak_bytes
+    checkpointed = bench_train(TINY, rounds=2, threads=2, checkpointing=True)
+    assert checkpointed.dense_peak_bytes < measured.dense_peak_bytes
+    assert (measured.machine.threads, checkpointed.machine.threads) == (1, 2)
 
 
 def test_flops_fall_with_the_tokens(measured: TrainBench) -> None:

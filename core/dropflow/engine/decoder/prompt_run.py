@@ -37,6 +37,7 @@ from dropflow.engine.tokens.prompt import Prompt
 from dropflow.engine.tokens.restricting import check_arguments
 from dropflow.engine.tokens.shared_entries import FlowShared
 from dropflow.errors import DecisionError, UnsupportedCall
+from dropflow.lifecycle.asked_rows import check_layer
 from dropflow.lifecycle.events import BoundaryEvent
 from dropflow.lifecycle.stage import Window
 from dropflow.operators.merging import mean_into
@@ -359,6 +360,7 @@ class PromptRun:
 
     def _tapped(self, layer: int) -> TappedLayer:
         """The tapped layer whose attention stands for that of `layer`; it ran on all tokens that are live now."""
+        check_layer(layer)
         ranks_by = self._site.plan.shape.ranks_by(layer)
         if ranks_by is None or ranks_by < self.window.entry:
             raise DecisionError(

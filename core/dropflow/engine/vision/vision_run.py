@@ -30,6 +30,7 @@ from dropflow.engine.vision.rows import Decided, Rows, raise_faults
 from dropflow.engine.vision.tower_layer import TowerLayer
 from dropflow.engine.vision.tower_reading import TowerReading
 from dropflow.errors import DecisionError, UnsupportedCall, UnsupportedModel
+from dropflow.lifecycle.asked_rows import check_layer
 from dropflow.lifecycle.events import EncodeStep
 from dropflow.lifecycle.payloads import EncodeCall
 
@@ -408,6 +409,7 @@ class VisionRun:
 
     def _layer(self, layer: int) -> TowerLayer:
         """What vision layer `layer` computed."""
+        check_layer(layer)
         number, found = self._absolute(layer), None
         if self._reading is not None:
             found = self._reading.layer(number)
