@@ -8,11 +8,13 @@ from typer.testing import CliRunner
 
 from dropflow_lab.bench.recall import bench_recall
 from dropflow_lab.console.cli import app
+from dropflow_lab.measure.machine import torch_threads
 
 
 def test_every_row_asks_the_same_and_recall_alone_parks() -> None:
-    found = bench_recall(6, threads=2)
-    assert found.machine.threads == 2
+    with torch_threads(2):
+        found = bench_recall(6, threads=1)
+    assert found.machine.threads == 1
     assert [row.name for row in found.rows] == ["dense", "without recall", "recall"]
     assert {row.asked_first.asked for row in found.rows} == {6}
     without, recalled = found.rows[1:]
