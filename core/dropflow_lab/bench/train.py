@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import dropflow
+from dropflow_lab.bench.measured import Measured, clock_of
 from dropflow_lab.bench.random_llava import SHAPES, SubjectShape, build_batch, build_model, tower_of, twin
 from dropflow_lab.measure.flop_count import Flops, flops_of
-from dropflow_lab.measure.machine import Machine, this_machine, torch_threads
+from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.memory import peak_bytes
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
@@ -23,7 +24,7 @@ _REPEATS = {"policy": 3}  # steps per sample, so that it takes about as long as 
 
 
 @dataclass(frozen=True)
-class TrainBench:
+class TrainBench(Measured):
     """One training step without a policy, compared with one through it."""
 
     step_speedup: Spread
@@ -47,12 +48,10 @@ class TrainBench:
     visual_tokens: tuple[int, ...]
     """Visual tokens of one image before each layer, as measured in a step through the policy."""
     rounds: int
-    subject: SubjectShape
-    machine: Machine
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, with the policy."""
-        return asdict(self) | {"policy": dropflow.load_policy(POLICY, OVERRIDES).to_dict()}
+        return super().to_json() | {"policy": dropflow.load_policy(POLICY, OVERRIDES).to_dict()}
 
 
 def bench_train(
@@ -60,10 +59,11 @@ def bench_train(
 ) -> TrainBench:
     """Measure both steps in turn in this process, on shared weights, with AdamW and a frozen vision tower.
 
-    `checkpointing` recomputes activations in the backward pass. Torch's number of threads is set for the duration of
-    the measurement.
+    `checkpointing` recomputes activations in the backward pass. On a CPU, times are the CPU time of this process, which
+    other programs affect least. Torch's number of threads is set for the duration of the measurement.
     """
     shape = shape or SHAPE
+    told, clock = clock_of(shape.device)
     with torch_threads(threads):
         dense = build_model(shape).train()
         tower_of(dense, shape).requires_grad_(False)
@@ -80,8 +80,9 @@ def bench_train(
             state = _state_bytes(dense, optimizer)
             peaks = {name: state + peak_bytes(step, torch.device(shape.device)) for name, step in steps.items()}
             flops = {name: flops_of(step) for name, step in steps.items()}
-            seconds = interleaved(steps, rounds, _REPEATS)
-        return _summary(seconds, flops, peaks, state_bytes=state, visual_tokens=visual, rounds=rounds, subject=shape)
+            seconds = interleaved(steps, rounds, _REPEATS, clock=clock)
+        known = {"state_bytes": state, "visual_tokens": visual, "rounds": rounds, "clock": told, "subject": shape}
+        return _summary(seconds, flops, peaks, **known)
 
 
 def _summary(

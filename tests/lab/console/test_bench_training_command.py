@@ -38,7 +38,7 @@ def test_train_as_a_table(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "bench_train", TOY_TRAIN)
     shown = cli("bench", "train", *TINY, "--quick").stdout
     assert all(word in shown for word in ("step speed-up", "FLOPs ratio", "peak memory ratio", "efficiency"))
-    assert "2 rounds on 1 thread(s)" in shown
+    assert "2 rounds, cpu time, on 1 thread(s)" in shown
 
 
 def test_gpu_runs_anywhere_and_writes_its_table(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,8 +142,8 @@ def _circumstances(measured: TrainBench) -> str:
         f"{_seconds(measured.policy_step_seconds)}; peak {measured.dense_peak_bytes / giga:.2f} and "
         f"{measured.policy_peak_bytes / giga:.2f} GiB, {measured.state_bytes / giga:.2f} of each weights and "
         f"optimiser state\nvisual tokens per layer: {' '.join(map(str, measured.visual_tokens))}\n"
-        f"{measured.rounds} rounds on {machine.threads} thread(s) of {machine.cpu}; torch {machine.torch}, "
-        f"transformers {machine.transformers}"
+        f"{measured.rounds} rounds, {measured.clock} time, on {machine.threads} thread(s) of {machine.cpu}; "
+        f"torch {machine.torch}, transformers {machine.transformers}"
     )
 
 
