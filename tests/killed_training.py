@@ -5,6 +5,7 @@ A program by itself, so that the children are forked from a process in which tor
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -16,12 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-MODULES = ("finetune", "digits.data.dialogues", "digits.training.attention", "inputs.data", "inputs.models")
+MODULES = (
+    "dropflow.engine.attach.attach",
+    "dropflow_lab.console.cli",
+    "dropflow_lab.digits.training.attention",
+    "dropflow_lab.finetune.train",
+    "dropflow_lab.inputs.data",
+    "dropflow_lab.inputs.models",
+)
+"""What every run imports, most of the time that a short one takes."""
 
 
 def main(model: str, policy: str, out: str, kills: str, seed: str, *options: str) -> None:
-    for module in MODULES:  # once, for all children
-        importlib.import_module(f"dropflow_lab.{module}")
+    _prepare()
     arguments = ["train", "--model", model, "--policy", policy, *options]
     whole, stopped = Path(out) / "whole", Path(out) / "stopped"
     began = time.monotonic()
@@ -36,6 +44,18 @@ def main(model: str, policy: str, out: str, kills: str, seed: str, *options: str
             killed += _killed(_resumed(arguments, stopped), dice.uniform(0.1, 0.9) * took)
     _finish(_start(_resumed(arguments, stopped)))
     print(json.dumps({"killed": killed, "whole": _digest(whole), "stopped": _digest(stopped)}))
+
+
+def _prepare() -> None:
+    """Import and read once what all children need."""
+    for module in MODULES:
+        importlib.import_module(module)
+    from dropflow.backbone.compiling import leave_uncompiled
+    from dropflow_lab.digits.data.glyphs import digit_bank
+
+    leave_uncompiled()
+    digit_bank()
+    gc.freeze()  # what is imported is not scanned again in every child
 
 
 def _killed(arguments: list[str], seconds: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from documents import ROOT
-from miniatures import tiny
+from miniatures import model_of, tiny
 
 import dropflow
 from dropflow import Backbone, backbone_for
@@ -19,7 +19,7 @@ from dropflow.testing.case import Case
 from dropflow.testing.guarantees import check_prefill
 from dropflow.testing.probes import WINDOW
 from dropflow_lab.backbones.listing import models, models_in_markdown
-from dropflow_lab.backbones.miniature import kinds, miniature
+from dropflow_lab.backbones.miniature import kinds
 from dropflow_lab.markdown import renew
 
 OWN = set(tiny_models())
@@ -37,12 +37,12 @@ UNLIKE: dict[str, tuple[str, str]] = {
 @cache
 def rows() -> dict[str, dict[str, Any]]:
     """The rows of the page by type."""
-    return {row["name"]: row for row in models()}
+    return {row["name"]: row for row in models(model_of)}
 
 
 @cache
 def adapter_of(kind: str) -> type[Backbone]:
-    return type(backbone_for(miniature(kind)))
+    return type(backbone_for(model_of(kind)))
 
 
 def case(kind: str) -> Case:
@@ -94,7 +94,7 @@ def test_a_type_does_what_the_page_says(kind: str) -> None:
         pytest.skip(row["reason"])
     if row["status"] == "refused":
         with pytest.raises(DropflowError):
-            dropflow.attach(miniature(kind), WINDOW)
+            dropflow.attach(model_of(kind), WINDOW)
         return
     one = case(kind)
     check_facts(one)

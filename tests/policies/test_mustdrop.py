@@ -127,7 +127,7 @@ def test_digits_policies_fit_the_embedded_models_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize("positions", ["persistent", "compact"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_dropping_nothing_is_bit_identical(name: str, positions: str) -> None:
     model, inputs = small(), prompt(SAMPLES, grid=6)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -234,7 +234,7 @@ def test_every_sample_is_alone_in_its_batch(name: str, positions: str) -> None:
                 assert torch.equal(flow.live()[:, 0], live[:, number, own])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", DIFFERENT)
 @torch.no_grad()
 def test_nothing_is_left_behind(name: str) -> None:
     model, inputs = small(), prompt(SAMPLES, grid=6)

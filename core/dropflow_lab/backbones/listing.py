@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -47,17 +47,17 @@ PROBES: Mapping[str, type[Stage[Any]]] = {"encode": _Encodes, "prune": _Prunes, 
 """Hook -> a stage that asks for it wherever it can."""
 
 
-def models() -> list[Row]:
+def models(build: Callable[[str], Any] = miniature) -> list[Row]:
     """Every type with its model class, and with its adapter, facts and limits or the reason why it is not served.
 
-    A type is built in miniature and `attach` is asked. `status` is "served", "refused" or "not built".
+    A type is built in miniature, by `build`, and `attach` is asked. `status` is "served", "refused" or "not built".
     """
-    return [_summed_up({"name": kind, "class": class_name(kind)} | _asked(kind)) for kind in kinds()]
+    return [_summed_up({"name": kind, "class": class_name(kind)} | _asked(kind, build)) for kind in kinds()]
 
 
-def _asked(kind: str) -> Row:
+def _asked(kind: str, build: Callable[[str], Any]) -> Row:
     try:
-        model = miniature(kind)
+        model = build(kind)
     except Exception as error:  # noqa: BLE001  # transformers raises all kinds of errors for a missing library
         return _row("not built", reason=_first_line(str(error)).partition(". ")[0])
     try:

@@ -231,6 +231,19 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "fast_vlm": {"vision_config": _MAPS},
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "embed_dim": [8, 16],
+            "num_groups": [2, 2],
+            "num_heads": [2, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "window_size": 3,
+        }
+    },
     "gemma3": {"mm_tokens_per_image": 9},
     "gemma4": {"vision_config": _GEMMA4_VISION},
     "gemma4_unified": {

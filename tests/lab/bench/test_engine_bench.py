@@ -15,7 +15,7 @@ from dropflow.units import BackboneShape
 from dropflow_lab.bench.engine import RAGGED, REDUCED, EngineBench, bench_engine
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 
-TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24, text_tokens=64, vocabulary=32)
+TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=12, text_tokens=16, vocabulary=32)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,10 @@ def test_the_reduced_policy_removes_89_percent() -> None:
 
 
 def test_kv_entries_are_those_of_the_schedule(measured) -> None:
-    schedule = resolve(load_policy(REDUCED), BackboneShape(16, 576)).schedule()
-    assert list(measured.reduced.kv_entries) == [count + 64 for count in schedule.per_layer if count is not None]
+    policy = load_policy(REDUCED, ["rescale=true"])
+    schedule = resolve(policy, BackboneShape(16, TOY.visual_tokens)).schedule()
+    text = TOY.text_tokens
+    assert list(measured.reduced.kv_entries) == [count + text for count in schedule.per_layer if count is not None]
 
 
 def test_efficiency_is_speed_up_over_flops_ratio(measured) -> None:

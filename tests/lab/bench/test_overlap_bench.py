@@ -11,7 +11,7 @@ from dropflow_lab.bench import overlap
 from dropflow_lab.bench.overlap import OverlapBench, bench_overlap
 from dropflow_lab.bench.random_llava import SubjectShape
 
-TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=24, text_tokens=64, vocabulary=32)
+TOY = SubjectShape(layers=16, hidden=64, intermediate=96, heads=2, image_side=12, text_tokens=16, vocabulary=32)
 
 
 @pytest.fixture(scope="module")

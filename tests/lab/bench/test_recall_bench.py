@@ -13,10 +13,10 @@ from dropflow_lab.measure.machine import torch_threads
 
 def test_every_row_asks_the_same_and_recall_alone_parks() -> None:
     with torch_threads(2):
-        found = bench_recall(6, threads=1)
+        found = bench_recall(3, threads=1)
     assert found.machine.threads == 1
     assert [row.name for row in found.rows] == ["dense", "without recall", "recall"]
-    assert {row.asked_first.asked for row in found.rows} == {6}
+    assert {row.asked_first.asked for row in found.rows} == {3}
     without, recalled = found.rows[1:]
     assert without.asked_first == recalled.asked_first  # a first question has nothing to recall
     assert found.gain.value == recalled.asked_second.value - without.asked_second.value

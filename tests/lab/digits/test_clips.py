@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_the_start_is_dense_with_more_words() -> None:
 
 
 def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
-    recipe = replace(RECIPE, steps=2, schedule=2, batch=1, validate_every=2, validation=45)
+    recipe = replace(RECIPE, steps=2, schedule=2, batch=1, validate_every=2, validation=9)
     train_change(tmp_path / "whole", CHANGE, recipe=recipe, save_seconds=0)
     path = tmp_path / "whole" / "change.safetensors"
     model, _ = load_clips(path)
@@ -151,6 +152,10 @@ def test_training_changes_projector_and_language_model_alone(tmp_path) -> None:
     assert any("layers.11.mlp" in name for name in changed)
     assert not any("vision_tower" in name for name in changed)
     assert path.stat().st_size < 600_000
+    last = json.loads((tmp_path / "whole" / "training-log.jsonl").read_text().splitlines()[-1])
+    by_kind = [share for name, share in last.items() if name.startswith("accuracy_")]
+    assert len(by_kind) == len(CLIP_KINDS) == 9  # one validation question of every kind
+    assert last["accuracy"] == pytest.approx(sum(by_kind) / 9, abs=1e-5)
     with pytest.raises(FileExistsError, match="holds a training run already"):
         train_change(tmp_path / "whole", CHANGE, recipe=recipe)
 

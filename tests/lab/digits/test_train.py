@@ -98,13 +98,13 @@ def test_log_has_loss_rate_time_and_validation_accuracy(unbroken):
 
 def test_smoke_run_learns_in_every_stage(tmp_path):
     threads = torch.get_num_threads()
-    train(tmp_path, smoke=True, test=lambda *trained: evaluate(*trained, "test", 50).to_json())
+    train(tmp_path, smoke=True, test=lambda *trained: evaluate(*trained, "test", 10).to_json())
     assert torch.get_num_threads() == threads
     losses = {(row["phase"], row["step"]): row["loss"] for row in _log(tmp_path)}
     assert losses["vision", 20] < losses["vision", 10]
     assert losses["language", 60] < losses["language", 20] < losses["language", 10]
     report = json.loads((tmp_path / "test.json").read_text())
-    assert report["overall"]["asked"] == 50
+    assert report["overall"]["asked"] == 10
     for file in tmp_path.iterdir():
         if file.is_file():
             assert file.stat().st_mode & 0o777 == 0o644, file

@@ -37,13 +37,14 @@ class ClipPhase(ChangePhase):
         """Return the share of validation questions answered correctly, overall and per kind."""
         right: dict[str, list[bool]] = {kind: [] for kind in CLIP_KINDS}
         for first in range(0, self.recipe.validation, 45):
-            asked = [clip_question_at("validation", first + row) for row in range(45)]
+            rows = range(first, min(first + 45, self.recipe.validation))
+            asked = [clip_question_at("validation", row) for row in rows]
             batch = pack_clips([clip for clip, _ in asked], [[question] for _, question in asked])
             with precision.autocast(), parametrize.cached():
                 correct = losses(self.model, batch)[1]
             for (_, question), hit in zip(asked, correct[:, 0].tolist(), strict=True):
                 right[question.kind].append(hit)
-        shares = {f"accuracy_{kind}": sum(hits) / len(hits) for kind, hits in right.items()}
+        shares = {f"accuracy_{kind}": sum(hits) / len(hits) for kind, hits in right.items() if hits}
         return {"accuracy": sum(map(sum, right.values())) / self.recipe.validation, **shares}
 
 
