@@ -32,8 +32,13 @@ from dropflow.testing.reading import check_reader
 from dropflow_adapters.auto import Auto
 
 FAMILIES: dict[str, tuple[type[Backbone], Tiny]] = tiny_models() | {f"auto:{n}": (Auto, t) for n, t in UNSEEN.items()}
-WHOLE = frozenset({"gemma3n", "llava", "llava_next", "qwen3_5", "qwen3_vl"})
+WHOLE = frozenset({"gemma3n", "llava", "llava_next"})
 """Families that are checked under all kinds of stages as thoroughly as by the slow set."""
+MORE = {"gemma3n": 37, "llava_next": 37, "qwen3_5": 19, "qwen3_vl": 14}
+"""Families that are unlike LLaVA -> every how many stages is checked on them for everything, as on LLaVA.
+
+Those that take longest under all kinds of stages are checked under more single ones instead.
+"""
 TWINS = ("glm4v", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 """Families whose adapter and tower are those of another one, with experts in the decoder or under another name.
 
@@ -55,12 +60,12 @@ def home(stage: str) -> str:
 def compared(stage: str, adapter: str) -> Compared:
     """How much of a cell is checked at all times; the slow set checks everything.
 
-    Everything on one family for every stage, and on the families in `WHOLE` for one stage more each; answers on one
-    family of 16, since those of every family are compared under all kinds of stages, too, and on every family for
-    stages of the cache; else prompts.
+    Everything on one family for every stage, and on the families in `MORE` for some stages; answers on one family of
+    16, since those of every family are compared under all kinds of stages, too, and on every family for stages of the
+    cache; else prompts.
     """
     number = STAGES.index(stage) + list(FAMILIES).index(adapter)
-    if adapter == home(stage) or (adapter in WHOLE and number % len(STAGES) == 0):
+    if adapter == home(stage) or (adapter in MORE and number % MORE[adapter] == 0):
         return "everything"
     decodes = hasattr(registry.load(registry.STAGES, stage), "decode_cache")
     return "answers" if number % 16 == 0 or decodes else "prompts"
