@@ -17,7 +17,7 @@ from dropflow.backbone.flops import DecoderWidths
 from dropflow.backbone.image_layout import ImageLayout
 from dropflow.backbone.mixers import Mixer, PlaceScale, mixers_of, shape_of
 from dropflow.backbone.packed_tower import PackedTower
-from dropflow.backbone.vision_reader import VisionReader, one_to_one
+from dropflow.backbone.vision_reader import VisionReader, listed_layers, one_to_one
 from dropflow.backbone.wrapped import check_is_model, unwrapped
 from dropflow.errors import UnknownName, UnsupportedModel, nearest, quoted
 from dropflow.lifecycle.lazy import lazy
@@ -74,7 +74,7 @@ class VisionEncoder:
     @property
     def depth(self) -> int:
         """Layers of the encoder."""
-        return len(self.owner._modules["layers"])
+        return len(listed_layers(self.owner, "layers"))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dropflow.backbone.vision_reader import listed_layers
+
 
 @dataclass(frozen=True)
 class PackedTables:
@@ -105,4 +107,4 @@ class PackedTower:
     @property
     def depth(self) -> int:
         """Blocks of the tower."""
-        return len(self.owner._modules[self.blocks])
+        return len(listed_layers(self.owner, self.blocks))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dropflow.errors import quoted
+from dropflow.errors import UnsupportedModel, quoted
 from dropflow.units import check_grid
 
 MembersOf = Callable[[Sequence[int], Mapping[str, Any]], "list[Int[Tensor, 'rows members']]"]
@@ -57,7 +57,17 @@ class VisionReader:
     @property
     def depth(self) -> int:
         """Layers of the tower."""
-        return len(self.owner._modules[self.layers])
+        return len(listed_layers(self.owner, self.layers))
+
+
+def listed_layers(owner: Any, name: str) -> Any:
+    """The list of layers called `name` in a module; raises `UnsupportedModel` if there is none."""
+    if name not in owner._modules:
+        raise UnsupportedModel(
+            f"vision tower: expected a list of layers {quoted(name)} in {type(owner).__name__}, which has "
+            f"{', '.join(owner._modules)}; name the module that holds the list and runs it as `owner`"
+        )
+    return owner._modules[name]
 
 
 def feature_boundary(selected: int | Sequence[int], depth: int) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dropflow.backbone.backbone import Backbone
 from dropflow.errors import DecisionError, PolicyError, UnsupportedModel
-from dropflow.testing.case import BrokenGuarantee, Case
+from dropflow.testing.case import BrokenGuarantee, Case, relative_error
 from dropflow.testing.families.tiny import IMAGE, VIDEO
-from dropflow.testing.probes import INSIDE, Witness, policy, use
+from dropflow.testing.probes import INSIDE, Ranks, Witness, policy, use
 
 TOKENS, OWNER, GRID, VIDEOS = "token ids", "image owner", "grid", "videos"
+SIZE, LAYERS, PROJECTIONS = "tokens of one image", "layers of the vision tower", "projections"
 VISION_LAYERS = "vision_layers"
 
 
@@ -54,6 +56,7 @@ def check_facts(case: Case) -> None:
 
     Raises `BrokenGuarantee`, naming the fact and the part of the adapter that states it.
     """
+    _check_parts(case)
     expected, witness = truth(case), None
     try:
         with case.attach(policy(look=use(Witness))) as flow:
@@ -64,6 +67,7 @@ def check_facts(case: Case) -> None:
     got = torch.full_like(expected.owner, -1) if witness.images is None else witness.images
     _check_tokens(case, got, expected.owner)
     _check_owner(case, got, expected.owner)
+    _check_size(case)
     for image, (said, true) in enumerate(zip(witness.grids, expected.grids, strict=True)):
         if said != true:
             raise _wrong(
@@ -105,9 +109,58 @@ def check_vision(case: Case) -> None:
             handle.remove()
 
 
+@torch.no_grad()
+def check_projections(case: Case) -> None:
+    """Check that ranking through the stated projections gives what it gives where none are stated.
+
+    Raises `BrokenGuarantee`, naming the layer and the part of the adapter; nothing is checked if it states none.
+    """
+    states = case.adapter.projections
+    unstated = type(case.adapter.__name__, (case.adapter,), {"projections": lambda self, layer: None})  # noqa: ARG005
+    if states is Backbone.projections:
+        return
+    seen = []
+    for adapter in (unstated, case.adapter):
+        try:
+            with replace(case, adapter=adapter).attach(policy(ranks=use(Ranks))) as flow:
+                case.model(**case.inputs)
+                seen.append(cast(Ranks, flow.plan.stages[0][1]).rows)
+        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+            if adapter is unstated:
+                raise
+            raise _wrong(case, PROJECTIONS, f"ranking through them fails: {error}", "`projections`") from error
+    for layer, expected in seen[0].items():
+        if relative_error(seen[1][layer], expected) > case.tiny.tolerance:
+            what = f"the attention rows of layer {layer} differ from those of the layer's own q and k"
+            raise _wrong(case, PROJECTIONS, what, "`projections`")
+
+
 def _rows(output: Any) -> Tensor:
     rows: Tensor = output if isinstance(output, Tensor) else output[0]
     return rows
+
+
+def _check_parts(case: Case) -> None:
+    """What an adapter names as a tower must hold layers, and layers with attention must hold what it names in them."""
+    backbone = case.adapter(case.model)
+    towers = {"vision": backbone.vision, "packed_tower": backbone.packed_tower}
+    for where, tower in (*towers.items(), *(("reader", backbone.reader(kind)) for kind in backbone.modalities)):
+        try:
+            if tower is not None and tower.depth < 1:
+                raise _wrong(case, LAYERS, "the tower has no layers", f"`{where}`")
+        except UnsupportedModel as refusal:
+            raise _wrong(case, LAYERS, str(refusal), f"`{where}`") from refusal
+    layers = list(backbone.text._modules["layers"])
+    for number in _attending(backbone):
+        try:
+            backbone.projections(layers[number])
+        except AttributeError as error:
+            raise _wrong(case, PROJECTIONS, f"of layer {number}: {error}", "`projections`") from error
+
+
+def _attending(backbone: Backbone) -> Sequence[int]:
+    shape = backbone.shape
+    return range(shape.layers) if shape.attending is None else shape.attending
 
 
 def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:
@@ -131,6 +184,14 @@ def _check_owner(case: Case, got: Tensor, expected: Tensor) -> None:
                 f"{len(set(expected[expected >= 0].tolist()))}"
             )
             raise _wrong(case, OWNER, what, "`layouts` or `tokens_per_image`")
+
+
+def _check_size(case: Case) -> None:
+    stated = case.adapter(case.model).tokens_per_image
+    sizes = [layout.tokens for shown in case.drawn[1] for picture in shown for layout in picture.layouts]
+    if stated is not None and any(size != stated for size in sizes):
+        what = f"an image has {next(size for size in sizes if size != stated)} tokens, the adapter says {stated}"
+        raise _wrong(case, SIZE, what, "`tokens_per_image`")
 
 
 def _wrong(case: Case, fact: str, what: str, where: str) -> BrokenGuarantee:

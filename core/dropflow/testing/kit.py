@@ -17,7 +17,7 @@ from dropflow.policy.policy_file import load_policy
 from dropflow.testing.asking_again import check_asking_again
 from dropflow.testing.beside import check_beside, check_needs
 from dropflow.testing.case import BrokenGuarantee, Case
-from dropflow.testing.facts import check_facts, check_vision
+from dropflow.testing.facts import check_facts, check_projections, check_vision
 from dropflow.testing.families import tiny_models
 from dropflow.testing.families.tiny import SAMPLES, Part, Tiny
 from dropflow.testing.guarantees import CHECKS, check_inference, check_prefill, evicts_while_decoding
@@ -183,6 +183,7 @@ def assert_backbone_conforms(
         check_facts(case)
         check_vision(case)
         check_reader(case)
+        check_projections(case)
     kinds, facts = {"window": WINDOW, "ragged": RAGGED}, family(whole.model).facts()
     if "vision_layers" in facts:
         kinds["inside the encoder"] = INSIDE

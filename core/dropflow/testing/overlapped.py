@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from dropflow.errors import DropflowError
 from dropflow.testing.case import BUDGET, NO_OP, Case
 from dropflow.testing.guarantees import CHECKS
 
@@ -23,7 +26,7 @@ def check_same_bits(case: Case) -> None:
     for overlap in (False, True):
         own = replace(case, overlap=overlap)
         model = own.model
-        with own.attach() as flow:
+        with own.attach() as flow, _naming_the_form(own):
             logits = model(**case.inputs).logits
             live, told = flow.live(), flow.report().overlap
             loss = model(**case.inputs, labels=case.inputs["input_ids"]).loss
@@ -38,6 +41,19 @@ def check_same_bits(case: Case) -> None:
                 f"with `overlap`, {what} differ from those of the serial run; see `features_form` and "
                 f"`deepstack_levels` of {case.adapter.__name__}",
             )
+
+
+@contextmanager
+def _naming_the_form(case: Case) -> Iterator[None]:
+    """Says what an error of a core is about that got features in a form it does not take."""
+    try:
+        yield
+    except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+        if not case.overlap or isinstance(error, DropflowError):
+            raise
+        raise case.broken(
+            NO_OP, f"with `overlap`, the core fails: {error}; see `features_form` of {case.adapter.__name__}"
+        ) from error
 
 
 def check_overlap(case: Case, *, thorough: bool = True) -> float:

@@ -56,6 +56,27 @@ class Ranked(Stage[Any]):
         return Keep(keep_top(scores, call.image_id, call.counts(budget)), scores)
 
 
+class Ranks(Stage[Any]):
+    """Records the attention rows of the instruction tokens before every layer with attention, and decides nothing."""
+
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, context)
+        self.rows: dict[int, Tensor] = {}
+        """Rows (batch, heads, rows, slots) of the instruction tokens that exist, 0 for others, by layer."""
+
+    @property
+    def prune_at(self) -> tuple[int, ...]:
+        """All layers with attention."""
+        shape = self.context.scale.target
+        return tuple(range(shape.layers) if shape.attending is None else shape.attending)
+
+    @hookimpl
+    def prune(self, call: PruneCall) -> None:
+        """Ask for the rows."""
+        rows = call.attention_rows(call.boundary, call.instruction_slots)
+        self.rows[call.boundary] = rows * call.instruction_valid.to(rows.dtype)[:, None, :, None]
+
+
 class KeepAll(Ranked):
     """Ranks everything and drops nothing, in the vision encoder's output and in the decoder."""
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.backbone.vision_reader import listed_layers
 from dropflow.engine.attach.mixer_refusals import check_mixers
 from dropflow.engine.attach.recall_refusals import recall_faults
 from dropflow.engine.attach.static_refusals import check_static
@@ -131,11 +132,11 @@ def check_unshared(backbone: Backbone) -> None:
     """Refuse a model that shares layers with another model to which a policy is attached."""
     lists = [("text decoder", backbone.text._modules["layers"])]
     if backbone.vision is not None:
-        lists.append(("vision encoder", backbone.vision.owner._modules["layers"]))
+        lists.append(("vision encoder", listed_layers(backbone.vision.owner, "layers")))
     if backbone.packed_tower is not None:
-        lists.append(("vision tower", backbone.packed_tower.owner._modules[backbone.packed_tower.blocks]))
+        lists.append(("vision tower", listed_layers(backbone.packed_tower.owner, backbone.packed_tower.blocks)))
     for reader in filter(None, map(backbone.reader, backbone.modalities)):  # there may be one for each modality
-        lists.append(("vision encoder", reader.owner._modules[reader.layers]))
+        lists.append(("vision encoder", listed_layers(reader.owner, reader.layers)))
     for name, layers in lists:
         if isinstance(layers, StandIn):
             raise UnsupportedModel(
