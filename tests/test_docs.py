@@ -64,6 +64,10 @@ def test_the_example_of_the_page_on_overlap_prints_what_it_says() -> None:
     assert run("docs/overlap.md", lambda *words: CliRunner().invoke(app, list(words))) >= 1
 
 
+def test_the_examples_of_the_page_on_the_cache_print_what_they_say() -> None:
+    assert run("docs/cache.md", lambda *words: CliRunner().invoke(app, list(words))) >= 4
+
+
 def test_a_block_that_prints_something_else_than_the_document_says_is_found(tmp_path: Path) -> None:
     document = tmp_path / "wrong.md"
     fence = "`" * 3

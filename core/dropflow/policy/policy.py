@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from dropflow.errors import LONGEST, PolicyError, UnknownName, escaped, listed, nearest, quoted
-from dropflow.lifecycle.hooks import hook_faults
+from dropflow.lifecycle.hooks import HOOKS, hook_faults
 from dropflow.lifecycle.stage import LOCAL_MODELS, Stage, StageOptions
 from dropflow.policy import registry
 from dropflow.policy.bounds import Name, bounded
@@ -145,11 +145,19 @@ def _never_asked(stage: type[Stage[Any]]) -> list[str]:
     return ["defines prune, but at no boundary; name its boundaries in `Forecast.keeps` or in `prune_at`"]
 
 
+def _hookless(stage: type[Stage[Any]]) -> list[str]:
+    """A stage without a hook would silently do nothing, too."""
+    return [] if any(hasattr(stage, hook) for hook in HOOKS) else [f"has no hook; define one: {', '.join(HOOKS)}"]
+
+
 def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool, *, solving: bool) -> StageUse:
     path = f"stages.{escaped(name)}"
     options = {key: value for key, value in entry.items() if key != "use"}
     use = entry["use"]
-    if isinstance(use, type) and issubclass(use, Stage):
+    if isinstance(use, type):
+        if not issubclass(use, Stage):
+            what = "expected the name of a stage or a subclass of `dropflow.Stage`"
+            raise PolicyError(f"{path}.use: {what}, got {quoted(use)}")
         stage, use = use, use.__qualname__
     else:
         try:
@@ -159,7 +167,7 @@ def _stage_use(name: str, entry: Mapping[str, Any], local_models: bool, *, solvi
                 f"{path}.use: no stage named {quoted(use)}; {nearest(str(use), registry.names(registry.STAGES))}"
             ) from None
     wrong = hook_faults(stage)  # type: ignore[arg-type]  # mypy does not take a class for hashable
-    faults = [f"{path}: {fault}" for fault in (*wrong, *_never_asked(stage))]
+    faults = [f"{path}: {fault}" for fault in (*wrong, *_never_asked(stage)) or _hookless(stage)]
     if faults:
         raise PolicyError(listed(faults))
     context = {LOCAL_MODELS: local_models}

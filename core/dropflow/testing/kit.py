@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dropflow.backbone.backbone import Backbone
-from dropflow.errors import PolicyError, UnsupportedModel, nearest
+from dropflow.errors import PolicyError, UnsupportedModel, nearest, quoted
 from dropflow.lifecycle.questions import question_of_every_sample
 from dropflow.lifecycle.stage import Stage
 from dropflow.lifecycle.videos import every_image_a_video
@@ -121,6 +121,8 @@ COMPARISONS: Mapping[Compared, Callable[[Case], float]] = {
 def stage_entry(stage: str | type[Stage[Any]], options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
     """Name of a stage and a policy entry for it, with `options` or else with the stage's `example`."""
     kind: type[Stage[Any]] = registry.load(registry.STAGES, stage) if isinstance(stage, str) else stage
+    if not (isinstance(kind, type) and issubclass(kind, Stage)):
+        raise BrokenGuarantee(f"{quoted(kind)}: expected the name of a stage or a subclass of `dropflow.Stage`")
     name = stage if isinstance(stage, str) else stage.__name__
     return name, {"use": stage, **(kind.example if options is None else options)}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
+from transformers.utils import logging
 
 import dropflow
 from dropflow import Encode, EncodeCall, Keep, PruneCall, Stage, WindowCall, backbone_for, hookimpl
@@ -51,8 +52,14 @@ def models(build: Callable[[str], Any] = miniature) -> list[Row]:
     """Every type with its model class, and with its adapter, facts and limits or the reason why it is not served.
 
     A type is built in miniature, by `build`, and `attach` is asked. `status` is "served", "refused" or "not built".
+    What transformers warns of the miniatures' configs is not shown.
     """
-    return [_summed_up({"name": kind, "class": class_name(kind)} | _asked(kind, build)) for kind in kinds()]
+    said = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        return [_summed_up({"name": kind, "class": class_name(kind)} | _asked(kind, build)) for kind in kinds()]
+    finally:
+        logging.set_verbosity(said)
 
 
 def _asked(kind: str, build: Callable[[str], Any]) -> Row:

@@ -37,7 +37,8 @@ class OneLineErrors(TyperGroup):
             code = run()
         except _UsageError as error:
             command = error.ctx.command_path if error.ctx else "dropflow"
-            _complain(f"{error.format_message().rstrip('.')} (see {command} --help)")
+            message = " ".join(error.format_message().split()).replace("Value error, ", "")  # choices come in lines
+            _complain(f"{message.rstrip('.')} (see {command} --help)")
             code = 2
         except typer.Abort:
             code = 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
 import re
 import warnings
 from itertools import product
@@ -26,7 +27,8 @@ def read_image(path: Path) -> Image.Image:
     Raises `InputError` if it is missing, cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if not is_file(path):
-        raise InputError(f"{shortened(str(path))}: no such image file")
+        what = "a folder, not an image file; name the pictures in it" if os.path.isdir(path) else "no such image file"
+        raise InputError(f"{shortened(str(path))}: {what}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -64,11 +64,11 @@ def policy_of(model: Any, overrides: Sequence[str] = ()) -> dropflow.Policy:
 
 
 def _shipped(folder: Path) -> str | None:
-    """Return the shipped checkpoint that `folder` names, or `None`."""
-    from dropflow_lab.digits.checkpoints.changes import CHANGES
-    from dropflow_lab.digits.checkpoints.model import checkpoint_names
+    """Return the shipped checkpoint that `folder` names, or `None`.
 
-    return str(folder) if not folder.is_dir() and str(folder) in (*checkpoint_names(), *CHANGES) else None
+    A folder of the same name that holds no model, such as one of clips, does not hide it.
+    """
+    return str(folder) if not (folder / "config.json").is_file() and str(folder) in _embedded_names() else None
 
 
 def _check_options_of_change(name: str, options: dict[str, Any]) -> None:
@@ -86,11 +86,19 @@ def _embedded(name: str | None) -> Path:
         raise InputError(f"the embedded model cannot be loaded: {_one_line(error)}; reinstall dropflow") from None
 
 
+def _embedded_names() -> list[str]:
+    """Names of the embedded models, those that are stored as changes included."""
+    from dropflow_lab.digits.checkpoints.changes import CHANGES
+    from dropflow_lab.digits.checkpoints.model import checkpoint_names
+
+    return sorted((*checkpoint_names(), *CHANGES))
+
+
 def _check_is_local(folder: Path) -> None:
     if not (folder / "config.json").is_file() and not _is_cached(folder):
         raise InputError(
             f"{folder}: expected a model folder with a config.json, or the name of a model in the local cache of the "
-            "hub, found none"
+            f"hub or of an embedded one ({', '.join(_embedded_names())}), found none"
         )
 
 

@@ -60,7 +60,7 @@ def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
     """Return a copy in which `patches` of one image are dropped at boundary `at`, by default where vision enters.
 
     If a patch was merged, the merged token is dropped. Raises `InputError` for a patch that does not exist or is
-    protected, and for a boundary outside the traced window.
+    protected, for a boundary outside the traced window, and where no patch is left to drop.
     """
     _check_there(trace, patches, image)
     traced = trace.runs[run]
@@ -78,6 +78,10 @@ def drop_patches(trace: Trace, patches: Sequence[int], image: int = 0, run: int 
         if standing[patch] in shielded:
             raise InputError(f"patch {patch}: an encode stage protects it; drop another one")
     places = {standing[patch] for patch in patches}
+    left = [boundary.kept for boundary in traced.boundaries if boundary.boundary <= at]
+    if not places & set((left[-1] if left else trace.entering(traced))[image]):
+        which = f"patch {patches[0]}" if len(patches) == 1 else f"patches {', '.join(map(str, patches))}"
+        raise InputError(f"{which}: gone from boundary {at} on in the traced run, too; drop what is live there")
     data = traced.model_dump()
     if at not in [boundary.boundary for boundary in traced.boundaries]:
         data["boundaries"] = sorted([*data["boundaries"], _new(trace, traced, at)], key=lambda each: each["boundary"])
@@ -145,10 +149,12 @@ def _new(trace: Trace, run: TracedRun, at: int) -> dict[str, Any]:
 def _check_there(trace: Trace, patches: Sequence[int], image: int) -> None:
     images = trace.prompt.images
     if not 0 <= image < len(images):
-        raise InputError(f"image {image}: the trace has images 0 to {len(images) - 1}")
+        known = "image 0 alone" if len(images) == 1 else f"images 0 to {len(images) - 1}"
+        raise InputError(f"image {image}: the trace has {known}; name one of its images")
     for patch in patches:
-        if not 0 <= patch < len(images[image].index):
-            raise InputError(f"patch {patch}: image {image} has patches 0 to {len(images[image].index) - 1}")
+        last = len(images[image].index) - 1
+        if not 0 <= patch <= last:
+            raise InputError(f"patch {patch}: image {image} has patches 0 to {last}; name one of these")
 
 
 def _with_run(trace: Trace, run: int, data: dict[str, Any]) -> Trace:

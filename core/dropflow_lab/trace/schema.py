@@ -21,6 +21,7 @@ from dropflow_lab.trace.bounds import bounds_faults, prompt_faults
 
 LONGEST = 2**24
 """Most tokens of a prompt, and so the largest number of a token or patch."""
+_REMEDY = "give the .json that `dropflow trace` writes next to the page"
 _SHOWN_FAULTS = 10
 
 Count = Annotated[int, Field(ge=0, le=LONGEST)]
@@ -224,7 +225,7 @@ class Trace(_Part):
     def load(cls, path: Path) -> Trace:
         """Read a trace file; raises `InputError` naming its faults."""
         if not path.is_file():
-            raise InputError(f"{path}: no such trace file")
+            raise InputError(f"{path}: no such trace file; {_REMEDY}")
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, ValidationError) as error:
@@ -280,7 +281,9 @@ def _faults(trace: Trace, run: TracedRun, path: str) -> list[str]:
 
 def _lines(error: UnicodeDecodeError | ValidationError) -> list[str]:
     if isinstance(error, UnicodeDecodeError):
-        return [f"not a trace file: {error}"]
+        return [f"not a trace file: {error}; {_REMEDY}"]
+    if error.errors()[0]["type"] == "json_invalid":
+        return [f"not a trace file: {error.errors()[0]['msg']}; {_REMEDY}"]
     lines = []
     for fault in error.errors()[:_SHOWN_FAULTS]:
         where = ".".join(str(part) for part in fault["loc"])

@@ -44,6 +44,14 @@ def test_a_file_inherits_merges_and_takes_away(tmp_path: Path) -> None:
         dropflow.load_policy(tmp_path / "none.yaml")
 
 
+def test_a_file_that_is_no_policy_is_told_from_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml.txt").touch()
+    for given in ("mine.yml.txt", "."):
+        with pytest.raises(PolicyError, match=r"a file or folder, but no policy: policy files end in \.yaml or \.yml"):
+            dropflow.load_policy(given)
+
+
 def test_a_key_said_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     stages = "stages:\n  e: {use: hidrop/early-exit, at: 3}\n"

@@ -14,7 +14,7 @@ from tiny import HIDROP, RAGGED, policy, prompt, tiny_llava
 from transformers import AutoModelForImageTextToText
 
 import dropflow
-from dropflow import Stage, StageOptions
+from dropflow import Stage, StageOptions, hookimpl
 from dropflow.errors import PolicyError, UnsupportedModel
 
 FULL = {
@@ -118,7 +118,8 @@ def test_a_record_that_cannot_be_read_is_named(recorded: Any, message: str) -> N
 
 def test_a_stage_of_no_package_cannot_be_recorded(llava: Any) -> None:
     class Nameless(Stage[Any]):
-        pass
+        @hookimpl
+        def exit(self, call: Any) -> None: ...
 
     expected = r"stages\.cut\.use: (.|\n)*register them as entry points"
     with dropflow.attach(llava, policy(cut={"use": Nameless})) as flow, pytest.raises(PolicyError, match=expected):
@@ -131,7 +132,8 @@ def test_an_option_that_is_no_plain_data_does_not_keep_a_policy_from_being_attac
         see: Callable[[], None]
 
     class Watch(Stage[Options]):
-        pass
+        @hookimpl
+        def exit(self, call: Any) -> None: ...
 
     Watch.Options = Options
     model = tiny_llava()

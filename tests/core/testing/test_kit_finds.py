@@ -205,3 +205,8 @@ def test_a_step_that_does_not_read_what_was_chosen_is_found(monkeypatch: pytest.
     monkeypatch.setattr(StepReading, "of", lambda *given: decide(*given) and None)
     with pytest.raises(BrokenGuarantee, match=r"guarantee 2 .*: from decode step \d on"):
         assert_stage_conforms(Reads, models=LLAVA)
+
+
+def test_a_class_that_is_no_stage_is_named() -> None:
+    with pytest.raises(BrokenGuarantee, match=r"Budget'>: expected the name of a stage or a subclass of"):
+        assert_stage_conforms(Budget, models=LLAVA)  # type: ignore[arg-type]  # what the test is about

@@ -90,8 +90,11 @@ def test_without_scikit_learn_the_extra_is_named(refused, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])
-def test_the_folder_must_be_given(refused, command) -> None:
+def test_the_folder_must_be_given_and_writable(refused, tmp_path, command) -> None:
     assert "--out" in refused("digits", command)
+    (tmp_path / "taken").touch()
+    line = refused("digits", command, "--out", tmp_path / "taken")
+    assert line.endswith("taken is not a writable folder; name another one")
 
 
 def test_conversations_are_trained_as_a_change(cli, refused, monkeypatch, tmp_path) -> None:

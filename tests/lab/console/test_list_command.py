@@ -123,3 +123,14 @@ def test_the_table_of_models_in_a_document_is_renewed(cli, monkeypatch, tmp_path
     assert ": 1 are served." in text
     assert "| `llava` | `LlavaForConditionalGeneration` | `llava` | `cls`, " in text
     assert "| `git` | `GitForCausalLM` | refused | its core has no" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "missing argument 'kind'. choose from: stages, policies, adapters, models"),
+        (("stage",), "invalid value for 'kind': 'stage' is not one of 'stages', 'policies', 'adapters', 'models'"),
+    ],
+)
+def test_a_wrong_kind_is_refused_in_one_line(refused, words, line) -> None:
+    assert line in refused("list", *words).lower()

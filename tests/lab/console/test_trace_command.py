@@ -81,6 +81,12 @@ def test_bad_input_is_one_line(traced, refused, tmp_path) -> None:
     assert "expected patches such as 17,18" in refused(*replay, "--keep", "first")
     assert "patches 0 to 143" in refused(*replay, "--keep", "144")
     assert "no such trace file" in refused("trace", "--replay", tmp_path / "none.json")
+    page = refused("trace", "--replay", folder / "one.html")
+    assert page.endswith("give the .json that `dropflow trace` writes next to the page")
+    assert "image 1: the trace has image 0 alone" in refused(*replay, "--drop", "1/17")
+    kept = Trace.load(folder / "one.json").runs[0].boundaries[0].kept[0]
+    gone = next(patch for patch in range(144) if patch not in kept)
+    assert f"patch {gone}: gone from boundary 3 on in the traced run" in refused(*replay, "--drop", f"{gone}@3")
     assert "--policy: missing" in refused("trace", *model)
     # the embedded model has twelve layers
     assert "a model of 4 layers" in refused("trace", "--replay", folder / "one.json", "-o", tmp_path / "x.html")

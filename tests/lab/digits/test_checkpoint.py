@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dropflow_lab.compare.digits_accuracy import TEST_SEED, evaluate
+from dropflow_lab.digits.checkpoints.changes import CHANGES
 from dropflow_lab.digits.checkpoints.model import (
     build_model,
     build_processor,
@@ -102,6 +103,12 @@ def test_log_is_complete_and_chose_on_validation():
 def test_unknown_checkpoint_names_the_known_ones():
     with pytest.raises(LookupError, match=r"dense.*got 'desne'"):
         checkpoint_path("desne")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_checkpoints_stored_as_changes_say_how_they_are_loaded(name):
+    with pytest.raises(LookupError, match=rf"stored as a change.*load_model\(Path\('{name}'\)\)$"):
+        load(name)
 
 
 def test_sample_is_a_scene():

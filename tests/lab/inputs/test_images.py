@@ -64,7 +64,9 @@ def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch) -> None:
 
 def test_a_folder_or_nothing_is_refused(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path, tmp_path / "nothing.png", tmp_path / ("x" * 5_000), tmp_path / "pipe.png"):
+    with pytest.raises(InputError, match="a folder, not an image file; name the pictures in it"):
+        read_image(tmp_path)
+    for path in (tmp_path / "nothing.png", tmp_path / ("x" * 5_000), tmp_path / "pipe.png"):
         with pytest.raises(InputError, match="no such image file"):
             read_image(path)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dropflow
+from dropflow_lab.digits.data.clip_questions import CLIP_WORDS
 from dropflow_lab.errors import InputError
 from dropflow_lab.inputs import models
 from dropflow_lab.inputs.models import load_model, policy_of
@@ -106,6 +107,15 @@ def test_options_of_transformers(copied: Path) -> None:
     assert not model.training
 
 
+def test_a_folder_without_a_model_hides_no_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()  # as `dropflow digits sample --clips --out clips` writes one
+    assert len(load_model(Path("clips"))[1].tokenizer) == len(CLIP_WORDS)
+    Path("clips", "config.json").write_text("{}")
+    with pytest.raises(InputError, match="clips: transformers cannot load this model"):
+        load_model(Path("clips"))
+
+
 def test_models_of_the_hub_are_looked_for_only_if_downloads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
@@ -114,7 +124,7 @@ def test_models_of_the_hub_are_looked_for_only_if_downloads_are_allowed(monkeypa
         raise OSError("no such model")
 
     monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", refuse)
-    with pytest.raises(InputError, match=r"no/such: expected a model folder with a config\.json, or the name"):
+    with pytest.raises(InputError, match=r"no/such: expected a model folder with a config\.json, or the name.*clips"):
         load_model(Path("no/such"))
     with pytest.raises(InputError, match="no/such: transformers cannot load this model: no such model"):
         load_model(Path("no/such"), downloads=True)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dropflow.backbone.backbone import FACTS
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.backbone.vision_reader import listed_layers
 from dropflow.engine.attach.mixer_refusals import check_mixers
@@ -24,7 +25,7 @@ from dropflow.engine.tokens.restricting import CACHES, check_parameters
 from dropflow.engine.tokens.row_flags import RowFlags
 from dropflow.engine.vision.encoding import FlowFeatures
 from dropflow.engine.vision.frames import check_videos
-from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.errors import MissingImage, PolicyError, UnsupportedCall, UnsupportedModel, nearest, quoted
 from dropflow.lifecycle.questions import stated_questions_of
 
 if TYPE_CHECKING:
@@ -62,10 +63,15 @@ def check_model(backbone: Backbone, plan: Plan, shards: HeadShards | None) -> No
             check_parameters(type(layer).__name__, found, backbone.token_arguments)
     facts = backbone.facts()
     faults = [
-        f"stages.{name}: needs {', '.join(sorted(stage.needs - facts))}, which the adapter "
+        f"stages.{name}: needs {quoted(fact)}, which is no fact (`dropflow.FACTS`); {nearest(fact, FACTS)}"
+        for name, stage in plan.stages
+        for fact in sorted(stage.needs - FACTS.keys())
+    ]
+    faults += [
+        f"stages.{name}: needs {', '.join(sorted(stage.needs & FACTS.keys() - facts))}, which the adapter "
         f"{type(backbone).__name__} cannot give for this model; leave the stage out or extend the adapter"
         for name, stage in plan.stages
-        if not stage.needs <= facts
+        if not stage.needs & FACTS.keys() <= facts
     ]
     depth = plan.shape.layers
     for name, stage in plan.stages:

@@ -59,12 +59,14 @@ def train(
     from dropflow_lab.digits.training.train_clips import CHANGE as CLIPS_CHANGE
     from dropflow_lab.digits.training.train_conversations import CHANGE as CONVERSATIONS_CHANGE
     from dropflow_lab.errors import InputError
+    from dropflow_lab.files import check_writable
 
     def test(model: Any, processor: Any) -> str:
         return measure(model, processor, "test", TEST_QUESTIONS, TEST_SEED).to_json()
 
     if plain + clips + conversations > 1:
         raise InputError("--plain, --clips, --conversations: train different checkpoints; name one of them")
+    check_writable(out)
     run: dict[str, Any] = {"seed": seed, "threads": threads, "resume": resume}
     with chatter_to_stderr():
         try:
@@ -125,7 +127,9 @@ def sample(
     require_scikit_learn()
     from dropflow_lab.digits.data.clip_folder import write_clips
     from dropflow_lab.digits.data.dataset import write_folder
+    from dropflow_lab.files import check_writable
 
+    check_writable(out)
     with chatter_to_stderr():
         table = (write_clips if clips else write_folder)(out, split.value, questions, seed)
     emit({"table": str(table), "questions": questions}, as_json, f"wrote {table}")

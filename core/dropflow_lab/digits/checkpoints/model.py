@@ -149,6 +149,11 @@ def checkpoint_names() -> list[str]:
 def checkpoint_path(name: str = "dense") -> Path:
     """Return the folder of the shipped checkpoint `name`; raise `LookupError` naming the available ones."""
     known = checkpoint_names()
+    if (_checkpoints() / name / "change.safetensors").is_file():
+        how = f"dropflow_lab.inputs.models.load_model(Path({name!r}))"
+        raise LookupError(
+            f"{name!r} has no folder of its own, since it is stored as a change to `dense`; load it by {how}"
+        )
     if name not in known:
         raise LookupError(f"expected one of the shipped checkpoints {', '.join(known)}, got {name!r}")
     return _checkpoints() / name

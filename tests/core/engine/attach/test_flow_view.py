@@ -7,7 +7,7 @@ from typing import Any
 from tiny import HIDROP, policy
 
 import dropflow
-from dropflow import Stage, StageOptions
+from dropflow import Stage, StageOptions, hookimpl
 
 
 class Named(StageOptions):
@@ -16,6 +16,9 @@ class Named(StageOptions):
 
 class Hostile(Stage[Named]):
     Options = Named
+
+    @hookimpl
+    def exit(self, call: Any) -> None: ...
 
 
 def test_a_flow_names_its_policy_its_model_and_its_stages(llava: Any) -> None:

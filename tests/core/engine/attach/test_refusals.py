@@ -18,6 +18,24 @@ from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DropflowError, MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
 
 
+class NoStage:
+    """A class that is not a stage."""
+
+
+class Hookless(Stage[Any]):
+    """A stage whose author has written everything but a hook."""
+
+
+class Misspelt(Stage[Any]):
+    """A stage that needs a fact which does not exist."""
+
+    needs = frozenset({"vision_layer"})
+
+    @hookimpl
+    def inject(self, call: Any) -> int:  # noqa: ARG002
+        return 1
+
+
 def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
     return {"name": "test", **more, "stages": {"pyramid": {"use": "hidrop/concave-pyramid", "keep": keep}}}
 
@@ -56,6 +74,15 @@ def pyramid(keep: dict[Any, Any], **more: Any) -> dict[str, Any]:
         (
             pyramid({0.5: 3}, tuned_for={"layers": 6, "visual_tokens": 576}),
             r"keep\.0\.5: the absolute number 3 was tuned for 576 visual tokens, but the model has 16",
+        ),
+        (
+            policy(a={"use": NoStage}),
+            r"^stages\.a\.use: expected the name of a stage or a subclass of `dropflow\.Stage`",
+        ),
+        (policy(a={"use": Hookless}), r"^stages\.a: has no hook; define one: encode, inject, prune, exit"),
+        (
+            policy(a={"use": Misspelt}),
+            r"^stages\.a: needs 'vision_layer', which is no fact \(`dropflow\.FACTS`\); did you mean 'vision_layers'",
         ),
         ("hidrop-46", r"hidrop-46: no such policy; did you mean 'hidrop-"),
         (

@@ -451,6 +451,9 @@ def test_reading_attention_of_a_tower_that_is_cut_is_refused() -> None:
     class Reads(Stage[Any]):
         vision_taps = (1,)
 
+        @hookimpl
+        def exit(self, call: Any) -> None: ...
+
     which = policy(s={"use": leaving_out(half, "pixels")}, r={"use": Reads})
     with pytest.raises(PolicyError, match=r"stages\.r: reads the attention of vision layer 1, but stages\.s leaves"):
         dropflow.attach(deep("qwen2_vl").model(), which)
