@@ -13,9 +13,11 @@ from transformers import StaticCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
+from dropflow.errors import nearest
 from dropflow_lab.bench.measured import Measured
 from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.train import OVERRIDES, POLICY
+from dropflow_lab.errors import InputError
 from dropflow_lab.measure.machine import this_machine, torch_threads
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 
@@ -57,8 +59,10 @@ def bench_compiled(
     """Measure all variants in turn in this process, on shared random weights.
 
     On a GPU, inductor's graphs run as CUDA graphs (`mode="reduce-overhead"`). Torch's compiled code is dropped before
-    and afterwards.
+    and afterwards. Raises `InputError` for a backend that torch does not have.
     """
+    if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise InputError(f"--backend: no backend of torch.compile named {backend!r}; {nearest(backend, known)}")
     torch.compiler.reset()
     with torch_threads(threads), torch.no_grad():
         dense, inputs = build_model(shape), build_prompt(shape)

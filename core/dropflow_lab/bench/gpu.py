@@ -12,10 +12,9 @@ from transformers.utils import is_flash_attn_2_available
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.compiled_steps import CompiledBench, bench_compiled
-from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, check_device, prefill_of, twin
 from dropflow_lab.bench.reuse import ReuseRow, bench_reuse
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
-from dropflow_lab.errors import InputError
 from dropflow_lab.measure.host_syncs import count_host_syncs
 from dropflow_lab.measure.machine import torch_threads
 from dropflow_lab.measure.selection_cost import metered
@@ -129,8 +128,7 @@ def _compiled(shape: SubjectShape, rounds: int, threads: int) -> CompiledBench:
 
 
 def _attentions(device: str) -> list[str]:
+    check_device(device)
     if torch.device(device).type != "cuda":
         return ["sdpa"]
-    if not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no CUDA device here; run this on a machine with a GPU")
     return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]

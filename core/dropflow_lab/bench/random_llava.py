@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.qwen_subject import qwen_model, qwen_pictures
+from dropflow_lab.errors import InputError, shortened
 
 _IMAGE_TOKEN = 1
 
@@ -99,12 +100,32 @@ Qwen2.5-VL-7B with their towers, and tiny ones for smoke tests."""
 
 
 def build_model(shape: SubjectShape) -> Any:
-    """Return the model, with the same weights every time on the same kind of device."""
+    """Return the model, with the same weights every time on the same kind of device.
+
+    Raises `InputError` for a device that torch does not have, and for attention that transformers cannot run here.
+    """
+    check_device(shape.device)
     kind, config = qwen_model(shape, _IMAGE_TOKEN) if shape.family == "qwen2_5_vl" else _llava(shape)
     made = {"dtype": getattr(torch, shape.dtype), "attn_implementation": shape.attention}
     with torch.random.fork_rng(devices=[]), torch.device(shape.device):
         torch.manual_seed(0)
-        return kind._from_config(config, **made).eval()
+        try:
+            return kind._from_config(config, **made).eval()
+        except (ValueError, ImportError) as error:
+            if shape.attention in ("sdpa", "eager"):
+                raise
+            what = shortened(str(error).split(". ")[0].replace("\n", " "))
+            raise InputError(f"--attention {shape.attention}: {what}; use sdpa or eager") from error
+
+
+def check_device(device: str) -> None:
+    """Raise `InputError` for a device that torch does not know or does not see here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device: expected a device of torch, such as cpu or cuda, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch sees no CUDA device here; run this on a machine with a GPU")
 
 
 def tower_of(model: Any, shape: SubjectShape) -> torch.nn.Module:

@@ -82,3 +82,18 @@ def test_gpu_in_the_shape_of_qwen(cli) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_without_one_is_refused(refused) -> None:
     assert "torch sees no CUDA device" in refused("bench", "gpu", *TINY)
+
+
+def test_what_torch_does_not_have_is_refused_in_one_line(refused, tmp_path) -> None:
+    assert "--device: expected a device of torch" in refused("bench", "train", *TINY, "--device", "nosuch")
+    assert "--attention foo: " in refused("bench", "train", *TINY, "--attention", "foo")
+    line = refused("bench", "compiled", "--backend", "inducto")
+    assert "--backend: no backend of torch.compile named 'inducto'; did you mean 'inductor'?" in line
+    (tmp_path / "taken").touch()
+    assert "is not a writable folder" in refused("bench", "gpu", *TINY, "--out", tmp_path / "taken" / "page.md")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("bench", ["train", "reuse"])
+def test_a_gpu_that_is_not_there_is_refused(refused, bench) -> None:
+    assert "torch sees no CUDA device" in refused("bench", bench, "--shape", "tiny", "--quick", "--device", "cuda")

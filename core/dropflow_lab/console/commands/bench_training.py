@@ -11,7 +11,7 @@ import typer
 
 from dropflow_lab.console.commands.options import AsJson, Threads
 from dropflow_lab.console.commands.output import chatter_to_stderr, emit
-from dropflow_lab.files import write_text
+from dropflow_lab.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,6 +102,8 @@ def gpu(
     from dropflow_lab.bench.gpu_page import page, told
     from dropflow_lab.bench.random_llava import SHAPES
 
+    if out is not None:
+        check_writable(out.parent)
     chosen = replace(SHAPES[shape.value], batch=batch, device=device, dtype=dtype.value)
     with chatter_to_stderr():
         rows = list(
