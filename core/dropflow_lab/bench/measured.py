@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dropflow_lab.bench.random_llava import SubjectShape
+from dropflow_lab.bench.random_llava import SubjectShape, check_device
 from dropflow_lab.measure.machine import Machine
 
 
@@ -28,5 +28,9 @@ class Measured:
 
 
 def clock_of(device: str) -> tuple[str, Callable[[], float]]:
-    """Return what the clock for a device is called, and the clock: CPU time of this process, or wall time on a GPU."""
+    """Return what the clock for a device is called, and the clock: CPU time of this process, or wall time on a GPU.
+
+    Raises `InputError` as `check_device` does.
+    """
+    check_device(device)
     return ("cpu", time.process_time) if torch.device(device).type == "cpu" else ("wall", time.perf_counter)
