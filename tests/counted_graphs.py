@@ -35,9 +35,9 @@ class Graphs:
 def nothing_compiled() -> Iterator[None]:
     """A process that has compiled nothing, and that compiles without what only people read.
 
-    Dynamo measures how long the guards of each graph take, which costs more than many a graph here; it notes stacks of
-    calls for its messages; and it writes a trace as soon as its logger has a handler, which pytest gives to every
-    logger that does not propagate. These and the garbage collector are a third of the time of compiling.
+    Dynamo measures how long the guards of each graph take; it notes stacks of calls for its messages; and it writes a
+    trace as soon as its logger has a handler, which pytest gives to every logger that does not propagate. No test reads
+    any of it.
     """
     torch.compiler.reset()
     collects = gc.isenabled()
