@@ -28,6 +28,7 @@ def tiny_llava(
     tower: str = "clip",
     attention: str = "sdpa",
     layers: int = 6,
+    tower_layers: int = 4,
     kv_heads: int = 2,
     grid: int = 4,
     width: int = 32,
@@ -47,7 +48,7 @@ def tiny_llava(
         max_position_embeddings=512,
         **text_options,
     )
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": tower_layers, "num_attention_heads": 2}
     image = {"image_size": 6 * grid, "patch_size": 6}
     clip = tower == "clip"
     vision = CLIPVisionConfig(**sizes, **image) if clip else SiglipVisionConfig(**sizes, **image, vision_use_head=False)

@@ -86,8 +86,13 @@ def test_the_kit_tells_where_prefixes_are_refused_without_need(monkeypatch: pyte
         check_asking_again(conversed("gemma3", "fastv"))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("which", KINDS)
+EAGER = [
+    pytest.param(which, "eager", marks=[pytest.mark.slow] * (which not in ("mustdrop", "window"))) for which in KINDS
+]
+"""With eager attention, at all times, one policy that ranks and evicts, and one that does neither."""
+
+
+@pytest.mark.parametrize(("which", "attention"), [*((which, "sdpa") for which in KINDS), *EAGER])
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
 def test_families_whose_images_see_all_of_themselves(family: str, which: str, attention: str) -> None:
     assert 0 < check_asking_again(conversed(family, which, attention=attention)) < 1e-5

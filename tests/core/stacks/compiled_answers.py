@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from counted_graphs import Graphs
+from counted_graphs import Graphs, nothing_compiled
 from tiny import policy, prompt
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
@@ -19,19 +19,18 @@ from dropflow.engine.tokens import static_layers
 TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 HIDROP = policy(
     inject={"use": "hidrop/late-injection", "at": 1},
-    pyramid={"use": "hidrop/concave-pyramid", "keep": {2: 7}},
-    exit={"use": "hidrop/early-exit", "at": 3},
+    pyramid={"use": "hidrop/concave-pyramid", "keep": {1: 7}},
+    exit={"use": "hidrop/early-exit", "at": 2},
 )
+"""Its three layers hold no visual token, seven, and none again; under `FASTV`, two hold all of them."""
 FASTV = policy(rank={"use": "fastv/attention-rank", "at": 2, "keep": 5})
 
 
 @pytest.fixture
 def graphs() -> Iterator[Graphs]:
-    """A counting backend, in a process that has compiled nothing; capacities differ by single entries."""
-    torch.compiler.reset()
-    with mock.patch.object(static_layers, "STRIDE", 1):
+    """A counting backend, where nothing is compiled; capacities differ by single entries."""
+    with nothing_compiled(), mock.patch.object(static_layers, "STRIDE", 1):
         yield Graphs()
-    torch.compiler.reset()
 
 
 def compiling(graphs: Graphs) -> dict[str, Any]:

@@ -37,7 +37,7 @@ POLICIES = {
 
 @pytest.fixture
 def model() -> Any:
-    return tiny_llava(layers=4)
+    return tiny_llava(layers=3)
 
 
 @pytest.mark.parametrize("which", POLICIES)
@@ -110,13 +110,13 @@ def test_compiled_steps_follow_the_policy_that_is_attached(model: Any, graphs: G
 @torch.no_grad()
 def test_a_cache_of_another_policy_is_refused_by_compiled_steps(model: Any, graphs: Graphs) -> None:
     step, token = torch.compile(model, backend=graphs), torch.tensor([[5], [6], [7]])
-    caches = {}
-    for name, which in (("hidrop", HIDROP), ("fastv", FASTV)):
-        with dropflow.attach(model, which):
-            caches[name] = static(model)
-            asked(model, caches[name], step)
+    caches = {"hidrop": static(model), "fastv": static(model)}
+    with dropflow.attach(model, FASTV):
+        model(**prompt(), **{CACHE_ARGUMENT: caches["fastv"]})
     with dropflow.attach(model, HIDROP):
-        asked(model, static(model), step)
+        asked(model, caches["hidrop"], step, count=1)
+    with dropflow.attach(model, HIDROP):
+        asked(model, static(model), step, count=2)
         with pytest.raises(UnsupportedCall, match="written under another policy"):
             step(input_ids=token, **{CACHE_ARGUMENT: caches["fastv"]})
         # of an earlier attachment of the same policy: served, though not by compiled code
@@ -130,7 +130,7 @@ def test_a_cache_of_another_policy_is_refused_by_compiled_steps(model: Any, grap
 @torch.no_grad()
 def test_compiled_code_without_the_policy_refuses_its_caches(model: Any, graphs: Graphs) -> None:
     """Even where so little was dropped that layers have the size that was asked of the cache."""
-    token, other = torch.tensor([[5], [6], [7]]), tiny_llava(layers=4, seed=3)
+    token, other = torch.tensor([[5], [6], [7]]), tiny_llava(layers=3, seed=3)
     options: dict[str, Any] = {**TOKENS, "disable_compile": True}
     with mock.patch.object(static_layers, "STRIDE", 64):
         with dropflow.attach(model, HIDROP):
@@ -179,15 +179,6 @@ def test_masks_with_columns_for_tokens_to_come(model: Any, side: str) -> None:
             wider = torch.nn.functional.pad(mask, (0, 18))
             found = model(input_ids=words, attention_mask=wider, **{CACHE_ARGUMENT: room}).logits
             assert relative_error(found[words > 0], turn[words > 0]) < 1e-5
-
-
-@torch.no_grad()
-def test_of_several_policies_the_chosen_one_answers(model: Any, graphs: Graphs) -> None:
-    step = torch.compile(model, backend=graphs)
-    with dropflow.attach_set(model, {"one": HIDROP, "other": FASTV}, default="one") as flows:
-        for name in ("one", "other", "one"):
-            with flows.using(name):
-                assert relative_error(asked(model, static(model), step), asked(model, DynamicCache())) < 1e-5
 
 
 @torch.no_grad()
@@ -271,7 +262,7 @@ def test_a_full_cache_says_so_and_stays_as_it_is(model: Any, graphs: Graphs) -> 
 def test_static_caches_keep_their_size_and_layers(model: Any) -> None:
     with dropflow.attach(model, HIDROP):
         short = StaticCache(tiny_llava(layers=2).config.get_text_config(), max_cache_len=64)
-        with pytest.raises(UnsupportedModel, match="a static cache of 2 layers lacks 2"):
+        with pytest.raises(UnsupportedModel, match="a static cache of 2 layers lacks 1"):
             model(**prompt(), **{CACHE_ARGUMENT: short})
         cache = static(model)
         model(**prompt(), **{CACHE_ARGUMENT: cache})
@@ -352,7 +343,7 @@ BREAKS = [pytest.param(place, marks=pytest.mark.slow) for place in ("embeddings"
 @torch.no_grad()
 def test_graphs_that_break_give_the_same_answers(model: Any, graphs: Graphs, place: str) -> None:
     text = model.get_decoder()
-    broken = {"layer": [text.layers[2].mlp], "embeddings": [text.embed_tokens]}
+    broken = {"layer": [text.layers[1].mlp], "embeddings": [text.embed_tokens]}
     for part in broken.get(place, [one for parts in broken.values() for one in parts]):
         forward = part.forward
 
@@ -367,7 +358,7 @@ def test_graphs_that_break_give_the_same_answers(model: Any, graphs: Graphs, pla
         assert graphs.made > 2
         with (
             pytest.raises(RuntimeError, match="out of memory"),
-            mock.patch.object(text.layers[3].mlp.act_fn, "forward", side_effect=RuntimeError("out of memory")),
+            mock.patch.object(text.layers[2].mlp.act_fn, "forward", side_effect=RuntimeError("out of memory")),
         ):
             asked(model, static(model), step)
         assert relative_error(asked(model, static(model), step), asked(model, DynamicCache())) < 1e-5

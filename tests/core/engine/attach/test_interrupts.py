@@ -360,7 +360,7 @@ def interrupts_at_random_moments(scene: Scene, count: int) -> list[str]:
 
 @pytest.mark.usefixtures("unraised")
 def test_interrupts_at_random_moments_leave_a_model_right() -> None:
-    faults = interrupts_at_random_moments(SCENES["prefill"], 120)
+    faults = interrupts_at_random_moments(SCENES["prefill"], 60)
     assert not faults, "\n".join(faults[:40])
 
 

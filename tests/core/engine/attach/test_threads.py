@@ -120,7 +120,7 @@ def wrong(model: Any, which: dict[str, Any], threads: int, counts: dict[Callable
     return found, total
 
 
-@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("threads", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ENCODING)
 def test_threads_that_encode_and_generate_never_mix(llava: Any, name: str, threads: int) -> None:
     assert wrong(llava, ENCODING[name], threads, {encode: 8, generate: 3}) == (0, 11 * threads)
