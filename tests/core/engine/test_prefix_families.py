@@ -103,7 +103,7 @@ def test_families_whose_images_see_all_of_themselves(family: str, which: str, at
 def test_families_with_states(family: str, which: str) -> None:
     """Questions of different lengths in one batch go on from the states after the prefix."""
     with exact_delta_net():
-        assert 0 < check_asking_again(conversed(family, which)) < 1e-5
+        assert 0 < check_asking_again(conversed(family, which)) < 3e-5  # 1.2e-5 on some processors
 
 
 @pytest.mark.parametrize("which", [*KINDS, *BEYOND])
