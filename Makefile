@@ -41,7 +41,7 @@ test-trl test-trl-older: TESTS := tests/core/stacks/test_trl.py
 
 # Training on two ranks by DeepSpeed, too.
 test-deepspeed: TESTS := tests/lab/finetune/test_processes.py
-test-deepspeed: FLAGS += -m "slow or not slow"
+test-deepspeed: override FLAGS += -m "slow or not slow"
 
 # Policies in vLLM, against the answers of the engine: two environments, since their ranges of transformers do not meet.
 test-vllm: $(VENV)/.dev .venvs/vllm/.ready

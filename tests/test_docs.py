@@ -155,6 +155,23 @@ def test_the_makefile_has_the_readmes_commands() -> None:
         assert re.search(rf"^(?:[\w-]+ )*{command}(?: [\w-]+)*:", makefile, re.MULTILINE)
 
 
+def test_tests_and_environments_are_named_by_paths_that_exist() -> None:
+    """Titles of blocks name files of the package that a page builds, NAME stands for any."""
+    given = [ROOT / "Makefile", ROOT / ".ci" / "run", *ROOT.glob("*.md"), *(ROOT / "environments").iterdir()]
+    sources = [path for path in [*given, *(ROOT / "docs").rglob("*.md")] if path.is_file()]
+    path = re.compile(r'(?<![\w/."-])(?:tests|environments|distributions)/[\w./-]*\w')
+    named = {(source.name, found) for source in sources for found in path.findall(source.read_text(encoding="utf-8"))}
+    assert len(named) > 20
+    assert [one for one in sorted(named) if "NAME" not in one[1] and not (ROOT / one[1]).exists()] == []
+
+
+def test_flags_are_added_to_those_of_a_target() -> None:
+    told = subprocess.run(
+        ["make", "--dry-run", "test-deepspeed", "FLAGS=-x"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.search(r'pytest .* tests/lab/finetune/test_processes\.py -x -m "slow or not slow"$', told.stdout, re.M)
+
+
 def test_the_results_are_of_policies_that_fit_the_embedded_model() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     first, *named = re.findall(r"--policies (\S+)", makefile)[0].split(",")

@@ -79,6 +79,7 @@ def weights(model: Any) -> dict[str, tuple[type, torch.dtype]]:
     return {name: (type(weight), weight.dtype) for name, weight in model.named_parameters()}
 
 
+@pytest.mark.timeout(900)  # the first 4-bit test compiles quanto's kernels; one that is stopped leaves a lock behind
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("which", SEVEN)
 def test_a_quantised_model_equals_its_masked_run(quantized: tuple[Any, float], which: str) -> None:
