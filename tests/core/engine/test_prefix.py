@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from prefixed import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
 from tiny import HIDROP, IMAGE, PAD, policy, relative_error, tiny_llava
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -152,6 +153,43 @@ def test_a_conversation_goes_on_from_it(llava: Any) -> None:
             llava(**given)
             second.append(llava(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
     assert relative_error(second[1], second[0]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["persistent", "compact"])
+@torch.no_grad()
+def test_later_calls_of_a_padded_batch_count_positions_as_the_first_one_did(
+    llava: Any, positions: str, side: str
+) -> None:
+    """A decoder that is given no positions counts padding, which the prefix has none of."""
+    inputs, text = asked(side=side), llava.config.get_text_config()
+    inputs["attention_mask"][2, -2 if side == "left" else 25] = 0  # which the decoder counts, too
+    with dropflow.attach(llava, {**POLICIES["fastv"], "positions": positions}) as flow:
+        prefix = flow.prefix(**shown())
+        found = [
+            _later_logits(llava, given, stated=stated)
+            for given in (
+                inputs | {CACHE_ARGUMENT: DynamicCache(config=text)},
+                prefix.inputs(**inputs),
+                prefix.inputs(**inputs, **{CACHE_ARGUMENT: StaticCache(config=text, max_cache_len=64)}),
+            )
+            for stated in (False, True)
+        ]
+    for other in found[1:]:
+        assert relative_error(other, found[0]) < 1e-5
+
+
+def _later_logits(model: Any, given: dict[str, Any], *, stated: bool) -> torch.Tensor:
+    """Logits of a step, a turn and a step on a copy of the cache, before each of which samples change places."""
+    cache, mask, logits = deepcopy(given[CACHE_ARGUMENT]), given["attention_mask"], []
+    model(**given | {CACHE_ARGUMENT: cache})
+    for ids in (torch.tensor([[5], [6], [7]]), torch.tensor([[8, 9], [10, 11], [12, 13]]), torch.tensor([[14]] * 3)):
+        order, start = torch.tensor([2, 0, 1]), mask.shape[1]
+        cache.reorder_cache(order)
+        cache, mask = deepcopy(cache), torch.nn.functional.pad(mask[order], (0, ids.shape[1]), value=1)
+        own = {"position_ids": torch.arange(start, mask.shape[1])[None]} if stated else {}
+        logits.append(model(input_ids=ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **own).logits)
+    return torch.cat(logits, 1)
 
 
 @torch.no_grad()

@@ -146,6 +146,15 @@ def ahead_in(cache: Any) -> Ahead | None:
     return found
 
 
+def uncounted_in(cache: Any) -> Int[Tensor, "batch"] | None:
+    """How much padding before each sample the entries' positions do not count, though the model's own do.
+
+    `None` for a cache on which the two agree.
+    """
+    found: Tensor | None = getattr(first_held(cache), "uncounted", None)
+    return found
+
+
 def begins_at(
     ahead: Ahead,
     ids: Int[Tensor, "batch tokens"],
