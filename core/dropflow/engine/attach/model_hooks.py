@@ -397,8 +397,8 @@ class ModelHooks:
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
         kwargs = counted_later(cache, kwargs)
         refusals.check_positions(site.plan, kwargs.get("position_ids"))
-        if site.plan.shape.producers and "logits_to_keep" in kwargs:
-            # a decoder that shares keys may cut its states to these tokens between two layers
+        if "logits_to_keep" in kwargs:
+            # some decoders cut their states to these tokens between two layers, and others hand them to every layer
             kwargs = kwargs | {"logits_to_keep": 0}
         if call.visual is None:
             parked = parked_in(cache) if site.plan.policy.recall and forward.part is not None else None
