@@ -165,10 +165,11 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         if seen:
             keys: Tensor = layer.keys[..., :seen, :] if type(layer) in STATIC else layer.keys
             values: Tensor = layer.values[..., :seen, :] if type(layer) in STATIC else layer.values
-            if keys.shape[-2] != seen:
+            kept = keys.shape[-2] - (type(layer) is StaticSlidingWindowLayer and seen >= layer.keys.shape[-2])
+            if kept != seen:  # a full window of fixed size drops one next, for which the model's mask has no column
                 raise UnsupportedModel(
-                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
-                    "attach the policy before the first turn"
+                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {kept} kept); attach the "
+                    "policy before the first turn, and bring an image in it"
                 )
             adopted.lazy_initialization(keys, values)
             adopted.keys, adopted.values = keys, values
