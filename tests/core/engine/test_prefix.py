@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from prefixed import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
-from tiny import HIDROP, IMAGE, PAD, policy, relative_error, tiny_llava
+from tiny import HIDROP, IMAGE, PAD, policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache, StaticCache
 
 import dropflow
@@ -143,15 +143,17 @@ def test_questions_cannot_change_the_prefix(llava: Any) -> None:
     assert all(torch.equal(*both) for both in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("more", [{"input_ids": torch.tensor([[21, 22, 23]])}, prompt([(2, "I", 8)])])
 @torch.no_grad()
-def test_a_conversation_goes_on_from_it(llava: Any) -> None:
-    inputs, more = asked([TAILS[0]]), torch.tensor([[21, 22, 23]])
+def test_a_conversation_goes_on_from_it(llava: Any, more: dict[str, Any]) -> None:
+    """Also with other images, in a turn that is longer than the prefix."""
+    inputs, second = asked([TAILS[0]]), []
     with dropflow.attach(llava, HIDROP) as flow:
         prefix = flow.prefix(**shown())
-        second = []
         for given in (inputs | {CACHE_ARGUMENT: DynamicCache(config=llava.config)}, prefix.inputs(**inputs)):
             llava(**given)
-            second.append(llava(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
+            own = more | {"attention_mask": None, CACHE_ARGUMENT: given[CACHE_ARGUMENT]}
+            second.append(llava(**own).logits)
     assert relative_error(second[1], second[0]) < 1e-5
 
 

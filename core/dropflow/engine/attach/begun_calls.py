@@ -32,7 +32,7 @@ def begun_as_asked(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         asked, begun = generation_config.cache_implementation, model_kwargs.get(CACHE_ARGUMENT)
-        if asked is None or not begun_with(begun):
+        if asked is None or begun_with(begun) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
         if ahead_in(begun) is None:
             _refuse_again()
@@ -62,7 +62,7 @@ def begun_ahead(
     cache = cache_in(arguments)[1]
     ahead = ahead_in(cache)
     if ahead is None:
-        _check_unused(backbone, cache, arguments.get("input_ids"))
+        _check_unused(cache, arguments)
         return None
     pixels = sorted(backbone.pixels_in(arguments)) or [name for name in ("mm_encoder_outputs",) if arguments.get(name)]
     if pixels:
@@ -81,10 +81,15 @@ def begun_ahead(
     return ahead, begins_at(ahead, ids, valid, backbone.placeholders(ids))
 
 
-def _check_unused(backbone: Backbone, cache: Any, ids: Tensor | None) -> None:
+def _check_unused(cache: Any, arguments: dict[str, Any]) -> None:
     """Refuse to begin with a prefix a second time; one host synchronisation for a long call on such a cache."""
-    begun = begun_with(cache)
-    if begun and ids is not None and ids.shape[1] > begun and bool(backbone.placeholders(ids).any()):
+    begun, ids = begun_with(cache), arguments.get("input_ids")
+    if begun is None or ids is None or ids.shape[1] <= len(begun):
+        return
+    batch, tokens = ids.shape
+    first = valid_tokens(arguments.get("attention_mask"), batch, tokens, ids.device).long().argmax(1)
+    place = (first[:, None] + torch.arange(len(begun), device=ids.device)).clamp(max=tokens - 1)
+    if bool((ids.gather(1, place) == begun.to(ids.device)).all(1).any()):
         _refuse_again()
 
 

@@ -48,8 +48,8 @@ class Indexed:
 
     `None` for nobody: an emptied layer is as good as transformers' own, for any policy and for a model without one.
     """
-    begun_with: int = 0
-    """Number of tokens of the prefix that a call on this cache has begun or will begin with, in its first layer."""
+    begun_with: Tensor | None = None
+    """Ids (tokens,) of the prefix that a call on this cache has begun or will begin with, in its first layer."""
     uncounted: Tensor | None = None
     """How many tokens of padding before each sample (batch,) the positions of its entries do not count though the
     model's own do, in the first layer of a cache that began with a prefix; `None` for none."""
@@ -240,7 +240,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         super().reset()
         self.index, self.prompt, self.written_by, self.shared, self.parked = None, 0, None, {}, None
         self._notes, self.rooms = {}, (Room(), Room())
-        self.ahead, self.begun_with, self.uncounted = None, 0, None
+        self.ahead, self.begun_with, self.uncounted = None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""

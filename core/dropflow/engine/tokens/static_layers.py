@@ -193,6 +193,6 @@ class StaticFlowLayer(UniformLayer):
         inner = StaticLayer(max_cache_len=self.limit)
         inner.lazy_initialization(self.keys, self.values)
         self.inner, self.prompt, self.written_by = inner, 0, None
-        self.begun_with, self.uncounted = 0, None
+        self.begun_with, self.uncounted = None, None
         self.index = KeyIndex.plain(inner.keys.shape[0], 0, inner.keys.device)
         self._lay_out()
