@@ -15,6 +15,7 @@ import dropflow
 from dropflow import PruneCall, Stage, hookimpl
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import UnsupportedCall
+from dropflow.testing import tiny_models
 
 PYRAMID = policy(p={"use": "pyramiddrop/pyramid", "keep": {2: 0.5, 4: 0.2}})
 
@@ -66,6 +67,18 @@ def test_a_scoring_pass_is_ranked_as_the_prompt_was(llava: Any, more: int) -> No
     assert by_number == [[length - 1], [length - 1]]
     assert asked(llava, inputs, logits_to_keep=positions) == by_number
     assert asked(llava, inputs, logits_to_keep=positions.flip(0)[: keep - more].sort().values)[0] == [length - 1 + more]
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "minicpmv4_6", "gemma4"])
+@torch.no_grad()
+def test_a_scoring_pass_where_the_decoder_gets_the_positions_too(family: str) -> None:
+    """Its layers would get a tensor of which none can tell which tokens it holds."""
+    adapter, tiny = tiny_models()[family]
+    model, inputs = tiny.model(), tiny.prompt()[0]
+    positions = torch.arange(inputs["input_ids"].shape[1])[-3:]
+    with dropflow.attach(model, PYRAMID, adapter=adapter):
+        by_number, by_positions = (model(**inputs, logits_to_keep=keep).logits for keep in (3, positions))
+    assert torch.equal(by_positions[:, -3:], by_number[:, -3:])  # MiniCPM-V returns all of them in either case
 
 
 @pytest.mark.parametrize("as_positions", [False, True])

@@ -14,8 +14,9 @@ from transformers import LlavaForConditionalGeneration
 
 import dropflow
 from dropflow.errors import UnsupportedModel
-from dropflow.testing import MaskedOracle
+from dropflow.testing import MaskedOracle, tiny_models
 from dropflow.testing.probes import EVERYTHING
+from dropflow.testing.probes import RAGGED as RAGGED_STAGES
 
 
 class WithATerm(LlavaForConditionalGeneration):
@@ -110,6 +111,18 @@ def test_labelled_logits_give_the_same_loss_and_gradients(kind: str) -> None:
     assert loss == pytest.approx(whole, rel=1e-6)
     assert all(relative_error(got[name], own) < 1e-4 for name, own in expected.items() if own.abs().max() > 1e-6)
     assert "_loss_function" not in model.__dict__
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "gemma4_unified"])
+def test_labelled_logits_where_the_loss_function_is_called_by_place(family: str) -> None:
+    adapter, tiny = tiny_models()[family]
+    model, inputs = tiny.model().train(), tiny.prompt()[0]
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 15, -100)
+    losses = []
+    for logits in ("all", "labelled"):
+        with dropflow.attach(model, RAGGED_STAGES, adapter=adapter, logits=logits):
+            losses.append(model(**inputs, labels=labels).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_loss_function_that_is_set_while_attached_is_called() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from prefixed import BUDGET, POLICIES, TAILS, after_prefix, asked, shown
-from tiny import HIDROP, IMAGE, PAD, policy, relative_error, tiny_llava
-from transformers import DynamicCache
+from tiny import HIDROP, IMAGE, PAD, policy, prompt, relative_error, tiny_llava
+from transformers import DynamicCache, StaticCache
 
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
@@ -142,16 +143,55 @@ def test_questions_cannot_change_the_prefix(llava: Any) -> None:
     assert all(torch.equal(*both) for both in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("more", [{"input_ids": torch.tensor([[21, 22, 23]])}, prompt([(2, "I", 8)])])
 @torch.no_grad()
-def test_a_conversation_goes_on_from_it(llava: Any) -> None:
-    inputs, more = asked([TAILS[0]]), torch.tensor([[21, 22, 23]])
+def test_a_conversation_goes_on_from_it(llava: Any, more: dict[str, Any]) -> None:
+    """Also with other images, in a turn that is longer than the prefix."""
+    inputs, second = asked([TAILS[0]]), []
     with dropflow.attach(llava, HIDROP) as flow:
         prefix = flow.prefix(**shown())
-        second = []
         for given in (inputs | {CACHE_ARGUMENT: DynamicCache(config=llava.config)}, prefix.inputs(**inputs)):
             llava(**given)
-            second.append(llava(input_ids=more, **{CACHE_ARGUMENT: given[CACHE_ARGUMENT]}).logits)
+            own = more | {"attention_mask": None, CACHE_ARGUMENT: given[CACHE_ARGUMENT]}
+            second.append(llava(**own).logits)
     assert relative_error(second[1], second[0]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["persistent", "compact"])
+@torch.no_grad()
+def test_later_calls_of_a_padded_batch_count_positions_as_the_first_one_did(
+    llava: Any, positions: str, side: str
+) -> None:
+    """A decoder that is given no positions counts padding, which the prefix has none of."""
+    inputs, text = asked(side=side), llava.config.get_text_config()
+    inputs["attention_mask"][2, -2 if side == "left" else 25] = 0  # which the decoder counts, too
+    with dropflow.attach(llava, {**POLICIES["fastv"], "positions": positions}) as flow:
+        prefix = flow.prefix(**shown())
+        found = [
+            _later_logits(llava, given, stated=stated)
+            for given in (
+                inputs | {CACHE_ARGUMENT: DynamicCache(config=text)},
+                prefix.inputs(**inputs),
+                prefix.inputs(**inputs, **{CACHE_ARGUMENT: StaticCache(config=text, max_cache_len=64)}),
+            )
+            for stated in (False, True)
+        ]
+    for other in found[1:]:
+        assert relative_error(other, found[0]) < 1e-5
+
+
+def _later_logits(model: Any, given: dict[str, Any], *, stated: bool) -> torch.Tensor:
+    """Logits of a step, a turn and a step on a copy of the cache, before each of which samples change places."""
+    cache, mask, logits = deepcopy(given[CACHE_ARGUMENT]), given["attention_mask"], []
+    model(**given | {CACHE_ARGUMENT: cache})
+    for ids in (torch.tensor([[5], [6], [7]]), torch.tensor([[8, 9], [10, 11], [12, 13]]), torch.tensor([[14]] * 3)):
+        order, start = torch.tensor([2, 0, 1]), mask.shape[1]
+        cache.reorder_cache(order)
+        cache, mask = deepcopy(cache), torch.nn.functional.pad(mask[order], (0, ids.shape[1]), value=1)
+        own = {"position_ids": torch.arange(start, mask.shape[1])[None]} if stated else {}
+        logits.append(model(input_ids=ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **own).logits)
+    return torch.cat(logits, 1)
 
 
 @torch.no_grad()

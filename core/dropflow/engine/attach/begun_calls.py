@@ -12,7 +12,8 @@ from transformers import StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.model.arguments import cache_in
-from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, begun_with, hand_over, placed
+from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, begun_with, hand_over, placed, uncounted_in
+from dropflow.engine.tokens.cache import first_held, seen_by
 from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.prompt import VisualTokens, valid_tokens
 from dropflow.errors import UnsupportedCall
@@ -31,7 +32,7 @@ def begun_as_asked(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         asked, begun = generation_config.cache_implementation, model_kwargs.get(CACHE_ARGUMENT)
-        if asked is None or not begun_with(begun):
+        if asked is None or begun_with(begun) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
         if ahead_in(begun) is None:
             _refuse_again()
@@ -61,7 +62,7 @@ def begun_ahead(
     cache = cache_in(arguments)[1]
     ahead = ahead_in(cache)
     if ahead is None:
-        _check_unused(backbone, cache, arguments.get("input_ids"))
+        _check_unused(cache, arguments)
         return None
     pixels = sorted(backbone.pixels_in(arguments)) or [name for name in ("mm_encoder_outputs",) if arguments.get(name)]
     if pixels:
@@ -80,10 +81,15 @@ def begun_ahead(
     return ahead, begins_at(ahead, ids, valid, backbone.placeholders(ids))
 
 
-def _check_unused(backbone: Backbone, cache: Any, ids: Tensor | None) -> None:
+def _check_unused(cache: Any, arguments: dict[str, Any]) -> None:
     """Refuse to begin with a prefix a second time; one host synchronisation for a long call on such a cache."""
-    begun = begun_with(cache)
-    if begun and ids is not None and ids.shape[1] > begun and bool(backbone.placeholders(ids).any()):
+    begun, ids = begun_with(cache), arguments.get("input_ids")
+    if begun is None or ids is None or ids.shape[1] <= len(begun):
+        return
+    batch, tokens = ids.shape
+    first = valid_tokens(arguments.get("attention_mask"), batch, tokens, ids.device).long().argmax(1)
+    place = (first[:, None] + torch.arange(len(begun), device=ids.device)).clamp(max=tokens - 1)
+    if bool((ids.gather(1, place) == begun.to(ids.device)).all(1).any()):
         _refuse_again()
 
 
@@ -118,10 +124,13 @@ def visual_ahead(ahead: Ahead, first: Tensor, arguments: dict[str, Any]) -> Visu
     return VisualTokens(placed(ahead.prompt.visual, first, arguments["input_ids"].shape[1], False), {})
 
 
-def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Site, valid: Tensor) -> dict[str, Any]:
-    """The arguments of a call of the decoder with the positions that its tokens (batch, tokens) have without padding.
+def check_begun(
+    begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Site, cache: Any, *, padded: bool
+) -> dict[str, Any]:
+    """The arguments of a call of the decoder with the positions that its tokens have without padding before them.
 
-    Refuses other positions of the prefix than where it was made, and training.
+    Where those of a `padded` call count that padding, the cache notes it for later calls (`counted_later`). Refuses
+    other positions of the prefix than where it was made, and training.
     """
     ahead, first = begun
     if site.training:
@@ -129,27 +138,53 @@ def check_begun(begun: tuple[Ahead, Tensor], arguments: dict[str, Any], site: Si
             f"{CACHE_ARGUMENT}: made from a prefix, through which no gradients flow; train on whole prompts"
         )
     positions = arguments.get("position_ids")
-    counted = (valid.cumsum(1) - 1).clamp(min=0)
-    if positions is None:  # the decoder would count padding, too
-        return arguments | {"position_ids": counted}
     made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
-    same = positions.dim() == made.dim()
-    if same and made.dim() == 3:  # of four planes the first has text positions, which a forward alone does not state
-        positions, made = (one[-min(len(positions), len(made)) :] for one in (positions, made))
-    if same:
-        tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
-        own = positions.expand(*positions.shape[:-2], len(first), -1)
-        found = own.gather(-1, tokens.to(own.device).expand(*own.shape[:-1], -1))
-        made, shift = made.to(own.device), first[:, None].to(own.device)
-        ((same,), (shifted,)) = read((found == made).all(), (found == made + shift).all())
-        if shifted and not same and made.dim() == 2:  # its core counts padding, too
-            return arguments | {"position_ids": counted}
-    if not same:
-        raise UnsupportedCall(
-            "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
-            "returns, with sizes of images and no positions of your own"
-        )
-    return arguments
+    counts = positions is None  # the decoder would count padding, too
+    if positions is not None:
+        same = positions.dim() == made.dim()
+        if same and made.dim() == 3:  # of four planes the first has text positions, not stated by a forward alone
+            positions, made = (one[-min(len(positions), len(made)) :] for one in (positions, made))
+        if same:
+            tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
+            own = positions.expand(*positions.shape[:-2], len(first), -1)
+            found = own.gather(-1, tokens.to(own.device).expand(*own.shape[:-1], -1))
+            made, shift = made.to(own.device), first[:, None].to(own.device)
+            ((same,), (shifted,)) = read((found == made).all(), (found == made + shift).all())
+            counts = bool(shifted and not same and made.dim() == 2)  # its core counts padding, too
+        if not same and not counts:
+            raise UnsupportedCall(
+                "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
+                "returns, with sizes of images and no positions of your own"
+            )
+    if not counts or not padded:
+        return arguments
+    first_held(cache).uncounted = first
+    return arguments | {"position_ids": _less(torch.arange(arguments["inputs_embeds"].shape[1])[None], first)}
+
+
+def counted_later(cache: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a later call of the decoder, without padding in its positions where the prefix has none in its.
+
+    Positions that a caller states himself stay; only on such a cache, one host synchronisation where there are some.
+    """
+    uncounted = uncounted_in(cache)
+    if uncounted is None:
+        return arguments
+    own, tokens = arguments.get("position_ids"), arguments["inputs_embeds"].shape[1]
+    seen = seen_by(cache)
+    counted = torch.arange(seen, seen + tokens)[None]
+    if own is not None:
+        if own.dim() != 2 or own.shape[1] != tokens:
+            return arguments
+        ((counts,),) = read((own == counted.to(own.device)).all())
+        if not counts:
+            return arguments
+    return arguments | {"position_ids": _less(counted, uncounted)}
+
+
+def _less(positions: Tensor, uncounted: Tensor) -> Tensor:
+    """Positions without so many tokens of padding before each sample; those of the padding itself are 0."""
+    return (positions.to(uncounted.device) - uncounted[:, None]).clamp(min=0)
 
 
 def refuse_direct_prefix(decoder: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -31,11 +31,19 @@ class LabelledLoss:
 
     def _over(self, original: Any) -> Any:
         @wraps(original)
-        def loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def loss(*args: Any, **kwargs: Any) -> Any:
             rows = self._rows()
             if rows is None:
-                return original(logits, labels, *args, **kwargs)
-            return loss_of_rows(partial(original, *args), logits, rows, labels, **kwargs)
+                return original(*args, **kwargs)
+            placed = dict(zip(("logits", "labels"), args, strict=False))
+
+            def in_the_same_form(**asked: Any) -> Any:
+                """Some models pass all by name, and others logits, labels and the vocabulary's size by place."""
+                first = [asked.pop(name) for name in placed]
+                return original(*first, *args[len(placed) :], **asked)
+
+            given = placed | kwargs
+            return loss_of_rows(in_the_same_form, given.pop("logits"), rows, given.pop("labels"), **given)
 
         return loss
 

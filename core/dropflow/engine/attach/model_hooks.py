@@ -13,7 +13,13 @@ from torch import Tensor
 from dropflow.backbone.compiling import is_exported
 from dropflow.backbone.wrapped import check_called
 from dropflow.engine.attach import refusals
-from dropflow.engine.attach.begun_calls import begun_ahead, begun_as_asked, refuse_direct_prefix, visual_ahead
+from dropflow.engine.attach.begun_calls import (
+    begun_ahead,
+    begun_as_asked,
+    counted_later,
+    refuse_direct_prefix,
+    visual_ahead,
+)
 from dropflow.engine.attach.call import Call
 from dropflow.engine.attach.feature_hooks import FeatureHooks
 from dropflow.engine.attach.labelled_logits import LabelledLoss, check_loss_call
@@ -41,7 +47,7 @@ from dropflow.engine.model.shadowing import Shadows
 from dropflow.engine.model.stand_in import Run, stand_in
 from dropflow.engine.model.traced_step import TracedPolicy, TracedStep
 from dropflow.engine.model.turns import Turn, Turns, calling_frame, inside_of, refuse_own_model
-from dropflow.engine.tokens.ahead import ahead_in
+from dropflow.engine.tokens.ahead import ahead_in, uncounted_in
 from dropflow.engine.tokens.cache import (
     check_written_by,
     fix_static,
@@ -389,9 +395,10 @@ class ModelHooks:
         if embeds is None:
             embeds = text.get_input_embeddings()(kwargs["input_ids"])
             kwargs = kwargs | {"inputs_embeds": embeds, "input_ids": None}
+        kwargs = counted_later(cache, kwargs)
         refusals.check_positions(site.plan, kwargs.get("position_ids"))
-        if site.plan.shape.producers and "logits_to_keep" in kwargs:
-            # a decoder that shares keys may cut its states to these tokens between two layers
+        if "logits_to_keep" in kwargs:
+            # some decoders cut their states to these tokens between two layers, and others hand them to every layer
             kwargs = kwargs | {"logits_to_keep": 0}
         if call.visual is None:
             parked = parked_in(cache) if site.plan.policy.recall and forward.part is not None else None
@@ -439,7 +446,8 @@ class ModelHooks:
                     forward.read = {number: active.counts for number, active in run.reading.read.items()}
             forward.cache = cache_after(kwargs, output)
             if run is not None and call.site is not None and is_static(forward.cache):
-                traced_by = call.chosen if call.site.traceable else None
+                alike = call.site.traceable and uncounted_in(forward.cache) is None
+                traced_by = call.chosen if alike else None
                 fix_static(forward.cache, traced_by, compact=call.site.compact)
             call.flow.noted(forward)
             call.decoder = call.forward = None

@@ -103,7 +103,7 @@ def begin_prompt(
     if site.plan.reads_questions:
         prompt = replace(prompt, questions=stated_questions(embeds))
     if call.ahead is not None:
-        kwargs = check_begun(call.ahead, kwargs, site, valid)
+        kwargs = check_begun(call.ahead, kwargs, site, cache, padded=prompt.extents["valid"].low < tokens)
         call.decoder = begun = BegunRun(site, *call.ahead, prompt, embeds, cache)
         return kwargs | {"inputs_embeds": begun.embeds}
     kwargs, residuals = backbone.deepstack_residuals(kwargs)

@@ -91,7 +91,7 @@ class Ahead:
 def begin_with(cache: Any, ahead: Ahead) -> None:
     """Let the next call on a fresh cache written under a policy begin with `ahead`; then it is one like others."""
     first = first_held(cache)
-    first.ahead, first.begun_with = ahead, ahead.tokens
+    first.ahead, first.begun_with = ahead, ahead.ids
 
 
 def hand_over(begun: Any, static: Any) -> None:
@@ -134,15 +134,24 @@ def open_ahead(cache: Any, ahead: Ahead, batch: int, rows: Int[Tensor, "batch"],
     first_held(cache).ahead = None
 
 
-def begun_with(cache: Any) -> int:
-    """Number of tokens of the prefix with which a call on this cache begins or has begun; 0 for other caches."""
-    found: int = getattr(first_held(cache), "begun_with", 0)
+def begun_with(cache: Any) -> Int[Tensor, "prefix"] | None:
+    """Ids of the prefix with which a call on this cache begins or has begun; `None` for other caches."""
+    found: Tensor | None = getattr(first_held(cache), "begun_with", None)
     return found
 
 
 def ahead_in(cache: Any) -> Ahead | None:
     """The prefix with which a call on this cache begins; `None` for other caches, and once such a call has begun."""
     found: Ahead | None = getattr(first_held(cache), "ahead", None)
+    return found
+
+
+def uncounted_in(cache: Any) -> Int[Tensor, "batch"] | None:
+    """How much padding before each sample the entries' positions do not count, though the model's own do.
+
+    `None` for a cache on which the two agree.
+    """
+    found: Tensor | None = getattr(first_held(cache), "uncounted", None)
     return found
 
 

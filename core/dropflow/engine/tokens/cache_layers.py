@@ -48,8 +48,11 @@ class Indexed:
 
     `None` for nobody: an emptied layer is as good as transformers' own, for any policy and for a model without one.
     """
-    begun_with: int = 0
-    """Number of tokens of the prefix that a call on this cache has begun or will begin with, in its first layer."""
+    begun_with: Tensor | None = None
+    """Ids (tokens,) of the prefix that a call on this cache has begun or will begin with, in its first layer."""
+    uncounted: Tensor | None = None
+    """How many tokens of padding before each sample (batch,) the positions of its entries do not count though the
+    model's own do, in the first layer of a cache that began with a prefix; `None` for none."""
     shared: dict[int, KeyIndex]
     """The same entries as another decoder layer that reads them sees them, by its number; a layer without an entry here
     sees them all."""
@@ -162,10 +165,11 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         if seen:
             keys: Tensor = layer.keys[..., :seen, :] if type(layer) in STATIC else layer.keys
             values: Tensor = layer.values[..., :seen, :] if type(layer) in STATIC else layer.values
-            if keys.shape[-2] != seen:
+            kept = keys.shape[-2] - (type(layer) is StaticSlidingWindowLayer and seen >= layer.keys.shape[-2])
+            if kept != seen:  # a full window of fixed size drops one next, for which the model's mask has no column
                 raise UnsupportedModel(
-                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {keys.shape[-2]} kept); "
-                    "attach the policy before the first turn"
+                    f"{where}: its sliding window has already dropped tokens ({seen} seen, {kept} kept); attach the "
+                    "policy before the first turn, and bring an image in it"
                 )
             adopted.lazy_initialization(keys, values)
             adopted.keys, adopted.values = keys, values
@@ -236,7 +240,7 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         super().reset()
         self.index, self.prompt, self.written_by, self.shared, self.parked = None, 0, None, {}, None
         self._notes, self.rooms = {}, (Room(), Room())
-        self.ahead, self.begun_with = None, 0
+        self.ahead, self.begun_with, self.uncounted = None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; they must be generated or text tokens."""
@@ -274,6 +278,8 @@ class FlowLayer(Indexed, Growing, DynamicLayer):  # type: ignore[misc]  # transf
         return bool(self.is_initialized) and self.keys.dim() > 2
 
     def _pick(self, key: Any, rows: Any, picked: Tensor) -> None:
+        if self.uncounted is not None:
+            self.uncounted = self.uncounted[picked.to(self.uncounted.device)]
         if self.index is not None:
             self.index = self.index.rows(key, rows)
             self.each_shared(lambda seen: seen.rows(key, rows))

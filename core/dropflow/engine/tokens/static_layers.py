@@ -59,7 +59,8 @@ class StaticFlowLayer(UniformLayer):
         super().__init__(inner, layer.written_by)
         self.limit, self.traced_by = limit, traced_by
         self._sliding, self._compact = layer.is_sliding, compact
-        self.index, self.prompt, self.begun_with = index, layer.prompt, layer.begun_with
+        self.index, self.prompt = index, layer.prompt
+        self.begun_with, self.uncounted = layer.begun_with, layer.uncounted
         self._lay_out()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -86,7 +87,7 @@ class StaticFlowLayer(UniformLayer):
         """The same entries in a layer that grows; one host synchronisation."""
         index = self.full_index()
         found = FlowLayer(self._sliding, self.written_by, self.limit)
-        found.begun_with = self.begun_with
+        found.begun_with, found.uncounted = self.begun_with, self.uncounted
         if not len(index):
             return found
         keys, values = (held.narrow(-2, 0, len(index)) for held in (self.keys, self.values))
@@ -166,6 +167,8 @@ class StaticFlowLayer(UniformLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples, as in beam search."""
         super().reorder_cache(beam_idx)
+        if self.uncounted is not None:
+            self.uncounted = self.uncounted[beam_idx.to(self.uncounted.device)]
         self._lay_out()
 
     def crop(self, tokens_to_remove: int) -> None:  # noqa: ARG002
@@ -189,6 +192,7 @@ class StaticFlowLayer(UniformLayer):
         """Forget everything, the policy too; all tokens find room again."""
         inner = StaticLayer(max_cache_len=self.limit)
         inner.lazy_initialization(self.keys, self.values)
-        self.inner, self.prompt, self.written_by, self.begun_with = inner, 0, None, 0
+        self.inner, self.prompt, self.written_by = inner, 0, None
+        self.begun_with, self.uncounted = None, None
         self.index = KeyIndex.plain(inner.keys.shape[0], 0, inner.keys.device)
         self._lay_out()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDROP, policy, prompt, tiny_llava
+from tiny import HIDROP, policy, prompt, relative_error, tiny_llava
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer, StaticSlidingWindowLayer
 
@@ -16,6 +16,7 @@ import dropflow
 from dropflow import Stage, hookimpl
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.errors import DropflowError, MissingImage, PolicyError, UnsupportedCall, UnsupportedModel
+from dropflow.testing import AbsentOracle, MaskedOracle, tiny_models
 
 
 class NoStage:
@@ -253,3 +254,37 @@ def test_what_holds_a_model_or_goes_with_one_is_told_what_to_pass(llava: Any) ->
         for use in (lambda one: dropflow.attach(one, HIDROP), dropflow.detach, dropflow.flow_of):
             with pytest.raises(UnsupportedModel, match=message):
                 use(given)
+
+
+@pytest.mark.parametrize("family", ["aya_vision", "lfm3_vl"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_images_after_more_text_than_a_sliding_window_holds(family: str, kind: str) -> None:
+    """Text runs without the engine, so the cache's own layers drop what leaves the window."""
+    adapter, tiny = tiny_models()[family]
+    model, (shown, _) = tiny.model(), tiny.prompt([(1, "I", 3)])
+    text = model.config.get_text_config()
+    which = policy(half={"use": "control/stride", "keep": {1: 0.5}})
+
+    def second(more: int) -> torch.Tensor:
+        cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=64)
+        count = text.sliding_window + more
+        model(input_ids=torch.arange(3, 3 + count)[None], **{CACHE_ARGUMENT: cache})
+        logits: torch.Tensor = model(**shown | {"attention_mask": None}, **{CACHE_ARGUMENT: cache}).logits
+        return logits
+
+    with dropflow.attach(model, which, adapter=adapter) as flow:
+        found = second(-1)
+        live = flow.live()
+        for more in (0, 1):
+            seen = text.sliding_window + more
+            message = rf"has already dropped tokens \({seen} seen, .* and bring an image in it"
+            with pytest.raises(UnsupportedModel, match=message):
+                second(more)
+        assert torch.equal(second(-1), found)
+    ids = torch.cat((torch.arange(3, 2 + text.sliding_window)[None], shown["input_ids"]), 1)
+    before = {name: value for name, value in shown.items() if name not in ("input_ids", "attention_mask")}
+    oracle = MaskedOracle if family == "aya_vision" else AbsentOracle
+    with oracle(model, live, adapter):
+        expected = model(**before, input_ids=ids, use_cache=False).logits[:, -found.shape[1] :]
+    assert relative_error(found, expected) < 1e-5
