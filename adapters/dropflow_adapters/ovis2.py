@@ -44,6 +44,11 @@ class Ovis2(Backbone):
         return Projections.of(layer.self_attn)
 
     @property
+    def enclosing(self) -> Sequence[int]:
+        """The indicators of tiles and images, which the visual table embeds."""
+        return tuple(self.model.config.visual_indicator_token_ids)
+
+    @property
     def tokens_per_image(self) -> int:
         """Number of tokens in a tile."""
         return (self._side // self._stride) ** 2

@@ -126,6 +126,12 @@ class Backbone:
         self.model = model
 
     @property
+    def enclosing(self) -> Sequence[int]:
+        """Ids of text tokens for which the core makes embeddings where a call brings images, as for those that enclose
+        an image in Ovis 2: a question that has one cannot go on from a prefix. Empty where there are none."""
+        return ()
+
+    @property
     def core(self) -> Any:
         """The module that merges image features into the prompt and calls the text decoder."""
         return self.model.base_model

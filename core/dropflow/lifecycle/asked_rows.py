@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dropflow.errors import DecisionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -16,11 +19,13 @@ def check_layer(layer: Any) -> None:
         raise DecisionError(f"expected the number of a layer, got {layer!r}")
 
 
-def check_rows(layer: Any, rows: Any, samples: int, tokens: int, axes: str) -> Tensor:
-    """Return `rows`, numbers below `tokens` of shape (samples, rows), as int64; `axes` is how errors call the shape.
+@contextmanager
+def asked_rows(layer: Any, rows: Any, samples: int, tokens: int, axes: str) -> Iterator[Tensor]:
+    """Give `rows`, numbers below `tokens` of shape (samples, rows), as int64; `axes` is how errors call the shape.
 
-    Raises `DecisionError` for a layer that is no whole number and for rows of another type, shape or range. On a GPU
-    the range is left to torch's own assertion, since to read it here would make the host wait.
+    Raises `DecisionError` for a layer that is no whole number and for rows of another type or shape. Their range is
+    read only after torch has failed inside the block, since to read it makes the host wait; on a GPU torch's own
+    assertion is all there is.
     """
     import torch
 
@@ -37,8 +42,12 @@ def check_rows(layer: Any, rows: Any, samples: int, tokens: int, axes: str) -> T
         raise DecisionError(
             f"{asked}: expected rows {axes}, {samples} x one or more, got the shape {tuple(rows.shape)}"
         )
-    if rows.device.type == "cpu":
-        low, high = (int(end) for end in rows.aminmax())
-        if low < 0 or high >= tokens:
-            raise DecisionError(f"{asked}: expected rows from 0 to {tokens - 1}, got {low if low < 0 else high}")
-    return rows.long()
+    try:
+        yield rows.long()
+    except (IndexError, RuntimeError):
+        if rows.device.type == "cpu":
+            low, high = (int(end) for end in rows.aminmax())
+            if low < 0 or high >= tokens:
+                wrong = low if low < 0 else high
+                raise DecisionError(f"{asked}: expected rows from 0 to {tokens - 1}, got {wrong}") from None
+        raise

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dropflow.lifecycle.asked_rows import check_rows
+from dropflow.lifecycle.asked_rows import asked_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,8 @@ class CacheCall:
         `CacheView`, as the layer's own attention saw them: entries that an earlier stage evicted in this call are
         missing, and the others keep their share. Raises `DecisionError` for a layer or rows that are not there.
         """
-        return self.attention(layer, check_rows(layer, rows, len(self.layers[0].index), self.tokens, "(batch, rows)"))
+        with asked_rows(layer, rows, len(self.layers[0].index), self.tokens, "(batch, rows)") as rows:
+            return self.attention(layer, rows)
 
 
 @dataclass(frozen=True)

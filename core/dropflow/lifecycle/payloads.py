@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dropflow.errors import DecisionError
-from dropflow.lifecycle.asked_rows import check_rows
+from dropflow.lifecycle.asked_rows import asked_rows
 from dropflow.lifecycle.lazy import lazy
 
 if TYPE_CHECKING:
@@ -218,8 +218,10 @@ class PruneCall:
         """
         import torch
 
-        rows = check_rows(layer, rows, len(self.index), self.index.shape[1], "(batch, rows)")
-        with torch.set_grad_enabled(self.differentiable):
+        with (
+            asked_rows(layer, rows, len(self.index), self.index.shape[1], "(batch, rows)") as rows,
+            torch.set_grad_enabled(self.differentiable),
+        ):
             return self.attention(layer, rows)
 
 
@@ -338,8 +340,8 @@ class EncodeCall:
         """
         self._check_separate("attention_rows", "ask for `cls_attention` or `received_attention`")
         keys = self.tower(layer).parts[0].key
-        rows = check_rows(layer, rows, keys.shape[0], keys.shape[2], "(images, rows)")
-        return self.tower(layer).attention(rows).to(rows.device)
+        with asked_rows(layer, rows, keys.shape[0], keys.shape[2], "(images, rows)") as rows:
+            return self.tower(layer).attention(rows).to(rows.device)
 
     def cls_attention(self, layer: int, *, joined: bool = False) -> tuple[Float[Tensor, "rows"], ...]:
         """Attention from the CLS row of a tapped vision layer to each present row, averaged over heads.

@@ -36,7 +36,8 @@ def test_the_token_that_closes_an_image_is_as_if_asked_anew(parts: Any, name: st
         assert relative_error(again[:, prefix.tokens :], anew[:, prefix.tokens :]) < 1e-5
         with pytest.raises(UnsupportedCall, match=f"expected a number of tokens from {prefix.tokens}, up to which"):
             flow.prefix(**inputs, tokens=prefix.tokens - 1)
-        question = inputs["input_ids"].clone()
-        question[0, -2] = last
-        with pytest.raises(UnsupportedCall, match="or tokens that enclose them"):
-            model(**prefix.inputs(**inputs | {"input_ids": question}))
+        for indicator in model.config.visual_indicator_token_ids:  # those that the prefix does not have, too
+            question = inputs["input_ids"].clone()
+            question[0, -2] = indicator
+            with pytest.raises(UnsupportedCall, match="or tokens that enclose them"):
+                model(**prefix.inputs(**inputs | {"input_ids": question}))

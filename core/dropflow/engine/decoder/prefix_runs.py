@@ -69,7 +69,7 @@ class KeepingRun(PromptRun):
         made = (table(known).to(embeds) != embeds).any(-1) & ~prompt.visual
         place = torch.arange(embeds.shape[1], device=embeds.device)
         (last,) = read(torch.where(prompt.visual | made, place, -1).amax())[0]
-        self._made = ids[made]
+        self._made = torch.cat((ids[made], ids.new_tensor(list(site.backbone.enclosing))))
         self._cut = last + 1 if keeping.tokens is None else keeping.tokens
         if not last < self._cut <= embeds.shape[1]:
             raise UnsupportedCall(
