@@ -85,8 +85,9 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 def test_changed_code_of_a_stage_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
-        "from dropflow import Stage, StageOptions\n"
+        "from dropflow import Stage, StageOptions, hookimpl\n"
         "class Empty(Stage[StageOptions]):\n    Options = StageOptions\n    summary = 'does nothing'\n"
+        "    @hookimpl\n    def observe(self, event):\n        pass\n"
     )
     module = tmp_path / "made_for_digests.py"
     module.write_text(source)
