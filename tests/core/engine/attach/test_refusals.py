@@ -256,7 +256,7 @@ def test_what_holds_a_model_or_goes_with_one_is_told_what_to_pass(llava: Any) ->
                 use(given)
 
 
-@pytest.mark.parametrize("family", ["aya_vision", "lfm3_vl"])
+@pytest.mark.parametrize("family", sorted({"aya_vision", "lfm3_vl"} & tiny_models().keys()))
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_images_after_more_text_than_a_sliding_window_holds(family: str, kind: str) -> None:
