@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -102,9 +103,11 @@ def _find(source: str | Path, base: Path) -> Path:
     text = str(source)
     if not isinstance(source, Path) and "/" not in text and not text.endswith(_SUFFIXES):
         files = registry.policy_files()
-        if text not in files and _exists(base / text):
-            raise PolicyError(f"{escaped(text)}: a file or folder, but no policy: policy files end in .yaml or .yml")
         if text not in files:
+            if os.path.exists(base / text):  # false for a name that is too long or has a NUL byte
+                raise PolicyError(
+                    f"{escaped(text)}: a file or folder, but no policy: policy files end in .yaml or .yml"
+                )
             raise PolicyError(
                 f"{escaped(text)}: no such policy; {nearest(text, files)} (name a file by its path, ending in .yaml)"
             )
@@ -119,13 +122,6 @@ def _find(source: str | Path, base: Path) -> Path:
     if not found:
         raise PolicyError(f"{escaped(text)}: no such policy file (looked for {escaped(path)})")
     return path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or a NUL byte
-        return False
 
 
 _SUFFIXES = (".yaml", ".yml")

@@ -151,16 +151,11 @@ def _check_parts(case: Case) -> None:
         except UnsupportedModel as refusal:
             raise _wrong(case, LAYERS, str(refusal), f"`{where}`") from refusal
     layers = list(backbone.text._modules["layers"])
-    for number in _attending(backbone):
+    for number in backbone.shape.with_attention:
         try:
             backbone.projections(layers[number])
         except AttributeError as error:
             raise _wrong(case, PROJECTIONS, f"of layer {number}: {error}", "`projections`") from error
-
-
-def _attending(backbone: Backbone) -> Sequence[int]:
-    shape = backbone.shape
-    return range(shape.layers) if shape.attending is None else shape.attending
 
 
 def _check_tokens(case: Case, got: Tensor, expected: Tensor) -> None:

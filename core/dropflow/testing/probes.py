@@ -67,8 +67,7 @@ class Ranks(Stage[Any]):
     @property
     def prune_at(self) -> tuple[int, ...]:
         """All layers with attention."""
-        shape = self.context.scale.target
-        return tuple(range(shape.layers) if shape.attending is None else shape.attending)
+        return tuple(self.context.scale.target.with_attention)
 
     @hookimpl
     def prune(self, call: PruneCall) -> None:

@@ -12,11 +12,11 @@ from transformers.utils import is_flash_attn_2_available
 import dropflow
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.compiled_steps import CompiledBench, bench_compiled
-from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, check_device, prefill_of, twin
+from dropflow_lab.bench.random_llava import SubjectShape, build_model, build_prompt, prefill_of, twin
 from dropflow_lab.bench.reuse import ReuseRow, bench_reuse
 from dropflow_lab.bench.train import OVERRIDES, POLICY, TrainBench, bench_train
 from dropflow_lab.measure.host_syncs import count_host_syncs
-from dropflow_lab.measure.machine import torch_threads
+from dropflow_lab.measure.machine import check_device, torch_threads
 from dropflow_lab.measure.selection_cost import metered
 from dropflow_lab.measure.timing import Spread, interleaved, ratio
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dropflow_lab.bench.random_llava import SubjectShape, check_device
-from dropflow_lab.measure.machine import Machine
+from dropflow_lab.bench.random_llava import SubjectShape
+from dropflow_lab.measure.machine import Machine, check_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow_lab.bench.qwen_subject import qwen_model, qwen_pictures
 from dropflow_lab.errors import InputError, shortened
+from dropflow_lab.measure.machine import check_device
 
 _IMAGE_TOKEN = 1
 
@@ -116,16 +117,6 @@ def build_model(shape: SubjectShape) -> Any:
                 raise
             what = shortened(str(error).split(". ")[0].replace("\n", " "))
             raise InputError(f"--attention {shape.attention}: {what}; use sdpa or eager") from error
-
-
-def check_device(device: str) -> None:
-    """Raise `InputError` for a device that torch does not know or does not see here."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InputError(f"--device: expected a device of torch, such as cpu or cuda, got {device!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no CUDA device here; run this on a machine with a GPU")
 
 
 def tower_of(model: Any, shape: SubjectShape) -> torch.nn.Module:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from dropflow_lab.errors import InputError
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -28,6 +30,16 @@ def this_machine() -> Machine:
     """Describe the machine this process runs on."""
     versions = (platform.python_version(), torch.__version__, transformers.__version__)
     return Machine(_cpu(), torch.get_num_threads(), *versions)
+
+
+def check_device(device: str) -> None:
+    """Raise `InputError` for a device that torch does not know or does not see here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device: expected a device of torch, such as cpu or cuda, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch sees no CUDA device here; run this on a machine with a GPU")
 
 
 @contextmanager

@@ -25,7 +25,6 @@ class Asks(Stage[Any]):
     prune_at = (1,)
     taps = (0,)
     vision_taps = (1,)
-    seen: dict[str, Ask]
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)

@@ -178,7 +178,7 @@ def test_layers_with_states_run_on_the_question_alone() -> None:
 @pytest.mark.parametrize("family", [*BIDIRECTIONAL, *HYBRID])
 @torch.no_grad()
 def test_they_generate_the_same_tokens(family: str, which: str) -> None:
-    case = conversed(family, which).padded_left()
+    case, bound = conversed(family, which).padded_left(), STATES if family in HYBRID else 1e-5
     options: dict[str, Any] = {**BUDGET, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with exact_delta_net(), case.attach() as flow:
         prefix = flow.prefix(**case.single(0))
@@ -193,7 +193,7 @@ def test_they_generate_the_same_tokens(family: str, which: str) -> None:
         for more in ways:
             again = case.model.generate(**prefix.inputs(**inputs), **options, **more)
             assert torch.equal(again.sequences, anew.sequences)
-            assert relative_error(torch.stack(again.logits), torch.stack(anew.logits)) < STATES
+            assert relative_error(torch.stack(again.logits), torch.stack(anew.logits)) < bound
             assert flow.report().kv_bytes == bytes_held
         assert [one.visual_tokens for one in flow.report().layers] == told
         after = [part for keys, values, _ in prefix._ahead.entries.values() for part in (keys, values)]

@@ -182,6 +182,15 @@ def test_masks_with_columns_for_tokens_to_come(model: Any, side: str) -> None:
 
 
 @torch.no_grad()
+def test_of_several_policies_the_chosen_one_answers(model: Any, graphs: Graphs) -> None:
+    step = torch.compile(model, backend=graphs)
+    with dropflow.attach_set(model, {"one": HIDROP, "other": FASTV}, default="one") as flows:
+        for name in ("one", "other", "one"):
+            with flows.using(name):
+                assert relative_error(asked(model, static(model), step), asked(model, DynamicCache())) < 1e-5
+
+
+@torch.no_grad()
 def test_eager_and_compiled_steps_take_turns(model: Any, graphs: Graphs) -> None:
     step = torch.compile(model, backend=graphs, fullgraph=True)
     turns = iter([step, model, step, step])

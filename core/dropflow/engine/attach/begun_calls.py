@@ -12,7 +12,16 @@ from transformers import StaticCache
 
 from dropflow.backbone.versions import CACHE_ARGUMENT
 from dropflow.engine.model.arguments import cache_in
-from dropflow.engine.tokens.ahead import Ahead, ahead_in, begins_at, begun_with, hand_over, placed, uncounted_in
+from dropflow.engine.tokens.ahead import (
+    Ahead,
+    ahead_in,
+    begins_at,
+    begun_with,
+    first_places,
+    hand_over,
+    placed,
+    uncounted_in,
+)
 from dropflow.engine.tokens.cache import first_held, seen_by
 from dropflow.engine.tokens.host import read
 from dropflow.engine.tokens.prompt import VisualTokens, valid_tokens
@@ -87,8 +96,8 @@ def _check_unused(cache: Any, arguments: dict[str, Any]) -> None:
     if begun is None or ids is None or ids.shape[1] <= len(begun):
         return
     batch, tokens = ids.shape
-    first = valid_tokens(arguments.get("attention_mask"), batch, tokens, ids.device).long().argmax(1)
-    place = (first[:, None] + torch.arange(len(begun), device=ids.device)).clamp(max=tokens - 1)
+    valid = valid_tokens(arguments.get("attention_mask"), batch, tokens, ids.device)
+    _, place = first_places(valid, len(begun))
     if bool((ids.gather(1, place) == begun.to(ids.device)).all(1).any()):
         _refuse_again()
 
@@ -137,29 +146,35 @@ def check_begun(
         raise UnsupportedCall(
             f"{CACHE_ARGUMENT}: made from a prefix, through which no gradients flow; train on whole prompts"
         )
-    positions = arguments.get("position_ids")
-    made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
-    counts = positions is None  # the decoder would count padding, too
-    if positions is not None:
-        same = positions.dim() == made.dim()
-        if same and made.dim() == 3:  # of four planes the first has text positions, not stated by a forward alone
-            positions, made = (one[-min(len(positions), len(made)) :] for one in (positions, made))
-        if same:
-            tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
-            own = positions.expand(*positions.shape[:-2], len(first), -1)
-            found = own.gather(-1, tokens.to(own.device).expand(*own.shape[:-1], -1))
-            made, shift = made.to(own.device), first[:, None].to(own.device)
-            ((same,), (shifted,)) = read((found == made).all(), (found == made + shift).all())
-            counts = bool(shifted and not same and made.dim() == 2)  # its core counts padding, too
-        if not same and not counts:
-            raise UnsupportedCall(
-                "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
-                "returns, with sizes of images and no positions of your own"
-            )
-    if not counts or not padded:
+    if not _counts_padding(arguments.get("position_ids"), ahead, first) or not padded:
         return arguments
     first_held(cache).uncounted = first
     return arguments | {"position_ids": _less(torch.arange(arguments["inputs_embeds"].shape[1])[None], first)}
+
+
+def _counts_padding(positions: Tensor | None, ahead: Ahead, first: Tensor) -> bool:
+    """Whether the positions of a call that begins with a prefix count the padding before its samples.
+
+    Raises `UnsupportedCall` where the prefix has other ones than where it was made. One host synchronisation where the
+    call states positions.
+    """
+    if positions is None:  # the decoder would count it
+        return True
+    made = torch.arange(ahead.tokens)[None] if ahead.positions is None else ahead.positions
+    if positions.dim() == made.dim():
+        if made.dim() == 3:  # of four planes the first has text positions, which a forward alone does not state
+            positions, made = (one[-min(len(positions), len(made)) :] for one in (positions, made))
+        tokens = first[:, None] + torch.arange(ahead.tokens, device=first.device)
+        own = positions.expand(*positions.shape[:-2], len(first), -1)
+        found = own.gather(-1, tokens.to(own.device).expand(*own.shape[:-1], -1))
+        made, shift = made.to(own.device), first[:, None].to(own.device)
+        ((same,), (shifted,)) = read((found == made).all(), (found == made + shift).all())
+        if same or (shifted and made.dim() == 2):  # a core may count it, too
+            return not same
+    raise UnsupportedCall(
+        "position_ids: the tokens of the prefix have others than where it was made; pass what `Prefix.inputs` "
+        "returns, with sizes of images and no positions of your own"
+    )
 
 
 def counted_later(cache: Any, arguments: dict[str, Any]) -> dict[str, Any]:

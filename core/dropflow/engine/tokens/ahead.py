@@ -155,6 +155,17 @@ def uncounted_in(cache: Any) -> Int[Tensor, "batch"] | None:
     return found
 
 
+def first_places(
+    valid: Bool[Tensor, "batch tokens"], count: int
+) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch count"]]:
+    """The first token of each sample that is not padding, and the places of `count` tokens from there on.
+
+    Where fewer are left, the last place is repeated.
+    """
+    first = valid.long().argmax(1)
+    return first, (first[:, None] + torch.arange(count, device=valid.device)).clamp(max=valid.shape[1] - 1)
+
+
 def begins_at(
     ahead: Ahead,
     ids: Int[Tensor, "batch tokens"],
@@ -166,8 +177,8 @@ def begins_at(
     Raises `UnsupportedCall` where a sample does not begin with the prefix, nothing follows it, or `placeholders` of
     images do. One host synchronisation.
     """
-    first, count = valid.long().argmax(1), ahead.tokens
-    place = (first[:, None] + torch.arange(count, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    count = ahead.tokens
+    first, place = first_places(valid, count)
     same = ((ids.gather(1, place) == ahead.ids.to(ids.device)) & valid.gather(1, place)).all(1)
     if placeholders is not None and len(ahead.made):
         placeholders = placeholders | torch.isin(ids, ahead.made.to(ids.device))
